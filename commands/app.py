@@ -1,0 +1,38 @@
+"""The Typer app that every command registers itself with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from commands import console
+from smolconv import __version__
+
+app = typer.Typer(
+    name="smolconv",
+    help="Rewrite, verify and continue checkpoints of SmolLM2 and SmolLM3: nanotron, Hugging Face, DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"smolconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors and results only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print more about what is done.")] = False,
+) -> None:
+    console.settings.debug, console.settings.quiet, console.settings.verbose = debug, quiet, verbose

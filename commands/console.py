@@ -1,0 +1,82 @@
+"""What all commands share of the terminal: settings, JSON on stdout, everything else on stderr, sizes for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+
+@dataclass
+class Settings:
+    """The common options of one invocation."""
+
+    debug: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+settings = Settings()
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line for people on stderr; silent with --quiet."""
+    if not settings.quiet:
+        err.print(text, markup=False)
+
+
+def warn(warnings: tuple[str, ...] | list[str]) -> None:
+    for warning in warnings:
+        if not settings.quiet:
+            err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape as rich_escape  # noqa: PLC0415
+
+    return rich_escape(text)
+
+
+def size(count: float) -> str:
+    """1.5 GB, in powers of 1000 as disks and safetensors count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def number(count: float) -> str:
+    """134.5 M: parameters and tokens."""
+    for unit in ("", " K", " M", " B", " T"):
+        if count < 1000 or unit == " T":
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes/s and time left on a terminal; silent in a pipe and with --quiet."""
+    if not err.is_terminal or settings.quiet:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415, I001
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.update(task, advance=count)

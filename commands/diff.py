@@ -1,0 +1,58 @@
+"""smolconv diff"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from commands import console
+from commands.app import app
+
+_EPILOG = """
+**Examples**
+
+    smolconv diff checkpoints/nanotron smollm2-hf
+
+    smolconv diff before after --json
+"""
+
+
+@app.command(epilog=_EPILOG)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, or hf://owner/name[/subfolder][@revision].")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare it with, in any layout.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Compare two checkpoints' specs, and their tensors' names, shapes and dtypes. Reads no tensor; exit 1 if they differ.
+
+    Values are compared by **smolconv verify**.
+    """
+    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.inspection import diff_checkpoints  # noqa: PLC0415
+    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
+    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+
+    left, right = (
+        read_checkpoint(open_source(uri, headers_only=True), ReadOptions(check_sidecar=False)) for uri in (a, b)
+    )
+    document = diff_checkpoints(left, right)
+    if as_json:
+        console.print_json(document)
+    else:
+        for line in document["spec_differences"]:
+            console.out.print(f"spec    {line}", markup=False, soft_wrap=True)
+        for side, key in (("A", "only_a"), ("B", "only_b")):
+            for entry in document[key][:20]:
+                console.out.print(f"only {side}  {entry['name']} ({entry['slot']})", markup=False, soft_wrap=True)
+            if len(document[key]) > 20:
+                console.out.print(f"only {side}  ... and {len(document[key]) - 20} more (--json lists all)")
+        for entry in document["changed"][:20]:
+            text = f"{entry['name']} ({entry['slot']}): {entry['dtype_a']} {entry['shape_a']} in A, {entry['dtype_b']} "
+            console.out.print(f"tensor  {text}{entry['shape_b']} in B", markup=False, soft_wrap=True)
+        if len(document["changed"]) > 20:
+            console.out.print(f"tensor  ... and {len(document['changed']) - 20} more (--json lists all)")
+        if document["same"]:
+            console.out.print("the same spec and the same tensors by name, shape and dtype")
+    if not document["same"]:
+        raise typer.Exit(1)

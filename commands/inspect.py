@@ -1,0 +1,97 @@
+"""smolconv inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from commands import console
+from commands.app import app
+
+_EPILOG = """
+**Examples**
+
+    smolconv inspect checkpoints/nanotron
+
+    smolconv inspect hf://HuggingFaceTB/SmolLM2-135M --json
+
+    smolconv inspect converted --check
+"""
+
+
+@app.command(epilog=_EPILOG)
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor by its canonical name.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Re-read all bytes and compare the manifest's digests.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Say what a checkpoint is, from headers alone."""
+    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.inspection import check_digests, inspect_checkpoint  # noqa: PLC0415
+    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
+    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+
+    folder = open_source(source, headers_only=not check)
+    checkpoint = read_checkpoint(folder, ReadOptions(config=config, step=step, check_sidecar=check))
+    document = inspect_checkpoint(checkpoint, tensors=tensors)
+    if check:
+        document["checked"] = check_digests(folder)
+    if as_json:
+        console.print_json(document)
+        return
+    _show(document, source)
+
+
+def _show(document: dict[str, Any], source: str) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    spec, topology, progress = document["spec"], document["topology"], document["progress"]
+    nope = [i for i, on in enumerate(spec["use_rope"]) if not on]
+    ranks = [f"{key.upper()} {topology[key]}" for key in ("tp", "pp", "dp") if topology[key] is not None]
+    ranks += [f"ZeRO-{topology['zero_stage']}"] if topology["zero_stage"] is not None else []
+    rows = [
+        ("layout", " ".join([document["layout"], *ranks])),
+        ("model", f"{document['architecture']}, {console.number(document['parameters'])} parameters"
+                  f"{', tied' if document['tied'] else ', untied'}"),
+        ("shape", f"{spec['num_layers']} layers, hidden {spec['hidden_size']}, heads {spec['num_heads']}/"
+                  f"{spec['num_kv_heads']}, mlp {spec['intermediate_size']}, vocabulary {spec['vocab_size']}"),
+        ("rope", f"theta {spec['rope_theta']:g}" + (f", scaling {spec['rope_scaling']}" if spec["rope_scaling"] else "")
+                 + (f", NoPE in layers {_ranges(nope)}" if nope else "")),
+        ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in document["dtypes"].items())),
+        ("optimizer", "Adam: " + ", ".join(document["slots"]) if document["has_optimizer"] else "none"),
+        ("progress", "none" if progress is None else _progress(progress)),
+        ("files", f"{document['files']}, {console.size(document['bytes'])}"),
+    ]  # fmt: skip
+    if "checked" in document:
+        rows.append(("digests", f"{document['checked']} tensors are as they were written"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", console.escape(value))
+    console.out.print(table)
+    console.warn(document["problems"])
+    if "tensors" in document:
+        listing = Table(box=None, pad_edge=False)
+        for title in ("tensor", "slot", "dtype", "shape"):
+            listing.add_column(title)
+        for tensor in document["tensors"]:
+            listing.add_row(tensor["name"], tensor["slot"], tensor["dtype"], console.escape(str(tensor["shape"])))
+        console.out.print(listing)
+
+
+def _ranges(layers: list[int]) -> str:
+    return ", ".join(map(str, layers[:4])) + (f", ... {layers[-1]}" if len(layers) > 4 else "")
+
+
+def _progress(progress: dict[str, Any]) -> str:
+    tokens = progress["consumed_tokens"]
+    stages = [stage["name"] for stage in progress["stages"]]
+    return (
+        f"step {progress['step']}"
+        + (f", {console.number(tokens)} tokens" if tokens is not None else "")
+        + (f", stage {stages[progress['last_stage_index'] or 0]!r} of {len(stages)}" if stages else "")
+    )

@@ -1,0 +1,55 @@
+"""The console script: every error becomes a few lines on stderr and the exit code that docs/cli.md promises."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+
+from commands import console, convert, diff, import_gguf, inspect, verify  # noqa: F401  (they register themselves)
+from commands.app import app
+from smolconv.errors import Interrupted, SmolconvError
+
+
+def main() -> None:
+    """Run the app and end the process with its exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except SmolconvError as error:
+        _stop(error, error.exit_code, f"{type(error).__name__}: {error}")
+    except BrokenPipeError:
+        # The reader of our output has gone. Python would complain once more while it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError as error:
+        _stop(error, 4, "MachineError: out of memory. Try fewer --workers or a smaller --max-memory.")
+    except OSError as error:
+        _stop(error, 4, f"MachineError: {error}.{_advice(error)}")
+    except Exception as error:
+        _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped by Ctrl-C. Partial output, if any, is kept; --resume continues it.")
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "\nThe partial output is kept: free some space and repeat the command with --resume."
+    return ""
+
+
+def _stop(error: BaseException, code: int, text: str) -> None:
+    if console.settings.debug:
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exception(error)
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""Plan a conversion, then run it.
+
+A plan is pure: it reads headers and small documents, decides every output byte's offset, and can be printed. Running it
+streams the tensors into ``DST.partial``, reopens what was written, and gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from smolconv import __version__
+from smolconv.checkpoint import (
+    CHUNK_BYTES,
+    FLOAT_DTYPES,
+    Checkpoint,
+    LazyTensor,
+    Slot,
+    Stored,
+    cast,
+    row_slice,
+)
+from smolconv.errors import MissingFile, ParityFailed, UsageError
+from smolconv.hub import fetch_source, is_hub_uri, parse_hub_uri
+from smolconv.layouts.base import PlannedOutput, ReadOptions
+from smolconv.layouts.huggingface import ASSET_NAMES, HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
+from smolconv.layouts.registry import read_checkpoint
+from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
+from smolconv.storage.manifest import MANIFEST, make_manifest
+from smolconv.storage.output import WrittenTensor, total_bytes, write_files
+
+#: What a user may ask for with --to; "hf" is a synonym.
+TARGETS: Mapping[str, str] = {"hf": "huggingface", "huggingface": "huggingface", "nanotron": "nanotron"}
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Everything that decides what is written. What decides how (workers, resume) is given to ``run_conversion``."""
+
+    to: str
+    tp: int | None = None
+    pp: int | None = None
+    dp: int | None = None
+    zero_stage: int | None = None
+    max_shard_bytes: int = 5 * 10**9
+    dtype: str = "keep"
+    cast_from: str | None = None  #: "weights" or "master"
+    optimizer: bool | None = None  #: None carries it when the source has it
+    tokenizer: Path | None = None
+    vocab_size: int | None = None
+    rope_scaling: str = "as-trained"
+    nanotron_config: Path | None = None
+    digest: str = "xxh3"
+    config: Path | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """What will be written from what, to the byte."""
+
+    uri: str
+    source: Checkpoint
+    prepared: Checkpoint  #: the source as the target will hold it: dtype, vocabulary and slots chosen
+    target: Path
+    layout: str
+    options: ConvertOptions
+    output: PlannedOutput
+    digest: str
+
+    @property
+    def bytes_written(self) -> int:
+        return total_bytes(self.output.files)
+
+    @property
+    def bytes_read(self) -> int:
+        """Distinct bytes of the source's files."""
+        return sum({(s.path, s.offset): s.nbytes for s in _sources(self.output)}.values())
+
+    @property
+    def tensors(self) -> int:
+        return sum(tensor.slot is not None for file in self.output.files for tensor in file.tensors)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (*self.prepared.warnings, *self.output.warnings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionResult:
+    """What was done, for people and for --json."""
+
+    plan: ConversionPlan
+    seconds: float
+    warnings: tuple[str, ...]
+    verification: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **plan_to_json(self.plan),
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "warnings": list(self.warnings),
+            "verification": self.verification,
+        }
+
+
+def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
+    """The plan as plain JSON types; ``--dry-run`` prints it."""
+    return {
+        "schema": 1,
+        "source": {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
+        "target": {"path": str(plan.target), "layout": plan.layout},
+        "files": [{"path": str(file.path), "bytes": file.size} for file in plan.output.files],
+        "tensors": plan.tensors,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "plan_digest": plan.digest,
+        "warnings": list(plan.warnings),
+    }
+
+
+def open_source(uri: str | Path, *, headers_only: bool = False) -> Path:
+    """A local folder for ``uri``: itself, or what is needed of a Hub repository, downloaded to the cache."""
+    if is_hub_uri(str(uri)):
+        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only)
+    return Path(uri)
+
+
+def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -> ConversionPlan:
+    """Read headers, choose what the target holds, and fix every output file. Writes nothing.
+
+    Raises ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
+    """
+    layout = _checked(options)
+    folder = open_source(source)
+    refuse_nested(folder, target)
+    checkpoint = read_checkpoint(
+        folder,
+        ReadOptions(
+            config=options.config,
+            step=options.step,
+            rope_as_configured=options.rope_scaling == "as-configured",
+            optimizer=options.optimizer is not False,
+        ),
+    )
+    prepared = prepare(checkpoint, options)
+    if layout == "huggingface":
+        output = plan_huggingface(prepared, HuggingFaceOptions(max_shard_bytes=options.max_shard_bytes))
+    else:
+        output = plan_nanotron(
+            prepared,
+            NanotronOptions(
+                tp=options.tp or 1,
+                pp=options.pp or 1,
+                dp=options.dp or 1,
+                zero_stage=options.zero_stage or 0,
+                config=options.nanotron_config,
+            ),
+        )
+    return ConversionPlan(
+        uri=str(source),
+        source=checkpoint,
+        prepared=prepared,
+        target=target,
+        layout=layout,
+        options=options,
+        output=output,
+        digest=_plan_digest(output, options),
+    )
+
+
+def _checked(options: ConvertOptions) -> str:
+    if options.to == "deepspeed":
+        raise UsageError("--to deepspeed: this version writes nanotron and Hugging Face; DeepSpeed is not in it yet.")
+    layout = TARGETS.get(options.to)
+    if layout is None:
+        raise UsageError(f"--to {options.to}: expected one of hf, nanotron.")
+    if layout == "huggingface":
+        given = [name for name in ("tp", "pp", "dp", "zero_stage", "nanotron_config") if getattr(options, name) is not None]
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} has no meaning for --to hf, which has no ranks.")
+    if options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")
+    if options.cast_from not in (None, "weights", "master"):
+        raise UsageError(f"--cast-from {options.cast_from}: expected weights or master.")
+    if options.rope_scaling not in ("as-trained", "as-configured"):
+        raise UsageError(f"--rope-scaling {options.rope_scaling}: expected as-trained or as-configured.")
+    if options.digest not in ("xxh3", "sha256", "none"):
+        raise UsageError(f"--digest {options.digest}: expected xxh3, sha256 or none.")
+    return layout
+
+
+def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint as the target will hold it: optimizer kept or not, dtype cast, vocabulary trimmed, tokenizer added."""
+    if options.optimizer and not checkpoint.has_optimizer:
+        raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
+    checkpoint = _cast_parameters(checkpoint, options)
+    if not checkpoint.has_optimizer:
+        parameters = {Slot.PARAMETER: checkpoint.parameters}
+        checkpoint = replace(checkpoint, tensors=parameters, optimizer=None)
+    if options.vocab_size is not None:
+        checkpoint = _trim_vocabulary(checkpoint, options.vocab_size)
+    if options.tokenizer is not None:
+        checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
+    return checkpoint
+
+
+def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    master = checkpoint.tensors.get(Slot.MASTER) or {}
+    if options.cast_from == "master" and not master:
+        raise UsageError(f"--cast-from master: {checkpoint.root} holds no fp32 master weights.")
+    parameters = dict(checkpoint.parameters)
+    from_master = options.cast_from == "master" or (options.dtype == "float32" and options.cast_from is None)
+    warnings = list(checkpoint.warnings)
+    if options.dtype == "keep" and options.cast_from is None:
+        return checkpoint
+
+    def chosen(name: str, tensor: LazyTensor) -> LazyTensor:
+        source = master.get(name, tensor) if from_master else tensor
+        wanted = tensor.dtype if options.dtype == "keep" else options.dtype
+        return cast(source, wanted) if source.dtype in FLOAT_DTYPES else source
+
+    changed = {name: chosen(name, tensor) for name, tensor in parameters.items()}
+    if any(tensor.dtype != changed[name].dtype for name, tensor in parameters.items()):
+        origin = "the fp32 master weights" if from_master and master else "the stored weights"
+        warnings.append(f"parameters are {options.dtype}, taken from {origin}.")
+    tensors = {**checkpoint.tensors, Slot.PARAMETER: changed}
+    if options.dtype == "float32":
+        # The parameters are the master now; a second copy would only say the same.
+        tensors.pop(Slot.MASTER, None)
+    elif checkpoint.has_optimizer and not master and all(t.dtype == "float32" for t in parameters.values()):
+        # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to.
+        tensors[Slot.MASTER] = parameters
+    return replace(checkpoint, tensors=tensors, warnings=tuple(warnings))
+
+
+def _trim_vocabulary(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    padded = checkpoint.spec.vocab_size
+    if not 0 < rows <= padded:
+        raise UsageError(f"--vocab-size {rows}: the checkpoint has {padded} rows, so 1 to {padded} can be kept.")
+    if rows == padded:
+        return checkpoint
+    tensors = {
+        slot: {
+            name: row_slice(tensor, 0, rows) if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor
+            for name, tensor in found.items()
+        }
+        for slot, found in checkpoint.tensors.items()
+    }
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        spec=replace(checkpoint.spec, vocab_size=rows),
+        warnings=(*checkpoint.warnings, f"the vocabulary was trimmed from {padded} to {rows} rows."),
+    )
+
+
+def _tokenizer_files(path: Path) -> dict[str, Path]:
+    folder, names = (path, ASSET_NAMES) if path.is_dir() else (path.parent, (path.name,))
+    skipped = ("README.md", "LICENSE", "generation_config.json")
+    found = {name: folder / name for name in names if name not in skipped and (folder / name).is_file()}
+    if not any("tokenizer" in name for name in found):
+        raise MissingFile(f"--tokenizer {path}: no tokenizer.json, tokenizer.model or tokenizer_config.json is there.")
+    return found
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+Verifier = Callable[[ConversionPlan, Path], Mapping[str, Any]]
+
+
+def run_conversion(
+    plan: ConversionPlan,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    max_memory_bytes: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    verifier: Verifier | None = None,
+) -> ConversionResult:
+    """Carry the plan out. ``progress`` is called with bytes as they are written.
+
+    ``verifier`` looks at the written folder before it gets its name; when its result has ``passed`` false the folder is
+    kept as ``DST.failed`` and ``ParityFailed`` is raised. Raises ``MachineError`` and ``UsageError`` before writing.
+    """
+    started = time.perf_counter()
+    refuse_existing(plan.target, overwrite)
+    workers = workers or default_workers()
+    chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
+    with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite) as folder:
+        done = sum(file.size for file in plan.output.files if str(file.path) in folder.done)
+        require_space(plan.target, plan.bytes_written - done)
+        progress(done)
+        written = write_files(
+            plan.output.files, folder.partial, folder, workers=workers, digest=plan.options.digest,
+            chunk_bytes=chunk_bytes, progress=progress,
+        )  # fmt: skip
+        warnings = (*plan.warnings, *_nonfinite(plan, written))
+        for path, make in plan.output.late.items():
+            folder.write(path, make(written))
+        manifest = make_manifest(
+            plan.output.files,
+            written,
+            versions=_versions(),
+            source={"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
+            plan_digest=plan.digest,
+            warnings=warnings,
+        )
+        folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
+        verification = None if verifier is None else verifier(plan, folder.partial)
+        if verification is not None and not verification["passed"]:
+            failed = plan.target.with_name(plan.target.name + ".failed")
+            folder.publish(failed)
+            raise ParityFailed(
+                f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
+                f"It is kept as {failed}."
+            )
+        folder.publish()
+    return ConversionResult(
+        plan=plan, seconds=time.perf_counter() - started, warnings=warnings, verification=verification
+    )
+
+
+def default_workers() -> int:
+    """Workers that keep the disk busy: more than a few only share the same memory bandwidth."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
+    if max_memory_bytes is None:
+        return CHUNK_BYTES
+    # A worker holds its chunk; an expression below it holds up to two more of CHUNK_BYTES.
+    each = max_memory_bytes // workers - 2 * CHUNK_BYTES
+    if each < 1 << 16:
+        raise UsageError(f"--max-memory is too small for {workers} workers: give at least {workers * 9} MB.")
+    return min(each, 4 * CHUNK_BYTES)
+
+
+def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTensor]]) -> list[str]:
+    names = [
+        f"{tensor.name} ({tensor.slot})"
+        for file in plan.output.files
+        for tensor, found in zip(file.tensors, written[str(file.path)])
+        if found.nonfinite
+    ]
+    names = list(dict.fromkeys(names))
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [f"{len(names)} tensors hold NaN or infinity and were kept as they are: {shown}"] if names else []
+
+
+def _sources(output: PlannedOutput) -> list[Stored]:
+    return [leaf for file in output.files for tensor in file.tensors for leaf in tensor.source.leaves()]
+
+
+def _plan_digest(output: PlannedOutput, options: ConvertOptions) -> str:
+    """A digest of everything that decides the output: files, offsets, expressions, and the sources' sizes and times."""
+    hasher = xxhash.xxh3_128()
+    hasher.update(json.dumps([__version__, asdict(options)], default=str, sort_keys=True).encode())
+    for file in output.files:
+        hasher.update(f"{file.path}\0{file.size}\0".encode())
+        for offset, data in file.pieces:
+            hasher.update(f"{offset}\0".encode() + data)
+        for tensor in file.tensors:
+            hasher.update(f"{tensor.name}\0{tensor.slot}\0{tensor.offset}\0{tensor.source!r}\0".encode())
+    for path in sorted({leaf.path for leaf in _sources(output)}):
+        stat = path.stat()
+        hasher.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return str(hasher.hexdigest())
+
+
+def _versions() -> dict[str, str]:
+    found = {"smolconv": __version__, "python": platform.python_version()}
+    for package in ("numpy", "xxhash"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,98 @@
+"""Everything that can go wrong, as one tree. Each class knows the exit code that the command line ends with.
+
+A message has three parts: what was found and where, what was expected, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SmolconvError(Exception):
+    """The root: the command line prints the message without a traceback and exits with ``exit_code``."""
+
+    exit_code = 70
+
+
+class UsageError(SmolconvError):
+    """The words on the command line cannot be carried out as given."""
+
+    exit_code = 2
+
+
+class BadCheckpoint(SmolconvError):
+    """The checkpoint is missing, corrupt, contradictory or of a form we do not read."""
+
+    exit_code = 3
+
+
+class UnknownLayout(BadCheckpoint):
+    """No layout was recognised in the folder."""
+
+
+class UnsupportedModel(BadCheckpoint):
+    """The architecture, or a field of its config, cannot be represented."""
+
+
+class MissingFile(BadCheckpoint):
+    """A file that the checkpoint promises is not there."""
+
+
+class MissingShard(MissingFile):
+    """One rank's or one index entry's file is not there."""
+
+
+class CorruptFile(BadCheckpoint):
+    """A file is there, but its bytes are not what its format demands."""
+
+
+class UnsafePickle(BadCheckpoint):
+    """A pickle asks for something outside the allow-list. It was not executed."""
+
+
+class ShapeMismatch(BadCheckpoint):
+    """A tensor's shape contradicts the config or the other shards."""
+
+
+class NameMismatch(BadCheckpoint):
+    """Tensor names are missing, unexpected or there twice."""
+
+
+class MixedCheckpoint(BadCheckpoint):
+    """Files of different formats, steps or topologies lie in one checkpoint."""
+
+
+class DigestMismatch(BadCheckpoint):
+    """Stored bytes no longer have the digest that was recorded for them."""
+
+
+class MachineError(SmolconvError):
+    """The machine failed: disk full, no permission, no network, no memory."""
+
+    exit_code = 4
+
+
+class OutputLocked(MachineError):
+    """Another process is writing the same target."""
+
+
+class NotInstalled(SmolconvError):
+    """Something that the command needs is not installed."""
+
+    exit_code = 5
+
+
+class TrainingStopped(SmolconvError):
+    """Training stopped itself: non-finite loss, or the start gate failed."""
+
+    exit_code = 6
+
+
+class ParityFailed(SmolconvError):
+    """Two checkpoints are not the same model."""
+
+    exit_code = 1
+
+
+class Interrupted(SmolconvError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130

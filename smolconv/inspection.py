@@ -1,0 +1,102 @@
+"""What a checkpoint is, as facts for people and for --json. Headers only, unless digests are to be compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import CorruptFile
+from smolconv.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.storage.manifest import check_manifest, read_manifest
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """The spec's fields as plain JSON types."""
+    return {**asdict(spec), "use_rope": [int(on) for on in spec.use_rope]}
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
+    """The document that ``smolconv inspect --json`` prints."""
+    dtypes = Counter(tensor.dtype for found in checkpoint.tensors.values() for tensor in found.values())
+    progress = checkpoint.progress
+    document: dict[str, Any] = {
+        "schema": 1,
+        "path": str(checkpoint.root),
+        "layout": checkpoint.layout,
+        "architecture": checkpoint.spec.architecture,
+        "spec": spec_to_json(checkpoint.spec),
+        "parameters": sum(prod(shape) for shape in parameter_shapes(checkpoint.spec).values()),
+        "bytes": sum(path.stat().st_size for path in set(checkpoint.files) if path.is_file()),
+        "dtypes": dict(dtypes),
+        "topology": asdict(checkpoint.topology),
+        "has_optimizer": checkpoint.has_optimizer,
+        "slots": sorted(slot.value for slot, found in checkpoint.tensors.items() if found),
+        "progress": None if progress is None else {
+            "step": progress.step,
+            "consumed_samples": progress.consumed_samples,
+            "consumed_tokens": progress.consumed_tokens,
+            "stages": [asdict(stage) for stage in progress.stages],
+            "last_stage_index": progress.last_stage_index,
+        },
+        "tied": checkpoint.spec.tied,
+        "files": len(set(checkpoint.files)),
+        "revision": checkpoint.revision,
+        "problems": list(checkpoint.warnings),
+    }  # fmt: skip
+    if checkpoint.optimizer is not None:
+        document["groups"] = [
+            {"parameters": len(group.names), "hyperparameters": dict(group.hyperparameters)}
+            for group in checkpoint.optimizer.groups
+        ]
+    if tensors:
+        document["tensors"] = [
+            {"name": name, "slot": slot.value, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for slot, found in checkpoint.tensors.items()
+            for name, tensor in found.items()
+        ]
+    return document
+
+
+def check_digests(folder: Path) -> int:
+    """Re-read every tensor below ``folder`` and compare it with the manifest; returns how many were compared.
+
+    Raises ``DigestMismatch``; ``CorruptFile`` when there is no manifest to compare with.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CorruptFile(
+            f"{folder} has no smolconv_manifest.json, so there are no digests to compare.\n"
+            "Only folders that smolconv wrote have one."
+        )
+    return check_manifest(folder, manifest)
+
+
+def diff_checkpoints(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+    """Differences of specs and of tensors' names, shapes and dtypes. Reads no tensor."""
+    left = {(slot.value, name): t for slot, found in a.tensors.items() for name, t in found.items()}
+    right = {(slot.value, name): t for slot, found in b.tensors.items() for name, t in found.items()}
+    changed = [
+        {
+            "name": key[1], "slot": key[0], "shape_a": list(left[key].shape), "shape_b": list(right[key].shape),
+            "dtype_a": left[key].dtype, "dtype_b": right[key].dtype,
+        }
+        for key in left
+        if key in right and (left[key].shape, left[key].dtype) != (right[key].shape, right[key].dtype)
+    ]  # fmt: skip
+    specs = spec_differences(a.spec, b.spec)
+    only_a = [{"name": name, "slot": slot} for slot, name in left if (slot, name) not in right]
+    only_b = [{"name": name, "slot": slot} for slot, name in right if (slot, name) not in left]
+    return {
+        "schema": 1,
+        "a": str(a.root),
+        "b": str(b.root),
+        "same": not (specs or only_a or only_b or changed),
+        "spec_differences": specs,
+        "only_a": only_a,
+        "only_b": only_b,
+        "changed": changed,
+    }

@@ -1,0 +1,386 @@
+"""Hugging Face: config.json, safetensors (one file or sharded) or legacy pytorch_model.bin, tokenizer beside them.
+
+HF has no place for Adam's state, so it goes to the sidecar folder ``smolconv_state/`` (docs/sidecar.md), from where it
+comes back without losing a bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from smolconv.checkpoint import (
+    Checkpoint,
+    DataStage,
+    LazyTensor,
+    OptimizerState,
+    ParameterGroup,
+    Slot,
+    Stored,
+    TrainingProgress,
+    equal,
+)
+from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingShard, NameMismatch, UnsupportedModel
+from smolconv.layouts.base import PlannedOutput, ReadOptions, Written, copied_file, model_card, read_json
+from smolconv.mappings.huggingface import weight_table
+from smolconv.spec import ModelSpec, spec_from_hf, spec_to_hf
+from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
+from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
+from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
+
+SIDECAR = "smolconv_state"
+#: Files that travel with the weights, beside config.json.
+ASSET_NAMES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md", "LICENSE",
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether ``folder`` holds an HF config beside weights."""
+    if not (folder / "config.json").is_file():
+        return False
+    return any((folder / name).exists() for stem in _WEIGHTS for name in (stem, f"{stem}.index.json")) or any(
+        folder.glob("model-*-of-*.safetensors")
+    )
+
+
+def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
+    """Read config, headers and, when asked for, the sidecar; tensors stay in their files.
+
+    Raises ``BadCheckpoint`` and its kind for anything missing, contradictory or unsupported.
+    """
+    config_path = options.config or folder / "config.json"
+    config = read_json(config_path)
+    spec = spec_from_hf(config, str(config_path))
+    files, found = _weights(folder)
+    parameters = weight_table(spec).to_canonical(_retied(found, spec, folder), str(folder))
+    tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
+    optimizer, progress, origin, warnings = None, None, {"config.json": json.dumps(config).encode()}, ()
+    if (folder / SIDECAR / "state.json").is_file():
+        sidecar = _read_sidecar(folder, spec, parameters, options)
+        tensors.update(sidecar.slots)
+        optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
+        origin.update(sidecar.origin)
+        files = (*files, *sidecar.files)
+    assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
+    return Checkpoint(
+        layout="huggingface",
+        root=folder,
+        spec=spec,
+        tensors=tensors,
+        optimizer=optimizer,
+        progress=progress,
+        assets=assets,
+        origin=origin,
+        files=(folder / "config.json", *files, *assets.values()),
+        warnings=warnings,
+    )
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
+    """The weight files, and what they hold by name."""
+    for stem in _WEIGHTS:
+        index, single = folder / f"{stem}.index.json", folder / stem
+        if index.is_file():
+            return _indexed(folder, index)
+        if single.is_file():
+            return (single,), _tensors_of(single)
+    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    there = f"{shards[0]} and {len(shards) - 1} more are there, but no index" if shards else "no weights are there"
+    raise MissingFile(
+        f"{folder}: {there}; expected model.safetensors, model.safetensors.index.json or pytorch_model.bin.\n"
+        "Copy the missing file from where the checkpoint came from."
+    )
+
+
+def _indexed(folder: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CorruptFile(f"{index} has no weight_map from tensor names to file names.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise CorruptFile(f"{index} names {name!r}, which is not a plain file name beside it. It was not opened.")
+        if not (folder / name).is_file():
+            raise MissingShard(
+                f"{folder}: {name} is missing, although {index.name} puts "
+                f"{sum(value == name for value in weight_map.values())} tensors there.\nCopy it from the source."
+            )
+    found: dict[str, LazyTensor] = {}
+    for name in names:
+        for tensor_name, tensor in _tensors_of(folder / name).items():
+            if weight_map.get(tensor_name) != name:
+                raise NameMismatch(
+                    f"{folder}: {tensor_name} lies in {name}, but the index says {weight_map.get(tensor_name)}.\n"
+                    "Shards of two checkpoints may be mixed: copy all of one."
+                )
+            found[tensor_name] = tensor
+    ghosts = [name for name in weight_map if name not in found]
+    if ghosts:
+        raise NameMismatch(
+            f"{index} promises {ghosts[0]} in {weight_map[ghosts[0]]}, which does not hold it ({len(ghosts)} such)."
+        )
+    return tuple(folder / name for name in names), found
+
+
+def _tensors_of(path: Path) -> dict[str, LazyTensor]:
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path).tensors)
+    document = read_torch_archive(path)
+    if not isinstance(document, Mapping):
+        raise CorruptFile(f"{path} holds no mapping from names to tensors.")
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in document.items():
+        if not isinstance(tensor, ArchiveTensor):
+            raise CorruptFile(f"{path}: {name} is not a tensor.")
+        if not tensor.is_contiguous:
+            raise UnsupportedModel(f"{path}: {name} is stored transposed; save it again with .contiguous().")
+        found[str(name)] = Stored(path=path, offset=tensor.offset, shape=tensor.shape, dtype=tensor.dtype)
+    return found
+
+
+def _retied(found: Mapping[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
+    """Without a tied head's second copy, once it is known to be the same, bit for bit."""
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if not spec.tied or head is None or embedding is None:
+        return dict(found)
+    same_place = isinstance(head, Stored) and isinstance(embedding, Stored) and head == embedding
+    if not same_place and not equal(head, embedding):
+        raise NameMismatch(
+            f"{folder}: config.json ties lm_head to the embedding, but lm_head.weight is another tensor.\n"
+            "Set tie_word_embeddings to false if the head was trained apart."
+        )
+    return {name: tensor for name, tensor in found.items() if name != "lm_head.weight"}
+
+
+# --- sidecar ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sidecar:
+    slots: Mapping[Slot, Mapping[str, LazyTensor]]
+    optimizer: OptimizerState | None
+    progress: TrainingProgress | None
+    origin: Mapping[str, bytes]
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def _read_sidecar(
+    folder: Path, spec: ModelSpec, parameters: Mapping[str, LazyTensor], options: ReadOptions
+) -> _Sidecar:
+    home = folder / SIDECAR
+    state = read_json(home / "state.json")
+    progress = _progress_from_json(state.get("progress"), home / "state.json")
+    source = home / "source"
+    documents = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
+    origin = {path.name: path.read_bytes() for path in documents}
+    if not options.optimizer or state.get("optimizer") is None:
+        return _Sidecar(
+            slots={}, optimizer=None, progress=progress, origin=origin, files=(home / "state.json", *documents)
+        )
+    slots: dict[Slot, Mapping[str, LazyTensor]] = {}
+    files = [home / "state.json", *documents]
+    for slot in (Slot.MASTER, Slot.EXP_AVG, Slot.EXP_AVG_SQ):
+        index = home / f"{slot.value}.safetensors.index.json"
+        if index.is_file():
+            shards, found = _indexed(home, index)
+            table = weight_table(spec)
+            slots[slot] = table.to_canonical(found, f"{home} ({slot.value})", all_needed=False)
+            files += [index, *shards]
+    if options.check_sidecar:
+        _check_belongs(folder, state, parameters)
+    try:
+        optimizer = OptimizerState(
+            steps={str(name): float(step) for name, step in state["optimizer"]["steps"].items()},
+            groups=tuple(
+                ParameterGroup(names=tuple(group["names"]), hyperparameters=_with_tuples(group["hyperparameters"]))
+                for group in state["optimizer"]["groups"]
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{home / 'state.json'}: the optimizer's part cannot be read ({error!r}).") from None
+    return _Sidecar(slots=slots, optimizer=optimizer, progress=progress, origin=origin, files=tuple(files))
+
+
+def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[str, LazyTensor]) -> None:
+    """The sidecar's state belongs to the very weights it was written with: moments of others would be wrong."""
+    digests = state.get("weights") or {}
+    for name, tensor in parameters.items():
+        known = digests.get(name)
+        if known is None or digest_tensor(tensor) != known:
+            raise DigestMismatch(
+                f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not belong "
+                "to this model.\nPass --no-optimizer to convert the weights only, or convert again from the source."
+            )
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if key == "betas" else value for key, value in values.items()}
+
+
+def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:
+    if value is None:
+        return None
+    try:
+        stages = tuple(DataStage(**stage) for stage in value.get("stages", ()))
+        return TrainingProgress(**{**value, "stages": stages})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{where}: the progress cannot be read ({error}).") from None
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceOptions:
+    """How to write an HF folder."""
+
+    max_shard_bytes: int = 5 * 10**9
+
+
+def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> PlannedOutput:
+    """Plan every file: shards, index, config in both rope spellings, assets, card, and the sidecar if there is state."""
+    spec, warnings = checkpoint.spec, []
+    layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
+    files = list(_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
+    dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
+    dtype = layout["model.embed_tokens.weight"].dtype if len(dtypes) > 1 else next(iter(dtypes))
+    config = _config(checkpoint, dtype)
+    files.append(plain_file("config.json", _json(config)))
+    assets = dict(checkpoint.assets)
+    assets.pop("config.json", None)
+    has_tokenizer = any("tokenizer" in name for name in assets)
+    if not has_tokenizer:
+        warnings.append("the source has no tokenizer; give one with --tokenizer, or copy it beside config.json later.")
+    if "generation_config.json" not in assets:
+        files.append(plain_file("generation_config.json", _json(_generation_config(config))))
+    if "README.md" not in assets:
+        card = model_card(checkpoint, "A Hugging Face checkpoint", str(checkpoint.root), has_tokenizer)
+        files.append(plain_file("README.md", card))
+    files += [copied_file(name, path) for name, path in assets.items()]
+    late = {}
+    if checkpoint.has_optimizer or checkpoint.progress is not None:
+        files += _sidecar_files(checkpoint, options)
+        late[f"{SIDECAR}/state.json"] = lambda written: _json(_sidecar_state(checkpoint, files, written))
+    return PlannedOutput(files=tuple(files), late=late, warnings=tuple(warnings))
+
+
+def _sharded(
+    tensors: Mapping[str, LazyTensor], stem: str, index_stem: str, max_shard_bytes: int, slot: Slot, folder: str = ""
+) -> list[PlannedFile]:
+    shards = plan_shards(tensors, max_shard_bytes)
+    metadata = {"format": "pt"}
+    single = len(shards) == 1 and not folder
+    names = [
+        f"{folder}{stem}.safetensors" if single else f"{folder}{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    files = [
+        plan_safetensors(name, {key: tensors[key] for key in shard}, metadata, slot.value)
+        for name, shard in zip(names, shards)
+    ]
+    if not single:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: PurePosixPath(name).name for name, shard in zip(names, shards) for key in shard},
+        }
+        files.append(plain_file(f"{folder}{index_stem}.safetensors.index.json", _json(index)))
+    return files
+
+
+def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
+    """Pack tensors into files in order, none larger than ``max_shard_bytes`` unless one tensor is."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    origin = checkpoint.origin
+    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
+    if not known and "config.json" in checkpoint.assets:
+        # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
+        known = read_json(checkpoint.assets["config.json"])
+    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
+    return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
+
+
+def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+    return {"_from_model_config": True, **ids}
+
+
+def _sidecar_files(checkpoint: Checkpoint, options: HuggingFaceOptions) -> list[PlannedFile]:
+    folder = f"{SIDECAR}/"
+    files = [
+        plain_file(f"{folder}source/{name}", data)
+        for name, data in checkpoint.origin.items()
+        if name != "config.json"
+    ]
+    if checkpoint.has_optimizer:
+        for slot in (Slot.MASTER, Slot.EXP_AVG, Slot.EXP_AVG_SQ):
+            tensors = checkpoint.tensors.get(slot)
+            if tensors:
+                files += _sharded(tensors, slot.value, slot.value, options.max_shard_bytes, slot, folder)
+    return files
+
+
+def _sidecar_state(checkpoint: Checkpoint, files: Sequence[PlannedFile], written: Written) -> dict[str, Any]:
+    digests = {}
+    for file in files:
+        for tensor, found in zip(file.tensors, written[str(file.path)]):
+            if tensor.slot == Slot.PARAMETER.value:
+                known = found.digest if (found.digest or "").startswith("xxh3") else None
+                digests[tensor.name] = known or digest_tensor(tensor.source)
+    progress = checkpoint.progress
+    optimizer = checkpoint.optimizer if checkpoint.has_optimizer else None
+    return {
+        "schema": 1,
+        "tool": "smolconv",
+        "step": None if progress is None else progress.step,
+        "weights": digests,
+        "optimizer": None if optimizer is None else {
+            "steps": dict(optimizer.steps),
+            "groups": [
+                {"names": list(group.names), "hyperparameters": dict(group.hyperparameters)}
+                for group in optimizer.groups
+            ],
+        },
+        "progress": None if progress is None else asdict(progress),
+    }  # fmt: skip
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "5GB", "500MB" (powers of 1000), "2GiB" (of 1024) or a plain number. Raises ``ValueError``."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    number, unit, binary = match.groups()
+    value = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " ")
+    if not math.isfinite(value) or value < 1:
+        raise ValueError(text)
+    return int(value)

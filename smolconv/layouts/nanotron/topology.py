@@ -1,0 +1,282 @@
+"""How nanotron splits a model: tensor-parallel slices, pipeline ranks, ZeRO-1 slices, and the file names of each.
+
+Pure functions of the spec and the sizes; both the reader and the writer use them. Facts were read in nanotron's branch
+``smollm3`` (bc1f5a61) and checked against folders that it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smolconv.checkpoint import LazyTensor, column_slice, join, join_columns, row_slice
+from smolconv.errors import CorruptFile, ShapeMismatch, UsageError
+from smolconv.spec import ModelSpec
+
+EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
+FINAL_NORM = "model.final_layer_norm.pp_block.weight"
+HEAD = "model.lm_head.pp_block.weight"
+
+# --- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How one parameter is cut over tensor-parallel ranks: along ``dim``, within each of ``chunks`` of it."""
+
+    dim: int
+    chunks: tuple[int, ...] = ()  #: sizes along ``dim``; () for one chunk, which nanotron writes differently
+
+
+def tensor_parallel(name: str, spec: ModelSpec) -> TensorParallel | None:
+    """The cut of a nanotron parameter; None for norms, which every rank holds whole."""
+    if "layernorm" in name or name == FINAL_NORM:
+        return None
+    if ".qkv_proj." in name:
+        return TensorParallel(0, (spec.query_rows, spec.kv_rows, spec.kv_rows))
+    if ".gate_up_proj." in name:
+        return TensorParallel(0, (spec.intermediate_size, spec.intermediate_size))
+    if ".o_proj." in name or ".down_proj." in name:
+        return TensorParallel(1)
+    return TensorParallel(0)  # embedding and head
+
+
+@dataclass(frozen=True)
+class SlicePair:
+    """``full[global] = shard[local]`` along one dimension; the other dimensions are whole."""
+
+    dim: int
+    local: tuple[int, int]
+    full: tuple[int, int]
+
+
+def slice_pairs(cut: TensorParallel, size: int, tp: int, rank: int) -> tuple[SlicePair, ...]:
+    """The pieces of ``rank``'s shard, for a parameter with ``size`` entries along the cut."""
+    pairs, local, full = [], 0, 0
+    for chunk in cut.chunks or (size,):
+        length = chunk // tp
+        pairs.append(SlicePair(cut.dim, (local, local + length), (full + rank * length, full + (rank + 1) * length)))
+        local, full = local + length, full + chunk
+    return tuple(pairs)
+
+
+def cut_shard(tensor: LazyTensor, pairs: Sequence[SlicePair]) -> LazyTensor:
+    """One rank's shard of a whole parameter."""
+    if pairs[0].dim == 0:
+        return join([row_slice(tensor, *pair.full) for pair in pairs])
+    return join_columns([column_slice(tensor, *pair.full) for pair in pairs])
+
+
+def join_shards(
+    shards: Sequence[tuple[LazyTensor, Sequence[SlicePair]]], shape: tuple[int, ...], where: str
+) -> LazyTensor:
+    """The whole parameter from all ranks' shards. Raises ``ShapeMismatch`` when their slices leave gaps or overlap."""
+    placed = sorted(
+        ((pair, shard) for shard, pairs in shards for pair in pairs), key=lambda item: item[0].full
+    )
+    dim, at, pieces = placed[0][0].dim, 0, []
+    for pair, shard in placed:
+        lengths = {pair.local[1] - pair.local[0], pair.full[1] - pair.full[0]}
+        if pair.dim != dim or pair.full[0] != at or len(lengths) != 1:
+            raise ShapeMismatch(
+                f"{where}: the shards' slices do not cover the parameter {list(shape)} once: one begins at "
+                f"{pair.full[0]} of dimension {pair.dim}, expected {at} of dimension {dim}.\n"
+                "Files of different runs or topologies may be mixed in this folder."
+            )
+        pieces.append(row_slice(shard, *pair.local) if dim == 0 else column_slice(shard, *pair.local))
+        at = pair.full[1]
+    whole = join(pieces) if dim == 0 else join_columns(pieces)
+    if whole.shape != shape:
+        raise ShapeMismatch(f"{where}: the shards make {list(whole.shape)}, their metadata say {list(shape)}.")
+    return whole
+
+
+def format_slices(pairs: Sequence[SlicePair], cut: TensorParallel, dims: int) -> str:
+    """``local_global_slices_pairs`` as nanotron writes it; a single chunk's local side is all ``None``."""
+
+    def side(dim: int, limits: tuple[int, int] | None) -> str:
+        whole = "None,None,None"
+        return "|".join(f"{limits[0]},{limits[1]},None" if d == dim and limits else whole for d in range(dims))
+
+    return ";".join(f"{side(p.dim, p.local if cut.chunks else None)}#{side(p.dim, p.full)}" for p in pairs)
+
+
+def parse_slices(text: str, shard_shape: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple[SlicePair, ...]:
+    """Read ``local_global_slices_pairs``. Raises ``CorruptFile`` for what is not a cut along one dimension."""
+    pairs = []
+    for pair in text.split(";"):
+        try:
+            local, full = ([_parse_slice(part) for part in side.split("|")] for side in pair.split("#"))
+        except ValueError:
+            raise CorruptFile(f"{where}: local_global_slices_pairs cannot be read: {pair!r:.120}") from None
+        bounded = [
+            (dim, _limits(a, shard_shape[dim]), _limits(b, shape[dim]))
+            for dim, (a, b) in enumerate(zip(local, full, strict=True))
+        ]
+        cuts = [item for item in bounded if item[1] != (0, shape[item[0]]) or item[2] != (0, shape[item[0]])]
+        if len(cuts) > 1:
+            raise CorruptFile(f"{where}: cut along several dimensions, which nanotron's models never are: {pair!r}")
+        pairs.append(SlicePair(*(cuts or bounded[:1])[0]))
+    return tuple(pairs)
+
+
+def _parse_slice(text: str) -> tuple[int | None, int | None]:
+    start, stop, step = (None if part == "None" else int(part) for part in text.split(","))
+    if step not in (None, 1):
+        raise ValueError(text)
+    return start, stop
+
+
+def _limits(slice_: tuple[int | None, int | None], size: int) -> tuple[int, int]:
+    return (slice_[0] or 0, size if slice_[1] is None else slice_[1])
+
+
+def parse_shape(text: str, where: str) -> tuple[int, ...]:
+    """``unsharded_shape``: "(80, 48)", or "(np.int64(80), 48)" as written under numpy 2."""
+    plain = re.sub(r"np\.int\d+\((\d+)\)", r"\1", text).strip()
+    if not re.fullmatch(r"\((\d+\s*,\s*)*\d*\s*\)", plain):
+        raise CorruptFile(f"{where}: unsharded_shape cannot be read: {text!r}")
+    return tuple(int(number) for number in re.findall(r"\d+", plain))
+
+
+def require_tp(spec: ModelSpec, tp: int) -> None:
+    """Raise ``UsageError`` when nanotron could not build the model on ``tp`` ranks."""
+    for what, size in (
+        ("query heads", spec.num_heads), ("key/value heads", spec.num_kv_heads),
+        ("intermediate_size", spec.intermediate_size),
+    ):  # fmt: skip
+        if size % tp:
+            raise UsageError(f"--tp {tp} does not divide the model's {size} {what}; choose a divisor of it.")
+
+
+def padded_vocabulary(vocab_size: int, tp: int) -> int:
+    """nanotron pads the vocabulary until it divides among the tensor-parallel ranks."""
+    return -(-vocab_size // tp) * tp
+
+
+# --- pipeline parallelism --------------------------------------------------------------------------------------------
+
+
+def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
+    """The pipeline rank of each block: "embedding", "0" .. "L-1" for layers, "norm" and "head".
+
+    Blocks are placed in module order by the compute they cost (``head_dim`` and key/value heads are ignored, as there);
+    a block that crosses the threshold stays, the next goes on. Raises ``UsageError`` when a rank is left empty, since
+    nanotron refuses to build such a model.
+    """
+    hidden, head = spec.hidden_size, spec.hidden_size // spec.num_heads
+    layer = 4 * spec.num_heads * head * hidden + 3 * spec.intermediate_size * hidden
+    blocks = [("embedding", 0), *((str(i), layer) for i in range(spec.num_layers)), ("norm", 0)]
+    blocks += [("head", spec.vocab_size * hidden)]
+    blocks += [("cast_to_fp32", 0)] if spec.architecture == "llama" else []
+    blocks += [("loss", 0)]
+    cumulative = np.cumsum([cost for _, cost in blocks], dtype=np.int64)
+    thresholds = [float(cumulative[-1]) * ((rank + 1) / pp) for rank in range(pp)]
+    ranks, rank = {}, 0
+    for (name, _), reached in zip(blocks, cumulative):
+        ranks[name] = rank
+        if rank < pp - 1 and reached > thresholds[rank]:
+            rank += 1
+    empty = sorted(set(range(pp)) - set(ranks.values()))
+    if empty:
+        raise UsageError(
+            f"--pp {pp} leaves pipeline rank {empty[0]} of this model without any block, and nanotron refuses to build "
+            f"it. Choose a smaller --pp."
+        )
+    return {name: rank for name, rank in ranks.items() if name not in ("cast_to_fp32", "loss")}
+
+
+def block_of(name: str) -> str:
+    """The pipeline block that a nanotron parameter belongs to."""
+    if name == EMBEDDING:
+        return "embedding"
+    if name == FINAL_NORM:
+        return "norm"
+    if name == HEAD:
+        return "head"
+    return name.split(".")[2]
+
+
+def parameters_of_rank(names: Sequence[str], ranks: Mapping[str, int], rank: int, *, tied: bool) -> list[str]:
+    """A pipeline rank's parameters in its optimizer's order.
+
+    With a tied head on another rank than the embedding, that rank counts its own copy of the embedding, last.
+    """
+    mine = [name for name in names if ranks[block_of(name)] == rank]
+    if tied and ranks["head"] == rank and ranks["embedding"] != rank:
+        mine.append(EMBEDDING)
+    return mine
+
+
+# --- ZeRO-1 ----------------------------------------------------------------------------------------------------------
+
+
+def zero1_slices(numel: int, dp: int) -> list[tuple[int, int]]:
+    """Each data-parallel rank's elements of a flattened shard: ceil(n / dp), the last ranks one less; may be empty."""
+    size = (numel - 1) // dp + 1
+    short = size * dp - numel
+    ends = np.cumsum([size - (rank >= dp - short) for rank in range(dp)]).tolist()
+    return list(zip([0, *ends[:-1]], ends))
+
+
+# --- file names ------------------------------------------------------------------------------------------------------
+
+#: Format 1.4 and 1.5, those of 1.2 and 1.3 with a doubled "model_" and ".safetensors", and rankless files.
+_WEIGHT_FILE = re.compile(
+    r"model_(?:model_)?(?P<kind>weight|bias)(?:\.safetensors)?"
+    r"(?:_pp-rank-(?P<pp>\d+)-of-(?P<pps>\d+)_tp-rank-(?P<tp>\d+)-of-(?P<tps>\d+)"
+    r"(?:_exp-rank-(?P<exp>\d+)-of-(?P<exps>\d+))?)?\.safetensors"
+)
+_STATE_FILE = re.compile(
+    r"(?:optimizer|lr_scheduler)_pp-(?P<pp>\d+)-of-(?P<pps>\d+)(?:_dp-(?P<dp>\d+)-of-(?P<dps>\d+))?"
+    r"_tp-(?P<tp>\d+)-of-(?P<tps>\d+)(?:_exp-(?P<exp>\d+)-of-(?P<exps>\d+))?\.pt"
+)
+
+
+@dataclass(frozen=True)
+class RankedFile:
+    """The ranks that a file name states; None where it states none."""
+
+    kind: str
+    pp: int | None
+    pp_size: int | None
+    tp: int | None
+    tp_size: int | None
+    dp: int | None = None
+    dp_size: int | None = None
+    expert_size: int | None = None
+
+
+def parse_weight_file(file_name: str) -> RankedFile | None:
+    """None when the name is not one of nanotron's weight files."""
+    match = _WEIGHT_FILE.fullmatch(file_name)
+    return None if match is None else _ranked(match, match["kind"])
+
+
+def parse_state_file(file_name: str) -> RankedFile | None:
+    """None when the name is not one of nanotron's optimizer or LR scheduler files."""
+    match = _STATE_FILE.fullmatch(file_name)
+    return None if match is None else _ranked(match, "state")
+
+
+def _ranked(match: re.Match[str], kind: str) -> RankedFile:
+    found = {key: None if text is None else int(text) for key, text in match.groupdict().items() if key != "kind"}
+    return RankedFile(
+        kind, found["pp"], found["pps"], found["tp"], found["tps"], found.get("dp"), found.get("dps"), found["exps"]
+    )
+
+
+def weight_path(name: str, ranks: tuple[int, int, int, int] | None) -> str:
+    """Path below the step folder; ``ranks`` are (pp, pp size, tp, tp size), None for a parameter that is not cut."""
+    *folders, kind = name.split(".")
+    ending = "" if ranks is None else "_pp-rank-{}-of-{}_tp-rank-{}-of-{}".format(*ranks)
+    return "/".join(["model", *folders, f"model_{kind}{ending}.safetensors"])
+
+
+def state_file(kind: str, pp: tuple[int, int], tp: tuple[int, int], dp: tuple[int, int] | None = None) -> str:
+    """``optimizer`` and ``lr_scheduler`` files; ``dp`` for a ZeRO-1 optimizer only. Each pair is (rank, size)."""
+    middle = "" if dp is None else f"_dp-{dp[0]}-of-{dp[1]}"
+    return f"{kind}/{kind}_pp-{pp[0]}-of-{pp[1]}{middle}_tp-{tp[0]}-of-{tp[1]}_exp-0-of-1.pt"

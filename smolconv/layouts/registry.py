@@ -1,0 +1,63 @@
+"""Which layouts there are: detect one, read a checkpoint of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout
+from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.huggingface import is_huggingface, read_huggingface
+from smolconv.layouts.nanotron import is_nanotron, read_nanotron
+from smolconv.storage.atomic import INCOMPLETE
+
+LAYOUTS = ("nanotron", "huggingface", "deepspeed")
+
+
+def detect_layout(folder: Path) -> str:
+    """One of ``LAYOUTS``. Raises ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there."""
+    if not folder.exists():
+        raise MissingFile(f"{folder} is not there. Check the path; Hub repositories are written hf://owner/name.")
+    if not folder.is_dir():
+        raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
+    if (folder / INCOMPLETE).exists():
+        raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")
+    if is_huggingface(folder):
+        return "huggingface"
+    if is_nanotron(folder):
+        return "nanotron"
+    if _is_deepspeed(folder):
+        return "deepspeed"
+    raise UnknownLayout(
+        f"{folder} is not a checkpoint that smolconv knows: neither config.json beside weights (Hugging Face), nor "
+        "latest.txt or model_config.json (nanotron), nor latest or *_model_states.pt (DeepSpeed) is there."
+    )
+
+
+def _hint(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "For a GGUF file use: smolconv import-gguf FILE OUT"
+    return f"Name the folder that holds it: {path.parent}"
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("latest", "latest_universal")) or any(
+        folder.glob("*_model_states.pt")
+    )
+
+
+def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
+    """Read a checkpoint of any layout, headers only. Raises ``BadCheckpoint`` and its kind."""
+    layout = detect_layout(folder)
+    if layout == "huggingface":
+        return read_huggingface(folder, options)
+    if layout == "nanotron":
+        return read_nanotron(folder, options)
+    raise UnknownLayout(
+        f"{folder} is a DeepSpeed checkpoint; this version of smolconv reads and writes nanotron and Hugging Face."
+    )
+
+
+def without_optimizer(options: ReadOptions) -> ReadOptions:
+    return replace(options, optimizer=False)

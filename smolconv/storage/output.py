@@ -1,0 +1,296 @@
+"""Planned output files, and the engine that streams tensors into them.
+
+A writer decides every byte offset before any data moves. The engine then runs one task per tensor: read a chunk, add it
+to the digest, write it in its place. Nothing larger than a few chunks a worker is ever in memory, files are flushed
+while others are still being written, and a file counts as done only once it is on disk and in the journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from smolconv.checkpoint import CHUNK_BYTES, DTYPE_BYTES, LazyTensor, Raw, close_thread_files, raw_dtype
+
+#: Bytes at an absolute offset of a file.
+Piece = tuple[int, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """One tensor's place in an output file."""
+
+    name: str
+    slot: str | None  #: None for a file that is copied as it is
+    offset: int  #: bytes from the start of the file
+    source: LazyTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """An output file whose size and every offset are known before any data is read."""
+
+    path: PurePosixPath  #: relative to the output folder
+    size: int
+    tensors: tuple[PlannedTensor, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    #: What can be written only when the tensors' CRC-32s are known (zip archives): CRCs in order -> pieces.
+    finish: Callable[[Sequence[int]], Sequence[Piece]] | None = None
+    #: Reopens the written file and raises when it is not what was planned.
+    check: Callable[[Path], None] | None = None
+
+
+def plain_file(path: str, data: bytes) -> PlannedFile:
+    """A small file held in memory."""
+    return PlannedFile(path=PurePosixPath(path), size=len(data), pieces=((0, data),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenTensor:
+    """What the pass over a tensor's stored bytes found."""
+
+    digest: str | None  #: "xxh3-128:..." or "sha256:..."
+    crc: int = 0
+    nonfinite: bool = False  #: holds NaN or infinity
+
+
+class Journal(Protocol):
+    """Remembers finished files, so that an interrupted conversion can go on."""
+
+    done: Mapping[str, Sequence[WrittenTensor]]
+
+    def add(self, path: str, tensors: Sequence[WrittenTensor]) -> None: ...
+
+
+def write_files(
+    files: Sequence[PlannedFile],
+    folder: Path,
+    journal: Journal,
+    *,
+    workers: int,
+    digest: str = "xxh3",
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Sequence[WrittenTensor]]:
+    """Write ``files`` below ``folder`` with ``workers`` threads; returns what was found, by file.
+
+    Files that the journal has are kept as they are. The first error stops all workers and is raised.
+    """
+    todo = [file for file in files if str(file.path) not in journal.done]
+    for parent in sorted({(folder / file.path).parent for file in todo}):
+        parent.mkdir(parents=True, exist_ok=True)
+    _Engine(todo, folder, journal, digest, chunk_bytes, progress).run(workers)
+    return {str(file.path): journal.done[str(file.path)] for file in files}
+
+
+@dataclass
+class _OpenFile:
+    """A file while its tensors are being written, by any number of workers."""
+
+    plan: PlannedFile
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    descriptor: int | None = None
+    found: dict[int, WrittenTensor] = field(default_factory=dict)
+
+
+class _Engine:
+    def __init__(
+        self, files: Sequence[PlannedFile], folder: Path, journal: Journal, digest: str, chunk_bytes: int,
+        progress: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.folder, self.journal, self.digest, self.chunk_bytes = folder, journal, digest, chunk_bytes
+        self.progress = progress
+        self.tasks: deque[tuple[_OpenFile, int]] = deque()
+        for file in files:
+            opened = _OpenFile(file)
+            self.tasks.extend((opened, index) for index in range(max(1, len(file.tensors))))
+        self.finished: deque[_OpenFile] = deque()
+        self.wake = threading.Condition()
+        self.working = 0
+        self.error: BaseException | None = None
+
+    def run(self, workers: int) -> None:
+        self.working = workers
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        # Flushing waits for the disk, not for a processor: two threads beside the workers keep it busy.
+        flushers = [threading.Thread(target=self._flush, daemon=True) for _ in range(2)]
+        for thread in threads + flushers:
+            thread.start()
+        try:
+            for thread in threads + flushers:
+                while thread.is_alive():
+                    thread.join(0.2)  # a plain join would hold back Ctrl-C
+        except BaseException as error:
+            self._fail(error)
+            for thread in threads + flushers:
+                thread.join()
+            raise
+        if self.error is not None:
+            raise self.error
+
+    def _fail(self, error: BaseException) -> None:
+        with self.wake:
+            self.error = self.error or error
+            self.tasks.clear()
+            self.wake.notify_all()
+
+    def _work(self) -> None:
+        buffer = np.empty(self.chunk_bytes, np.uint8)
+        try:
+            while self.error is None:
+                try:
+                    opened, index = self.tasks.popleft()
+                except IndexError:
+                    break
+                self._write_one(opened, index, buffer)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            close_thread_files()
+            with self.wake:
+                self.working -= 1
+                self.wake.notify_all()
+
+    def _write_one(self, opened: _OpenFile, index: int, buffer: Raw) -> None:
+        plan = opened.plan
+        with opened.lock:
+            if opened.descriptor is None:
+                opened.descriptor = os.open(self.folder / plan.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+                os.ftruncate(opened.descriptor, plan.size)
+                for offset, data in plan.pieces:
+                    _pwrite(opened.descriptor, data, offset)
+        if plan.tensors:
+            found = self._stream(opened.descriptor, plan.tensors[index], plan.finish is not None, buffer)
+            with opened.lock:
+                opened.found[index] = found
+                if len(opened.found) < len(plan.tensors):
+                    return
+        if plan.finish is not None:
+            for offset, data in plan.finish([opened.found[i].crc for i in range(len(plan.tensors))]):
+                _pwrite(opened.descriptor, data, offset)
+        with self.wake:
+            self.finished.append(opened)
+            self.wake.notify()
+
+    def _stream(self, descriptor: int, tensor: PlannedTensor, with_crc: bool, buffer: Raw) -> WrittenTensor:
+        source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
+        hasher = _hasher(self.digest)
+        if hasher is None and not with_crc and self._copied_in_kernel(descriptor, tensor):
+            return WrittenTensor(digest=None)
+        crc, nonfinite = 0, False
+        for start, stop in source.chunks(self.chunk_bytes):
+            if self.error is not None:
+                break
+            view = buffer[: (stop - start) * item].view(raw_dtype(source.dtype))
+            source.read(start, stop, view)
+            data = memoryview(view).cast("B")
+            if hasher is not None:
+                hasher.update(data)
+                nonfinite = nonfinite or has_nonfinite(view, source.dtype)
+            if with_crc:
+                crc = zlib.crc32(data, crc)
+            _pwrite(descriptor, data, tensor.offset + start * item)
+            self.progress(len(data))
+        return WrittenTensor(digest=_digest_text(hasher), crc=crc, nonfinite=nonfinite)
+
+    def _copied_in_kernel(self, descriptor: int, tensor: PlannedTensor) -> bool:
+        extents = tensor.source.extents()
+        if extents is None or not hasattr(os, "copy_file_range"):
+            return False
+        at = tensor.offset
+        for extent in extents:
+            with open(extent.path, "rb") as source:
+                done = 0
+                while done < extent.nbytes:
+                    try:
+                        count = os.copy_file_range(
+                            source.fileno(), descriptor, extent.nbytes - done, extent.offset + done, at + done
+                        )
+                    except OSError:  # another file system, or one that cannot: the caller copies from the start
+                        return False
+                    if count == 0:
+                        return False  # the plain copy reports where the file ends
+                    done += count
+            at += extent.nbytes
+        self.progress(at - tensor.offset)
+        return True
+
+    def _flush(self) -> None:
+        try:
+            while True:
+                with self.wake:
+                    while not self.finished and self.working and self.error is None:
+                        self.wake.wait()
+                    if not self.finished:
+                        return
+                    opened = self.finished.popleft()
+                assert opened.descriptor is not None
+                os.fsync(opened.descriptor)
+                os.close(opened.descriptor)
+                opened.descriptor = None
+                if opened.plan.check is not None:
+                    opened.plan.check(self.folder / opened.plan.path)
+                self.journal.add(str(opened.plan.path), [opened.found[i] for i in sorted(opened.found)])
+        except BaseException as error:
+            self._fail(error)
+
+
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _hasher(digest: str) -> Any:
+    return {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256, "none": lambda: None}[digest]()
+
+
+def _digest_text(hasher: Any) -> str | None:
+    if hasher is None:
+        return None
+    return f"{'sha256' if hasher.name == 'sha256' else 'xxh3-128'}:{hasher.hexdigest()}"
+
+
+def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
+    """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
+    hasher = _hasher(algorithm)
+    buffer = np.empty(CHUNK_BYTES, np.uint8)
+    for start, stop in tensor.chunks():
+        view = buffer[: (stop - start) * DTYPE_BYTES[tensor.dtype]].view(raw_dtype(tensor.dtype))
+        tensor.read(start, stop, view)
+        hasher.update(memoryview(view).cast("B"))
+    text = _digest_text(hasher)
+    assert text is not None
+    return text
+
+
+#: Bits of positive infinity, by floating-point dtype: a larger magnitude is NaN.
+_INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+
+
+def has_nonfinite(raw: Raw, dtype: str) -> bool:
+    """Whether raw floating-point values hold NaN or infinity; False for other dtypes.
+
+    Two maxima, without a temporary: as signed integers, positive values keep their order and those from infinity on are
+    largest; as unsigned ones, the negative.
+    """
+    infinity = _INFINITY.get(dtype)
+    if infinity is None or not raw.size:
+        return False
+    bits = raw.dtype.itemsize * 8
+    signed = raw.view(np.dtype(f"int{bits}"))
+    return bool(signed.max() >= infinity) or bool(raw.max() >= infinity + (1 << (bits - 1)))
+
+
+def total_bytes(files: Iterable[PlannedFile]) -> int:
+    return sum(file.size for file in files)
