@@ -83,6 +83,10 @@ def convert(
         rope_scaling=rope_scaling, config=config, step=step, nanotron_config=nanotron_config, digest=digest,
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
+    if verify or push:
+        from smolconv.verify.logits import require_torch  # noqa: PLC0415
+
+        require_torch()
     plan = plan_conversion(source, target, options)
     if dry_run:
         console.print_json(plan_to_json(plan)) if as_json else _show_plan(plan)
@@ -114,9 +118,9 @@ def convert(
 
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-    from smolconv.verify.conversion import verify_conversion  # noqa: PLC0415
+    from smolconv.verify.compare import verify_conversion  # noqa: PLC0415
 
-    return verify_conversion(plan.prepared, folder)
+    return verify_conversion(plan.prepared, folder).to_json()
 
 
 def _show_plan(plan: ConversionPlan) -> None:

@@ -1,1 +1,117 @@
+"""smolconv verify"""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands import console
+from commands.app import app
+
+if TYPE_CHECKING:
+    from smolconv.verify.compare import VerifyReport
+
+_EPILOG = """
+**Examples**
+
+    smolconv verify checkpoints/nanotron smollm2-hf
+
+    smolconv verify smollm2-hf smollm2-hf-resharded --tensors-only
+
+    smolconv verify before after --optimizer --json
+"""
+
+
+@app.command(epilog=_EPILOG)
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, or hf://owner/name[/subfolder][@revision].")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare it with, in any layout.")],
+    tensors_only: Annotated[bool, typer.Option("--tensors-only", help="Specs and tensors; needs no torch.")] = False,
+    logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Compare logits in fp32.")] = True,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare masters, moments, steps and groups.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Config to read for A instead of its own.")] = None,
+    config_b: Annotated[Path | None, typer.Option(help="Config to read for B instead of its own.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="Token ids to run both models on, as a .npy file.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Positions to compare, at most the context length.")] = 512,
+    gate_max_abs: Annotated[float | None, typer.Option(help="Largest difference of logits that passes.")] = None,
+    gate_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence that passes.")] = None,
+    gate_top1: Annotated[float | None, typer.Option(help="Smallest share of equal first choices that passes.")] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="List every module's largest difference.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Prove that two checkpoints are the same model: specs, tensors bit for bit, logits in fp32. Exit 1 if they are not."""
+    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
+    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+    from smolconv.verify.compare import VerifyOptions, verify_checkpoints  # noqa: PLC0415
+    from smolconv.verify.logits import require_torch  # noqa: PLC0415
+
+    logits = logits and not tensors_only
+    if logits:
+        require_torch()
+    left, right = (
+        read_checkpoint(open_source(uri), ReadOptions(config=override, optimizer=optimizer))
+        for uri, override in ((a, config), (b, config_b))
+    )
+    options = VerifyOptions(
+        logits=logits, optimizer=optimizer, text=text, tokens=tokens, length=length,
+        gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
+    )  # fmt: skip
+    # transformers loads a Hugging Face folder itself, so that our reading of it is not what is compared.
+    folder_a, folder_b = (
+        side.root if side.layout == "huggingface" and override is None else None
+        for side, override in ((left, config), (right, config_b))
+    )
+    report = verify_checkpoints(left, right, options, folders=(folder_a, folder_b))
+    if as_json:
+        console.print_json(report.to_json())
+    else:
+        _show(report, per_layer=per_layer)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _show(report: VerifyReport, *, per_layer: bool) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    spec, tensors, logits = report.spec_differences, report.tensors, report.logits
+    table.add_row("spec", _mark(not spec), console.escape("; ".join(spec[:3]) or "every field equal"))
+    found = f"{tensors.equal} of {tensors.compared} equal bit for bit"
+    found += f", {len(tensors.missing)} missing, {len(tensors.unexpected)} unexpected" if not tensors.passed else ""
+    found += f"; worst {tensors.worst} by {tensors.max_abs:.3g}" if tensors.worst else ""
+    table.add_row("tensors", _mark(tensors.passed), console.escape(found))
+    if report.optimizer is not None:
+        fine = all(r.passed for r in report.optimizer.values()) and not report.optimizer_differences
+        slots = ", ".join(f"{slot} {r.equal} of {r.compared} equal" for slot, r in report.optimizer.items()) or "none"
+        table.add_row("optimizer", _mark(fine), console.escape("; ".join([slots, *report.optimizer_differences[:3]])))
+    if logits is None:
+        table.add_row("logits", "-", "not compared")
+    else:
+        said = (
+            f"max abs {logits.max_abs:.2g} (limit {logits.gates['max_abs'].limit:.2g}, floor "
+            f"{logits.noise_floor['max_abs']:.2g}), KL {logits.kl_mean:.2g}, top-1 {logits.top1_agreement:.4f}, NLL "
+            f"{logits.nll_a:.4f} and {logits.nll_b:.4f}; {logits.positions} positions of {logits.tokens_from}"
+        )
+        table.add_row("logits", _mark(logits.passed), console.escape(said))
+    console.out.print(table)
+    if per_layer and logits is not None:
+        layers = Table(box=None, pad_edge=False)
+        for title in ("module", "max abs", "floor"):
+            layers.add_column(title, justify="left" if title == "module" else "right")
+        for layer in logits.layers:
+            style = "red" if layer["diverged"] else None
+            layers.add_row(layer["module"], f"{layer['max_abs']:.2g}", f"{layer['floor']:.2g}", style=style)
+        console.out.print(layers)
+    if report.passed:
+        console.out.print("[green]PASS[/]  the same model")
+    else:
+        where = report.first_divergence
+        console.out.print(f"[red]FAIL[/]  {console.escape(report.reason)}" + (f"  (first divergence: {where})" if where else ""))
+
+
+def _mark(passed: bool) -> str:
+    return "[green]ok[/]" if passed else "[red]differs[/]"

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import accumulate
 from math import prod
@@ -688,3 +688,13 @@ class Checkpoint:
         """The Hub commit that the folder is a snapshot of, where its path tells."""
         parts = self.root.resolve().parts
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def without_padding(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    """The checkpoint with the first ``rows`` of its vocabulary, in every slot."""
+    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {
+        slot: {name: row_slice(tensor, 0, rows) if name in vocabulary else tensor for name, tensor in found.items()}
+        for slot, found in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors, spec=replace(checkpoint.spec, vocab_size=rows))

@@ -28,7 +28,7 @@ from smolconv.checkpoint import (
     Slot,
     Stored,
     cast,
-    row_slice,
+    without_padding,
 )
 from smolconv.errors import MissingFile, ParityFailed, UsageError
 from smolconv.hub import fetch_source, is_hub_uri, parse_hub_uri
@@ -253,17 +253,9 @@ def _trim_vocabulary(checkpoint: Checkpoint, rows: int) -> Checkpoint:
         raise UsageError(f"--vocab-size {rows}: the checkpoint has {padded} rows, so 1 to {padded} can be kept.")
     if rows == padded:
         return checkpoint
-    tensors = {
-        slot: {
-            name: row_slice(tensor, 0, rows) if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor
-            for name, tensor in found.items()
-        }
-        for slot, found in checkpoint.tensors.items()
-    }
+    trimmed = without_padding(checkpoint, rows)
     return replace(
-        checkpoint,
-        tensors=tensors,
-        spec=replace(checkpoint.spec, vocab_size=rows),
+        trimmed,
         warnings=(*checkpoint.warnings, f"the vocabulary was trimmed from {padded} to {rows} rows."),
     )
 
