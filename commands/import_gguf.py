@@ -1,1 +1,69 @@
+"""smolconv import-gguf"""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands import console
+from commands.app import app
+
+_EPILOG = """
+**Examples**
+
+    smolconv import-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2-hf
+
+    smolconv import-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2-hf --dtype bfloat16
+"""
+
+
+@app.command("import-gguf", epilog=_EPILOG)
+def import_gguf(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="GGUF file of the Llama architecture, such as SmolLM2's.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make. It appears only when it is whole.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32 keeps the dequantised values exactly; or bfloat16, float16.")
+    ] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written and its size, write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted import.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Threads that dequantise. Default: up to 4.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Dequantise a GGUF file into a Hugging Face folder, with its tokenizer, config and chat template.
+
+    Nothing is guessed: what the file does not say, or says in a way that has no exact equal, is refused.
+    """
+    from smolconv.convert import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion  # noqa: PLC0415
+
+    plan = plan_gguf_import(file, target, ConvertOptions(to="hf", dtype=dtype))
+    if dry_run:
+        if as_json:
+            console.print_json(plan_to_json(plan))
+            return
+        console.out.print(
+            f"gguf -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
+            f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
+        )
+        console.warn(plan.warnings)
+        return
+    with console.byte_progress(f"gguf -> {plan.layout}", plan.bytes_written) as progress:
+        result = run_conversion(plan, resume=resume, overwrite=overwrite, workers=workers, progress=progress)
+    console.warn(result.warnings)
+    summary = result.to_json()
+    if as_json:
+        console.print_json(summary)
+        return
+    console.say(
+        f"gguf -> {plan.layout}: {plan.tensors} tensors dequantised to {dtype}, {console.size(plan.bytes_written)} in "
+        f"{result.seconds:.2f} s, peak memory {console.size(summary['peak_rss_bytes'])}"
+    )
+    console.out.print(str(target), markup=False, soft_wrap=True)

@@ -8,6 +8,9 @@ import signal
 import sys
 from types import FrameType
 
+# numpy's BLAS would start a thread per core on import, for matrix products that nothing here asks it for.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from commands import console, convert, diff, import_gguf, inspect, verify  # noqa: F401  (they register themselves)
 from commands.app import app
 from smolconv.errors import Interrupted, SmolconvError
@@ -17,7 +20,7 @@ def main() -> None:
     """Run the app and end the process with its exit code."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(_common_first(sys.argv[1:]))
     except SmolconvError as error:
         _stop(error, error.exit_code, f"{type(error).__name__}: {error}")
     except BrokenPipeError:
@@ -30,6 +33,13 @@ def main() -> None:
         _stop(error, 4, f"MachineError: {error}.{_advice(error)}")
     except Exception as error:
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
+
+
+def _common_first(words: list[str]) -> list[str]:
+    """The common options in front, where Typer looks for them, wherever they were written."""
+    end = words.index("--") if "--" in words else len(words)
+    common = [word for word in words[:end] if word in ("-q", "--quiet", "-v", "--verbose", "--debug")]
+    return common + [word for word in words[:end] if word not in common] + words[end:]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The noun that everything works on: a lazy mapping from canonical names to tensors, plus spec, Adam state and progress.
+"""The noun that everything works on: a lazy mapping from canonical names to tensors, with spec, Adam state, progress.
 
 A ``LazyTensor`` knows its shape, its dtype and how its bytes are made of bytes in files; nothing is read until a range
 is asked for. Whatever a layout does to a tensor (fuse, cut over ranks, reorder rotary rows, flatten) is an expression
@@ -37,11 +37,11 @@ FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 #: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
 Raw = NDArray[Any]
-_RAW_DTYPE = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+_RAW_DTYPE: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
-#: Bytes that one read works on. Scratch space inside an expression stays within it, so memory does not grow with shapes.
+#: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
 CHUNK_BYTES = 4 << 20
-#: From this run length on, reading column slices run by run beats reading whole rows (about 2 us a call, 10 GB/s copy).
+#: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
 _DIRECT_RUN_BYTES = 32 << 10
 
 
@@ -470,7 +470,12 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
     merged: list[LazyTensor] = []
     for part in flat:
         last = merged[-1] if merged else None
-        if isinstance(part, Columns) and isinstance(last, Columns) and part.base is last.base and last.stop == part.start:
+        if (
+            isinstance(part, Columns)
+            and isinstance(last, Columns)
+            and part.base is last.base
+            and last.stop == part.start
+        ):
             merged[-1] = column_slice(part.base, last.start, part.stop)
         else:
             merged.append(part)
@@ -523,7 +528,8 @@ def _cast_raw(raw: Raw, source: str, target: str) -> Raw:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     # Rounding may carry a NaN over into infinity: keep its sign and make it quiet.
     rounded = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
-    return rounded.astype(np.uint16)
+    narrow: Raw = rounded.astype(np.uint16)
+    return narrow
 
 
 class _ThreadState(threading.local):
@@ -555,7 +561,7 @@ def _pread(path: Path, offset: int, out: Raw) -> None:
             os.close(_thread.files.popitem(last=False)[1])
     else:
         _thread.files.move_to_end(path)
-    view = memoryview(out).cast("B") if out.size else memoryview(b"")
+    view = as_bytes(out)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
@@ -565,6 +571,11 @@ def _pread(path: Path, offset: int, out: Raw) -> None:
                 "The file is truncated: copy it again."
             )
         done += count
+
+
+def as_bytes(raw: Raw) -> memoryview:
+    """A contiguous array's bytes, without a copy."""
+    return memoryview(raw.view(np.uint8).data) if raw.size else memoryview(b"")
 
 
 def close_thread_files() -> None:
@@ -612,12 +623,15 @@ class OptimizerState:
 
     steps: Mapping[str, float]  #: canonical name -> Adam's own step count
     groups: tuple[ParameterGroup, ...]
+    _by_name: Mapping[str, Mapping[str, Any]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name = {name: group.hyperparameters for group in self.groups for name in group.names}
+        object.__setattr__(self, "_by_name", by_name)
 
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
-        for group in self.groups:
-            if name in group.names:
-                return group.hyperparameters
-        raise KeyError(name)
+        """Those of the group that ``name`` belongs to; raises ``KeyError`` when it belongs to none."""
+        return self._by_name[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -671,6 +685,7 @@ class Checkpoint:
     optimizer: OptimizerState | None = None
     progress: TrainingProgress | None = None
     assets: Mapping[str, Path] = field(default_factory=dict)  #: tokenizer, generation config, chat template, by name
+    documents: Mapping[str, bytes] = field(default_factory=dict)  #: assets that a reader made (GGUF)
     origin: Mapping[str, bytes] = field(default_factory=dict)  #: the source's own documents, verbatim, by name
     files: tuple[Path, ...] = ()  #: every file that was recognised
     warnings: tuple[str, ...] = ()

@@ -13,10 +13,10 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from smolconv import __version__
@@ -33,6 +33,7 @@ from smolconv.checkpoint import (
 from smolconv.errors import MissingFile, ParityFailed, UsageError
 from smolconv.hub import fetch_source, is_hub_uri, parse_hub_uri
 from smolconv.layouts.base import PlannedOutput, ReadOptions
+from smolconv.layouts.gguf import read_gguf
 from smolconv.layouts.huggingface import ASSET_NAMES, HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import read_checkpoint
@@ -144,7 +145,7 @@ def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -
 
     Raises ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
-    layout = _checked(options)
+    _checked(options)
     folder = open_source(source)
     refuse_nested(folder, target)
     checkpoint = read_checkpoint(
@@ -156,6 +157,19 @@ def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -
             optimizer=options.optimizer is not False,
         ),
     )
+    return plan_from_checkpoint(checkpoint, str(source), target, options)
+
+
+def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
+    """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
+    _checked(options)
+    refuse_nested(path, target)
+    return plan_from_checkpoint(read_gguf(path), str(path), target, options)
+
+
+def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options: ConvertOptions) -> ConversionPlan:
+    """Plan the output for a checkpoint that was read already. ``uri`` is where it came from, for the manifest."""
+    layout = _checked(options)
     prepared = prepare(checkpoint, options)
     if layout == "huggingface":
         output = plan_huggingface(prepared, HuggingFaceOptions(max_shard_bytes=options.max_shard_bytes))
@@ -171,7 +185,7 @@ def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -
             ),
         )
     return ConversionPlan(
-        uri=str(source),
+        uri=uri,
         source=checkpoint,
         prepared=prepared,
         target=target,
@@ -375,10 +389,6 @@ def _plan_digest(output: PlannedOutput, options: ConvertOptions) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"smolconv": __version__, "python": platform.python_version()}
-    for package in ("numpy", "xxhash"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {
+        "smolconv": __version__, "python": platform.python_version(), "numpy": np.__version__, "xxhash": xxhash.VERSION,
+    }  # fmt: skip

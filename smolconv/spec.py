@@ -134,7 +134,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
 
     Raises ``UnsupportedModel`` for other architectures, contradicting rope fields, sliding windows, quantisation.
     """
-    architecture = config.get("model_type")
+    architecture = str(config.get("model_type"))
     if architecture not in HF_DEFAULTS:
         raise UnsupportedModel(
             f"{where}: model_type is {architecture!r}; smolconv reads llama (SmolLM2, Llama-3.2) and smollm3.\n"

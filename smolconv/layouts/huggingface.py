@@ -62,7 +62,9 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     files, found = _weights(folder)
     parameters = weight_table(spec).to_canonical(_retied(found, spec, folder), str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
-    optimizer, progress, origin, warnings = None, None, {"config.json": json.dumps(config).encode()}, ()
+    optimizer, progress = None, None
+    origin = {"config.json": json.dumps(config).encode()}
+    warnings: tuple[str, ...] = ()
     if (folder / SIDECAR / "state.json").is_file():
         sidecar = _read_sidecar(folder, spec, parameters, options)
         tensors.update(sidecar.slots)
@@ -260,15 +262,18 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     files.append(plain_file("config.json", _json(config)))
     assets = dict(checkpoint.assets)
     assets.pop("config.json", None)
-    has_tokenizer = any("tokenizer" in name for name in assets)
+    documents = {name: data for name, data in checkpoint.documents.items() if name not in assets}
+    given = {*assets, *documents}
+    has_tokenizer = any("tokenizer" in name for name in given)
     if not has_tokenizer:
         warnings.append("the source has no tokenizer; give one with --tokenizer, or copy it beside config.json later.")
-    if "generation_config.json" not in assets:
+    if "generation_config.json" not in given:
         files.append(plain_file("generation_config.json", _json(_generation_config(config))))
-    if "README.md" not in assets:
+    if "README.md" not in given:
         card = model_card(checkpoint, "A Hugging Face checkpoint", str(checkpoint.root), has_tokenizer)
         files.append(plain_file("README.md", card))
     files += [copied_file(name, path) for name, path in assets.items()]
+    files += [plain_file(name, data) for name, data in documents.items()]
     late = {}
     if checkpoint.has_optimizer or checkpoint.progress is not None:
         files += _sidecar_files(checkpoint, options)

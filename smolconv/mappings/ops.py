@@ -73,7 +73,8 @@ class JoinRows:
             raise ShapeMismatch(
                 f"a fused tensor has {tensor.shape[0]} rows, expected {' + '.join(map(str, self.rows))}."
             )
-        parts, start = [], 0
+        parts: list[LazyTensor] = []
+        start = 0
         for op, rows in zip(self._operations(), self.rows):
             parts.extend(op.to_canonical(row_slice(tensor, start, start + rows)))
             start += rows

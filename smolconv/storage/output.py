@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from smolconv.checkpoint import CHUNK_BYTES, DTYPE_BYTES, LazyTensor, Raw, close_thread_files, raw_dtype
+from smolconv.checkpoint import CHUNK_BYTES, DTYPE_BYTES, LazyTensor, Raw, as_bytes, close_thread_files, raw_dtype
 
 #: Bytes at an absolute offset of a file.
 Piece = tuple[int, bytes]
@@ -67,7 +67,8 @@ class WrittenTensor:
 class Journal(Protocol):
     """Remembers finished files, so that an interrupted conversion can go on."""
 
-    done: Mapping[str, Sequence[WrittenTensor]]
+    @property
+    def done(self) -> Mapping[str, Sequence[WrittenTensor]]: ...
 
     def add(self, path: str, tensors: Sequence[WrittenTensor]) -> None: ...
 
@@ -193,7 +194,7 @@ class _Engine:
                 break
             view = buffer[: (stop - start) * item].view(raw_dtype(source.dtype))
             source.read(start, stop, view)
-            data = memoryview(view).cast("B")
+            data = as_bytes(view)
             if hasher is not None:
                 hasher.update(data)
                 nonfinite = nonfinite or has_nonfinite(view, source.dtype)
@@ -252,7 +253,9 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _hasher(digest: str) -> Any:
-    return {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256, "none": lambda: None}[digest]()
+    if digest == "none":
+        return None
+    return hashlib.sha256() if digest == "sha256" else xxhash.xxh3_128()
 
 
 def _digest_text(hasher: Any) -> str | None:
@@ -268,7 +271,7 @@ def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
     for start, stop in tensor.chunks():
         view = buffer[: (stop - start) * DTYPE_BYTES[tensor.dtype]].view(raw_dtype(tensor.dtype))
         tensor.read(start, stop, view)
-        hasher.update(memoryview(view).cast("B"))
+        hasher.update(as_bytes(view))
     text = _digest_text(hasher)
     assert text is not None
     return text

@@ -28,28 +28,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
+from smolconv.checkpoint import DTYPE_BYTES
 from smolconv.errors import CorruptFile, MachineError, MissingFile, SmolconvError, UnsafePickle
-
-#: Bytes per element of every dtype that a tensor may have here, under torch's name for it.
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        "float64": 8,
-        "float32": 4,
-        "float16": 2,
-        "bfloat16": 2,
-        "int64": 8,
-        "int32": 4,
-        "int16": 2,
-        "int8": 1,
-        "uint8": 1,
-        "bool": 1,
-        "uint16": 2,
-        "uint32": 4,
-        "uint64": 8,
-        "float8_e4m3fn": 1,
-        "float8_e5m2": 1,
-    }
-)
 
 #: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor, so this is room for millions.
 MAX_PICKLE_BYTES = 1 << 30

@@ -69,7 +69,8 @@ class VerifyReport:
             )
         for slot, report in (self.optimizer or {}).items():
             if not report.passed:
-                return f"{slot}: {report.compared - report.equal} of {report.compared} tensors differ, first {report.first}"
+                unequal = report.compared - report.equal
+                return f"{slot}: {unequal} of {report.compared} tensors differ, first {report.first}"
         if self.optimizer_differences:
             return f"optimizers differ: {self.optimizer_differences[0]}"
         if self.logits is not None and not self.logits.passed:
@@ -109,7 +110,7 @@ class VerifyReport:
 def verify_checkpoints(
     a: Checkpoint,
     b: Checkpoint,
-    options: VerifyOptions = VerifyOptions(),  # noqa: B008
+    options: VerifyOptions = VerifyOptions(),
     *,
     folders: tuple[Path | None, Path | None] = (None, None),
 ) -> VerifyReport:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smolconv.checkpoint import Checkpoint, LazyTensor, cast
 from smolconv.errors import BadCheckpoint, NotInstalled, UsageError
@@ -65,7 +66,7 @@ def require_torch() -> None:
 
 def choose_tokens(
     a: Checkpoint, b: Checkpoint, *, text: Path | None, tokens: Path | None, length: int
-) -> tuple[np.ndarray, str]:  # type: ignore[type-arg]
+) -> tuple[NDArray[np.int64], str]:
     """Token ids ``[1, length]``, and where they come from. Raises ``UsageError`` for ids beyond the vocabulary."""
     vocab = min(a.spec.vocab_size, b.spec.vocab_size)
     length = min(length, a.spec.max_positions, b.spec.max_positions)
@@ -100,7 +101,7 @@ def _shipped_text() -> str:
 def compare_logits(
     a: Checkpoint,
     b: Checkpoint,
-    ids: np.ndarray,  # type: ignore[type-arg]
+    ids: NDArray[np.int64],
     tokens_from: str,
     *,
     folders: tuple[Path | None, Path | None] = (None, None),

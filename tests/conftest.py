@@ -1,0 +1,94 @@
+"""What all tests share: real checkpoints, conversion in this process, and the console script in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from smolconv.convert import ConversionResult, ConvertOptions, plan_conversion, run_conversion
+
+#: Real checkpoints; fixtures/README.md says which program wrote which.
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+#: Keywords of ``convert`` that say how to write, not what.
+_RUN_OPTIONS = ("resume", "overwrite", "workers", "max_memory_bytes", "progress", "verifier")
+
+
+class Finished(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def nanotron_topologies() -> list[Path]:
+    """Every run folder that nanotron wrote: our fixtures, and those below $SMOLCONV_ORACLES/nanotron."""
+    roots = [FIXTURES / "nanotron"]
+    if os.environ.get("SMOLCONV_ORACLES"):
+        roots.append(Path(os.environ["SMOLCONV_ORACLES"]) / "nanotron")
+    return sorted(path.parent for root in roots for path in root.glob("*/*/latest.txt"))
+
+
+def topology_id(folder: Path) -> str:
+    """A run folder's name in test ids: smollm2-tiny/tp2-pp1-dp2-zero1."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def convert(source: str | Path, target: Path, to: str, **options: Any) -> ConversionResult:
+    """Convert in this process; ``options`` are fields of ``ConvertOptions`` and keywords of ``run_conversion``."""
+    run = {name: options.pop(name) for name in _RUN_OPTIONS if name in options}
+    return run_conversion(plan_conversion(source, target, ConvertOptions(to=to, **options)), **run)
+
+
+def hf_weights(folder: Path) -> dict[str, Any]:
+    """A Hugging Face folder's tensors by name, as the safetensors library loads them into torch."""
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    return {
+        name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()
+    }
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file's content, by its path relative to ``folder``."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def command(*words: object, before: str = "") -> list[str]:
+    """The argv of ``smolconv`` with these words, in a Python that runs ``before`` first."""
+    start = ["-m", "commands.main"] if not before else ["-c", f"{before}\nfrom commands.main import main\nmain()"]
+    return [sys.executable, *start, *map(str, words)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours, without the network, for a terminal of 200 columns."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **changes}
+
+
+def run_cli(
+    *words: object, before: str = "", env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Finished:
+    """Run ``smolconv`` with these words in a process of its own."""
+    done = subprocess.run(
+        command(*words, before=before), capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
+        env=environment(**(env or {})),
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def cli() -> Callable[..., Finished]:
+    """The console script: ``code, stdout, stderr = cli("inspect", folder)``."""
+    return run_cli
+
+
+@pytest.fixture(params=nanotron_topologies(), ids=topology_id)
+def nanotron_folder(request: pytest.FixtureRequest) -> Path:
+    """Each run folder that nanotron wrote, in turn."""
+    return Path(request.param)
