@@ -87,7 +87,7 @@ def convert(
         from smolconv.verify.logits import require_torch  # noqa: PLC0415
 
         require_torch()
-    plan = plan_conversion(source, target, options)
+    plan = plan_conversion(source, target, options, headers_only=dry_run)
     if dry_run:
         console.print_json(plan_to_json(plan)) if as_json else _show_plan(plan)
         return

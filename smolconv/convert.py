@@ -133,20 +133,25 @@ def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
     }
 
 
-def open_source(uri: str | Path, *, headers_only: bool = False) -> Path:
+def open_source(
+    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
+) -> Path:
     """A local folder for ``uri``: itself, or what is needed of a Hub repository, downloaded to the cache."""
     if is_hub_uri(str(uri)):
-        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only)
+        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only, optimizer=optimizer, step=step)
     return Path(uri)
 
 
-def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -> ConversionPlan:
+def plan_conversion(
+    source: str | Path, target: Path, options: ConvertOptions, *, headers_only: bool = False
+) -> ConversionPlan:
     """Read headers, choose what the target holds, and fix every output file. Writes nothing.
 
-    Raises ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
+    With ``headers_only`` a Hub repository's tensors are not downloaded, so the plan can be shown but not run. Raises ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
     _checked(options)
-    folder = open_source(source)
+    with_optimizer = options.optimizer is not False
+    folder = open_source(source, headers_only=headers_only, optimizer=with_optimizer, step=options.step)
     refuse_nested(folder, target)
     checkpoint = read_checkpoint(
         folder,
@@ -154,7 +159,8 @@ def plan_conversion(source: str | Path, target: Path, options: ConvertOptions) -
             config=options.config,
             step=options.step,
             rope_as_configured=options.rope_scaling == "as-configured",
-            optimizer=options.optimizer is not False,
+            optimizer=with_optimizer,
+            check_sidecar=not headers_only,
         ),
     )
     return plan_from_checkpoint(checkpoint, str(source), target, options)
@@ -177,9 +183,9 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
         output = plan_nanotron(
             prepared,
             NanotronOptions(
-                tp=options.tp or 1,
-                pp=options.pp or 1,
-                dp=options.dp or 1,
+                tp=1 if options.tp is None else options.tp,
+                pp=1 if options.pp is None else options.pp,
+                dp=1 if options.dp is None else options.dp,
                 zero_stage=options.zero_stage or 0,
                 config=options.nanotron_config,
             ),

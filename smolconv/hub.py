@@ -129,7 +129,9 @@ def parse_hub_uri(uri: str) -> HubSource:
     return HubSource(repo="/".join(parts[:2]), subfolder="/".join(parts[2:]), revision=revision or None)
 
 
-def fetch_source(source: HubSource, *, headers_only: bool = False) -> Path:
+def fetch_source(
+    source: HubSource, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
+) -> Path:
     """Download what a conversion needs and return the local folder of the checkpoint.
 
     The folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
@@ -139,7 +141,8 @@ def fetch_source(source: HubSource, *, headers_only: bool = False) -> Path:
     other files linked beside it. ``.bin`` and ``.pt`` files are still downloaded whole: they are zip archives, whose
     directory stands at the end and whose tensor names stand in a pickle, so their first bytes say nothing.
 
-    With ``HF_HUB_OFFLINE`` set, the cache alone is used.
+    Without ``optimizer``, Adam's tensors stay on the Hub; ``step`` chooses a step of a nanotron run. With
+    ``HF_HUB_OFFLINE`` set, the cache alone is used.
 
     Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
     """
@@ -148,9 +151,11 @@ def fetch_source(source: HubSource, *, headers_only: bool = False) -> Path:
 
     with _client_errors(str(source)):
         if constants.HF_HUB_OFFLINE:
-            return _find_in_cache(source, headers_only)
+            return _find_in_cache(source, headers_only, step)
         commit = _open_commit(source)
-        paths = _needed_files(commit, source.subfolder)
+        paths = _needed_files(commit, source.subfolder, step)
+        if not optimizer:
+            paths = [path for path in paths if not _is_adam_state(path, source.subfolder)]
         # Every layout has a small file that names it, so this never downloads tensors.
         snapshot = commit.snapshot(next(path for path in paths if not path.endswith(".safetensors")))
         if headers_only:
@@ -218,7 +223,7 @@ class _Commit(Protocol):
         """The error for something that should be in ``folder`` and is not."""
 
 
-def _needed_files(commit: _Commit, folder: str) -> list[str]:
+def _needed_files(commit: _Commit, folder: str, step: int | None = None) -> list[str]:
     """The paths that a conversion of the checkpoint in ``folder`` reads, sorted; never empty.
 
     The layouts are recognised by the same files as in a local folder. They are not exclusive: what each of them
@@ -253,7 +258,7 @@ def _needed_files(commit: _Commit, folder: str) -> list[str]:
             needed.update(commit.tree(_join(folder, name)))
     if "latest.txt" in here.files:
         needed.add(_join(folder, "latest.txt"))
-        needed.update(_pointed_folder(commit, folder, "latest.txt", here.folders))
+        needed.update(_pointed_folder(commit, folder, "latest.txt", here.folders, step))
 
     if pointers or is_tag:
         needed.update(_other_files(folder, here.files))
@@ -301,8 +306,16 @@ def _shards_in_index(commit: _Commit, path: str) -> set[str]:
     return names
 
 
-def _pointed_folder(commit: _Commit, folder: str, pointer: str, folders: frozenset[str]) -> list[str]:
-    name = commit.text(_join(folder, pointer)).strip()
+def _is_adam_state(path: str, folder: str) -> bool:
+    inside = PurePosixPath(path).relative_to(folder).parts
+    sidecar = inside[0] == "smolconv_state" and path.endswith((".safetensors", ".safetensors.index.json"))
+    return sidecar or any(part in ("optimizer", "lr_scheduler", "random") for part in inside[:-1])
+
+
+def _pointed_folder(
+    commit: _Commit, folder: str, pointer: str, folders: frozenset[str], step: int | None = None
+) -> list[str]:
+    name = commit.text(_join(folder, pointer)).strip() if step is None else str(step)
     if name not in folders:
         raise commit.lacking(
             MissingFile,
@@ -482,7 +495,7 @@ def _open_commit(source: HubSource) -> _HubCommit:
     return _HubCommit(source=source, sha=info.sha)
 
 
-def _find_in_cache(source: HubSource, headers_only: bool) -> Path:
+def _find_in_cache(source: HubSource, headers_only: bool, step: int | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -500,12 +513,12 @@ def _find_in_cache(source: HubSource, headers_only: bool) -> Path:
     cached = _CachedCommit(source=source, root=snapshot)
     stand_ins = _headers_root(source.repo, snapshot.name)
     try:
-        _needed_files(cached, source.subfolder)
+        _needed_files(cached, source.subfolder, step)
     except MachineError:
         if not headers_only or not stand_ins.is_dir():
             raise
         cached = _CachedCommit(source=source, root=stand_ins)
-        _needed_files(cached, source.subfolder)
+        _needed_files(cached, source.subfolder, step)
     return cached.root / source.subfolder
 
 

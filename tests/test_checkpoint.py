@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from unittest.mock import patch
 
@@ -192,7 +193,7 @@ def test_stored_tensors_of_any_bits_join_and_split_unchanged(shelf, rows, column
 def test_a_contiguous_tensor_cut_into_pieces_and_joined_is_one_stored_range_again(cuts):
     whole = Stored(path=Path("weights.safetensors"), offset=80, shape=(6, 4), dtype="float32")
     borders = [0, *sorted(cuts), 24]
-    pieces = [flat_slice(whole, start, stop) for start, stop in zip(borders, borders[1:])]
+    pieces = [flat_slice(whole, start, stop) for start, stop in itertools.pairwise(borders)]
     assert join(pieces, (6, 4)) == whole
 
 
@@ -283,7 +284,9 @@ def special_values(dtype: torch.dtype) -> torch.Tensor:
         # Halfway between two neighbours of the narrower dtype, on either side of an even one.
         values += [1 + other.eps / 2, 1 + 3 * other.eps / 2, other.max, other.tiny / 2, other.tiny * other.eps / 2]
     plain = torch.tensor(values, dtype=torch.float64).to(dtype)
-    up, down = (torch.nextafter(plain.double().to(dtype), torch.tensor(end, dtype=dtype)) for end in (torch.inf, -torch.inf))
+    up, down = (
+        torch.nextafter(plain.double().to(dtype), torch.tensor(end, dtype=dtype)) for end in (torch.inf, -torch.inf)
+    )
     every = torch.cat([plain, up, down, torch.tensor([torch.inf, torch.nan], dtype=dtype)])
     return torch.cat([every, -every])
 

@@ -40,6 +40,7 @@ class WeightTable:
     def __post_init__(self) -> None:
         named = [name for rule in self.rules for name in rule.canonical] + list(self.absent)
         assert sorted(named) == sorted(self.shapes), "the table and the spec disagree about the model's parameters"
+        assert len({rule.layout for rule in self.rules}) == len(self.rules), "the table uses a layout name twice"
 
     def to_canonical(self, found: Mapping[str, LazyTensor], where: str, *, all_needed: bool = True) -> dict[str, LazyTensor]:
         """Layout tensors to canonical ones, in the order of ``shapes``.

@@ -180,13 +180,15 @@ def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
         ranks[name] = rank
         if rank < pp - 1 and reached > thresholds[rank]:
             rank += 1
+    ranks = {name: rank for name, rank in ranks.items() if name not in ("cast_to_fp32", "loss")}
+    # A rank with only those two has nothing to train, and is as empty as one with no block at all.
     empty = sorted(set(range(pp)) - set(ranks.values()))
     if empty:
         raise UsageError(
-            f"--pp {pp} leaves pipeline rank {empty[0]} of this model without any block, and nanotron refuses to build "
-            f"it. Choose a smaller --pp."
+            f"--pp {pp} leaves pipeline rank {empty[0]} of this model without any parameter, and nanotron refuses to "
+            "build it. Choose a smaller --pp."
         )
-    return {name: rank for name, rank in ranks.items() if name not in ("cast_to_fp32", "loss")}
+    return ranks
 
 
 def block_of(name: str) -> str:
