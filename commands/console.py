@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +23,28 @@ class Settings:
 
 
 settings = Settings()
-out = Console(highlight=False)
+
+
+class _Out(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
+        discard_output()
+
+
+out = _Out(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    try:
+        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    except BrokenPipeError:
+        discard_output()
+
+
+def discard_output() -> None:
+    """For when the reader of stdout has gone: the exit code still says how it went."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
         _stop(error, error.exit_code, f"{type(error).__name__}: {error}")
     except BrokenPipeError:
         # The reader of our output has gone. Python would complain once more while it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.discard_output()
         sys.exit(0)
     except MemoryError as error:
         _stop(error, 4, "MachineError: out of memory. Try fewer --workers or a smaller --max-memory.")
@@ -49,6 +49,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "\nThe partial output is kept: free some space and repeat the command with --resume."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return "\nMake it accessible, or choose another place."
     return ""
 
 

@@ -40,7 +40,9 @@ Raw = NDArray[Any]
 _RAW_DTYPE: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 #: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
-CHUNK_BYTES = 4 << 20
+#: Half a MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took 1.5 times
+#: the processor time on ext4 (benchmarks/README.md).
+CHUNK_BYTES = 512 << 10
 #: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
 _DIRECT_RUN_BYTES = 32 << 10
 

@@ -30,7 +30,7 @@ from smolconv.checkpoint import (
     cast,
     without_padding,
 )
-from smolconv.errors import MissingFile, ParityFailed, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.hub import fetch_source, is_hub_uri, parse_hub_uri
 from smolconv.layouts.base import PlannedOutput, ReadOptions
 from smolconv.layouts.gguf import read_gguf
@@ -259,8 +259,9 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpo
         warnings.append(f"parameters are {options.dtype}, taken from {origin}.")
     tensors = {**checkpoint.tensors, Slot.PARAMETER: changed}
     if options.dtype == "float32":
-        # The parameters are the master now; a second copy would only say the same.
-        tensors.pop(Slot.MASTER, None)
+        # The parameters are the master now; a second copy would only say the same. Widened weights are not the master.
+        if from_master:
+            tensors.pop(Slot.MASTER, None)
     elif checkpoint.has_optimizer and not master and all(t.dtype == "float32" for t in parameters.values()):
         # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to.
         tensors[Slot.MASTER] = parameters
@@ -333,7 +334,7 @@ def run_conversion(
             warnings=warnings,
         )
         folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
-        verification = None if verifier is None else verifier(plan, folder.partial)
+        verification = None if verifier is None else _verified(plan, folder.partial, verifier)
         if verification is not None and not verification["passed"]:
             failed = plan.target.with_name(plan.target.name + ".failed")
             folder.publish(failed)
@@ -345,6 +346,14 @@ def run_conversion(
     return ConversionResult(
         plan=plan, seconds=time.perf_counter() - started, warnings=warnings, verification=verification
     )
+
+
+def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mapping[str, Any]:
+    try:
+        return verifier(plan, written)
+    except BadCheckpoint as error:
+        # What cannot be read back is as wrong as what reads back differently.
+        return {"passed": False, "reason": str(error).splitlines()[0]}
 
 
 def default_workers() -> int:

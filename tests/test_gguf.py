@@ -6,11 +6,13 @@ A tiny file is always there, since gguf's writer makes it; the tests on SmolLM2-
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from smolconv.errors import (
     UnsupportedModel,
     UsageError,
 )
-from smolconv.layouts.gguf import Dequantised, read_gguf
+from smolconv.layouts.gguf import Dequantised, _read_header, read_gguf
 from smolconv.layouts.registry import read_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -69,11 +71,8 @@ def tiny_weights() -> dict[str, np.ndarray]:
 
 def quantisation(name: str) -> Any:
     """As in llama.cpp's Q4_1 files, with two more types to read."""
-    for part, kind in {"norm": "F32", "embed": "Q8_0", "v_proj": "F16", "o_proj": "BF16", "down": "Q6_K"}.items():
-        # Q6_K needs rows of 256.
-        if part in name and kind != "Q6_K":
-            return gguf.GGMLQuantizationType[kind]
-    return gguf.GGMLQuantizationType.Q4_1
+    kinds = {"norm": "F32", "bias": "F32", "embed": "Q8_0", "v_proj": "F16", "o_proj": "BF16"}
+    return gguf.GGMLQuantizationType[next((kind for part, kind in kinds.items() if part in name), "Q4_1")]
 
 
 def quantised(name: str, weight: np.ndarray) -> np.ndarray:
@@ -208,10 +207,7 @@ def test_biases_and_an_untied_head_come_along(tmp_path: Path) -> None:
     for name in [name for name in weights if "_proj" in name]:
         weights[name.replace(".weight", ".bias")] = rng.normal(size=weights[name].shape[0]).astype(np.float32)
     weights["lm_head.weight"] = rng.normal(size=weights["model.embed_tokens.weight"].shape).astype(np.float32)
-    # llama.cpp never quantises vectors.
-    plain = {name: weight for name, weight in weights.items() if name.endswith(".bias")}
-    path = write_tiny(tmp_path / "biased.gguf", weights | {k: v for k, v in plain.items()})
-    folder = import_to(path, tmp_path / "hf")
+    folder = import_to(write_tiny(tmp_path / "biased.gguf", weights), tmp_path / "hf")
     assert_same_tensors(folder, {name: quantised(name, weight) for name, weight in weights.items()})
     config = json.loads((folder / "config.json").read_text())
     assert (config["attention_bias"], config["mlp_bias"], config["tie_word_embeddings"]) == (True, True, False)
@@ -248,9 +244,7 @@ def test_any_range_of_a_dequantised_tensor_can_be_read(tmp_path: Path, kind: str
 def dequantised_leaf(path: Path, size: int, kind: str, shape: tuple[int, ...]) -> LazyTensor:
     from smolconv.checkpoint import Stored  # noqa: PLC0415
 
-    return Dequantised(
-        packed=Stored(path=path, offset=4, shape=(size,), dtype="uint8"), quantisation=kind, shape=shape
-    )
+    return Dequantised(packed=Stored(path=path, offset=4, shape=(size,), dtype="uint8"), quantisation=kind, shape=shape)
 
 
 def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +261,18 @@ def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch
     for tensor in tensors.values():
         tensor.numpy()
     assert max(sizes) == 256
+
+
+@pytest.mark.parametrize("which", ["tiny_gguf", "real_gguf"])
+def test_the_header_is_read_as_gguf_itself_reads_it(request: pytest.FixtureRequest, which: str) -> None:
+    path = request.getfixturevalue(which)
+    metadata, entries = _read_header(path, gguf)
+    reader = gguf.GGUFReader(path)
+    theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert metadata == theirs
+    assert {name: (e.shape, e.kind, e.offset, e.nbytes) for name, e in entries.items()} == {
+        t.name: (tuple(reversed(t.shape.tolist())), t.tensor_type, t.data_offset, t.n_bytes) for t in reader.tensors
+    }
 
 
 def test_nothing_but_the_header_is_read_before_a_tensor_is(tiny_gguf: Path) -> None:
@@ -335,7 +341,9 @@ def test_the_folder_converts_to_nanotron_and_back_bit_for_bit(tiny_hf: Path, tmp
     assert_same_tensors(tmp_path / "hf", {name: tensor.numpy() for name, tensor in hf_weights(tiny_hf).items()})
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         before, after = (folder / name for folder in (tiny_hf, tmp_path / "hf"))
-        assert after.read_bytes() == before.read_bytes() or json.loads(after.read_text()) == json.loads(before.read_text())
+        assert after.read_bytes() == before.read_bytes() or json.loads(after.read_text()) == json.loads(
+            before.read_text()
+        )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -345,6 +353,7 @@ def test_the_folder_converts_to_nanotron_and_back_bit_for_bit(tiny_hf: Path, tmp
     ("changed", "named"),
     [
         ({"tokenizer__ggml__pre": "llama-bpe"}, "llama-bpe"),
+        ({"tokenizer__ggml__pre": ""}, "pre-tokenizer ''"),
         ({"tokenizer__ggml__model": "llama"}, "'llama'"),
         ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token"),
         ({"tokenizer__ggml__add_space_prefix": True}, "add_space_prefix"),
@@ -357,6 +366,7 @@ def test_the_folder_converts_to_nanotron_and_back_bit_for_bit(tiny_hf: Path, tmp
         ({"llama__attention__value_length": HEAD * 2}, "llama.attention.value_length is 32"),
         ({"llama__vocab_size": 1000}, "llama.vocab_size is 1000"),
         ({"llama__block_count": "two"}, "llama.block_count is 'two'"),
+        ({"llama__rope__freq_base": float("inf")}, "llama.rope.freq_base is inf"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -377,12 +387,12 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     [
         "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
         "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base",
-        "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.pre",
+        "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
     ],
 )  # fmt: skip
 def test_a_key_that_the_model_needs_is_never_guessed(tmp_path: Path, key: str) -> None:
     path = write_tiny(tmp_path / "silent.gguf", without=(key,))
-    with pytest.raises(UnsupportedModel, match=key.removesuffix("pre")):
+    with pytest.raises(UnsupportedModel, match=key):
         read_gguf(path)
 
 
@@ -392,6 +402,8 @@ def test_a_tensor_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
     del missing["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(NameMismatch, match=r"missing \(blk\.1\.attn_k\.weight\)"):
         read_gguf(write_tiny(tmp_path / "missing.gguf", missing))
+    with pytest.raises(NameMismatch, match="block_count is 1000, but there are only 20 tensors"):
+        read_gguf(write_tiny(tmp_path / "layers.gguf", llama__block_count=1000))
     with pytest.raises(NameMismatch, match=r"unexpected \(blk\.1\."):
         read_gguf(write_tiny(tmp_path / "unexpected.gguf", llama__block_count=1))
     with pytest.raises(ShapeMismatch, match="k_proj"):
@@ -407,24 +419,21 @@ def test_a_file_cut_anywhere_is_called_corrupt(tiny_gguf: Path, tmp_path: Path) 
             read_gguf(tmp_path / "cut.gguf")
 
 
-def test_a_damaged_header_never_ends_in_a_traceback(tiny_gguf: Path, tmp_path: Path) -> None:
-    data = bytearray(tiny_gguf.read_bytes()[: 24 + 1500])  # up to the arrays, whose lengths a flip could make huge
-    rest = tiny_gguf.read_bytes()[len(data) :]
+def test_a_damaged_header_never_ends_in_a_traceback_or_without_end(tiny_gguf: Path, tmp_path: Path) -> None:
+    data = tiny_gguf.read_bytes()
+    header = gguf.GGUFReader(tiny_gguf).data_offset
     choose = random.Random(12)
-    for _ in range(150):
+    for _ in range(400):
         damaged = bytearray(data)
-        damaged[choose.randrange(4, len(data))] ^= 1 << choose.randrange(8)
-        (tmp_path / "damaged.gguf").write_bytes(bytes(damaged) + rest)
-        try:
-            checkpoint = read_gguf(tmp_path / "damaged.gguf")
-        except BadCheckpoint:
-            continue
-        assert checkpoint.spec.architecture == "llama"
+        damaged[choose.randrange(header)] ^= 1 << choose.randrange(8)
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with suppress(BadCheckpoint):
+            plan_gguf_import(tmp_path / "damaged.gguf", tmp_path / "hf", ConvertOptions(to="hf"))
 
 
 def test_a_missing_file_and_a_folder_are_told_apart_from_gguf(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(MissingFile, match="Name the .gguf file"):
+        with pytest.raises(MissingFile, match=r"Name the \.gguf file itself"):
             read_gguf(path)
 
 
@@ -453,7 +462,9 @@ def test_the_command_prints_one_json_document(tiny_gguf: Path, tmp_path: Path, c
     assert cli("inspect", tmp_path / "hf", "--check").code == 0
 
 
-def test_the_command_ends_with_the_promised_codes(tiny_gguf: Path, tmp_path: Path, cli: Callable[..., Finished]) -> None:
+def test_the_command_ends_with_the_promised_codes(
+    tiny_gguf: Path, tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
     out = tmp_path / "hf"
     (tmp_path / "other.gguf").write_bytes(b"not a GGUF")
     assert cli("import-gguf", tiny_gguf, out, "--dry-run").code == 0
@@ -553,15 +564,11 @@ def test_the_real_model_knows_the_capital_of_france(real_model: Any, real_tokeni
 def test_left_permuted_the_real_model_would_only_read_worse(real_model: Any, real_tokenizer: Any) -> None:
     import torch  # noqa: PLC0415
 
-    assert perplexity(real_model, real_tokenizer, PARAGRAPH) == pytest.approx(PERPLEXITY, rel=0.01)
-    right = {}
+    permuted_model = copy.deepcopy(real_model)
     with torch.no_grad():
-        for name, weight in real_model.named_parameters():
+        for name, weight in permuted_model.named_parameters():
             heads = 9 if "q_proj" in name else 3 if "k_proj" in name else None
             if heads is not None:
-                right[name] = weight.clone()
                 weight.copy_(weight.reshape(heads, 2, 32, 576).swapaxes(1, 2).reshape(weight.shape))
-        assert perplexity(real_model, real_tokenizer, PARAGRAPH) == pytest.approx(PERMUTED_PERPLEXITY, rel=0.1)
-        for name, weight in real_model.named_parameters():
-            if name in right:
-                weight.copy_(right[name])
+    assert perplexity(real_model, real_tokenizer, PARAGRAPH) == pytest.approx(PERPLEXITY, rel=0.01)
+    assert perplexity(permuted_model, real_tokenizer, PARAGRAPH) == pytest.approx(PERMUTED_PERPLEXITY, rel=0.1)

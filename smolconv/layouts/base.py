@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -48,14 +49,26 @@ class PlannedOutput:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ``MissingFile``, or ``CorruptFile`` for anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is not valid JSON ({error}). Copy the file again.") from None
     if not isinstance(value, dict):
         raise CorruptFile(f"{path} holds {type(value).__name__}, expected an object.")
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """Any JSON value. Raises ``ValueError``, also for NaN and infinity, which no document of ours could hold."""
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+
+    return json.loads(data, parse_float=finite, parse_constant=finite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smolconv.checkpoint import (
+    MOMENTS,
     Checkpoint,
     DataStage,
     LazyTensor,
@@ -27,6 +28,7 @@ from smolconv.checkpoint import (
 )
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingShard, NameMismatch, UnsupportedModel
 from smolconv.layouts.base import PlannedOutput, ReadOptions, Written, copied_file, model_card, read_json
+from smolconv.layouts.documents import check_config, check_progress, is_step, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, spec_from_hf, spec_to_hf
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
@@ -58,6 +60,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     """
     config_path = options.config or folder / "config.json"
     config = read_json(config_path)
+    check_config(config, config_path)
     spec = spec_from_hf(config, str(config_path))
     files, found = _weights(folder)
     parameters = weight_table(spec).to_canonical(_retied(found, spec, folder), str(folder))
@@ -187,6 +190,9 @@ def _read_sidecar(
     source = home / "source"
     documents = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
     origin = {path.name: path.read_bytes() for path in documents}
+    for name in ("model_config.json", "checkpoint_metadata.json"):
+        if name in origin:
+            check_config(read_json(source / name), source / name)
     if not options.optimizer or state.get("optimizer") is None:
         return _Sidecar(
             slots={}, optimizer=None, progress=progress, origin=origin, files=(home / "state.json", *documents)
@@ -200,24 +206,35 @@ def _read_sidecar(
             table = weight_table(spec)
             slots[slot] = table.to_canonical(found, f"{home} ({slot.value})", all_needed=False)
             files += [index, *shards]
+        elif slot in MOMENTS:
+            raise MissingShard(
+                f"{index} is missing, although {home / 'state.json'} says that Adam's state is there.\n"
+                "Copy it from the source, or pass --no-optimizer to convert the weights only."
+            )
     if options.check_sidecar:
         _check_belongs(folder, state, parameters)
-    try:
+    where = f"{home / 'state.json'} (optimizer)"
+    with understood(where):
         optimizer = OptimizerState(
-            steps={str(name): float(step) for name, step in state["optimizer"]["steps"].items()},
+            steps={name: float(step) for name, step in state["optimizer"]["steps"].items()},
             groups=tuple(
                 ParameterGroup(names=tuple(group["names"]), hyperparameters=_with_tuples(group["hyperparameters"]))
                 for group in state["optimizer"]["groups"]
             ),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFile(f"{home / 'state.json'}: the optimizer's part cannot be read ({error!r}).") from None
+        grouped = [name for group in optimizer.groups for name in group.names]
+        same = len(grouped) == len(optimizer.steps) and set(grouped) == optimizer.steps.keys()
+    if not same or not optimizer.steps.keys() <= slots[Slot.EXP_AVG].keys():
+        raise CorruptFile(f"{where}: its steps, its groups and the moments beside it are not of the same parameters.")
+    if not all(is_step(step) for step in optimizer.steps.values()):
+        raise CorruptFile(f"{where}: a step is none that training reaches.")
     return _Sidecar(slots=slots, optimizer=optimizer, progress=progress, origin=origin, files=tuple(files))
 
 
 def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[str, LazyTensor]) -> None:
     """The sidecar's state belongs to the very weights it was written with: moments of others would be wrong."""
-    digests = state.get("weights") or {}
+    digests = state.get("weights")
+    digests = digests if isinstance(digests, dict) else {}
     for name, tensor in parameters.items():
         known = digests.get(name)
         if known is None or digest_tensor(tensor) != known:
@@ -234,11 +251,10 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:
     if value is None:
         return None
-    try:
+    with understood(f"{where} (progress)"):
         stages = tuple(DataStage(**stage) for stage in value.get("stages", ()))
-        return TrainingProgress(**{**value, "stages": stages})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptFile(f"{where}: the progress cannot be read ({error}).") from None
+        progress = TrainingProgress(**{**value, "stages": stages})
+    return check_progress(progress, where)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ class WeightTable:
         assert sorted(named) == sorted(self.shapes), "the table and the spec disagree about the model's parameters"
         assert len({rule.layout for rule in self.rules}) == len(self.rules), "the table uses a layout name twice"
 
-    def to_canonical(self, found: Mapping[str, LazyTensor], where: str, *, all_needed: bool = True) -> dict[str, LazyTensor]:
+    def to_canonical(
+        self, found: Mapping[str, LazyTensor], where: str, *, all_needed: bool = True
+    ) -> dict[str, LazyTensor]:
         """Layout tensors to canonical ones, in the order of ``shapes``.
 
         Raises ``NameMismatch`` for names missing (unless not ``all_needed``) or unexpected, ``ShapeMismatch`` for
@@ -84,8 +86,8 @@ class WeightTable:
         for name, tensor in tensors.items():
             if tensor.shape != self.shapes[name]:
                 raise ShapeMismatch(
-                    f"{where}: {name} is {list(tensor.shape)} in the file but {list(self.shapes[name])} by the config.\n"
-                    + _BELONGS
+                    f"{where}: {name} is {list(tensor.shape)} in the file but {list(self.shapes[name])} by the "
+                    f"config.\n{_BELONGS}"
                 )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from smolconv.errors import MachineError, OutputLocked, UsageError
 from smolconv.storage.output import WrittenTensor
@@ -63,9 +64,11 @@ class OutputFolder:
             raise
         try:
             # Checked under the lock: another process may have published the target a moment ago.
+            self._refuse_stale_lock()
             refuse_existing(self.target, self.overwrite)
             self._open_journal()
         except BaseException:
+            self._remove_if_empty()
             self._close()
             raise
         return self
@@ -73,42 +76,65 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._remove_if_empty()
         self._close()
 
     def _ours(self) -> bool:
+        if not self.partial.is_dir():
+            return False
         names = {entry.name for entry in os.scandir(self.partial)}
         return not names or bool(names & {JOURNAL, LOCK})
 
+    def _refuse_stale_lock(self) -> None:
+        """The lock file may have gone between opening and locking it, with the folder that it lay in."""
+        assert self._lock is not None
+        path = self.partial / LOCK
+        if not path.exists() or path.stat().st_ino != os.fstat(self._lock).st_ino:
+            raise OutputLocked(f"another process wrote {self.target} at this moment. Look at its result, or try again.")
+
+    def _remove_if_empty(self) -> None:
+        """An attempt that ended before its first byte leaves nothing."""
+        with contextlib.suppress(OSError):
+            if {entry.name for entry in os.scandir(self.partial)} <= {JOURNAL, LOCK}:
+                for name in (JOURNAL, LOCK):
+                    (self.partial / name).unlink(missing_ok=True)
+                self.partial.rmdir()
+
     def _open_journal(self) -> None:
         journal = self.partial / JOURNAL
-        if self.resume and journal.exists():
-            self._read_journal(journal)
-        else:
-            for entry in list(os.scandir(self.partial)):
-                if entry.name != LOCK:
-                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        if not (self.resume and journal.exists() and self._read_journal(journal)):
+            _empty(self.partial, keep=LOCK)
         self._journal = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         if not self.done and os.fstat(self._journal).st_size == 0:
             self._append({"plan_digest": self.plan_digest})
 
-    def _read_journal(self, journal: Path) -> None:
-        lines = []
-        for line in journal.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
+    def _read_journal(self, journal: Path) -> bool:
+        """Take over what is done; False when the kill came before the journal's first line was whole.
+
+        Raises ``UsageError`` when another plan began it.
+        """
+        records, whole_bytes = [], 0
+        for line in journal.read_bytes().splitlines(keepends=True):
+            record = _record(line)
+            if record is None:
                 break  # the kill came in the middle of this line; what it spoke of is done again
-        if not lines or lines[0].get("plan_digest") != self.plan_digest:
+            records.append(record)
+            whole_bytes += len(line)
+        if not records:
+            return False
+        if records[0].get("plan_digest") != self.plan_digest:
             raise UsageError(
-                f"{self.partial} was begun by another plan (other source, options or version), so it cannot be resumed.\n"
+                f"{self.partial} was begun by another plan (other source, options or version) and cannot be resumed.\n"
                 "Repeat the first command's options, or run without --resume to start again."
             )
         # A torn last line would swallow the next record.
-        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for line in lines[1:]:
-            path = self.partial / line["path"]
-            if path.is_file() and path.stat().st_size == line["size"]:
-                self.done[line["path"]] = [WrittenTensor(**tensor) for tensor in line["tensors"]]
+        os.truncate(journal, whole_bytes)
+        for record in records[1:]:
+            path = self.partial / record["path"]
+            if path.is_file() and path.stat().st_size == record["size"]:
+                self.done[record["path"]] = [WrittenTensor(**tensor) for tensor in record["tensors"]]
+        return True
 
     def add(self, path: str, tensors: Sequence[WrittenTensor]) -> None:
         """Record that a file is whole and on disk. Thread-safe."""
@@ -134,20 +160,24 @@ class OutputFolder:
         for folder, _, _ in os.walk(self.partial):
             sync_folder(Path(folder))
         os.unlink(self.partial / JOURNAL)
-        os.unlink(self.partial / LOCK)
-        replaced = None
-        if target.exists() or target.is_symlink():
-            replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-            os.rename(target, replaced)
+        # Ours alone by its name: a kill between the two renames leaves it, and the next publication removes it.
+        replaced = target.with_name(target.name + ".smolconv-replaced")
         try:
+            if _is_there(target):
+                _remove(replaced)
+                os.rename(target, replaced)
             os.rename(self.partial, target)
         except OSError as error:
+            if not _is_there(target) and _is_there(replaced):
+                os.rename(replaced, target)
             if error.errno not in _NO_RENAME:
                 raise
             _publish_by_copy(self.partial, target)
+        else:
+            # Held until here: a second process that opened it before must not take the folder for its own.
+            os.unlink(target / LOCK)
         sync_folder(target.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else os.unlink(replaced)
+        _remove(replaced)
 
     def _close(self) -> None:
         for descriptor in (self._journal, self._lock):
@@ -158,9 +188,12 @@ class OutputFolder:
 
 def _publish_by_copy(partial: Path, target: Path) -> None:
     """For file systems that cannot rename folders: entry points last, and a marker until all is there."""
-    target.mkdir()
+    if not target.is_dir() or target.is_symlink():
+        _remove(target)
+    target.mkdir(exist_ok=True)
     (target / INCOMPLETE).write_text("smolconv was interrupted while publishing this folder; it is not whole.\n")
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    _empty(target, keep=INCOMPLETE)
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name != LOCK]
     files.sort(key=lambda path: path.name in _ENTRY_POINTS or path.name.endswith(".index.json"))
     for path in files:
         copy = target / path.relative_to(partial)
@@ -172,9 +205,37 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
     shutil.rmtree(partial)
 
 
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None when it is not whole."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not line.endswith(b"\n") or not isinstance(record, dict):
+        return None
+    return record if "plan_digest" in record or record.keys() >= {"path", "size", "tensors"} else None
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _empty(folder: Path, *, keep: str) -> None:
+    for entry in list(os.scandir(folder)):
+        if entry.name != keep:
+            _remove(Path(entry.path))
+
+
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise ``UsageError`` when something would be overwritten."""
-    if (target.exists() or target.is_symlink()) and not overwrite:
+    """Raise ``UsageError`` when something would be overwritten; what an interrupted publication left may be."""
+    if _is_there(target) and not overwrite and not (target / INCOMPLETE).is_file():
         raise UsageError(f"{target} is there already. Choose another target, or pass --overwrite to replace it.")
 
 

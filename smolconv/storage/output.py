@@ -100,6 +100,8 @@ class _OpenFile:
 
     plan: PlannedFile
     lock: threading.Lock = field(default_factory=threading.Lock)
+    #: Held while writing: threads that meet in the kernel's lock of one file spin there, and burn more than they copy.
+    write_lock: threading.Lock = field(default_factory=threading.Lock)
     descriptor: int | None = None
     found: dict[int, WrittenTensor] = field(default_factory=dict)
 
@@ -171,7 +173,7 @@ class _Engine:
                 for offset, data in plan.pieces:
                     _pwrite(opened.descriptor, data, offset)
         if plan.tensors:
-            found = self._stream(opened.descriptor, plan.tensors[index], plan.finish is not None, buffer)
+            found = self._stream(opened, plan.tensors[index], buffer)
             with opened.lock:
                 opened.found[index] = found
                 if len(opened.found) < len(plan.tensors):
@@ -183,7 +185,9 @@ class _Engine:
             self.finished.append(opened)
             self.wake.notify()
 
-    def _stream(self, descriptor: int, tensor: PlannedTensor, with_crc: bool, buffer: Raw) -> WrittenTensor:
+    def _stream(self, opened: _OpenFile, tensor: PlannedTensor, buffer: Raw) -> WrittenTensor:
+        descriptor, with_crc = opened.descriptor, opened.plan.finish is not None
+        assert descriptor is not None
         source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
         hasher = _hasher(self.digest)
         if hasher is None and not with_crc and self._copied_in_kernel(descriptor, tensor):
@@ -200,7 +204,8 @@ class _Engine:
                 nonfinite = nonfinite or has_nonfinite(view, source.dtype)
             if with_crc:
                 crc = zlib.crc32(data, crc)
-            _pwrite(descriptor, data, tensor.offset + start * item)
+            with opened.write_lock:
+                _pwrite(descriptor, data, tensor.offset + start * item)
             self.progress(len(data))
         return WrittenTensor(digest=_digest_text(hasher), crc=crc, nonfinite=nonfinite)
 

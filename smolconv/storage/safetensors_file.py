@@ -58,7 +58,11 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
     header = _parse_header(path, raw)
-    metadata = header.pop("__metadata__", {}) or {}
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise CorruptFile(
+            f"{path}: the header's metadata is {metadata!r:.60}, expected an object. Copy the file again."
+        )
     start = 8 + length
     tensors = {name: _entry(path, name, value, start) for name, value in header.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
@@ -93,8 +97,9 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, start: int) -> Stored:
     try:
         dtype = _DTYPES[value["dtype"]]
-        shape = tuple(int(n) for n in value["shape"])
-        begin, end = (int(n) for n in value["data_offsets"])
+        shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
+        if not all(type(n) is int for n in (*shape, begin, end)):
+            raise ValueError(shape)
     except (KeyError, TypeError, ValueError):
         raise CorruptFile(f"{path}: the header's entry for {name} cannot be read: {value!r:.120}") from None
     if min((*shape, begin), default=0) < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,12 +86,13 @@ class VerifyReport:
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON types. NaN and infinity, which JSON has not, become null."""
         logits = None if self.logits is None else asdict(self.logits)
         layers = [] if logits is None else logits.pop("layers")
         gates = {} if logits is None else logits.pop("gates")
         if logits is not None:
             logits.pop("first_divergence")
-        return {
+        document = {
             "schema": 1,
             "passed": self.passed,
             "reason": self.reason,
@@ -105,6 +107,15 @@ class VerifyReport:
             "layers": layers,
             "gates": gates,
         }  # fmt: skip
+        return {name: _plain_json(value) for name, value in document.items()}
+
+
+def _plain_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verify_checkpoints(

@@ -140,7 +140,7 @@ def compare_logits(
         "top1": Gate(limit=top1, value=decided, passed=decided >= top1),
     }
     layers, first = [], None
-    for name in sorted(hidden_a, key=forward_order):
+    for name in sorted(hidden_a, key=lambda module: forward_order(f"{module}.weight")):
         distance = _largest(hidden_a[name], hidden_b[name]) if name in hidden_b else float("inf")
         scale = float(hidden_a[name].std())
         diverged = not distance <= max(8 * layer_floor[name], 2e-5 * scale)

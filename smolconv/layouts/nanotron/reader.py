@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from smolconv.checkpoint import (
     reshape,
 )
 from smolconv.errors import (
-    BadCheckpoint,
     CorruptFile,
     MissingFile,
     MissingShard,
@@ -37,6 +37,7 @@ from smolconv.errors import (
     UnsupportedModel,
 )
 from smolconv.layouts.base import ReadOptions, read_json
+from smolconv.layouts.documents import check_config, check_plain, check_progress, is_count, is_step, understood
 from smolconv.layouts.nanotron.topology import (
     EMBEDDING,
     HEAD,
@@ -77,8 +78,12 @@ def _step_folders(folder: Path) -> dict[int, Path]:
     return {
         int(entry.name): Path(entry.path)
         for entry in os.scandir(folder)
-        if entry.name.isdigit() and entry.is_dir() and _is_step_folder(Path(entry.path))
+        if _is_number(entry.name) and entry.is_dir() and _is_step_folder(Path(entry.path))
     }
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,18}", name) is not None
 
 
 def find_step_folder(folder: Path, step: int | None = None) -> Path:
@@ -88,12 +93,14 @@ def find_step_folder(folder: Path, step: int | None = None) -> Path:
     """
     if _is_step_folder(folder):
         if step is not None and folder.name != str(step):
-            raise MissingFile(f"{folder} is one step's folder, but --step asks for {step}. Name the run folder instead.")
+            raise MissingFile(
+                f"{folder} is one step's folder, but --step asks for {step}. Name the run folder instead."
+            )
         return folder
     steps, latest = _step_folders(folder), folder / "latest.txt"
     if step is None and latest.is_file():
-        text = latest.read_text().strip()
-        if not text.isdigit():
+        text = latest.read_bytes().decode(errors="replace").strip()
+        if not _is_number(text):
             raise CorruptFile(f"{latest} holds {text!r:.60}; a step number was expected.")
         step = int(text)
     if step is None and len(steps) == 1:
@@ -112,10 +119,13 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     """
     step_folder = find_step_folder(folder, options.step)
     config, where = _model_config(step_folder, options.config)
+    check_config(config, where)
     spec = spec_from_nanotron(config, where, rope_as_configured=options.rope_as_configured)
     table = weight_table(spec, nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None
+    if metadata is not None and not is_count(metadata.get("dp", 1)):
+        raise CorruptFile(f"{metadata_path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
 
     weights = read_native(step_folder, spec, metadata)
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {
@@ -142,7 +152,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         topology=topology,
         optimizer=optimizer,
         progress=_progress(metadata, metadata_path, scheduler),
-        assets=_assets(folder),
+        assets=_assets(step_folder.parent),
         origin={name: (step_folder / name).read_bytes() for name in _DOCUMENTS if (step_folder / name).is_file()}
         | ({"model_config.json": json.dumps(config).encode()}),
         files=tuple(sorted(path for path in step_folder.rglob("*") if path.is_file())),
@@ -166,7 +176,8 @@ def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, A
     document = step_folder / "config.yaml"
     if not document.exists():
         raise MissingFile(f"{step_folder} holds neither model_config.json nor config.yaml. Pass one with --config.")
-    config = read_yaml(document.read_bytes(), document).get("model", {}).get("model_config")
+    model = read_yaml(document.read_bytes(), document).get("model")
+    config = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(config, dict):
         raise CorruptFile(f"{document} has no model.model_config. Pass a model_config.json with --config.")
     return config, str(document)
@@ -176,8 +187,8 @@ def read_yaml(data: bytes, where: object) -> dict[str, Any]:
     """A YAML mapping of plain types. Raises ``CorruptFile``."""
     try:
         value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise CorruptFile(f"{where} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
+        raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]}.") from None
     if not isinstance(value, dict):
         raise CorruptFile(f"{where} holds no mapping.")
     return value
@@ -191,7 +202,9 @@ def _warnings(config: Mapping[str, Any], weights: Mapping[str, NativeParameter],
             "It is left out of the spec (as-trained); --rope-scaling as-configured puts it in."
         )
     if any(p.format in ("1.2", "1.3") for p in weights.values()):
-        found.append("format 1.2/1.3 is read by its source code's rules; no checkpoint of that time was at hand to test.")
+        found.append(
+            "format 1.2/1.3 is read by its source code's rules; no checkpoint of that time was at hand to test."
+        )
     return found
 
 
@@ -211,9 +224,7 @@ class NativeParameter:
     whole: LazyTensor
 
 
-def read_native(
-    step_folder: Path, spec: ModelSpec, metadata: Mapping[str, Any] | None
-) -> dict[str, NativeParameter]:
+def read_native(step_folder: Path, spec: ModelSpec, metadata: Mapping[str, Any] | None) -> dict[str, NativeParameter]:
     """nanotron's own parameters by nanotron's names, in the order of their folders."""
     grouped: dict[str, dict[int | None, tuple[Path, RankedFile]]] = {}
     model = step_folder / "model"
@@ -237,12 +248,20 @@ def read_native(
     version = None if metadata is None else str(metadata.get("version"))
     if version is not None and version not in FORMATS:
         raise MixedCheckpoint(f"{step_folder}: checkpoint format {version}; smolconv reads {', '.join(FORMATS)}.")
-    return {name: _native(name, ranks, spec, version) for name, ranks in grouped.items()}
+    found = {name: _native(name, ranks, spec, version) for name, ranks in grouped.items()}
+    by_format = {parameter.format: name for name, parameter in found.items() if parameter.pairs}
+    if len(by_format) > 1:
+        raise MixedCheckpoint(
+            f"{step_folder}: "
+            + " and ".join(f"{name} is of format {version}" for version, name in by_format.items())
+            + ".\nFiles of two checkpoints are mixed: copy the checkpoint again."
+        )
+    return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        folders.sort(key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+        folders.sort(key=lambda name: (not _is_number(name), int(name) if _is_number(name) else 0, name))
         for name in sorted(files):
             yield Path(parent) / name
 
@@ -286,14 +305,16 @@ def _native(
         )
     first, ranked = next(iter(ranks.values()))
     tp_size = ranked.tp_size or 1
-    missing = sorted(set(range(tp_size)) - {rank for rank in ranks if rank is not None})
-    if missing:
+    missing = next((rank for rank in range(tp_size) if rank not in ranks), None)
+    if missing is not None:
         raise MissingShard(
-            f"{name}: tensor-parallel rank {missing[0]} of {tp_size} is missing beside {first}.\n"
+            f"{name}: tensor-parallel rank {missing} of {tp_size} is missing beside {first}.\n"
             "Every rank holds its own rows of the parameter. Copy the file from the training node."
         )
     if len({ranked.pp for _, ranked in ranks.values()}) > 1:
-        raise MixedCheckpoint(f"{first.parent}: one parameter lies on several pipeline ranks. Keep one checkpoint's files.")
+        raise MixedCheckpoint(
+            f"{first.parent}: one parameter lies on several pipeline ranks. Keep one checkpoint's files."
+        )
     shards, pairs, shapes, formats = [], [], set(), set()
     for rank in range(tp_size):
         path, _ = ranks[rank]
@@ -399,9 +420,7 @@ def _optimizer_files(folder: Path, weights_topology: Topology) -> dict[tuple[int
 def _optimizer_topology(folder: Path, topology: Topology) -> Topology:
     ranked = [parse_state_file(path.name) for path in folder.glob("optimizer_*.pt")]
     zero1 = [r.dp_size for r in ranked if r is not None and r.dp_size is not None]
-    return Topology(
-        tp=topology.tp, pp=topology.pp, dp=zero1[0] if zero1 else topology.dp, zero_stage=int(bool(zero1))
-    )
+    return Topology(tp=topology.tp, pp=topology.pp, dp=zero1[0] if zero1 else topology.dp, zero_stage=int(bool(zero1)))
 
 
 def _read_optimizer(
@@ -416,30 +435,32 @@ def _read_optimizer(
     steps: dict[str, float] = {}
     hyperparameters: dict[str, Mapping[str, Any]] = {}
     for (pp, dp, tp), path in sorted(files.items()):
-        document = _state_document(path)
-        groups = {index: group for group in document["param_groups"] for index in group["params"]}
-        for index, name in document["names"].items():
-            if name not in names:
-                raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model has not.")
-            if weights[name].pp not in (None, pp):
-                if not (spec.tied and name == EMBEDDING):
-                    raise MixedCheckpoint(f"{path}: {name} belongs to pipeline rank {weights[name].pp}.")
-                continue
-            found = dict(document["state"][index])
-            step = found.pop("step", None)
-            if set(found) != set(_SLOT_KEYS):
-                raise UnsupportedModel(
-                    f"{path}: the optimizer holds {sorted(found)} for {name}; only Adam's exp_avg and exp_avg_sq are read."
-                )
-            for key, slot in _SLOT_KEYS.items():
-                pieces.setdefault((slot, name), {})[dp, tp] = _stored(found[key], path, name)
-            steps[name] = _scalar(step, path, name)
-            if index not in groups:
-                raise CorruptFile(f"{path}: parameter {index} ({name}) belongs to no group.")
-            hyperparameters[name] = {key: value for key, value in groups[index].items() if key != "params"}
-        for name, tensor in document.get("gradient_accumulator", {}).items():
-            if name in names and weights[name].pp in (None, pp):
-                pieces.setdefault((Slot.MASTER, name), {})[dp, tp] = _stored(tensor, path, name)
+        with understood(path):
+            document = _state_document(path)
+            groups = {index: group for group in document["param_groups"] for index in group["params"]}
+            for index, name in document["names"].items():
+                if name not in names:
+                    raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model has not.")
+                if weights[name].pp not in (None, pp):
+                    if not (spec.tied and name == EMBEDDING):
+                        raise MixedCheckpoint(f"{path}: {name} belongs to pipeline rank {weights[name].pp}.")
+                    continue
+                found = dict(document["state"][index])
+                step = found.pop("step", None)
+                if set(found) != set(_SLOT_KEYS):
+                    raise UnsupportedModel(
+                        f"{path}: the optimizer holds {sorted(found)} for {name}; only Adam's exp_avg and exp_avg_sq are read."
+                    )
+                for key, slot in _SLOT_KEYS.items():
+                    pieces.setdefault((slot, name), {})[dp, tp] = _stored(found[key], path, name)
+                steps[name] = _scalar(step, path, name)
+                if index not in groups:
+                    raise CorruptFile(f"{path}: parameter {index} ({name}) belongs to no group.")
+                hyperparameters[name] = {key: value for key, value in groups[index].items() if key != "params"}
+                check_plain(hyperparameters[name], f"{path}: the group of {name}")
+            for name, tensor in document.get("gradient_accumulator", {}).items():
+                if name in names and weights[name].pp in (None, pp):
+                    pieces.setdefault((Slot.MASTER, name), {})[dp, tp] = _stored(tensor, path, name)
     slots: dict[Slot, dict[str, LazyTensor]] = {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
     for (slot, name), found in pieces.items():
         slots[slot][name] = _whole_state(weights[name], found, dp_size, f"{folder} ({slot.value} of {name})")
@@ -463,11 +484,17 @@ def _stored(tensor: object, path: Path, name: str) -> Stored:
 
 def _scalar(step: object, path: Path, name: str) -> float:
     if isinstance(step, (int, float)):
-        return float(step)
-    tensor = _stored(step, path, name)
-    if tensor.numel != 1 or tensor.dtype not in ("float32", "float64", "int64"):
-        raise CorruptFile(f"{path}: the step of {name} is {list(tensor.shape)} of {tensor.dtype}, expected one number.")
-    return float(tensor.numpy().view(np.dtype(tensor.dtype)).reshape(-1)[0])
+        value = float(step)
+    else:
+        tensor = _stored(step, path, name)
+        if tensor.numel != 1 or tensor.dtype not in ("float32", "float64", "int64"):
+            raise CorruptFile(
+                f"{path}: the step of {name} is {list(tensor.shape)} of {tensor.dtype}, expected one number."
+            )
+        value = float(tensor.numpy().view(np.dtype(tensor.dtype)).reshape(-1)[0])
+    if not is_step(value):
+        raise CorruptFile(f"{path}: the step of {name} is {value}, which no training reached.")
+    return value
 
 
 def _whole_state(
@@ -539,16 +566,26 @@ def _read_scheduler(
             raise CorruptFile(f"{path} is not an LR scheduler file of nanotron.")
         # Until 2024-11-26 one rank wrote a single file, with its own parameters' entries only.
         mine = names if ranked is None else parameters_of_rank(names, ranks, ranked.pp or 0, tied=spec.tied)
-        for key, found in lists.items():
-            values = list(document.get(key, ()))
-            if values and len(values) != len(mine):
-                if len(set(values)) > 1:
-                    warnings.append(f"{path.name} has {len(values)} learning rates for {len(mine)} parameters; left out.")
-                    return None
-                values = values[:1] * len(mine)
-            for name, value in zip(mine, values):
-                found.update(dict.fromkeys(canonical[name], value))
+        with understood(path):
+            for key, found in lists.items():
+                values = list(document.get(key, ()))
+                if values and len(values) != len(mine):
+                    if len(set(values)) > 1:
+                        warnings.append(
+                            f"{path.name} has {len(values)} learning rates for {len(mine)} parameters; left out."
+                        )
+                        return None
+                    values = values[:1] * len(mine)
+                for name, value in zip(mine, values):
+                    found.update(dict.fromkeys(canonical[name], value))
         result.update({key: value for key, value in document.items() if key not in (*lists, "lr_lambdas")})
+    without = [name for name in names for found in lists.values() if canonical[name][0] not in found]
+    if result and without:
+        raise MissingShard(
+            f"{folder}: no file holds the learning rate of {without[0]}.\n"
+            "Copy the missing file from the training node, or pass --no-optimizer to convert the weights only."
+        )
+    check_plain({**result, **lists}, folder)
     return {**result, **lists} if result else None
 
 
@@ -569,7 +606,7 @@ def _progress(
     if metadata is None:
         return None
     metas = metadata.get("metas") or {}
-    try:
+    with understood(f"{path} (metas)"):
         stages = tuple(
             DataStage(
                 name=stage["name"],
@@ -580,7 +617,7 @@ def _progress(
             )
             for stage in metas.get("data_stages") or []
         )
-        return TrainingProgress(
+        progress = TrainingProgress(
             step=metas["last_train_step"],
             consumed_samples=metas.get("consumed_train_samples", 0),
             consumed_tokens=metas.get("consumed_tokens_total"),
@@ -588,8 +625,7 @@ def _progress(
             last_stage_index=metas.get("last_stage_idx"),
             scheduler=scheduler,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: the training progress cannot be read ({error!r}).") from None
+    return check_progress(progress, path)
 
 
 def _assets(folder: Path) -> dict[str, Path]:

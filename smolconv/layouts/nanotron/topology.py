@@ -74,9 +74,7 @@ def join_shards(
     shards: Sequence[tuple[LazyTensor, Sequence[SlicePair]]], shape: tuple[int, ...], where: str
 ) -> LazyTensor:
     """The whole parameter from all ranks' shards. Raises ``ShapeMismatch`` when their slices leave gaps or overlap."""
-    placed = sorted(
-        ((pair, shard) for shard, pairs in shards for pair in pairs), key=lambda item: item[0].full
-    )
+    placed = sorted(((pair, shard) for shard, pairs in shards for pair in pairs), key=lambda item: item[0].full)
     dim, at, pieces = placed[0][0].dim, 0, []
     for pair, shard in placed:
         lengths = {pair.local[1] - pair.local[0], pair.full[1] - pair.full[0]}
@@ -110,11 +108,12 @@ def parse_slices(text: str, shard_shape: tuple[int, ...], shape: tuple[int, ...]
     for pair in text.split(";"):
         try:
             local, full = ([_parse_slice(part) for part in side.split("|")] for side in pair.split("#"))
+            if not len(local) == len(full) == len(shape) == len(shard_shape):
+                raise ValueError(pair)
         except ValueError:
             raise CorruptFile(f"{where}: local_global_slices_pairs cannot be read: {pair!r:.120}") from None
         bounded = [
-            (dim, _limits(a, shard_shape[dim]), _limits(b, shape[dim]))
-            for dim, (a, b) in enumerate(zip(local, full, strict=True))
+            (dim, _limits(a, shard_shape[dim]), _limits(b, shape[dim])) for dim, (a, b) in enumerate(zip(local, full))
         ]
         cuts = [item for item in bounded if item[1] != (0, shape[item[0]]) or item[2] != (0, shape[item[0]])]
         if len(cuts) > 1:
@@ -255,13 +254,21 @@ class RankedFile:
 def parse_weight_file(file_name: str) -> RankedFile | None:
     """None when the name is not one of nanotron's weight files."""
     match = _WEIGHT_FILE.fullmatch(file_name)
-    return None if match is None else _ranked(match, match["kind"])
+    return _within(None if match is None else _ranked(match, match["kind"]))
 
 
 def parse_state_file(file_name: str) -> RankedFile | None:
     """None when the name is not one of nanotron's optimizer or LR scheduler files."""
     match = _STATE_FILE.fullmatch(file_name)
-    return None if match is None else _ranked(match, "state")
+    return _within(None if match is None else _ranked(match, "state"))
+
+
+def _within(file: RankedFile | None) -> RankedFile | None:
+    """None for a rank beyond its group's size: no run has written that file."""
+    if file is None:
+        return None
+    ranks = ((file.pp, file.pp_size), (file.tp, file.tp_size), (file.dp, file.dp_size))
+    return None if any(rank is not None and size is not None and rank >= size for rank, size in ranks) else file
 
 
 def _ranked(match: re.Match[str], kind: str) -> RankedFile:

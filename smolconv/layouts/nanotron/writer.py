@@ -23,8 +23,9 @@ from smolconv.checkpoint import (
     raw_dtype,
     scratch,
 )
-from smolconv.errors import UnsupportedModel, UsageError
+from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
 from smolconv.layouts.base import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
+from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.nanotron.reader import read_yaml, weight_table
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
@@ -277,6 +278,8 @@ class _Writer:
         """A fused parameter has one step and one group; parts trained apart cannot be fused again."""
         optimizer, parts = self.checkpoint.optimizer, self.canonical[name]
         assert optimizer is not None
+        if not optimizer.steps.keys() >= set(parts):
+            raise CorruptFile(f"the source's Adam state has no steps of {', '.join(parts)}. Pass --no-optimizer.")
         first = (optimizer.steps[parts[0]], dict(optimizer.hyperparameters(parts[0])))
         if any((optimizer.steps[part], dict(optimizer.hyperparameters(part))) != first for part in parts[1:]):
             raise UnsupportedModel(
@@ -294,12 +297,13 @@ class _Writer:
         for pp in range(self.options.pp):
             mine = parameters_of_rank(self.names, self.ranks, pp, tied=self.spec.tied)
             names = [self.canonical[name][0] for name in mine]
-            document = {
-                "base_lrs": [state["base_lrs"][name] for name in names],
-                **{key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")},
-                "_last_lr": [state["_last_lr"][name] for name in names],
-                "lr_lambdas": [{} for _ in names],
-            }
+            with understood("the source's learning-rate schedule"):
+                document = {
+                    "base_lrs": [state["base_lrs"][name] for name in names],
+                    **{key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")},
+                    "_last_lr": [state["_last_lr"][name] for name in names],
+                    "lr_lambdas": [{} for _ in names],
+                }
             for tp in range(self.options.tp):
                 path = f"{self.step}/" + state_file("lr_scheduler", (pp, self.options.pp), (tp, self.options.tp))
                 files.append(archive_file(path, document, {}))
@@ -312,7 +316,8 @@ class _Writer:
             return self.progress.scheduler
         if self.options.config is None:
             return None
-        base, last = scheduled_lr(self.config, self.progress.step, str(self.options.config))
+        with understood(self.options.config):
+            base, last = scheduled_lr(self.config, self.progress.step, str(self.options.config))
         every = [parts[0] for parts in self.canonical.values()]
         return {
             "base_lrs": dict.fromkeys(every, base), "last_epoch": self.progress.step,
@@ -322,10 +327,16 @@ class _Writer:
 
     def _training_config(self) -> dict[str, Any] | None:
         given = self.options.config
+        if given is not None and not given.exists():
+            raise MissingFile(f"--nanotron-config {given} is not there. Name a training config of nanotron.")
         original = given.read_bytes() if given is not None else self.checkpoint.origin.get("config.yaml")
         if original is None:
             return None
-        config = read_yaml(original, given or "the source's config.yaml")
+        where = str(given or "the source's config.yaml")
+        config = read_yaml(original, where)
+        for name in ("parallelism", "optimizer", "general", "model"):
+            if not isinstance(config.get(name) or {}, dict):
+                raise CorruptFile(f"{where}: {name} is {config[name]!r:.60}; a mapping was expected.")
         options = self.options
         parallelism = dict(config.get("parallelism") or {})
         before = parallelism.get("dp", 1)
@@ -421,6 +432,7 @@ class _Writer:
 
 def _speaks_of(config: Mapping[str, Any], spec: ModelSpec) -> bool:
     try:
+        check_config(config, "model_config.json")
         known = spec_from_nanotron(config, rope_as_configured=spec.rope_scaling is not None)
     except UnsupportedModel:
         return False

