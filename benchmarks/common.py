@@ -136,16 +136,20 @@ def is_diskless(folder: Path) -> bool:
     return file_system(folder) in _DISKLESS
 
 
+def memory_bytes() -> int:
+    """All memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine_lines(packages: Sequence[str]) -> list[str]:
     """What the figures belong to, as lines for people."""
     processor = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    memory_kb = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     cores = len(os.sched_getaffinity(0))
     return [
-        f"{cores} cores ({processor}), {memory_kb * 1024 / 1e9:.1f} GB RAM, load {os.getloadavg()[0]:.1f} at the start",
+        f"{cores} cores ({processor}), {memory_bytes() / 1e9:.1f} GB RAM, load {os.getloadavg()[0]:.1f} at the start",
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         ", ".join(f"{name} {_version(name)}" for name in packages) + f"; commit {_commit()}",
     ]

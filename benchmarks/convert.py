@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -32,6 +33,7 @@ from common import (
     is_diskless,
     machine_lines,
     markdown_table,
+    memory_bytes,
     peak_rss_bytes,
     remove,
     run,
@@ -202,6 +204,10 @@ class Bench:
         # The same bytes: a conversion that wrote less than the copy would make the comparison void.
         if max(sizes) > 1.02 * min(sizes):
             raise RuntimeError(f"{title}: outputs of {min(sizes)} and {max(sizes)} bytes are not the same work")
+        if sizes[0] + folder_bytes(source) > memory_bytes():
+            self.findings.notes.append(
+                f"{size.name} {content}, {title}: input and output exceed memory, so not all of the input was warm"
+            )
         self.findings.conversions.append(
             Conversion(fs=self.fs, model=size.name, content=content, title=title, output_bytes=sizes[0], pairs=found)
         )
@@ -342,7 +348,9 @@ def parse_arguments() -> argparse.Namespace:
         given.sizes = given.adam_sizes = "135m"
         given.pairs, given.pairs_beside = 3, 1
     given.sizes = [size for size in given.sizes.split(",") if size]
-    given.adam_sizes = [size for size in given.adam_sizes.split(",") if size] + ["1.7b"] * given.full
+    given.adam_sizes = [size for size in given.adam_sizes.split(",") if size]
+    if given.full and "1.7b" not in given.adam_sizes:
+        given.adam_sizes.append("1.7b")
     unknown = sorted({*given.sizes, *given.adam_sizes} - set(SIZES))
     if unknown:
         parser.error(f"unknown size {unknown[0]}: choose of {', '.join(SIZES)}")
@@ -356,7 +364,7 @@ def main() -> None:
     given = parse_arguments()
     output = given.output or (None if given.quick else RESULTS)
     packages = ("smolconv", "numpy", "xxhash", "typer", "torch", "transformers", "safetensors")
-    arguments = "".join(f" {argument}" for argument in sys.argv[1:])
+    arguments = "".join(f" {shlex.quote(argument)}" for argument in sys.argv[1:])
     findings = Findings(machine=machine_lines(packages), arguments=arguments)
 
     def write() -> None:

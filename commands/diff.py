@@ -28,7 +28,7 @@ def diff(
 
     Values are compared by **smolconv verify**.
     """
-    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.inspection import diff_checkpoints  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415

@@ -31,7 +31,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
-    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.inspection import check_digests, inspect_checkpoint  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415

@@ -43,7 +43,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Prove that two checkpoints are the same model: specs, tensors bit for bit, logits in fp32. Exit 1 if they are not."""
-    from smolconv.convert import open_source  # noqa: PLC0415
+    from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
     from smolconv.verify.compare import VerifyOptions, verify_checkpoints  # noqa: PLC0415

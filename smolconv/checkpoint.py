@@ -9,7 +9,9 @@ All ranges count elements of the flattened, row-major tensor. Shapes use R rows 
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -18,13 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cache
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
 from smolconv.spec import ModelSpec
@@ -35,21 +35,40 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-#: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
-Raw = NDArray[Any]
-_RAW_DTYPE: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    #: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
+    Raw = NDArray[Any]
+else:
+
+    def _on_first_use(name: str) -> Any:
+        """A module that is loaded when the first of its attributes is asked for."""
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    # numpy is half of the time to start, and whoever only inspects a checkpoint moves no element.
+    np = _on_first_use("numpy")
+    Raw = Any
 
 #: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
-#: Half a MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took 1.5 times
-#: the processor time on ext4 (benchmarks/README.md).
-CHUNK_BYTES = 512 << 10
+#: A MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took up to three
+#: times the system time on ext4 (benchmarks/README.md).
+CHUNK_BYTES = 1 << 20
 #: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
 _DIRECT_RUN_BYTES = 32 << 10
 
 
+@cache
 def raw_dtype(dtype: str) -> np.dtype[Any]:
     """The unsigned integer dtype of the same width."""
-    return _RAW_DTYPE[DTYPE_BYTES[dtype]]
+    return np.dtype(f"uint{8 * DTYPE_BYTES[dtype]}")
 
 
 class LazyTensor(ABC):
@@ -113,13 +132,19 @@ class Stored(LazyTensor):
 
     def read(self, start: int, stop: int, out: Raw) -> None:
         item = DTYPE_BYTES[self.dtype]
-        _pread(self.path, self.offset + start * item, out)
+        _pread(self.path, self.offset + start * item, as_bytes(out))
 
     def leaves(self) -> Iterator[Stored]:
         yield self
 
     def extents(self) -> tuple[Stored, ...]:
         return (self,)
+
+    def raw_bytes(self) -> bytes:
+        """All of its bytes. For scalars and other small tensors."""
+        data = bytearray(self.nbytes)
+        _pread(self.path, self.offset, memoryview(data))
+        return bytes(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -550,7 +575,7 @@ _thread = _ThreadState()
 _OPEN_FILES = 16
 
 
-def _pread(path: Path, offset: int, out: Raw) -> None:
+def _pread(path: Path, offset: int, view: memoryview) -> None:
     # Opening costs a round trip on network file systems, so each thread keeps the files that it read last.
     descriptor = _thread.files.get(path)
     if descriptor is None:
@@ -563,7 +588,6 @@ def _pread(path: Path, offset: int, out: Raw) -> None:
             os.close(_thread.files.popitem(last=False)[1])
     else:
         _thread.files.move_to_end(path)
-    view = as_bytes(out)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)

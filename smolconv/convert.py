@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from smolconv import __version__
@@ -31,9 +30,8 @@ from smolconv.checkpoint import (
     without_padding,
 )
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
-from smolconv.hub import fetch_source, is_hub_uri, parse_hub_uri
+from smolconv.hub import open_source
 from smolconv.layouts.base import PlannedOutput, ReadOptions
-from smolconv.layouts.gguf import read_gguf
 from smolconv.layouts.huggingface import ASSET_NAMES, HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import read_checkpoint
@@ -133,15 +131,6 @@ def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
     }
 
 
-def open_source(
-    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
-) -> Path:
-    """A local folder for ``uri``: itself, or what is needed of a Hub repository, downloaded to the cache."""
-    if is_hub_uri(str(uri)):
-        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only, optimizer=optimizer, step=step)
-    return Path(uri)
-
-
 def plan_conversion(
     source: str | Path, target: Path, options: ConvertOptions, *, headers_only: bool = False
 ) -> ConversionPlan:
@@ -168,6 +157,8 @@ def plan_conversion(
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
+    from smolconv.layouts.gguf import read_gguf  # noqa: PLC0415
+
     _checked(options)
     refuse_nested(path, target)
     return plan_from_checkpoint(read_gguf(path), str(path), target, options)
@@ -404,6 +395,8 @@ def _plan_digest(output: PlannedOutput, options: ConvertOptions) -> str:
 
 
 def _versions() -> dict[str, str]:
+    import numpy as np  # noqa: PLC0415
+
     return {
         "smolconv": __version__, "python": platform.python_version(), "numpy": np.__version__, "xxhash": xxhash.VERSION,
     }  # fmt: skip

@@ -129,6 +129,15 @@ def parse_hub_uri(uri: str) -> HubSource:
     return HubSource(repo="/".join(parts[:2]), subfolder="/".join(parts[2:]), revision=revision or None)
 
 
+def open_source(
+    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
+) -> Path:
+    """A local folder for ``uri``: itself, or what is needed of a Hub repository, downloaded to the cache."""
+    if is_hub_uri(str(uri)):
+        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only, optimizer=optimizer, step=step)
+    return Path(uri)
+
+
 def fetch_source(
     source: HubSource, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
 ) -> Path:

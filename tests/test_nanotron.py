@@ -90,6 +90,12 @@ def test_blocks_lie_on_the_pipeline_ranks_where_nanotron_puts_them(spec, blocks_
     assert ranks == sorted(ranks)
 
 
+def test_a_block_that_just_reaches_the_threshold_leaves_room_for_the_next():
+    # A layer costs 4 * E * E + 3 * F * E = 156 * E, and so does the head: eight equal costs, two for each rank.
+    spec = published("llama", 24, 20, 7, 6, 2, 156)
+    assert list(pipeline_ranks(spec, 4).values()) == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_a_split_that_leaves_a_rank_empty_is_refused():
     with pytest.raises(UsageError, match="--pp 8"):
         pipeline_ranks(SMOLLM2_135M, 8)

@@ -316,7 +316,8 @@ def test_a_gate_of_ones_own_can_fail_a_true_pair_and_pass_a_false_one(tmp_path):
     other = edited(HF, tmp_path / "planted", rotate_query_rows)
     strict = verify(NATIVE, SMOLLM3 / "tp1-pp2-dp1-zero0", gates={"max_abs": -1.0})
     loose = verify(NATIVE, other, gates={"max_abs": 1e9, "kl": 1e9, "top1": 0.0})
-    assert (strict.logits.passed, loose.logits.passed, loose.passed) == (False, True, False)
+    assert (strict.logits.passed, strict.passed) == (False, False)
+    assert (loose.logits.passed, loose.passed) == (True, False)
 
 
 @given(st.permutations(sorted(parameter_shapes(read_checkpoint(NATIVE).spec))))

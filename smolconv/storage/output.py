@@ -17,10 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import numpy as np
 import xxhash
 
-from smolconv.checkpoint import CHUNK_BYTES, DTYPE_BYTES, LazyTensor, Raw, as_bytes, close_thread_files, raw_dtype
+from smolconv.checkpoint import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    LazyTensor,
+    Raw,
+    as_bytes,
+    close_thread_files,
+    raw_dtype,
+    scratch,
+)
 
 #: Bytes at an absolute offset of a file.
 Piece = tuple[int, bytes]
@@ -103,7 +111,17 @@ class _OpenFile:
     #: Held while writing: threads that meet in the kernel's lock of one file spin there, and burn more than they copy.
     write_lock: threading.Lock = field(default_factory=threading.Lock)
     descriptor: int | None = None
+    next_task: int = 0
     found: dict[int, WrittenTensor] = field(default_factory=dict)
+
+    @property
+    def tasks_left(self) -> int:
+        """Tensors that no worker has taken yet; a file without tensors is one task."""
+        return max(1, len(self.plan.tensors)) - self.next_task
+
+
+class _Abandoned(Exception):
+    """Another worker failed; this one stops in the middle of its tensor."""
 
 
 class _Engine:
@@ -113,10 +131,8 @@ class _Engine:
     ) -> None:  # fmt: skip
         self.folder, self.journal, self.digest, self.chunk_bytes = folder, journal, digest, chunk_bytes
         self.progress = progress
-        self.tasks: deque[tuple[_OpenFile, int]] = deque()
-        for file in files:
-            opened = _OpenFile(file)
-            self.tasks.extend((opened, index) for index in range(max(1, len(file.tensors))))
+        self.waiting = deque(_OpenFile(file) for file in files)
+        self.begun: list[_OpenFile] = []
         self.finished: deque[_OpenFile] = deque()
         self.wake = threading.Condition()
         self.working = 0
@@ -124,6 +140,7 @@ class _Engine:
 
     def run(self, workers: int) -> None:
         self.working = workers
+        raw_dtype("uint8")  # loads numpy here: its first use must not come from several threads at once
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         # Flushing waits for the disk, not for a processor: two threads beside the workers keep it busy.
         flushers = [threading.Thread(target=self._flush, daemon=True) for _ in range(2)]
@@ -144,18 +161,37 @@ class _Engine:
     def _fail(self, error: BaseException) -> None:
         with self.wake:
             self.error = self.error or error
-            self.tasks.clear()
             self.wake.notify_all()
 
+    def _next_task(self, current: _OpenFile | None) -> tuple[_OpenFile, int] | None:
+        """The next tensor of the worker's own file, else of a file that nobody has begun, else of any.
+
+        Writers of one file wait for each other in the kernel, so workers keep to their own as long as there are enough.
+        """
+        with self.wake:
+            if self.error is not None:
+                return None
+            if current is None or not current.tasks_left:
+                if self.waiting:
+                    current = self.waiting.popleft()
+                    self.begun.append(current)
+                else:
+                    self.begun = [opened for opened in self.begun if opened.tasks_left]
+                    if not self.begun:
+                        return None
+                    current = self.begun[0]
+            current.next_task += 1
+            return current, current.next_task - 1
+
     def _work(self) -> None:
-        buffer = np.empty(self.chunk_bytes, np.uint8)
         try:
-            while self.error is None:
-                try:
-                    opened, index = self.tasks.popleft()
-                except IndexError:
-                    break
-                self._write_one(opened, index, buffer)
+            with scratch(self.chunk_bytes, raw_dtype("uint8")) as buffer:
+                opened = None
+                while (task := self._next_task(opened)) is not None:
+                    opened, index = task
+                    self._write_one(opened, index, buffer)
+        except _Abandoned:
+            pass
         except BaseException as error:
             self._fail(error)
         finally:
@@ -195,7 +231,7 @@ class _Engine:
         crc, nonfinite = 0, False
         for start, stop in source.chunks(self.chunk_bytes):
             if self.error is not None:
-                break
+                raise _Abandoned  # a tensor cut short must not count as found
             view = buffer[: (stop - start) * item].view(raw_dtype(source.dtype))
             source.read(start, stop, view)
             data = as_bytes(view)
@@ -272,11 +308,10 @@ def _digest_text(hasher: Any) -> str | None:
 def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
     """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
     hasher = _hasher(algorithm)
-    buffer = np.empty(CHUNK_BYTES, np.uint8)
     for start, stop in tensor.chunks():
-        view = buffer[: (stop - start) * DTYPE_BYTES[tensor.dtype]].view(raw_dtype(tensor.dtype))
-        tensor.read(start, stop, view)
-        hasher.update(as_bytes(view))
+        with scratch(stop - start, raw_dtype(tensor.dtype)) as view:
+            tensor.read(start, stop, view)
+            hasher.update(as_bytes(view))
     text = _digest_text(hasher)
     assert text is not None
     return text
@@ -296,7 +331,7 @@ def has_nonfinite(raw: Raw, dtype: str) -> bool:
     if infinity is None or not raw.size:
         return False
     bits = raw.dtype.itemsize * 8
-    signed = raw.view(np.dtype(f"int{bits}"))
+    signed = raw.view(f"int{bits}")
     return bool(signed.max() >= infinity) or bool(raw.max() >= infinity + (1 << (bits - 1)))
 
 

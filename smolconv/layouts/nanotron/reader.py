@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import yaml
 
 from smolconv.checkpoint import (
     MOMENTS,
@@ -185,6 +184,8 @@ def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, A
 
 def read_yaml(data: bytes, where: object) -> dict[str, Any]:
     """A YAML mapping of plain types. Raises ``CorruptFile``."""
+    import yaml  # noqa: PLC0415
+
     try:
         value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
@@ -484,17 +485,17 @@ def _stored(tensor: object, path: Path, name: str) -> Stored:
 
 def _scalar(step: object, path: Path, name: str) -> float:
     if isinstance(step, (int, float)):
-        value = float(step)
+        value = step
     else:
         tensor = _stored(step, path, name)
         if tensor.numel != 1 or tensor.dtype not in ("float32", "float64", "int64"):
             raise CorruptFile(
                 f"{path}: the step of {name} is {list(tensor.shape)} of {tensor.dtype}, expected one number."
             )
-        value = float(tensor.numpy().view(np.dtype(tensor.dtype)).reshape(-1)[0])
+        (value,) = struct.unpack({"float32": "<f", "float64": "<d", "int64": "<q"}[tensor.dtype], tensor.raw_bytes())
     if not is_step(value):
         raise CorruptFile(f"{path}: the step of {name} is {value}, which no training reached.")
-    return value
+    return float(value)
 
 
 def _whole_state(
@@ -518,7 +519,7 @@ def _whole_state(
 
 
 def _numel(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return prod(shape)
 
 
 def _canonical_optimizer(state: _State, table: WeightTable) -> OptimizerState:

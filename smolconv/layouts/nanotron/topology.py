@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 from smolconv.checkpoint import LazyTensor, column_slice, join, join_columns, row_slice
 from smolconv.errors import CorruptFile, ShapeMismatch, UsageError
@@ -172,7 +171,7 @@ def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
     blocks += [("head", spec.vocab_size * hidden)]
     blocks += [("cast_to_fp32", 0)] if spec.architecture == "llama" else []
     blocks += [("loss", 0)]
-    cumulative = np.cumsum([cost for _, cost in blocks], dtype=np.int64)
+    cumulative = list(accumulate(cost for _, cost in blocks))
     thresholds = [float(cumulative[-1]) * ((rank + 1) / pp) for rank in range(pp)]
     ranks, rank = {}, 0
     for (name, _), reached in zip(blocks, cumulative):
@@ -219,7 +218,7 @@ def zero1_slices(numel: int, dp: int) -> list[tuple[int, int]]:
     """Each data-parallel rank's elements of a flattened shard: ceil(n / dp), the last ranks one less; may be empty."""
     size = (numel - 1) // dp + 1
     short = size * dp - numel
-    ends = np.cumsum([size - (rank >= dp - short) for rank in range(dp)]).tolist()
+    ends = list(accumulate(size - (rank >= dp - short) for rank in range(dp)))
     return list(zip([0, *ends[:-1]], ends))
 
 

@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
 from smolconv.checkpoint import (
     Checkpoint,
     LazyTensor,
@@ -379,6 +376,8 @@ class _Writer:
             "latest.txt": step,
         }
         if self.config is not None:
+            import yaml  # noqa: PLC0415
+
             documents[f"{step}/config.yaml"] = yaml.safe_dump(self.config, sort_keys=True)
         has_tokenizer = any("tokenizer" in name for name in assets)
         card = model_card(self.checkpoint, "A nanotron checkpoint", str(self.checkpoint.root), has_tokenizer)
@@ -469,6 +468,6 @@ def _is_zero(tensor: LazyTensor) -> bool:
     for start, stop in tensor.chunks():
         with scratch(stop - start, raw_dtype(tensor.dtype)) as values:
             tensor.read(start, stop, values)
-            if np.any(values):
+            if values.any():
                 return False
     return True
