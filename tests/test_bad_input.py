@@ -525,8 +525,8 @@ def test_a_shard_full_of_nan_is_kept_bit_for_bit_and_reported(nanotron, cli, tmp
     ("words", "expected"),
     [
         (("--to", "nanotron", "--pp", 8), "--pp 8 leaves pipeline rank"),
-        (("--to", "nanotron", "--tp", 4), "--tp 4 does not divide the model's 6 query heads"),
-        (("--to", "nanotron", "--tp", 3), "--tp 3 does not divide the model's 2 key/value heads"),
+        (("--to", "nanotron", "--tp", 5), "--tp 5 does not divide the model's 48 rows of queries"),
+        (("--to", "nanotron", "--tp", 3), "--tp 3 does not divide the model's 16 rows of keys"),
         (("--to", "nanotron", "--tp", 0), "--tp"),
         (("--to", "nanotron", "--zero-stage", 2), "--zero-stage 2"),
         (("--to", "nanotron", "--zero-stage", "one"), "--zero-stage"),

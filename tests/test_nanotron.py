@@ -35,6 +35,8 @@ from smolconv.spec import ModelSpec, spec_from_nanotron
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3, BF16 = (NANOTRON / name for name in ("smollm2-tiny", "smollm3-tiny", "smollm3-tiny-bf16"))
+#: Runs whose folder's name is their whole topology; others differ from their model's runs in more than that.
+NAMED = [run for run in nanotron_topologies() if topology_of(run)]
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 #: fp32 on CPU, another order of summation; nanotron's own converter reaches 1.5e-6 (shared oracle's README).
 MAX_LOGITS_DIFFERENCE = 5e-6
@@ -42,11 +44,9 @@ MAX_LOGITS_DIFFERENCE = 5e-6
 
 def resharding_pairs() -> list[tuple[Path, Path]]:
     """Topologies of one model, in every order and each to itself."""
-    runs = [run for run in nanotron_topologies() if topology_of(run)]
-    configs = {run: (step_folder(run) / "model_config.json").read_text() for run in runs}
-    return [
-        (a, b) for a, b in itertools.product(runs, runs) if a.parent.name == b.parent.name and configs[a] == configs[b]
-    ]
+    configs = {run: (step_folder(run) / "model_config.json").read_text() for run in NAMED}
+    pairs = itertools.product(NAMED, NAMED)
+    return [(a, b) for a, b in pairs if a.parent.name == b.parent.name and configs[a] == configs[b]]
 
 
 def pair_id(pair: tuple[Path, Path]) -> str:
@@ -177,7 +177,7 @@ def test_resharding_gives_the_very_checkpoint_that_nanotron_wrote_at_that_topolo
     assert run_differences(tmp_path / "out", expected) == []
 
 
-@pytest.mark.parametrize("run", nanotron_topologies()[:7], ids=topology_id)
+@pytest.mark.parametrize("run", NAMED, ids=topology_id)
 def test_at_the_same_topology_random_states_and_config_are_kept_whole(run, tmp_path):
     convert(run, tmp_path / "out", "nanotron", **topology_of(run))
     found, expected = step_folder(tmp_path / "out"), step_folder(run)
@@ -263,7 +263,7 @@ def test_without_optimizer_no_state_is_written_and_progress_is_kept(tmp_path):
     assert (metadata["last_train_step"], metadata["consumed_train_samples"]) == (3, 12)
 
 
-@pytest.mark.parametrize("run", nanotron_topologies()[:7], ids=topology_id)
+@pytest.mark.parametrize("run", NAMED, ids=topology_id)
 def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_stored(run):
     config = yaml.safe_load((step_folder(run) / "config.yaml").read_text())
     for stored in states(step_folder(run), "lr_scheduler").values():
@@ -274,7 +274,7 @@ def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_store
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", nanotron_topologies()[:7], ids=topology_id)
+@pytest.mark.parametrize("run", NAMED, ids=topology_id)
 def test_topology_is_read_from_the_files(run):
     found = read_nanotron(run).topology
     assert {"tp": found.tp, "pp": found.pp, "dp": found.dp, "zero_stage": found.zero_stage} == topology_of(run)

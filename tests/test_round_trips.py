@@ -593,3 +593,13 @@ def test_a_run_that_was_never_trained_reads_back_without_state(tmp_path):
     convert(tmp_path / "run", tmp_path / "back", "hf")
     again = read_huggingface(tmp_path / "back")
     assert (again.has_optimizer, again.progress.step) == (False, 0)
+
+
+def test_a_cut_through_heads_is_written_with_a_warning_and_comes_back_whole(tmp_path):
+    """SmolLM2-135M has 9 and 3 heads: TP 2 cuts rows evenly, although nanotron could not run it so."""
+    source = FIXTURES / "nanotron/smollm2-tiny/tp1-pp1-dp1-zero0"
+    result = convert(source, tmp_path / "tp4", "nanotron", tp=4)
+    assert any("cuts through the model's 6 query and 2 key/value heads" in warning for warning in result.warnings)
+    convert(tmp_path / "tp4", tmp_path / "hf", "hf")
+    again, expected = hf_weights(tmp_path / "hf"), hf_weights(source.parent / "expected_hf")
+    assert all(torch.equal(again[name], expected[name]) for name in again)

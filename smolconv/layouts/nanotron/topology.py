@@ -141,13 +141,18 @@ def parse_shape(text: str, where: str) -> tuple[int, ...]:
 
 
 def require_tp(spec: ModelSpec, tp: int) -> None:
-    """Raise ``UsageError`` when nanotron could not build the model on ``tp`` ranks."""
+    """Raise ``UsageError`` when a parameter's rows cannot be cut into ``tp`` equal shards."""
     for what, size in (
-        ("query heads", spec.num_heads), ("key/value heads", spec.num_kv_heads),
-        ("intermediate_size", spec.intermediate_size),
+        ("rows of queries", spec.query_rows), ("rows of keys", spec.kv_rows),
+        ("rows of intermediate_size", spec.intermediate_size),
     ):  # fmt: skip
         if size % tp:
             raise UsageError(f"--tp {tp} does not divide the model's {size} {what}; choose a divisor of it.")
+
+
+def splits_heads(spec: ModelSpec, tp: int) -> bool:
+    """Whether the cut goes through heads (SmolLM2-135M at TP 2). nanotron merges such files, but cannot run so."""
+    return bool(spec.num_heads % tp or spec.num_kv_heads % tp)
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:

@@ -34,6 +34,7 @@ from smolconv.layouts.nanotron.topology import (
     pipeline_ranks,
     require_tp,
     slice_pairs,
+    splits_heads,
     state_file,
     tensor_parallel,
     weight_path,
@@ -85,6 +86,11 @@ class _Writer:
         self.warnings: list[str] = []
         refuse_for_nanotron(checkpoint.spec)
         require_tp(checkpoint.spec, options.tp)
+        if splits_heads(checkpoint.spec, options.tp):
+            self.warnings.append(
+                f"TP {options.tp} cuts through the model's {checkpoint.spec.num_heads} query and "
+                f"{checkpoint.spec.num_kv_heads} key/value heads: nanotron reads these files, but at a TP that divides both."
+            )
         self.spec = self._padded_spec()
         self.model_config = self._model_config()
         self.table: WeightTable = weight_table(self.spec, bool(self.model_config["rope_interleaved"]))
