@@ -242,11 +242,21 @@ def test_a_parameter_whose_slice_is_empty_is_missing_in_that_ranks_file(tmp_path
     assert first - last == {name for name in first if "norm" in name}
 
 
-@pytest.mark.parametrize("options", [{"tp": 4}, {"tp": 3}, {"pp": 7}, {"tp": 0}, {"zero_stage": 2}, {"dp": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"tp": 3}, {"tp": 32}, {"pp": 7}, {"tp": 0}, {"zero_stage": 2}, {"dp": 0}], ids=str
+)
 def test_a_topology_that_the_model_does_not_fit_is_a_usage_error(options, tmp_path):
     with pytest.raises(UsageError):
         convert(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "out", "nanotron", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_through_heads_is_made_with_a_warning_and_joins_again(tmp_path):
+    home = SMOLLM2 / "tp1-pp1-dp1-zero0"
+    result = convert(home, tmp_path / "away", "nanotron", tp=4, pp=2)  # 2 key/value heads of 8 rows over 4 ranks
+    convert(tmp_path / "away", tmp_path / "back", "nanotron")
+    assert any("heads" in warning for warning in result.warnings)
+    assert run_differences(tmp_path / "back", home) == []
 
 
 def test_norms_are_written_once_without_ranks_or_metadata(tmp_path):
