@@ -45,7 +45,9 @@ def convert(
         typer.Option("--optimizer/--no-optimizer", help="Carry Adam's state. Default: when the source has it."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder or file with the tokenizer to put beside.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Keep the first N vocabulary rows, drop padding.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first N vocabulary rows, drop padding.")
+    ] = None,
     rope_scaling: Annotated[
         str, typer.Option(help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it.")
     ] = "as-trained",
@@ -55,8 +57,12 @@ def convert(
         Path | None, typer.Option(help="Training YAML to write as config.yaml when the source has none (nanotron).")
     ] = None,
     digest: Annotated[str, typer.Option(help="Digest of every tensor: xxh3, sha256 or none.")] = "xxh3",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and its size, write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Prove the result before it gets its name; exit 1 if not.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written and its size, write nothing.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove the result before it gets its name; exit 1 if not.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is whole.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Threads that copy. Default: up to 4.")] = None,

@@ -24,9 +24,9 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare it with, in any layout.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Compare two checkpoints' specs, and their tensors' names, shapes and dtypes. Reads no tensor; exit 1 if they differ.
+    """Compare two checkpoints' specs, and their tensors' names, shapes and dtypes. Exit 1 if they differ.
 
-    Values are compared by **smolconv verify**.
+    No tensor is read; values are compared by **smolconv verify**.
     """
     from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.inspection import diff_checkpoints  # noqa: PLC0415

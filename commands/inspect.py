@@ -25,7 +25,9 @@ _EPILOG = """
 def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor by its canonical name.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Re-read all bytes and compare the manifest's digests.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Re-read all bytes and compare the manifest's digests.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,

@@ -33,7 +33,9 @@ def verify(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare masters, moments, steps and groups.")] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read for A instead of its own.")] = None,
     config_b: Annotated[Path | None, typer.Option(help="Config to read for B instead of its own.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")
+    ] = None,
     tokens: Annotated[Path | None, typer.Option(help="Token ids to run both models on, as a .npy file.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Positions to compare, at most the context length.")] = 512,
     gate_max_abs: Annotated[float | None, typer.Option(help="Largest difference of logits that passes.")] = None,
@@ -42,7 +44,7 @@ def verify(
     per_layer: Annotated[bool, typer.Option("--per-layer", help="List every module's largest difference.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Prove that two checkpoints are the same model: specs, tensors bit for bit, logits in fp32. Exit 1 if they are not."""
+    """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
     from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
@@ -110,7 +112,9 @@ def _show(report: VerifyReport, *, per_layer: bool) -> None:
         console.out.print("[green]PASS[/]  the same model")
     else:
         where = report.first_divergence
-        console.out.print(f"[red]FAIL[/]  {console.escape(report.reason)}" + (f"  (first divergence: {where})" if where else ""))
+        console.out.print(
+            f"[red]FAIL[/]  {console.escape(report.reason)}" + (f"  (first divergence: {where})" if where else "")
+        )
 
 
 def _mark(passed: bool) -> str:

@@ -412,9 +412,7 @@ def join(parts: Sequence[LazyTensor], shape: tuple[int, ...] | None = None) -> L
             and part.path == last.path
             and last.offset + last.nbytes == part.offset
         ):
-            merged[-1] = Stored(
-                path=last.path, offset=last.offset, shape=(last.numel + part.numel,), dtype=last.dtype
-            )
+            merged[-1] = Stored(path=last.path, offset=last.offset, shape=(last.numel + part.numel,), dtype=last.dtype)
         elif part.numel or not merged:
             merged.append(part)
     if len(merged) == 1:

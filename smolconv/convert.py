@@ -136,7 +136,8 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Read headers, choose what the target holds, and fix every output file. Writes nothing.
 
-    With ``headers_only`` a Hub repository's tensors are not downloaded, so the plan can be shown but not run. Raises ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
+    With ``headers_only`` a Hub repository's tensors are not downloaded, so the plan can be shown but not run. Raises
+    ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
     _checked(options)
     with_optimizer = options.optimizer is not False
@@ -200,7 +201,9 @@ def _checked(options: ConvertOptions) -> str:
     if layout is None:
         raise UsageError(f"--to {options.to}: expected one of hf, nanotron.")
     if layout == "huggingface":
-        given = [name for name in ("tp", "pp", "dp", "zero_stage", "nanotron_config") if getattr(options, name) is not None]
+        given = [
+            name for name in ("tp", "pp", "dp", "zero_stage", "nanotron_config") if getattr(options, name) is not None
+        ]
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} has no meaning for --to hf, which has no ranks.")
     if options.dtype not in DTYPES:
@@ -215,7 +218,7 @@ def _checked(options: ConvertOptions) -> str:
 
 
 def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint as the target will hold it: optimizer kept or not, dtype cast, vocabulary trimmed, tokenizer added."""
+    """The checkpoint as the target will hold it: optimizer kept or not, dtype, vocabulary, tokenizer."""
     if options.optimizer and not checkpoint.has_optimizer:
         raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
     checkpoint = _cast_parameters(checkpoint, options)

@@ -71,10 +71,12 @@ class ModelSpec:
                 "the first must be a multiple of the second."
             )
         if self.head_size % 2:
-            raise UnsupportedModel(f"the config gives heads of size {self.head_size}; rotary embedding needs an even one.")
+            raise UnsupportedModel(
+                f"the config gives heads of size {self.head_size}; rotary embedding needs an even one."
+            )
         if len(self.use_rope) != self.num_layers:
             raise UnsupportedModel(
-                f"the config says for {len(self.use_rope)} layers whether they rotate, but has {self.num_layers} layers."
+                f"the config says for {len(self.use_rope)} layers whether they rotate, but has {self.num_layers}."
             )
 
     @property
@@ -298,7 +300,7 @@ def spec_from_nanotron(
 
 
 def nanotron_architecture(config: Mapping[str, Any], where: str = "model_config.json") -> str:
-    """"llama" for ``LlamaConfig``, "smollm3" for ``Qwen2Config``; raises ``UnsupportedModel`` for anything else."""
+    """ "llama" for ``LlamaConfig``, "smollm3" for ``Qwen2Config``; raises ``UnsupportedModel`` for anything else."""
     if config.get("is_llama_config"):
         return "llama"
     if config.get("is_qwen2_config"):
@@ -398,5 +400,3 @@ def _nope_interval(use_rope: tuple[bool, ...]) -> int | None:
         return None
     interval = use_rope.index(False) + 1
     return interval if all(on == ((i + 1) % interval != 0) for i, on in enumerate(use_rope)) else None
-
-

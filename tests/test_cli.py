@@ -38,7 +38,10 @@ def test_help_and_inspect_import_neither_torch_nor_transformers(words: list[obje
 
 def test_converting_weights_and_adam_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert not modules_after("convert", TINY, tmp_path / "hf", "--to", "hf") & {"torch", "transformers"}
-    assert not modules_after("convert", tmp_path / "hf", tmp_path / "nt", "--to", "nanotron") & {"torch", "transformers"}
+    assert not modules_after("convert", tmp_path / "hf", tmp_path / "nt", "--to", "nanotron") & {
+        "torch",
+        "transformers",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,7 +59,9 @@ def test_json_is_one_document_on_stdout_and_logs_go_to_stderr(tmp_path: Path) ->
     done = run_cli("convert", TINY, tmp_path / "hf", "--to", "hf", "--json")
     document = json.loads(done.stdout)
     assert document["schema"] == 1
-    assert {"source", "target", "files", "tensors", "bytes_read", "bytes_written", "seconds", "peak_rss_bytes"} <= set(document)
+    assert {"source", "target", "files", "tensors", "bytes_read", "bytes_written", "seconds", "peak_rss_bytes"} <= set(
+        document
+    )
     assert document["warnings"]
     assert "warning" in done.stderr
 
@@ -82,7 +87,9 @@ def test_common_options_may_stand_anywhere(tmp_path: Path, place: int) -> None:
 
 
 def test_a_dry_run_names_every_file_and_writes_nothing(tmp_path: Path) -> None:
-    planned = json.loads(run_cli("convert", TINY, tmp_path / "nt", "--to", "nanotron", "--tp", 2, "--dry-run", "--json").stdout)
+    planned = json.loads(
+        run_cli("convert", TINY, tmp_path / "nt", "--to", "nanotron", "--tp", 2, "--dry-run", "--json").stdout
+    )
     assert list(tmp_path.iterdir()) == []
     run_cli("convert", TINY, tmp_path / "nt", "--to", "nanotron", "--tp", 2)
     written = {path: len(data) for path, data in files_below(tmp_path / "nt").items()}
@@ -121,9 +128,7 @@ def hub_environment(tmp_path: Path) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_fake"}
 
 
-def test_a_dry_run_of_a_hub_repository_downloads_headers_only(
-    tmp_path: Path, hub_environment: dict[str, str]
-) -> None:
+def test_a_dry_run_of_a_hub_repository_downloads_headers_only(tmp_path: Path, hub_environment: dict[str, str]) -> None:
     config = {"model_type": "llama", "vocab_size": 60_000, "hidden_size": 64, "intermediate_size": 64,
               "num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}  # fmt: skip
     shapes = parameter_shapes(spec_from_hf(config))

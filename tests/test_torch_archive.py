@@ -1001,8 +1001,7 @@ def test_deeply_nested_pickles_do_not_exhaust_the_stack(tmp_path):
 
 def test_importing_the_module_does_not_import_torch():
     program = (
-        "import sys, smolconv.storage.torch_archive; "
-        "print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
+        "import sys, smolconv.storage.torch_archive; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
     )
     root = Path(torch_archive.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)

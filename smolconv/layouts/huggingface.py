@@ -39,7 +39,8 @@ SIDECAR = "smolconv_state"
 #: Files that travel with the weights, beside config.json.
 ASSET_NAMES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md", "LICENSE",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
+    "LICENSE",
 )  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -239,8 +240,8 @@ def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[s
         known = digests.get(name)
         if known is None or digest_tensor(tensor) != known:
             raise DigestMismatch(
-                f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not belong "
-                "to this model.\nPass --no-optimizer to convert the weights only, or convert again from the source."
+                f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not "
+                "belong to this model.\nPass --no-optimizer to convert the weights only, or convert again from the source."
             )
 
 
@@ -268,7 +269,7 @@ class HuggingFaceOptions:
 
 
 def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> PlannedOutput:
-    """Plan every file: shards, index, config in both rope spellings, assets, card, and the sidecar if there is state."""
+    """Plan every file: shards, index, config in both rope spellings, assets, card, and a sidecar for state."""
     spec, warnings = checkpoint.spec, []
     layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
     files = list(_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
@@ -344,16 +345,16 @@ def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+    ids = {
+        name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None
+    }
     return {"_from_model_config": True, **ids}
 
 
 def _sidecar_files(checkpoint: Checkpoint, options: HuggingFaceOptions) -> list[PlannedFile]:
     folder = f"{SIDECAR}/"
     files = [
-        plain_file(f"{folder}source/{name}", data)
-        for name, data in checkpoint.origin.items()
-        if name != "config.json"
+        plain_file(f"{folder}source/{name}", data) for name, data in checkpoint.origin.items() if name != "config.json"
     ]
     if checkpoint.has_optimizer:
         for slot in (Slot.MASTER, Slot.EXP_AVG, Slot.EXP_AVG_SQ):

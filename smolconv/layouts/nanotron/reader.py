@@ -241,7 +241,7 @@ def read_native(step_folder: Path, spec: ModelSpec, metadata: Mapping[str, Any] 
         ranks = grouped.setdefault(name, {})
         if ranked.tp in ranks:
             raise MixedCheckpoint(
-                f"{name}: tensor-parallel rank {ranked.tp} is there twice, as {ranks[ranked.tp][0].name} and {path.name}.\n"
+                f"{name}: tensor-parallel rank {ranked.tp} is there twice: {ranks[ranked.tp][0].name} and {path.name}.\n"
                 "Files of two checkpoints lie in one folder: keep those of one."
             )
         ranks[ranked.tp] = (path, ranked)
@@ -286,7 +286,8 @@ def _check_sizes(
         )
     if sizes and metadata is not None and "tp" in metadata and next(iter(sizes))[0] != metadata["tp"]:
         raise MixedCheckpoint(
-            f"{step_folder}: the weights are of TP {next(iter(sizes))[0]}, checkpoint_metadata.json says {metadata['tp']}."
+            f"{step_folder}: the weights are of TP {next(iter(sizes))[0]}, but checkpoint_metadata.json says "
+            f"{metadata['tp']}."
         )
 
 
@@ -450,7 +451,8 @@ def _read_optimizer(
                 step = found.pop("step", None)
                 if set(found) != set(_SLOT_KEYS):
                     raise UnsupportedModel(
-                        f"{path}: the optimizer holds {sorted(found)} for {name}; only Adam's exp_avg and exp_avg_sq are read."
+                        f"{path}: the optimizer holds {sorted(found)} for {name}; only Adam's exp_avg and exp_avg_sq "
+                        "are read."
                     )
                 for key, slot in _SLOT_KEYS.items():
                     pieces.setdefault((slot, name), {})[dp, tp] = _stored(found[key], path, name)

@@ -89,7 +89,8 @@ class _Writer:
         if splits_heads(checkpoint.spec, options.tp):
             self.warnings.append(
                 f"TP {options.tp} cuts through the model's {checkpoint.spec.num_heads} query and "
-                f"{checkpoint.spec.num_kv_heads} key/value heads: nanotron reads these files, but at a TP that divides both."
+                f"{checkpoint.spec.num_kv_heads} key/value heads: nanotron reads these files, but only at a TP that "
+                "divides both."
             )
         self.spec = self._padded_spec()
         self.model_config = self._model_config()
@@ -359,8 +360,8 @@ class _Writer:
         config["model"] = {**(config.get("model") or {}), "dtype": dtype, "model_config": self.model_config}
         if before != options.dp:
             self.warnings.append(
-                f"config.yaml now says dp {options.dp} (was {before}): adjust tokens.batch_accumulation_per_replica to keep "
-                "the global batch."
+                f"config.yaml now says dp {options.dp} (was {before}): adjust tokens.batch_accumulation_per_replica "
+                "to keep the global batch."
             )
         return config
 
@@ -420,7 +421,9 @@ class _Writer:
         samples = sum(stage["consumed_train_samples"] for stage in stages)
         tokens = sum(sum(stage["consumed_tokens_per_dataset_folder"].values()) for stage in stages)
         if samples != progress.consumed_samples:
-            self.warnings.append(f"consumed_train_samples {progress.consumed_samples} became {samples}, the stages' sum.")
+            self.warnings.append(
+                f"consumed_train_samples {progress.consumed_samples} became {samples}, the stages' sum."
+            )
         if progress.consumed_tokens not in (None, tokens):
             self.warnings.append(f"consumed_tokens_total {progress.consumed_tokens} became {tokens}, the folders' sum.")
         original = self.checkpoint.origin.get("checkpoint_metadata.json")
@@ -444,9 +447,7 @@ def _speaks_of(config: Mapping[str, Any], spec: ModelSpec) -> bool:
     return known == spec and "rope_interleaved" in config
 
 
-def _own_storage(
-    tensor: LazyTensor, contents: dict[Storage, list[ArchiveContent]], name: str, key: str
-) -> TensorRef:
+def _own_storage(tensor: LazyTensor, contents: dict[Storage, list[ArchiveContent]], name: str, key: str) -> TensorRef:
     storage = Storage(dtype=tensor.dtype, numel=tensor.numel)
     contents[storage] = [ArchiveContent(name=name, slot=key, source=tensor)]
     return TensorRef(storage=storage, shape=tensor.shape)
