@@ -889,7 +889,7 @@ def test_damage_anywhere_ends_in_one_of_our_errors(request, kind):
     # Every kind of file equally often, not every file: most of them are alike.
     kinds = sorted({path.suffix + ("c" if "config" in path.name else "") for path in files})
     refusals = 0
-    for round_ in range(60):
+    for round_ in range(40):
         kind_of_file = kinds[round_ % len(kinds)]
         path = chance.choice([p for p in files if p.suffix + ("c" if "config" in p.name else "") == kind_of_file])
         content = path.read_bytes()
@@ -897,7 +897,7 @@ def test_damage_anywhere_ends_in_one_of_our_errors(request, kind):
         path.unlink() if changed is None else path.write_bytes(changed)
         refusals += only_our_errors(source)
         path.write_bytes(content)
-    assert refusals >= 15, "the damage was to be noticed, most of the time"
+    assert refusals >= 12, "the damage was to be noticed, most of the time"
 
 
 STRANGE = (None, -1, 0, 1.5, 1 << 40, 1e300, float("nan"), "x", "", [], [None], {}, {"a": 1}, True)

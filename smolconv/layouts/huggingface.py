@@ -241,7 +241,7 @@ def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[s
         if known is None or digest_tensor(tensor) != known:
             raise DigestMismatch(
                 f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not "
-                "belong to this model.\nPass --no-optimizer to convert the weights only, or convert again from the source."
+                "belong to this model.\nPass --no-optimizer for the weights only, or convert again from the source."
             )
 
 

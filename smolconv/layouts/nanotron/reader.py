@@ -241,7 +241,7 @@ def read_native(step_folder: Path, spec: ModelSpec, metadata: Mapping[str, Any] 
         ranks = grouped.setdefault(name, {})
         if ranked.tp in ranks:
             raise MixedCheckpoint(
-                f"{name}: tensor-parallel rank {ranked.tp} is there twice: {ranks[ranked.tp][0].name} and {path.name}.\n"
+                f"{name}: tensor-parallel rank {ranked.tp} is there twice: {ranks[ranked.tp][0].name}, {path.name}.\n"
                 "Files of two checkpoints lie in one folder: keep those of one."
             )
         ranks[ranked.tp] = (path, ranked)
