@@ -110,10 +110,19 @@ class ConversionResult:
         return {
             **plan_to_json(self.plan),
             "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
             "warnings": list(self.warnings),
             "verification": self.verification,
         }
+
+
+def peak_rss_bytes() -> int:
+    """This process's largest resident size. ``ru_maxrss`` would begin at what the parent held when it started us."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:

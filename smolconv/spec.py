@@ -234,7 +234,7 @@ def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[
         "tie_word_embeddings": spec.tied,
         "attention_bias": spec.attention_bias,
         "mlp_bias": spec.mlp_bias,
-        "attention_dropout": 0.0,
+        "attention_dropout": carried.get("attention_dropout", 0.0),
     }
     if spec.architecture == "smollm3":
         config["no_rope_layers"] = [int(on) for on in spec.use_rope]

@@ -155,6 +155,10 @@ class _Engine:
             for thread in threads + flushers:
                 thread.join()
             raise
+        finally:
+            for opened in self.begun:
+                if opened.descriptor is not None:
+                    os.close(opened.descriptor)
         if self.error is not None:
             raise self.error
 
@@ -176,10 +180,9 @@ class _Engine:
                     current = self.waiting.popleft()
                     self.begun.append(current)
                 else:
-                    self.begun = [opened for opened in self.begun if opened.tasks_left]
-                    if not self.begun:
+                    current = next((opened for opened in self.begun if opened.tasks_left), None)
+                    if current is None:
                         return None
-                    current = self.begun[0]
             current.next_task += 1
             return current, current.next_task - 1
 
