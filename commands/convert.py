@@ -20,7 +20,7 @@ _EPILOG = """
 
     smolconv convert checkpoints/nanotron smollm2-hf --to hf --verify
 
-    smolconv convert HuggingFaceTB/SmolLM2-135M out --to nanotron --tp 2 --pp 2
+    smolconv convert smollm2-hf resharded --to nanotron --tp 2 --pp 2
 
     smolconv convert hf://HuggingFaceTB/SmolLM2-135M out --to nanotron --tp 2 --dry-run
 """

@@ -6,6 +6,7 @@ A file is eight bytes of header length, a JSON header padded with spaces, then t
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _CODES = {
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 #: The same bound as the safetensors library's, so that a header we write is one that it reads.
 _MAX_HEADER_BYTES = 100_000_000
+_FIRST_READ_BYTES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +44,24 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     Raises ``MissingFile``; ``CorruptFile`` for a truncated file, a broken header, gaps, overlaps or unknown dtypes.
     """
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            first = file.read(8)
+        # One read is a whole header for most files; each more is a round trip on a network file system.
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = os.pread(file.fileno(), _FIRST_READ_BYTES, 0)
             if len(first) < 8:
                 raise CorruptFile(f"{path} has {size} bytes; a safetensors file begins with 8. Copy the file again.")
-            (length,) = struct.unpack("<Q", first)
+            (length,) = struct.unpack_from("<Q", first)
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CorruptFile(
                     f"{path} announces a header of {length} bytes but has {size} bytes in all.\n"
                     "It is truncated or not a safetensors file: copy it again."
                 )
-            raw = file.read(length)
+            raw = first[8 : 8 + length]
+            while len(raw) < length:
+                more = os.pread(file.fileno(), length - len(raw), 8 + len(raw))
+                if not more:
+                    break  # cut short at this moment; the JSON will not parse
+                raw += more
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
     header = _parse_header(path, raw)

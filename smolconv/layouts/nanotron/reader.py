@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -126,7 +126,8 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     if metadata is not None and not is_count(metadata.get("dp", 1)):
         raise CorruptFile(f"{metadata_path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
 
-    weights = read_native(step_folder, spec, metadata)
+    paths = list(_walk(step_folder))
+    weights = read_native(step_folder, paths, spec, metadata)
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {
         Slot.PARAMETER: table.to_canonical({name: p.whole for name, p in weights.items()}, str(step_folder))
     }
@@ -154,7 +155,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         assets=_assets(step_folder.parent),
         origin={name: (step_folder / name).read_bytes() for name in _DOCUMENTS if (step_folder / name).is_file()}
         | ({"model_config.json": json.dumps(config).encode()}),
-        files=tuple(sorted(path for path in step_folder.rglob("*") if path.is_file())),
+        files=tuple(paths),
         warnings=tuple(warnings),
     )
 
@@ -225,19 +226,25 @@ class NativeParameter:
     whole: LazyTensor
 
 
-def read_native(step_folder: Path, spec: ModelSpec, metadata: Mapping[str, Any] | None) -> dict[str, NativeParameter]:
-    """nanotron's own parameters by nanotron's names, in the order of their folders."""
+def read_native(
+    step_folder: Path, paths: Sequence[Path], spec: ModelSpec, metadata: Mapping[str, Any] | None
+) -> dict[str, NativeParameter]:
+    """nanotron's own parameters by nanotron's names, from ``paths``, the step folder's files."""
     grouped: dict[str, dict[int | None, tuple[Path, RankedFile]]] = {}
     model = step_folder / "model"
     if not model.is_dir():
         raise MissingFile(f"{model} is not there, so this checkpoint has no weights.")
-    for path in _walk(model):
-        ranked = parse_weight_file(path.name)
+    depth = len(model.parts)
+    for path in paths:
+        parts = path.parts
+        if len(parts) <= depth or parts[depth - 1] != "model":
+            continue
+        ranked = parse_weight_file(parts[-1])
         if ranked is None:
             raise NameMismatch(f"{path} is not a file that nanotron writes. Move it out of the checkpoint.")
         if ranked.expert_size not in (None, 1):
             raise UnsupportedModel(f"{path}: experts are split over ranks; mixtures of experts are not supported.")
-        name = ".".join([*path.parent.relative_to(model).parts, ranked.kind])
+        name = ".".join((*parts[depth:-1], ranked.kind))
         ranks = grouped.setdefault(name, {})
         if ranked.tp in ranks:
             raise MixedCheckpoint(
