@@ -36,7 +36,7 @@ $(V4)/installed: pyproject.toml constraints-transformers4.txt
 	$(call install,$(V4),constraints-transformers4.txt)
 
 demo: $(VENV)/installed
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS= $(BIN)/python benchmarks/demo.py
+	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow"

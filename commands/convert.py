@@ -97,10 +97,11 @@ def convert(
     if dry_run:
         console.print_json(plan_to_json(plan)) if as_json else _show_plan(plan)
         return
+    verifier = _verifier if verify or push else None
     with console.byte_progress(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written) as progress:
         result = run_conversion(
             plan, resume=resume, overwrite=overwrite, workers=workers, max_memory_bytes=memory, progress=progress,
-            verifier=_verifier if verify or push else None,
+            verifier=verifier,
         )  # fmt: skip
     console.warn(result.warnings)
     summary = result.to_json()
@@ -111,13 +112,14 @@ def convert(
     if as_json:
         console.print_json(summary)
         return
-    rate = plan.bytes_written / max(result.seconds, 1e-9)
+    # With verification most of the time is the two models' forward passes.
+    rate = "verified" if verifier else f"{console.size(plan.bytes_written / max(result.seconds, 1e-9))}/s"
     console.say(
         f"{plan.source.layout} -> {plan.layout}: {plan.tensors} tensors, {console.size(plan.bytes_written)} in "
-        f"{result.seconds:.2f} s ({console.size(rate)}/s), peak memory {console.size(summary['peak_rss_bytes'])}"
+        f"{result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
     )
     if result.verification is not None:
-        console.say(f"verified: {result.verification['reason']}")
+        console.say(f"PASS  {result.verification['reason']}")
     console.out.print(str(target), markup=False, soft_wrap=True)
     if "pushed" in summary:
         console.out.print(summary["pushed"], markup=False, soft_wrap=True)
