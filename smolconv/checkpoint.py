@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
-from smolconv.spec import ModelSpec
+from smolconv.spec import VOCABULARY, ModelSpec
 
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -731,9 +731,8 @@ class Checkpoint:
 
 def without_padding(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """The checkpoint with the first ``rows`` of its vocabulary, in every slot."""
-    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
     tensors = {
-        slot: {name: row_slice(tensor, 0, rows) if name in vocabulary else tensor for name, tensor in found.items()}
+        slot: {name: row_slice(tensor, 0, rows) if name in VOCABULARY else tensor for name, tensor in found.items()}
         for slot, found in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors, spec=replace(checkpoint.spec, vocab_size=rows))

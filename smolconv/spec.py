@@ -33,6 +33,9 @@ HF_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 HF_CLASSES: Mapping[str, str] = {"llama": "LlamaForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
 
+#: Canonical names of the parameters with a row for each token.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
 #: Fields of a config that do not change the forward pass but travel with it.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "use_cache")
 

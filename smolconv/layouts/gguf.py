@@ -111,7 +111,7 @@ def read_gguf(path: Path) -> Checkpoint:
     gguf = _installed("gguf")
     _installed("tokenizers")
     metadata, found = _read_header(path, gguf)
-    _refuse(metadata, found, path)
+    _refuse(metadata, path)
     spec = _spec(metadata, found, path)
     ids = {f"{name}_token_id": _token_id(metadata, name, path) for name in ("bos", "eos", "pad", "unk")}
     stored: dict[str, LazyTensor] = {name: _tensor(name, entry, path, gguf) for name, entry in found.items()}
@@ -254,7 +254,7 @@ def _read_entry(header: _Header, name: str, gguf: ModuleType) -> _Entry:
     return _Entry(shape=shape, kind=kind, offset=offset, nbytes=math.prod(shape) // block * block_bytes)
 
 
-def _refuse(metadata: Mapping[str, Any], found: Mapping[str, _Entry], path: Path) -> None:
+def _refuse(metadata: Mapping[str, Any], path: Path) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(

@@ -30,7 +30,8 @@ from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingSha
 from smolconv.layouts.base import PlannedOutput, ReadOptions, Written, copied_file, model_card, read_json
 from smolconv.layouts.documents import check_config, check_progress, is_step, understood
 from smolconv.mappings.huggingface import weight_table
-from smolconv.spec import ModelSpec, spec_from_hf, spec_to_hf
+from smolconv.mappings.table import WeightTable
+from smolconv.spec import spec_from_hf, spec_to_hf
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
 from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
@@ -64,13 +65,14 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     check_config(config, config_path)
     spec = spec_from_hf(config, str(config_path))
     files, found = _weights(folder)
-    parameters = weight_table(spec).to_canonical(_retied(found, spec, folder), str(folder))
+    table = weight_table(spec)
+    parameters = table.to_canonical(_retied(found, table.aliases, folder), str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
     optimizer, progress = None, None
     origin = {"config.json": json.dumps(config).encode()}
     warnings: tuple[str, ...] = ()
     if (folder / SIDECAR / "state.json").is_file():
-        sidecar = _read_sidecar(folder, spec, parameters, options)
+        sidecar = _read_sidecar(folder, table, parameters, options)
         tensors.update(sidecar.slots)
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
         origin.update(sidecar.origin)
@@ -155,18 +157,19 @@ def _tensors_of(path: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def _retied(found: Mapping[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
+def _retied(found: Mapping[str, LazyTensor], aliases: Mapping[str, str], folder: Path) -> dict[str, LazyTensor]:
     """Without a tied head's second copy, once it is known to be the same, bit for bit."""
-    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    if not spec.tied or head is None or embedding is None:
-        return dict(found)
-    same_place = isinstance(head, Stored) and isinstance(embedding, Stored) and head == embedding
-    if not same_place and not equal(head, embedding):
-        raise NameMismatch(
-            f"{folder}: config.json ties lm_head to the embedding, but lm_head.weight is another tensor.\n"
-            "Set tie_word_embeddings to false if the head was trained apart."
-        )
-    return {name: tensor for name, tensor in found.items() if name != "lm_head.weight"}
+    kept = dict(found)
+    for alias, name in aliases.items():
+        if alias not in found or name not in found:
+            continue
+        if found[alias] != found[name] and not equal(found[alias], found[name]):
+            raise NameMismatch(
+                f"{folder}: config.json ties {alias} to {name}, but they are different tensors.\n"
+                "Set tie_word_embeddings to false if the head was trained apart."
+            )
+        del kept[alias]
+    return kept
 
 
 # --- sidecar ---------------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ class _Sidecar:
 
 
 def _read_sidecar(
-    folder: Path, spec: ModelSpec, parameters: Mapping[str, LazyTensor], options: ReadOptions
+    folder: Path, table: WeightTable, parameters: Mapping[str, LazyTensor], options: ReadOptions
 ) -> _Sidecar:
     home = folder / SIDECAR
     state = read_json(home / "state.json")
@@ -204,7 +207,6 @@ def _read_sidecar(
         index = home / f"{slot.value}.safetensors.index.json"
         if index.is_file():
             shards, found = _indexed(home, index)
-            table = weight_table(spec)
             slots[slot] = table.to_canonical(found, f"{home} ({slot.value})", all_needed=False)
             files += [index, *shards]
         elif slot in MOMENTS:

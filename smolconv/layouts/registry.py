@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
@@ -12,11 +11,12 @@ from smolconv.layouts.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
 
-LAYOUTS = ("nanotron", "huggingface", "deepspeed")
-
 
 def detect_layout(folder: Path) -> str:
-    """One of ``LAYOUTS``. Raises ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there."""
+    """Raise ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there.
+
+    The result is "nanotron", "huggingface" or "deepspeed".
+    """
     if not folder.exists():
         raise MissingFile(f"{folder} is not there. Check the path; Hub repositories are written hf://owner/name.")
     if not folder.is_dir():
@@ -57,7 +57,3 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
     raise UnknownLayout(
         f"{folder} is a DeepSpeed checkpoint; this version of smolconv reads and writes nanotron and Hugging Face."
     )
-
-
-def without_optimizer(options: ReadOptions) -> ReadOptions:
-    return replace(options, optimizer=False)

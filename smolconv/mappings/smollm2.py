@@ -45,7 +45,6 @@ def assemble(spec: ModelSpec, layer: tuple[Rule, ...], absent: dict[str, str]) -
     return WeightTable(
         rules=(*rules, *(() if spec.tied else (HEAD,))),
         shapes=parameter_shapes(spec),
-        aliases={"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {},
         absent=absent,
     )
 

@@ -33,7 +33,7 @@ class WeightTable:
 
     rules: tuple[Rule, ...]
     shapes: Mapping[str, tuple[int, ...]]  #: canonical name -> shape, all that the model has
-    aliases: Mapping[str, str] = field(default_factory=dict)  #: canonical name -> the one it is tied to
+    aliases: Mapping[str, str] = field(default_factory=dict)  #: layout name -> the canonical one that it only repeats
     absent: Mapping[str, str] = field(default_factory=dict)  #: canonical name that the layout cannot hold -> why
     dropped: Mapping[str, str] = field(default_factory=dict)  #: pattern of layout names -> why they are not needed
 

@@ -131,7 +131,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {
         Slot.PARAMETER: table.to_canonical({name: p.whole for name, p in weights.items()}, str(step_folder))
     }
-    topology = _topology(weights, metadata, step_folder)
+    topology = _topology(weights, metadata)
     optimizer, scheduler, warnings = None, None, _warnings(config, weights, spec)
     has_state = (step_folder / "optimizer").is_dir()
     if options.optimizer and has_state:
@@ -140,7 +140,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
             if found:
                 tensors[slot] = table.to_canonical(found, f"{step_folder}/optimizer ({slot.value})")
         optimizer = _canonical_optimizer(state, table)
-        scheduler = _read_scheduler(step_folder / "lr_scheduler", table, topology, spec, weights, warnings)
+        scheduler = _read_scheduler(step_folder / "lr_scheduler", table, spec, weights, warnings)
         topology = state.topology
     elif has_state:
         topology = _optimizer_topology(step_folder / "optimizer", topology)
@@ -364,9 +364,7 @@ def _data(path: Path) -> tuple[Stored, Mapping[str, str]]:
     return file.tensors["data"], file.metadata
 
 
-def _topology(
-    weights: Mapping[str, NativeParameter], metadata: Mapping[str, Any] | None, step_folder: Path
-) -> Topology:
+def _topology(weights: Mapping[str, NativeParameter], metadata: Mapping[str, Any] | None) -> Topology:
     cut = next((p for p in weights.values() if p.pairs), None)
     return Topology(
         tp=len(cut.shards) if cut else 1,
@@ -515,7 +513,7 @@ def _whole_state(
         # Norms are whole on every tensor-parallel rank, in the optimizer too.
         shape = weight.shards[tp if weight.pairs else 0].shape
         parts = [found[dp, tp] for dp in range(dp_size) if (dp, tp) in found]
-        expected = [stop - start for start, stop in zero1_slices(_numel(shape), dp_size) if stop > start]
+        expected = [stop - start for start, stop in zero1_slices(prod(shape), dp_size) if stop > start]
         if [part.numel for part in parts] != expected:
             raise ShapeMismatch(
                 f"{where}: tensor-parallel rank {tp} has pieces of {[part.numel for part in parts]} elements, "
@@ -525,10 +523,6 @@ def _whole_state(
     if not weight.pairs:
         return shards[0]
     return join_shards(list(zip(shards, weight.pairs)), weight.whole.shape, where)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return prod(shape)
 
 
 def _canonical_optimizer(state: _State, table: WeightTable) -> OptimizerState:
@@ -556,7 +550,6 @@ def _canonical_optimizer(state: _State, table: WeightTable) -> OptimizerState:
 def _read_scheduler(
     folder: Path,
     table: WeightTable,
-    topology: Topology,
     spec: ModelSpec,
     weights: Mapping[str, NativeParameter],
     warnings: list[str],
@@ -564,7 +557,7 @@ def _read_scheduler(
     """LambdaLR's state with its lists keyed by canonical name; None, with a warning, where it cannot be kept."""
     if not folder.is_dir():
         return None
-    ranks = _block_ranks(table, weights)
+    ranks = _block_ranks(weights)
     names = [rule.layout for rule in table.rules]
     canonical = {rule.layout: rule.canonical for rule in table.rules}
     result: dict[str, Any] = {}
@@ -599,7 +592,7 @@ def _read_scheduler(
     return {**result, **lists} if result else None
 
 
-def _block_ranks(table: WeightTable, weights: Mapping[str, NativeParameter]) -> dict[str, int]:
+def _block_ranks(weights: Mapping[str, NativeParameter]) -> dict[str, int]:
     """Pipeline ranks by the files' names; norms, which state none, follow the block that they belong to."""
     ranks: dict[str, int] = {}
     for parameter in weights.values():

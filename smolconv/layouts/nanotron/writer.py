@@ -42,7 +42,7 @@ from smolconv.layouts.nanotron.topology import (
 )
 from smolconv.mappings.ops import PadVocabulary
 from smolconv.mappings.table import WeightTable
-from smolconv.spec import ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
+from smolconv.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
 from smolconv.storage.output import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
 from smolconv.storage.torch_archive import Storage, TensorRef
@@ -149,7 +149,7 @@ class _Writer:
     def _layout_tensors(self, slot: Slot) -> dict[str, LazyTensor]:
         found = dict(self.checkpoint.tensors[slot])
         pad = PadVocabulary(self.checkpoint.spec.vocab_size, self.spec.vocab_size)
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for name in VOCABULARY:
             if name in found:
                 found[name] = pad.to_layout([found[name]])
         return self.table.to_layout(found, f"the source ({slot.value})", _is_zero)
