@@ -22,6 +22,10 @@ _EPILOG = """
 
     smolconv convert smollm2-hf resharded --to nanotron --tp 2 --pp 2
 
+    smolconv convert checkpoints/nanotron run --to deepspeed --zero-stage 1 --world-size 8
+
+    smolconv convert ds-run smollm2-hf --to hf --dtype float32
+
     smolconv convert hf://HuggingFaceTB/SmolLM2-135M out --to nanotron --tp 2 --dry-run
 """
 
@@ -35,6 +39,22 @@ def convert(
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks (nanotron).")] = None,
     dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks (nanotron).")] = None,
     zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage of the optimizer files.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Data-parallel ranks that will load it (deepspeed, with --zero-stage).")
+    ] = None,
+    universal: Annotated[
+        bool, typer.Option("--universal", help="One folder for ZeRO 1, 2 and 3 at any world size (deepspeed default).")
+    ] = False,
+    groups: Annotated[
+        Path | None,
+        typer.Option(help='Parameter groups of the run that loads it: [{"regex": "...", "weight_decay": 0.1}].'),
+    ] = None,
+    sub_group_size: Annotated[
+        int | None, typer.Option(min=1, help="sub_group_size of the ZeRO-3 run to load into. Default: DeepSpeed's 1e9.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint with the weights that SRC left out as frozen (deepspeed source).")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file (hf), such as 5GB or 500MB.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
     cast_from: Annotated[
@@ -87,6 +107,7 @@ def convert(
         to=to, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=dtype, cast_from=cast_from, optimizer=optimizer,
         max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
         rope_scaling=rope_scaling, config=config, step=step, nanotron_config=nanotron_config, digest=digest,
+        world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size, base=base,
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
     if verify or push:

@@ -186,16 +186,16 @@ class Joined(LazyTensor):
     parts: tuple[LazyTensor, ...]
     shape: tuple[int, ...]
     dtype: str
-    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  #: of each part, in elements
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", tuple(accumulate(part.numel for part in self.parts)))
+        object.__setattr__(self, "ends", tuple(accumulate(part.numel for part in self.parts)))
 
     def read(self, start: int, stop: int, out: Raw) -> None:
-        at, index = start, bisect_right(self._ends, start)
+        at, index = start, bisect_right(self.ends, start)
         while at < stop:
-            part_start = self._ends[index] - self.parts[index].numel
-            end = min(stop, self._ends[index])
+            part_start = self.ends[index] - self.parts[index].numel
+            end = min(stop, self.ends[index])
             self.parts[index].read(at - part_start, end - part_start, out[at - start : end - start])
             at, index = end, index + 1
 
@@ -413,6 +413,8 @@ def join(parts: Sequence[LazyTensor], shape: tuple[int, ...] | None = None) -> L
             and last.offset + last.nbytes == part.offset
         ):
             merged[-1] = Stored(path=last.path, offset=last.offset, shape=(last.numel + part.numel,), dtype=last.dtype)
+        elif isinstance(part, Zeros) and isinstance(last, Zeros):
+            merged[-1] = Zeros(shape=(last.numel + part.numel,), dtype=last.dtype)
         elif part.numel or not merged:
             merged.append(part)
     if len(merged) == 1:
@@ -443,12 +445,12 @@ def flat_slice(tensor: LazyTensor, start: int, stop: int, shape: tuple[int, ...]
         case Cast():
             return Cast(base=flat_slice(tensor.base, start, stop, shape), dtype=tensor.dtype)
         case Joined():
-            parts, at = [], 0
-            for part in tensor.parts:
-                first, last = max(start, at), min(stop, at + part.numel)
-                if first < last:
-                    parts.append(flat_slice(part, first - at, last - at))
-                at += part.numel
+            parts, at, index = [], start, bisect_right(tensor.ends, start)
+            while at < stop:
+                part, end = tensor.parts[index], tensor.ends[index]
+                begin = end - part.numel
+                parts.append(flat_slice(part, at - begin, min(stop, end) - begin))
+                at, index = end, index + 1
             return join(parts, shape) if parts else Zeros(shape=shape, dtype=tensor.dtype)
     return FlatSlice(base=tensor, start=start, shape=shape)
 
@@ -713,6 +715,7 @@ class Checkpoint:
     origin: Mapping[str, bytes] = field(default_factory=dict)  #: the source's own documents, verbatim, by name
     files: tuple[Path, ...] = ()  #: every file that was recognised
     warnings: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  #: parameters that the optimizer does not train
 
     @property
     def parameters(self) -> Mapping[str, LazyTensor]:

@@ -31,8 +31,9 @@ from smolconv.checkpoint import (
 )
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.hub import open_source
-from smolconv.layouts.base import PlannedOutput, ReadOptions
-from smolconv.layouts.huggingface import ASSET_NAMES, HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.base import ASSET_NAMES, PlannedOutput, ReadOptions
+from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
+from smolconv.layouts.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
@@ -40,7 +41,9 @@ from smolconv.storage.manifest import MANIFEST, make_manifest
 from smolconv.storage.output import WrittenTensor, total_bytes, write_files
 
 #: What a user may ask for with --to; "hf" is a synonym.
-TARGETS: Mapping[str, str] = {"hf": "huggingface", "huggingface": "huggingface", "nanotron": "nanotron"}
+TARGETS: Mapping[str, str] = {
+    "hf": "huggingface", "huggingface": "huggingface", "nanotron": "nanotron", "deepspeed": "deepspeed",
+}  # fmt: skip
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -61,6 +64,11 @@ class ConvertOptions:
     vocab_size: int | None = None
     rope_scaling: str = "as-trained"
     nanotron_config: Path | None = None
+    world_size: int | None = None
+    universal: bool = False
+    groups: Path | None = None
+    sub_group_size: int | None = None
+    base: Path | None = None
     digest: str = "xxh3"
     config: Path | None = None
     step: int | None = None
@@ -160,6 +168,7 @@ def plan_conversion(
             rope_as_configured=options.rope_scaling == "as-configured",
             optimizer=with_optimizer,
             check_sidecar=not headers_only,
+            base=options.base,
         ),
     )
     return plan_from_checkpoint(checkpoint, str(source), target, options)
@@ -180,6 +189,8 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
     prepared = prepare(checkpoint, options)
     if layout == "huggingface":
         output = plan_huggingface(prepared, HuggingFaceOptions(max_shard_bytes=options.max_shard_bytes))
+    elif layout == "deepspeed":
+        output = plan_deepspeed(prepared, _deepspeed_options(options))
     else:
         output = plan_nanotron(
             prepared,
@@ -203,18 +214,23 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
     )
 
 
+#: Options that only one layout knows.
+_OWN_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "huggingface": (),
+    "nanotron": ("tp", "pp", "dp", "zero_stage", "nanotron_config"),
+    "deepspeed": ("zero_stage", "world_size", "universal", "groups", "sub_group_size"),
+}
+
+
 def _checked(options: ConvertOptions) -> str:
-    if options.to == "deepspeed":
-        raise UsageError("--to deepspeed: this version writes nanotron and Hugging Face; DeepSpeed is not in it yet.")
     layout = TARGETS.get(options.to)
     if layout is None:
-        raise UsageError(f"--to {options.to}: expected one of hf, nanotron.")
-    if layout == "huggingface":
-        given = [
-            name for name in ("tp", "pp", "dp", "zero_stage", "nanotron_config") if getattr(options, name) is not None
-        ]
-        if given:
-            raise UsageError(f"--{given[0].replace('_', '-')} has no meaning for --to hf, which has no ranks.")
+        raise UsageError(f"--to {options.to}: expected one of hf, nanotron, deepspeed.")
+    for name in sorted({name for names in _OWN_OPTIONS.values() for name in names}.difference(_OWN_OPTIONS[layout])):
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --to {options.to}.")
+    if layout == "deepspeed":
+        _deepspeed_options(options)
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")
     if options.cast_from not in (None, "weights", "master"):
@@ -226,18 +242,39 @@ def _checked(options: ConvertOptions) -> str:
     return layout
 
 
+def _deepspeed_options(options: ConvertOptions) -> DeepSpeedOptions:
+    return DeepSpeedOptions(
+        zero_stage=options.zero_stage, world_size=options.world_size, universal=options.universal,
+        **({} if options.sub_group_size is None else {"sub_group_size": options.sub_group_size}),
+    )  # fmt: skip
+
+
 def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     """The checkpoint as the target will hold it: optimizer kept or not, dtype, vocabulary, tokenizer."""
     if options.optimizer and not checkpoint.has_optimizer:
         raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
+    layout = TARGETS[options.to]
     checkpoint = _cast_parameters(checkpoint, options)
+    if layout == "nanotron" and checkpoint.has_optimizer and checkpoint.frozen:
+        if options.optimizer:
+            raise UsageError(
+                f"--optimizer: {len(checkpoint.frozen)} parameters are frozen, which nanotron's optimizer cannot hold."
+            )
+        note = (
+            f"nanotron's optimizer cannot hold {len(checkpoint.frozen)} frozen parameters: Adam's state was left out."
+        )
+        checkpoint = replace(checkpoint, optimizer=None, warnings=(*checkpoint.warnings, note))
     if not checkpoint.has_optimizer:
-        parameters = {Slot.PARAMETER: checkpoint.parameters}
-        checkpoint = replace(checkpoint, tensors=parameters, optimizer=None)
+        kept = (Slot.PARAMETER, Slot.MASTER) if layout == "deepspeed" else (Slot.PARAMETER,)
+        tensors = {slot: found for slot, found in checkpoint.tensors.items() if slot in kept}
+        checkpoint = replace(checkpoint, tensors=tensors, optimizer=None)
     if options.vocab_size is not None:
         checkpoint = _trim_vocabulary(checkpoint, options.vocab_size)
     if options.tokenizer is not None:
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
+    if layout == "deepspeed":
+        universal = _deepspeed_options(options).writes_universal
+        checkpoint = with_adam(checkpoint, groups=options.groups, universal=universal)
     return checkpoint
 
 

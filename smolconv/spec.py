@@ -302,6 +302,11 @@ def spec_from_nanotron(
     )
 
 
+def is_nanotron_config(config: Mapping[str, Any]) -> bool:
+    """Whether a model config is nanotron's rather than Hugging Face's, which names a model_type."""
+    return "model_type" not in config and ("is_llama_config" in config or "is_qwen2_config" in config)
+
+
 def nanotron_architecture(config: Mapping[str, Any], where: str = "model_config.json") -> str:
     """ "llama" for ``LlamaConfig``, "smollm3" for ``Qwen2Config``; raises ``UnsupportedModel`` for anything else."""
     if config.get("is_llama_config"):

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from smolconv import __version__
-from smolconv.checkpoint import Checkpoint, LazyTensor, Stored
-from smolconv.errors import CorruptFile, MissingFile
+from smolconv.checkpoint import Checkpoint, LazyTensor, Stored, equal
+from smolconv.errors import CorruptFile, MissingFile, NameMismatch
+from smolconv.spec import spec_to_hf
 from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive import (
     ArchiveTensor,
@@ -21,6 +23,12 @@ from smolconv.storage.torch_archive import (
     read_torch_archive,
 )
 
+#: Files that travel with the weights, beside config.json.
+ASSET_NAMES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
+    "LICENSE",
+)  # fmt: skip
 #: What the pass over the tensors found, by file: digests are known only then.
 Written = Mapping[str, Sequence[WrittenTensor]]
 
@@ -34,6 +42,7 @@ class ReadOptions:
     rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
     optimizer: bool = True  #: read Adam's state when it is there
     check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
+    base: Path | None = None  #: a checkpoint that supplies weights which were left out (DeepSpeed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +89,17 @@ class ArchiveContent:
     source: LazyTensor
 
 
-def archive_file(path: str, obj: object, contents: Mapping[Storage, Sequence[ArchiveContent]]) -> PlannedFile:
-    """Plan a torch archive that holds ``obj``, whose storages are filled by ``contents``."""
+def archive_file(
+    path: str,
+    obj: object,
+    contents: Mapping[Storage, Sequence[ArchiveContent]],
+    *,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+) -> PlannedFile:
+    """Plan a torch archive that holds ``obj``, whose storages are filled by ``contents``.
+
+    ``allow`` are the classes that ``obj`` names, for reading it back.
+    """
     plan = plan_torch_archive(PurePosixPath(path).stem, obj)
     tensors: list[PlannedTensor] = []
     records: list[tuple[Storage, int]] = []  # with the number of tensors in it
@@ -104,7 +122,7 @@ def archive_file(path: str, obj: object, contents: Mapping[Storage, Sequence[Arc
         return plan.finish(found)
 
     def check(written: Path) -> None:
-        found = {(t.offset, t.dtype) for t in _archive_tensors(read_torch_archive(written)) if t.nbytes}
+        found = {(t.offset, t.dtype) for t in _archive_tensors(read_torch_archive(written, allow=allow)) if t.nbytes}
         wanted = {(t.offset, t.source.dtype) for t in tensors if t.source.nbytes}
         if found != wanted or written.stat().st_size != plan.size:
             raise CorruptFile(f"{written} reads back differently from what was planned.")
@@ -125,12 +143,40 @@ def _archive_tensors(value: object) -> Iterator[ArchiveTensor]:
             yield from _archive_tensors(item)
 
 
+def without_aliases(
+    found: Mapping[str, LazyTensor], aliases: Mapping[str, str], where: object
+) -> dict[str, LazyTensor]:
+    """Without a tied head's second copy, once it is known to be the same, bit for bit. Raises ``NameMismatch``."""
+    kept = dict(found)
+    for alias, name in aliases.items():
+        if alias not in found or name not in found:
+            continue
+        if found[alias] != found[name] and not equal(found[alias], found[name]):
+            raise NameMismatch(
+                f"{where}: config.json ties {alias} to {name}, but they are different tensors.\n"
+                "Set tie_word_embeddings to false if the head was trained apart."
+            )
+        del kept[alias]
+    return kept
+
+
 def copied_file(path: str, source: Path) -> PlannedFile:
     """A file that is carried over byte for byte."""
     size = source.stat().st_size
     content = Stored(path=source, offset=0, shape=(size,), dtype="uint8")
     tensors = (PlannedTensor(name=source.name, slot=None, offset=0, source=content),) if size else ()
     return PlannedFile(path=PurePosixPath(path), size=size, tensors=tensors)
+
+
+def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """config.json of the model: the spec, and what the source's own document says beside it."""
+    origin = checkpoint.origin
+    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
+    if not known and "config.json" in checkpoint.assets:
+        # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
+        known = read_json(checkpoint.assets["config.json"])
+    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
+    return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 
 def model_card(checkpoint: Checkpoint, what: str, source: str, tokenizer: bool) -> bytes:

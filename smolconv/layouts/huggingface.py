@@ -24,25 +24,28 @@ from smolconv.checkpoint import (
     Slot,
     Stored,
     TrainingProgress,
-    equal,
 )
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingShard, NameMismatch, UnsupportedModel
-from smolconv.layouts.base import PlannedOutput, ReadOptions, Written, copied_file, model_card, read_json
+from smolconv.layouts.base import (
+    ASSET_NAMES,
+    PlannedOutput,
+    ReadOptions,
+    Written,
+    copied_file,
+    hf_config,
+    model_card,
+    read_json,
+    without_aliases,
+)
 from smolconv.layouts.documents import check_config, check_progress, is_step, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.mappings.table import WeightTable
-from smolconv.spec import spec_from_hf, spec_to_hf
+from smolconv.spec import spec_from_hf
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
 from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
 
 SIDECAR = "smolconv_state"
-#: Files that travel with the weights, beside config.json.
-ASSET_NAMES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
-    "LICENSE",
-)  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -66,7 +69,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     spec = spec_from_hf(config, str(config_path))
     files, found = _weights(folder)
     table = weight_table(spec)
-    parameters = table.to_canonical(_retied(found, table.aliases, folder), str(folder))
+    parameters = table.to_canonical(without_aliases(found, table.aliases, folder), str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
     optimizer, progress = None, None
     origin = {"config.json": json.dumps(config).encode()}
@@ -89,6 +92,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         origin=origin,
         files=(folder / "config.json", *files, *assets.values()),
         warnings=warnings,
+        frozen=() if optimizer is None else tuple(name for name in parameters if name not in optimizer.steps),
     )
 
 
@@ -155,21 +159,6 @@ def _tensors_of(path: Path) -> dict[str, LazyTensor]:
             raise UnsupportedModel(f"{path}: {name} is stored transposed; save it again with .contiguous().")
         found[str(name)] = Stored(path=path, offset=tensor.offset, shape=tensor.shape, dtype=tensor.dtype)
     return found
-
-
-def _retied(found: Mapping[str, LazyTensor], aliases: Mapping[str, str], folder: Path) -> dict[str, LazyTensor]:
-    """Without a tied head's second copy, once it is known to be the same, bit for bit."""
-    kept = dict(found)
-    for alias, name in aliases.items():
-        if alias not in found or name not in found:
-            continue
-        if found[alias] != found[name] and not equal(found[alias], found[name]):
-            raise NameMismatch(
-                f"{folder}: config.json ties {alias} to {name}, but they are different tensors.\n"
-                "Set tie_word_embeddings to false if the head was trained apart."
-            )
-        del kept[alias]
-    return kept
 
 
 # --- sidecar ---------------------------------------------------------------------------------------------------------
@@ -277,7 +266,7 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     files = list(_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
     dtype = layout["model.embed_tokens.weight"].dtype if len(dtypes) > 1 else next(iter(dtypes))
-    config = _config(checkpoint, dtype)
+    config = hf_config(checkpoint, dtype)
     files.append(plain_file("config.json", _json(config)))
     assets = dict(checkpoint.assets)
     assets.pop("config.json", None)
@@ -334,16 +323,6 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    origin = checkpoint.origin
-    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
-    if not known and "config.json" in checkpoint.assets:
-        # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
-        known = read_json(checkpoint.assets["config.json"])
-    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
-    return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout
+from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
 from smolconv.layouts.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
@@ -27,7 +28,7 @@ def detect_layout(folder: Path) -> str:
         return "huggingface"
     if is_nanotron(folder):
         return "nanotron"
-    if _is_deepspeed(folder):
+    if is_deepspeed(folder):
         return "deepspeed"
     raise UnknownLayout(
         f"{folder} is not a checkpoint that smolconv knows: neither config.json beside weights (Hugging Face), nor "
@@ -41,19 +42,14 @@ def _hint(path: Path) -> str:
     return f"Name the folder that holds it: {path.parent}"
 
 
-def _is_deepspeed(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("latest", "latest_universal")) or any(
-        folder.glob("*_model_states.pt")
-    )
-
-
 def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
     """Read a checkpoint of any layout, headers only. Raises ``BadCheckpoint`` and its kind."""
     layout = detect_layout(folder)
+    if options.base is not None and layout != "deepspeed":
+        raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout}.")
     if layout == "huggingface":
         return read_huggingface(folder, options)
     if layout == "nanotron":
         return read_nanotron(folder, options)
-    raise UnknownLayout(
-        f"{folder} is a DeepSpeed checkpoint; this version of smolconv reads and writes nanotron and Hugging Face."
-    )
+    base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
+    return read_deepspeed(folder, options, base)

@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -24,11 +25,13 @@ from smolconv.checkpoint import (
     DTYPE_BYTES,
     LazyTensor,
     Raw,
+    Zeros,
     as_bytes,
     close_thread_files,
     raw_dtype,
     scratch,
 )
+from smolconv.storage.torch_archive import crc_of_zeros
 
 #: Bytes at an absolute offset of a file.
 Piece = tuple[int, bytes]
@@ -208,6 +211,7 @@ class _Engine:
         with opened.lock:
             if opened.descriptor is None:
                 opened.descriptor = os.open(self.folder / plan.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+                os.ftruncate(opened.descriptor, 0)  # what an interrupted run left would show through holes
                 os.ftruncate(opened.descriptor, plan.size)
                 for offset, data in plan.pieces:
                     _pwrite(opened.descriptor, data, offset)
@@ -229,6 +233,11 @@ class _Engine:
         assert descriptor is not None
         source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
         hasher = _hasher(self.digest)
+        if isinstance(source, Zeros):
+            self.progress(source.nbytes)  # a hole in the file: nothing to write
+            return WrittenTensor(
+                digest=digest_of_zeros(source.nbytes, self.digest), crc=crc_of_zeros(source.nbytes) if with_crc else 0
+            )
         if hasher is None and not with_crc and self._copied_in_kernel(descriptor, tensor):
             return WrittenTensor(digest=None)
         crc, nonfinite = 0, False
@@ -306,6 +315,16 @@ def _digest_text(hasher: Any) -> str | None:
     if hasher is None:
         return None
     return f"{'sha256' if hasher.name == 'sha256' else 'xxh3-128'}:{hasher.hexdigest()}"
+
+
+@lru_cache(maxsize=1024)
+def digest_of_zeros(nbytes: int, digest: str) -> str | None:
+    """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
+    hasher, block = _hasher(digest), bytes(CHUNK_BYTES)
+    if hasher is not None:
+        for start in range(0, nbytes, CHUNK_BYTES):
+            hasher.update(block[: min(CHUNK_BYTES, nbytes - start)])
+    return _digest_text(hasher)
 
 
 def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:

@@ -280,6 +280,17 @@ def crc32_combine(crc_a: int, crc_b: int, length_b: int) -> int:
     return _multiply(_shift_by_bytes(length_b), crc_a) ^ crc_b
 
 
+@lru_cache(maxsize=1024)
+def crc_of_zeros(nbytes: int) -> int:
+    """The CRC-32 of that many zero bytes, without looking at them."""
+    crc, power, length = 0, zlib.crc32(b"\0"), 1  # power is the CRC of length zeros
+    while nbytes:
+        if nbytes & 1:
+            crc = crc32_combine(crc, power, length)
+        power, length, nbytes = crc32_combine(power, power, length), 2 * length, nbytes >> 1
+    return crc
+
+
 # --- CRC-32 as polynomials over GF(2), reflected: bit 31 is x^0. Appending n bytes multiplies by x^(8n). ---
 
 _CRC_POLYNOMIAL = 0xEDB88320

@@ -1,0 +1,320 @@
+"""What DeepSpeed's files say, parsed and checked; no layout arithmetic, no tensor is read but scalars.
+
+Model files and ``zero/<name>/*.pt`` are plain. Optimizer files name three of DeepSpeed's classes, which stand-ins take
+the place of; nothing else that a pickle names is accepted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import Slot, Stored
+from smolconv.errors import CorruptFile, UnsupportedModel
+from smolconv.layouts.documents import check_plain, is_count, is_step, understood
+from smolconv.storage.torch_archive import ArchiveTensor, PickledObject, TorchSize, read_torch_archive
+
+#: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
+MODEL_KEYS = frozenset(
+    ("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
+     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", "autoep_layers",
+     "ds_autoep_layers", "num_experts")
+)  # fmt: skip
+#: The version whose form we write, and against which it was tried.
+DEEPSPEED_VERSION = "0.19.8"
+_SLOTS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
+
+
+class _StandIn:
+    """Takes the place of an object of DeepSpeed's; keeps what it was made of."""
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+
+STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = dict.fromkeys(
+    (
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ),
+    _StandIn,
+)
+
+
+def loss_scaler() -> PickledObject:
+    """A static loss scale of 1, which bf16 and fp32 engines have."""
+    return PickledObject(
+        module="deepspeed.runtime.fp16.loss_scaler", name="LossScaler", args=(1.0,),
+        state={"cur_scale": 1.0, "dynamic": False},
+    )  # fmt: skip
+
+
+def zero_stage_enum(stage: int) -> PickledObject:
+    return PickledObject(module="deepspeed.runtime.zero.config", name="ZeroStageEnum", args=(stage,))
+
+
+def fragment_address(numel: int, start: int) -> PickledObject:
+    return PickledObject(
+        module="deepspeed.utils.tensor_fragment", name="fragment_address", args=(numel, start),
+        state={"numel": numel, "start": start},
+    )  # fmt: skip
+
+
+def stored(tensor: object, where: object) -> Stored:
+    """A tensor of an archive as a range of the file."""
+    if not isinstance(tensor, ArchiveTensor) or not tensor.is_contiguous:
+        raise CorruptFile(f"{where} is not a contiguous tensor.")
+    return Stored(path=tensor.path, offset=tensor.offset, shape=tensor.shape, dtype=tensor.dtype)
+
+
+def number(value: object, where: object) -> float:
+    """A number, as Python's or as a tensor of one element. Raises ``CorruptFile``."""
+    if isinstance(value, ArchiveTensor):
+        tensor = stored(value, where)
+        form = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}.get(tensor.dtype)
+        if tensor.numel != 1 or form is None:
+            raise CorruptFile(f"{where} is {list(tensor.shape)} of {tensor.dtype}, expected one number.")
+        (value,) = struct.unpack(form, tensor.raw_bytes())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CorruptFile(f"{where} is {value!r:.60}, expected a number.")
+    return float(value)
+
+
+# --- model files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDocument:
+    """One model file."""
+
+    path: Path
+    module: Mapping[str, Stored]  #: by DeepSpeed's names; elements are missing at ZeRO-3: shape (0,)
+    groups: tuple[Mapping[str, tuple[int, ...]], ...] | None  #: name -> shape, in the order of the flat tensors
+    shared: Mapping[str, str]  #: alias -> name
+    frozen_shapes: Mapping[str, tuple[int, ...]]
+    frozen_fragments: Mapping[str, Stored]
+    optimizer: Mapping[str, Any] | None  #: of ZeRO-0
+    step: int
+    skipped_steps: int
+    samples: int
+    dp: int | None
+    lr_scheduler: object
+    zero_stage: int | None  #: by the run's own ds_config
+    client_state: Mapping[str, Any]
+    ds_version: str | None
+
+
+def read_model_document(path: Path) -> ModelDocument:
+    """Parse a model file. Raises ``CorruptFile`` when it is none."""
+    document = _mapping(path, ("module", "global_steps"))
+    with understood(path):
+        module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
+                  if isinstance(tensor, ArchiveTensor)}  # fmt: skip
+        shapes = document.get("param_shapes")
+        fragments = document.get("frozen_param_fragments") or {}
+        config = document.get("ds_config")
+        zero = config.get("zero_optimization") if isinstance(config, dict) else None
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+        found = ModelDocument(
+            path=path,
+            module=module,
+            groups=None if shapes is None else tuple(_shapes(group, path) for group in shapes),
+            shared={str(alias): str(name) for alias, name in (document.get("shared_params") or {}).items()},
+            frozen_shapes=_shapes(document.get("frozen_param_shapes") or {}, path),
+            frozen_fragments={name: stored(tensor, f"{path}: {name}") for name, tensor in fragments.items()},
+            optimizer=document.get("optimizer"),
+            step=document["global_steps"],
+            skipped_steps=document.get("skipped_steps") or 0,
+            samples=document.get("global_samples") or 0,
+            dp=document.get("dp_world_size"),
+            lr_scheduler=document.get("lr_scheduler"),
+            zero_stage=stage if is_count(stage) else None,
+            client_state={key: value for key, value in document.items() if key not in MODEL_KEYS},
+            ds_version=document.get("ds_version"),
+        )
+        if not isinstance(found.optimizer, (dict, type(None))):
+            raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; a mapping was expected.")
+    for name, value in (("global_steps", found.step), ("skipped_steps", found.skipped_steps),
+                        ("global_samples", found.samples)):  # fmt: skip
+        if not is_count(value):
+            raise CorruptFile(f"{path}: {name} is {value!r:.60}; a whole number from 0 on was expected.")
+    return found
+
+
+def _shapes(group: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {str(name): tuple(shape) for name, shape in group.items()}
+    if not all(is_count(size) for shape in shapes.values() for size in shape):
+        raise CorruptFile(f"{path}: param_shapes holds something that is no shape.")
+    return shapes
+
+
+# --- optimizer files -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """Adam's state of one flat tensor (or, in ZeRO-0, of one parameter)."""
+
+    step: float
+    moments: Mapping[Slot, Stored]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerDocument:
+    """One rank's optimizer file."""
+
+    path: Path
+    zero_stage: int
+    ranks: int
+    masters: tuple[Stored, ...]  #: one flat tensor a group (ZeRO 1 and 2) or a sub-group (ZeRO-3)
+    states: Mapping[int, AdamState] | None  #: by the same indices; None when they were not asked for
+    groups: tuple[Mapping[str, Any], ...]  #: hyperparameters
+    members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
+    alignment_paddings: tuple[tuple[int, ...], ...] | None
+
+
+def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
+    """Parse an optimizer file of any ZeRO stage or of ``BF16_Optimizer``. Raises ``CorruptFile`` when it is none."""
+    document = _mapping(path, ("optimizer_state_dict",))
+    with understood(path):
+        state = document["optimizer_state_dict"]
+        ranks = state["partition_count"]
+        ranks = max(ranks) if isinstance(ranks, list) else ranks
+        if not is_count(ranks) or ranks == 0:
+            raise CorruptFile(f"{path}: partition_count is {ranks!r:.60}; the number of ranks was expected.")
+        # BF16_Optimizer is a ZeRO-1 that does not say so.
+        stage = _stage(state["zero_stage"], path) if "zero_stage" in state else 1
+        masters = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        masters = tuple(stored(tensor, f"{path}: flat group {i}") for i, tensor in enumerate(masters))
+        base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+        if isinstance(base, list):  # elastic_checkpoint: a list of states, and no hyperparameters
+            states, groups = dict(enumerate(base)), [{"params": [i]} for i in range(len(base))]
+            if "base_optimizer_state_step" in state:
+                states = {i: {"step": state["base_optimizer_state_step"], **found} for i, found in states.items()}
+        else:
+            states, groups = base["state"], base["param_groups"]
+        paddings = state.get("param_alignment_paddings")
+        return OptimizerDocument(
+            path=path,
+            zero_stage=stage,
+            ranks=ranks,
+            masters=masters,
+            states=adam_states(states, groups, path) if with_adam else None,
+            groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
+            members=tuple(tuple(group["params"]) for group in groups),
+            alignment_paddings=None if paddings is None else tuple(tuple(group) for group in paddings),
+        )
+
+
+def _stage(value: object, path: Path) -> int:
+    stage = value.args[0] if isinstance(value, _StandIn) and value.args else value
+    if not isinstance(stage, int) or stage not in (1, 2, 3):
+        raise CorruptFile(f"{path}: zero_stage is {stage!r:.60}; 1, 2 or 3 was expected.")
+    return stage
+
+
+def adam_states(
+    states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], path: Path
+) -> dict[int, AdamState]:
+    """Adam's state by index. Raises ``UnsupportedModel`` when it is another optimizer's."""
+    found: dict[int, AdamState] = {}
+    # Some of DeepSpeed's compiled optimizers count their steps in the group.
+    group_steps = {index: group["step"] for group in groups if "step" in group for index in group["params"]}
+    for index, state in states.items():
+        unknown = set(state) - {"step", *_SLOTS}
+        if unknown or not set(_SLOTS) <= set(state):
+            raise UnsupportedModel(
+                f"{path}: the optimizer holds {sorted(map(str, state))}; only Adam's exp_avg and exp_avg_sq are read.\n"
+                "Pass --no-optimizer to convert the weights only."
+            )
+        step = number(state.get("step", group_steps.get(index)), f"{path}: the step of flat tensor {index}")
+        if not is_step(step):
+            raise CorruptFile(f"{path}: the step of flat tensor {index} is {step}, which no training reached.")
+        moments = {slot: stored(state[key], f"{path}: {key} of {index}") for key, slot in _SLOTS.items()}
+        found[index] = AdamState(step=step, moments=moments)
+    return found
+
+
+def hyperparameters(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A group without its parameters, as plain values."""
+    plain: dict[str, Any] = {
+        str(key): number(value, f"{where}: {key}") if isinstance(value, ArchiveTensor) else value
+        for key, value in group.items()
+        if key not in ("params", "step", "param_names")
+    }
+    check_plain(plain, where)
+    return {key: tuple(value) if key == "betas" else value for key, value in plain.items()}
+
+
+# --- universal -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniversalDocument:
+    """``zero/optimizer_state.pt``: what all ranks have in common."""
+
+    groups: tuple[Mapping[str, Any], ...]
+    steps: tuple[float | None, ...]  #: by group; None where only ``step.pt`` beside a parameter has it
+
+
+def read_universal_document(path: Path) -> UniversalDocument:
+    document = _mapping(path, ())
+    with understood(path):
+        inner = document.get("optimizer_state_dict") or {}
+        groups = document.get("param_groups") or inner.get("param_groups") or []
+        states, steps = inner.get("state") or {}, []
+        for group in groups:
+            state = next((states[i] for i in group.get("params") or () if i in states), states.get(0)) or {}
+            steps.append(number(state["step"], f"{path}: step") if "step" in state else None)
+        return UniversalDocument(
+            groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
+            steps=tuple(steps),
+        )
+
+
+def read_universal_tensor(path: Path) -> Stored:
+    """One tensor of ``zero/<name>/``: ``{"param": tensor}`` from ZeRO 1 and 2, a bare vector from ZeRO-3."""
+    value = read_torch_archive(path, allow=STAND_INS)
+    if isinstance(value, dict):
+        if value.get("is_expert_param") or value.get("sub_param_shape") is not None:
+            raise UnsupportedModel(f"{path} is an expert's or a fused parameter, which these models have not.")
+        value = value.get("param")
+    return stored(value, path)
+
+
+def read_universal_step(path: Path) -> float:
+    step = number(read_torch_archive(path, allow=STAND_INS), path)
+    if not is_step(step):
+        raise CorruptFile(f"{path}: the step is {step}, which no training reached.")
+    return step
+
+
+def _mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    document = read_torch_archive(path, allow=STAND_INS)
+    if not isinstance(document, dict) or not set(keys) <= set(document):
+        raise CorruptFile(f"{path} is not a file of DeepSpeed: it has no {' and '.join(keys) or 'entries'}.")
+    return document
+
+
+def plain(value: object) -> Any:
+    """The parts of a client_state that JSON can hold; raises ``ValueError`` for what it cannot."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("a key is no text")
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, TorchSize):
+        return [plain(item) for item in value]
+    if isinstance(value, TorchSize):
+        return list(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return str(value) if isinstance(value, str) else value
+    if isinstance(value, float) and abs(value) < float("inf"):
+        return value
+    raise ValueError(f"{type(value).__name__} is not plain")

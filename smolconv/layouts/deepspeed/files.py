@@ -1,0 +1,135 @@
+"""Names of DeepSpeed's files, and where things lie in its folders.
+
+A run folder holds ``latest`` (or ``latest_universal``), whose text names a tag folder. In that lie one model file a
+tensor-parallel rank (ZeRO-3: a rank) and, for ZeRO 1 to 3, one optimizer file a rank.
+Names: ``_get_ckpt_name`` and ``_get_rank_zero_ckpt_name`` in deepspeed/runtime/engine.py, 0.19.8.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, UnsupportedModel
+
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+#: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
+SOURCE_DOCUMENTS = "smolconv_source"
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")
+#: Until 2022 the last underscore was missing.
+_OPTIMIZER = re.compile(r"(?P<prefix>(?:bf16_|fp16_)?)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_?optim_states\.pt")
+
+
+def model_file(dp: int | None, tp: int = 0) -> str:
+    """``dp`` is None for ZeRO 0 to 2, where one file serves all data-parallel ranks."""
+    return ("" if dp is None else f"zero_pp_rank_{dp}_") + f"mp_rank_{tp:02d}_model_states.pt"
+
+
+def optimizer_file(dp: int, *, bf16: bool, tp: int = 0) -> str:
+    """DeepSpeed looks for the prefix that goes with the engine's ``bf16.enabled``."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagFiles:
+    """The files of one tag folder."""
+
+    folder: Path
+    models: Mapping[tuple[int | None, int], Path]  #: (dp, tp); dp None for ZeRO 0 to 2
+    optimizers: Mapping[tuple[int, int], Path]  #: (dp, tp); empty for ZeRO-0 and universal
+    universal: bool  #: has the folder ``zero/``
+
+    @property
+    def tp(self) -> int:
+        return 1 + max(tp for _, tp in self.models)
+
+    @property
+    def first_model(self) -> Path:
+        """Of global rank 0, the only one whose ``shared_params`` is filled."""
+        return self.models.get((None, 0)) or self.models[0, 0]
+
+
+def is_deepspeed(folder: Path) -> bool:
+    """Whether ``folder`` is a DeepSpeed run folder or one of its tag folders."""
+    return any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL)) or _is_tag_folder(folder)
+
+
+def _is_tag_folder(folder: Path) -> bool:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return any(_MODEL.fullmatch(name) or _OPTIMIZER.fullmatch(name) for name in names)
+
+
+def find_tag_folder(folder: Path, step: int | None = None) -> Path:
+    """The tag folder that ``folder`` is or holds: that of ``step``, else the one that ``latest`` names.
+
+    Raises ``MissingFile`` when it is not there, naming the tags that are.
+    """
+    if _is_tag_folder(folder):
+        if step is not None and _step_of(folder.name) != step:
+            raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
+        return folder
+    tags = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_tag_folder(Path(entry.path)))
+    there = ", ".join(tags) or "none"
+    if step is not None:
+        # A step saved both ways: training goes on from the ranks' files.
+        found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
+        if not found:
+            raise MissingFile(f"{folder}: no tag of step {step}; tags found: {there}. Choose one with --step.")
+        return folder / found[0][1]
+    for name in (LATEST, LATEST_UNIVERSAL):
+        if not (folder / name).is_file():
+            continue
+        tag = (folder / name).read_bytes().decode(errors="replace").strip()
+        if not tag or "\0" in tag or Path(tag).name != tag or tag in (".", ".."):
+            raise CorruptFile(f"{folder / name} holds {tag!r:.60}; the name of a folder beside it was expected.")
+        if tag not in tags:
+            empty = f"{tag} holds no *_model_states.pt" if (folder / tag).is_dir() else f"there is no folder {tag}"
+            raise MissingFile(
+                f"{folder / name} names the tag {tag!r:.60}, but {empty}; tags found: {there}.\n"
+                "Copy it from where the run was saved, or name a tag's folder."
+            )
+        return folder / tag
+    raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({there}).")
+
+
+def _step_of(tag: str) -> int | None:
+    match = re.search(r"(\d{1,18})(?:_universal)?$", tag)
+    return None if match is None else int(match[1])
+
+
+def tag_files(folder: Path) -> TagFiles:
+    """Sort the files of a tag folder. Raises when they are of two checkpoints, or of a form that is not read."""
+    models: dict[tuple[int | None, int], Path] = {}
+    optimizers: dict[tuple[int, int], Path] = {}
+    prefixes: dict[str, Path] = {}
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if match := _MODEL.fullmatch(name):
+            models[None if match["dp"] is None else int(match["dp"]), int(match["tp"])] = path
+        elif match := _OPTIMIZER.fullmatch(name):
+            optimizers[int(match["dp"]), int(match["tp"])] = path
+            prefixes[match["prefix"]] = path
+        elif re.match(r"layer_\d+", name) or "expert" in name or "expp_rank" in name:
+            raise UnsupportedModel(
+                f"{path} is a file of a pipeline or of experts; smolconv reads data-parallel (ZeRO) and AutoTP "
+                "checkpoints."
+            )
+    if len(prefixes) > 1:
+        a, b = prefixes.values()
+        raise MixedCheckpoint(f"{folder}: {a.name} and {b.name} are of two checkpoints. Keep the files of one.")
+    universal = (folder / "zero").is_dir()
+    if len({dp is None for dp, _ in models}) > 1 and not universal:
+        raise MixedCheckpoint(f"{folder}: model files of ZeRO-3 lie beside one of another stage. Keep those of one.")
+    if not models:
+        raise MissingShard(
+            f"{folder}: {model_file(None)} (ZeRO-3: {model_file(0)}) is missing: it names the parameters that the "
+            "optimizer files hold.\nCopy it from the training node."
+        )
+    return TagFiles(folder=folder, models=models, optimizers=optimizers, universal=universal)

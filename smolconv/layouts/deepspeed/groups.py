@@ -1,0 +1,209 @@
+"""The optimizer that a DeepSpeed checkpoint must hold: parameter groups in the target run's order, masters, moments.
+
+DeepSpeed never compares names: the flat tensors of a checkpoint are laid over the running engine's groups in order. So
+the groups written must be those of the run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import MOMENTS, Checkpoint, LazyTensor, OptimizerState, ParameterGroup, Slot, Zeros, cast
+from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
+from smolconv.layouts.base import parse_json
+from smolconv.layouts.documents import is_number
+
+EMBEDDING = "model.embed_tokens.weight"
+#: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
+_ADAMW: Mapping[str, Any] = {
+    "lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False,
+    "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
+    "bias_correction": True,
+}  # fmt: skip
+#: Weight decay of the published recipes (SmolLM3's YAML; SmolLM2's), where nothing else says one.
+_PUBLISHED_DECAY = {"smollm3": 0.1, "llama": 0.01}
+#: How Adam is carried out, not what it computes: nanotron's choice is no business of the engine's.
+_EXECUTION = ("foreach", "capturable", "differentiable", "fused")
+_GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """One entry of a --groups file."""
+
+    names: tuple[str, ...]
+    pattern: re.Pattern[str] | None
+    values: Mapping[str, Any]
+
+    def takes(self, name: str) -> bool:
+        return name in self.names or (self.pattern is not None and self.pattern.search(name) is not None)
+
+
+def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -> Checkpoint:
+    """The checkpoint as DeepSpeed holds it: fp32 masters, moments (zero without a source), groups, Adam's steps.
+
+    Raises ``UsageError`` for a ``groups`` file that does not fit the model, ``UnsupportedModel`` for a state that the
+    groups cannot hold.
+    """
+    warnings = list(checkpoint.warnings)
+    trained = [name for name in checkpoint.parameters if name not in checkpoint.frozen]
+    known = checkpoint.optimizer if checkpoint.has_optimizer else None
+    if known is not None and (lost := [name for name in trained if name not in known.steps]):
+        raise CorruptFile(f"{checkpoint.root}: Adam's state has no {_some(lost)}. Pass --no-optimizer.")
+    if groups is not None:
+        found = _from_file(groups, trained, known)
+    elif known is not None:
+        found = [group for group in known.groups if group.names]
+    else:
+        decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+        found = [
+            ParameterGroup(names=tuple(n for n in trained if n != EMBEDDING), hyperparameters={"weight_decay": decay}),
+            ParameterGroup(names=tuple(n for n in trained if n == EMBEDDING), hyperparameters={"weight_decay": 0.0}),
+        ]
+        found = [group for group in found if group.names]
+        warnings.append(
+            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
+            f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
+        )
+    if not universal:  # a rank's file replaces the running optimizer's groups, so it must say everything
+        if any("lr" not in group.hyperparameters for group in found):
+            warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
+        decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+        if any("weight_decay" not in group.hyperparameters for group in found):
+            warnings.append(
+                f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses)."
+            )
+        found = [
+            replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters})
+            for group in found
+        ]
+    if checkpoint.layout == "nanotron":
+        found = [
+            replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
+            for group in found
+        ]
+    steps = {name: 0.0 if known is None else known.steps[name] for name in trained}
+    tensors = {slot: dict(by_name) for slot, by_name in checkpoint.tensors.items() if by_name}
+    masters = tensors.get(Slot.MASTER, {})
+    rounded = {name for name in trained if checkpoint.parameters[name].dtype != "float32"}
+    tensors[Slot.MASTER] = {
+        name: cast(masters.get(name, checkpoint.parameters[name]), "float32")
+        for name in trained
+        if name in rounded or name in masters
+    }
+    for slot in MOMENTS:
+        moments = tensors.get(slot, {}) if known is not None else {}
+        tensors[slot] = {
+            name: cast(moments[name], "float32") if name in moments
+            else Zeros(shape=checkpoint.parameters[name].shape, dtype="float32")
+            for name in trained
+        }  # fmt: skip
+    if not tensors[Slot.MASTER]:
+        del tensors[Slot.MASTER]
+    progress = checkpoint.progress
+    if known is None and progress is not None:
+        progress = None
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        optimizer=OptimizerState(steps=steps, groups=tuple(found)),
+        progress=progress,
+        warnings=tuple(warnings),
+    )
+
+
+def master(checkpoint: Checkpoint, name: str) -> LazyTensor:
+    """The fp32 weights that Adam updates: the master, or the parameter itself where that is fp32."""
+    found = checkpoint.tensors.get(Slot.MASTER, {}).get(name, checkpoint.parameters[name])
+    return cast(found, "float32")
+
+
+def one_step(optimizer: OptimizerState, names: Sequence[str]) -> float:
+    """Adam's step of a group, whose flat tensor has one. Raises ``UnsupportedModel`` when its parameters disagree."""
+    steps = {optimizer.steps[name] for name in names}
+    if len(steps) > 1:
+        a, b = sorted(steps)[:2]
+        raise UnsupportedModel(
+            f"Adam has made {a:g} steps with some parameters of a group and {b:g} with others, but ZeRO keeps one step "
+            "a group. Separate them by --groups FILE.json, or pass --no-optimizer."
+        )
+    return steps.pop() if steps else 0.0
+
+
+def common_values(groups: Sequence[ParameterGroup]) -> dict[str, Any]:
+    """The hyperparameters in which all groups agree.
+
+    A universal load into ZeRO-3 gives every group the first's hyperparameters (measured). Given only these, it leaves
+    the running engine's own weight decay alone.
+    """
+    first = dict(groups[0].hyperparameters) if groups else {}
+    return {
+        key: value for key, value in first.items() if all(group.hyperparameters.get(key) == value for group in groups)
+    }
+
+
+def _from_file(path: Path, trained: Sequence[str], known: OptimizerState | None) -> list[ParameterGroup]:
+    rules = _read_rules(path)
+    members: list[list[str]] = [[] for _ in rules]
+    for name in trained:
+        index = next((i for i, rule in enumerate(rules) if rule.takes(name)), None)
+        if index is None:
+            raise UsageError(f"--groups {path}: {name} is in no group. The last one may hold the regex '.*'.")
+        members[index].append(name)
+    groups = []
+    for i, (rule, names) in enumerate(zip(rules, members)):
+        if unknown := [name for name in rule.names if name not in trained]:
+            raise UsageError(f"--groups {path}: group {i} names {unknown[0]}, which is no trained parameter.")
+        if not names:
+            raise UsageError(f"--groups {path}: no parameter is in group {i}.")
+        order = [*rule.names, *(name for name in names if name not in rule.names)] if rule.names else names
+        carried = _agreed([known.hyperparameters(name) for name in names]) if known is not None else {}
+        groups.append(ParameterGroup(names=tuple(order), hyperparameters={**carried, **rule.values}))
+    return groups
+
+
+def _agreed(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in values[0].items() if all(other.get(key) == value for other in values)}
+
+
+def _read_rules(path: Path) -> list[_Rule]:
+    try:
+        document = parse_json(path.read_bytes())
+    except OSError as error:
+        raise MissingFile(f"--groups {path} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--groups {path} is not valid JSON ({error}).") from None
+    expected = 'a list of {"names": [...] or "regex": "...", "weight_decay": 0.1}'
+    if not isinstance(document, list) or not document:
+        raise UsageError(f"--groups {path} holds {json.dumps(document)[:60]}; expected {expected}.")
+    rules = []
+    for i, entry in enumerate(document):
+        where = f"--groups {path}: group {i}"
+        if not isinstance(entry, dict) or ("names" in entry) == ("regex" in entry):
+            raise UsageError(f"{where}: expected {expected}.")
+        names, regex = entry.get("names", []), entry.get("regex")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{where}: names must be a list of parameter names.")
+        if unknown := [key for key in entry if key not in ("names", "regex", *_GROUP_KEYS)]:
+            raise UsageError(f"{where}: {unknown[0]} is not known; {', '.join(_GROUP_KEYS)} can be given.")
+        values = {key: entry[key] for key in _GROUP_KEYS if key in entry}
+        for key, value in values.items():
+            betas = key == "betas" and isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+            if not betas and (key == "betas" or not is_number(value)):
+                raise UsageError(f"{where}: {key} is {json.dumps(value)[:40]}; a number (betas: two) was expected.")
+            values[key] = tuple(value) if betas else value
+        try:
+            pattern = None if regex is None else re.compile(regex)
+        except (re.error, TypeError) as error:
+            raise UsageError(f"{where}: regex {regex!r:.60} cannot be used ({error}).") from None
+        rules.append(_Rule(names=tuple(names), pattern=pattern, values=values))
+    return rules
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

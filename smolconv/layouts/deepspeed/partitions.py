@@ -1,0 +1,137 @@
+"""How ZeRO cuts parameters over ranks, in both directions; nothing but arithmetic over lazy tensors.
+
+ZeRO 1 and 2: the parameters of a group one after the other are one flat vector, zero-padded to a multiple of twice the
+ranks, and rank r holds the r-th of N equal slices. ZeRO-3: each parameter is cut on its own into N pieces of
+ceil(numel / N), and a rank's pieces lie one after the other, in sub-groups that never split a parameter.
+Sources: ``flatten_dense_tensors_aligned`` in zero/stage_1_and_2.py, ``_create_fp16_sub_groups`` in zero/stage3.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+
+from smolconv.checkpoint import LazyTensor, Zeros, flat_slice, join
+from smolconv.errors import ShapeMismatch
+
+#: Elements of a partition are a multiple of this (``nccl_start_alignment_factor``).
+ALIGNMENT = 2
+#: DeepSpeed's ``sub_group_size`` where its config sets none.
+SUB_GROUP_SIZE = 10**9
+
+
+def partition_numel(numel: int, ranks: int) -> int:
+    """Elements of each rank's slice of a flat group of ``numel`` elements, padding included."""
+    return -(-numel // (ALIGNMENT * ranks)) * ALIGNMENT
+
+
+def group_padding(numel: int, ranks: int, rank: int) -> int:
+    """How much of that rank's slice is padding; all of it on the last ranks when the group is small."""
+    return partition_numel(numel, ranks) - _filled(numel, partition_numel(numel, ranks), rank)
+
+
+def _filled(numel: int, size: int, rank: int) -> int:
+    return min(max(numel - rank * size, 0), size)
+
+
+def cut_group(parameters: Sequence[LazyTensor], ranks: int, *, padded: bool) -> list[LazyTensor]:
+    """Each rank's slice of the flat group, with or without the padding at its end."""
+    flat = join(parameters, (sum(parameter.numel for parameter in parameters),))
+    size = partition_numel(flat.numel, ranks)
+    slices = []
+    for rank in range(ranks):
+        filled = _filled(flat.numel, size, rank)
+        start = min(rank * size, flat.numel)
+        part = flat_slice(flat, start, start + filled)
+        slices.append(_zero_padded(part, size) if padded else part)
+    return slices
+
+
+def _zero_padded(tensor: LazyTensor, numel: int) -> LazyTensor:
+    if tensor.numel == numel:
+        return tensor
+    padding = Zeros(shape=(numel - tensor.numel,), dtype=tensor.dtype)
+    return padding if tensor.numel == 0 else join([tensor, padding])
+
+
+def join_group(
+    slices: Sequence[LazyTensor], shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], where: str
+) -> list[LazyTensor]:
+    """The parameters of a flat group from the ranks' slices, whose padding may have been stripped or not.
+
+    ``paddings`` are the elements of padding after each parameter (``param_alignment_paddings``). Raises
+    ``ShapeMismatch`` when the slices do not hold what the shapes promise.
+    """
+    sizes = [prod(shape) for shape in shapes]
+    ends = list(accumulate(size + padding for size, padding in zip(sizes, paddings)))
+    numel, ranks = ends[-1] if ends else 0, len(slices)
+    size = max(part.numel for part in slices)
+    filled = [_filled(numel, size, rank) for rank in range(ranks)]
+    found = [part.numel for part in slices]
+    if sum(filled) != numel or (found != filled and set(found) != {size}):
+        raise ShapeMismatch(
+            f"{where}: the ranks hold {_some(found)} elements, but the parameters of the group have {numel:,}.\n"
+            "The model file and the optimizer files may be of different checkpoints."
+        )
+    kept = [flat_slice(part, 0, count) for part, count in zip(slices, filled) if count]
+    flat = join(kept, (numel,))
+    starts = [end - size - padding for end, size, padding in zip(ends, sizes, paddings)]
+    return [flat_slice(flat, start, start + size, shape) for start, size, shape in zip(starts, sizes, shapes)]
+
+
+def piece_numel(numel: int, ranks: int) -> int:
+    """Elements of each rank's piece of one ZeRO-3 parameter, padding included."""
+    return -(-numel // ranks)
+
+
+def cut_piece(parameter: LazyTensor, ranks: int, rank: int) -> LazyTensor:
+    """That rank's piece of one ZeRO-3 parameter, zero-padded."""
+    size = piece_numel(parameter.numel, ranks)
+    start = min(rank * size, parameter.numel)
+    return _zero_padded(flat_slice(parameter, start, start + _filled(parameter.numel, size, rank)), size)
+
+
+def join_pieces(pieces: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
+    """One parameter from the ranks' padded pieces. What lies in the padding is DeepSpeed's uninitialised memory."""
+    numel, size = prod(shape), piece_numel(prod(shape), len(pieces))
+    counts = [_filled(numel, size, rank) for rank in range(len(pieces))]
+    return join([flat_slice(piece, 0, count) for piece, count in zip(pieces, counts) if count], shape)
+
+
+def sub_groups(numels: Sequence[int], ranks: int, sub_group_size: int) -> list[range]:
+    """Which parameters of a group of ZeRO-3 make each sub-group, as DeepSpeed would cut it."""
+    pieces = [piece_numel(numel, ranks) for numel in numels]
+    if sub_group_size >= sum(pieces):
+        return [range(len(numels))]
+    found, first, running = [], 0, 0
+    for index, piece in enumerate(pieces):
+        running += piece
+        if running >= sub_group_size or index == len(pieces) - 1:
+            found.append(range(first, index + 1))
+            first, running = index + 1, 0
+    return found
+
+
+def match_sub_groups(numels: Sequence[int], ranks: int, lengths: Sequence[int], where: str) -> list[tuple[int, int]]:
+    """(sub-group, offset in it) of each parameter of a group, from the lengths of the rank's flat tensors."""
+    found: list[tuple[int, int]] = []
+    group = offset = 0
+    for numel in numels:
+        if group < len(lengths) and offset == lengths[group] and lengths[group]:
+            group, offset = group + 1, 0
+        if group >= len(lengths):
+            break
+        found.append((group, offset))
+        offset += piece_numel(numel, ranks)
+    if len(found) != len(numels) or group != len(lengths) - 1 or offset != lengths[-1]:
+        raise ShapeMismatch(
+            f"{where}: flat tensors of {_some(lengths)} elements do not hold the group's {len(numels)} parameters, "
+            f"which take {sum(piece_numel(numel, ranks) for numel in numels):,} on each of {ranks} ranks.\n"
+            "The model file and the optimizer files may be of different checkpoints."
+        )
+    return found
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers[:4]) + (", ..." if len(numbers) > 4 else "")

@@ -1,0 +1,787 @@
+"""Read a DeepSpeed checkpoint: ZeRO 0 to 3, BF16_Optimizer, any number of ranks, AutoTP, universal; without deepspeed.
+
+Whatever the stage, the result is each parameter by name in four slots. Names and flat order come from ``param_shapes``
+alone: ``param_slice_mappings`` is wrong under ``round_robin_gradients``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    DataStage,
+    LazyTensor,
+    OptimizerState,
+    ParameterGroup,
+    Slot,
+    Stored,
+    Topology,
+    TrainingProgress,
+    Zeros,
+    cast,
+    equal,
+    flat_slice,
+    join,
+    join_columns,
+    reshape,
+)
+from smolconv.errors import (
+    CorruptFile,
+    MissingFile,
+    MissingShard,
+    MixedCheckpoint,
+    NameMismatch,
+    ShapeMismatch,
+)
+from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
+from smolconv.layouts.deepspeed.documents import (
+    ModelDocument,
+    OptimizerDocument,
+    UniversalDocument,
+    adam_states,
+    hyperparameters,
+    plain,
+    read_model_document,
+    read_optimizer_document,
+    read_universal_document,
+    read_universal_step,
+    read_universal_tensor,
+    stored,
+)
+from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
+from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups
+from smolconv.layouts.documents import check_config, check_progress, understood
+from smolconv.mappings.huggingface import weight_table
+from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+
+#: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
+CLIENT_KEY = "smolconv"
+_WITHOUT = "pass --no-optimizer to convert the weights only"
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What the files of one tensor-parallel rank hold, by DeepSpeed's names. Filled while reading."""
+
+    weights: dict[str, LazyTensor]  #: as the model file has them; not those that are empty there
+    dtypes: dict[str, str]  #: the module's, also of empty tensors
+    slots: dict[Slot, dict[str, LazyTensor]] = field(
+        default_factory=lambda: {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
+    )
+    steps: dict[str, float] = field(default_factory=dict)
+    groups: tuple[ParameterGroup, ...] = ()
+
+
+def read_deepspeed(
+    folder: Path,
+    options: ReadOptions = ReadOptions(),  # noqa: B008
+    base: Checkpoint | None = None,
+) -> Checkpoint:
+    """Read headers and small documents only; flat shards are read by range when they are converted.
+
+    ``base`` supplies weights that were left out of the checkpoint (``exclude_frozen_parameters``). Raises
+    ``BadCheckpoint`` and its kind for anything missing, contradictory or unsupported.
+    """
+    tag = find_tag_folder(folder, options.step)
+    return _Reader(folder, tag, options, base).read()
+
+
+class _Reader:
+    """Holds what all parts of one read need; lives for one call."""
+
+    def __init__(self, folder: Path, tag: Path, options: ReadOptions, base: Checkpoint | None) -> None:
+        self.folder, self.tag, self.options, self.base = folder, tag, options, base
+        self.files: TagFiles = tag_files(tag)
+        self.warnings: list[str] = []
+        self.read_files: list[Path] = []
+        self.first = self._model(self.files.first_model)
+        self.config, self.where = _find_config(folder, tag, options.config, self.first)
+        check_config(self.config, self.where)
+        self.spec: ModelSpec = (
+            spec_from_nanotron(self.config, self.where) if is_nanotron_config(self.config)
+            else spec_from_hf(self.config, self.where)
+        )  # fmt: skip
+        self.shapes = parameter_shapes(self.spec)
+        self.table = weight_table(self.spec)
+        self.stage, self.ranks = 0, self.first.dp or 1
+        self.prefix = ""
+
+    def read(self) -> Checkpoint:
+        found = [self._found(tp) for tp in range(self.files.tp)]
+        state = _join_tensor_parallel(found, self.shapes, str(self.tag))
+        state = self._canonical_names(state)
+        frozen = self._complete(state)
+        parameters = self.table.to_canonical(
+            without_aliases(state.weights, self.table.aliases, self.where), str(self.tag)
+        )
+        tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
+        for slot, by_name in state.slots.items():
+            # Where the module is fp32 the master repeats it.
+            kept = {n: t for n, t in by_name.items() if slot is not Slot.MASTER or parameters[n].dtype != t.dtype}
+            if kept:
+                tensors[slot] = self.table.to_canonical(kept, f"{self.tag} ({slot.value})", all_needed=False)
+        optimizer = None
+        if self.options.optimizer and state.steps:
+            optimizer = OptimizerState(steps=state.steps, groups=state.groups)
+        kept_documents = self._source_documents()
+        assets = self._assets()
+        self.read_files += [*assets.values()]
+        return Checkpoint(
+            layout="deepspeed",
+            root=self.folder,
+            spec=self.spec,
+            tensors=tensors,
+            topology=Topology(
+                tp=self.files.tp if self.files.tp > 1 else None,
+                dp=None if self.files.universal else self.ranks,
+                zero_stage=None if self.files.universal else self.stage,
+                world_size=None if self.files.universal else self.ranks * self.files.tp,
+                universal=self.files.universal,
+            ),
+            optimizer=optimizer,
+            progress=self._progress(),
+            assets=assets,
+            origin={**kept_documents, "config.json": json.dumps(self.config).encode()}
+            if not is_nanotron_config(self.config)
+            else {**kept_documents, "model_config.json": json.dumps(self.config).encode()},
+            files=tuple(self.read_files),
+            warnings=tuple(self.warnings),
+            frozen=frozen,
+        )
+
+    # --- files ---
+
+    def _model(self, path: Path) -> ModelDocument:
+        self.read_files.append(path)
+        return read_model_document(path)
+
+    def _found(self, tp: int) -> _Found:
+        """One tensor-parallel rank's parameters, from whichever files its stage has."""
+        key = next((key for key in self.files.models if key[1] == tp), None)
+        if key is None:
+            raise MissingShard(
+                f"{self.tag}: the model file of tensor-parallel rank {tp} of {self.files.tp} is missing.\n"
+                "Copy it from the training node."
+            )
+        model = self.first if tp == 0 else self._model(self.files.models[key])
+        self._require_same_step(model)
+        found = _Found(
+            weights={name: tensor for name, tensor in model.module.items() if tensor.numel},
+            dtypes={name: tensor.dtype for name, tensor in model.module.items()},
+        )
+        if self.files.universal:
+            self._read_universal(model, found)
+        elif any(rank == tp for _, rank in self.files.optimizers):
+            self._read_zero(model, found, tp)
+        elif model.optimizer is not None:
+            self._read_zero0(model, found)
+        else:
+            self._without_state(model)
+        return found
+
+    def _require_same_step(self, model: ModelDocument) -> None:
+        if model.step != self.first.step:
+            raise MixedCheckpoint(
+                f"{model.path} is of step {model.step}, but {self.first.path.name} of step {self.first.step}.\n"
+                "Files of two checkpoints lie in one folder: copy all of one."
+            )
+
+    def _without_state(self, model: ModelDocument) -> None:
+        stage = model.zero_stage or 0
+        if stage == 0 and model.groups is None:
+            return  # saved without an optimizer
+        name = optimizer_file(0, bf16=any(tensor.dtype == "bfloat16" for tensor in model.module.values()))
+        empty = not any(tensor.numel for tensor in model.module.values())
+        if self.options.optimizer or empty:
+            raise MissingShard(
+                f"{self.tag}: {name} and those of the other ranks are missing, but the model file is of "
+                f"ZeRO-{stage or '1/2'} on {model.dp} ranks.\n"
+                + ("They hold the weights. Copy them from the training nodes." if empty else
+                   f"Copy them from the training nodes, or {_WITHOUT}.")
+            )  # fmt: skip
+        self.stage = stage
+        self.warnings.append("the fp32 masters are not there: parameters are the module's, as it was stored.")
+
+    # --- ZeRO 1 to 3 ---
+
+    def _read_zero(self, model: ModelDocument, found: _Found, tp: int) -> None:
+        documents = self._optimizer_documents(model, tp)
+        if model.groups is None:
+            raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
+        first = documents[0]
+        self.stage, self.ranks = first.zero_stage, first.ranks
+        model = replace(model, groups=_whole_groups(model.groups, first))
+        assert model.groups is not None
+        groups = first.groups or ({},) * len(model.groups)
+        if len(groups) != len(model.groups):
+            raise MixedCheckpoint(
+                f"{first.path} has {len(groups)} parameter groups, but {model.path.name} names {len(model.groups)}.\n"
+                "They may be of different runs."
+            )
+        if first.zero_stage == 3:
+            self._require_model_files(model, found, tp)
+            placed = list(self._pieces(model, documents))
+        else:
+            placed = list(self._slices(model, documents))
+        if not any(groups) and first.states:
+            self.warnings.append("elastic_checkpoint keeps no hyperparameters: weight decay and the rest are unknown.")
+        for slot, name, tensor, step in placed:
+            found.slots[slot][name] = tensor
+            if step is not None:
+                found.steps[name] = step
+        found.groups = tuple(
+            ParameterGroup(names=tuple(names), hyperparameters=values) for names, values in zip(model.groups, groups)
+        )
+        self._compare_with_module(model, documents, found)
+
+    def _optimizer_documents(self, model: ModelDocument, tp: int) -> list[OptimizerDocument]:
+        paths = {dp: path for (dp, rank), path in self.files.optimizers.items() if rank == tp}
+        some = read_optimizer_document(next(iter(paths.values())), with_adam=False)
+        self.prefix = some.path.name.partition("zero_pp")[0]
+        if missing := [rank for rank in range(some.ranks) if rank not in paths]:
+            name = optimizer_file(missing[0], bf16=self.prefix == "bf16_", tp=tp)
+            raise MissingShard(
+                f"{self.tag}: {len(missing)} of {some.ranks} ranks' optimizer files are missing, the first {name}.\n"
+                "Masters and moments are split over all ranks, so none can be rebuilt without it. Copy it from the "
+                "training node."
+            )
+        if extra := [path.name for rank, path in sorted(paths.items()) if rank >= some.ranks]:
+            raise MixedCheckpoint(
+                f"{self.tag}: {extra[0]} is of no rank of a world of {some.ranks}, as {some.path.name} counts it.\n"
+                "Files of two checkpoints lie in one folder: keep those of one."
+            )
+        if model.dp not in (None, some.ranks):
+            raise MixedCheckpoint(
+                f"{model.path} is of {model.dp} data-parallel ranks, but {some.path.name} of {some.ranks}.\n"
+                "They are of different checkpoints: copy all files of one."
+            )
+        documents = [
+            read_optimizer_document(paths[rank], with_adam=self.options.optimizer) for rank in range(some.ranks)
+        ]
+        self.read_files += [document.path for document in documents]
+        first = documents[0]
+        for document in documents[1:]:
+            self._require_same_run(first, document)
+        return documents
+
+    def _require_same_run(self, first: OptimizerDocument, other: OptimizerDocument) -> None:
+        of = (first.zero_stage, first.ranks, len(first.masters), first.groups, first.alignment_paddings)
+        found = (other.zero_stage, other.ranks, len(other.masters), other.groups, other.alignment_paddings)
+        steps = [
+            {index: state.step for index, state in document.states.items()} if document.states else {}
+            for document in (first, other)
+        ]
+        if of == found and steps[0] == steps[1]:
+            return
+        if steps[0] != steps[1]:
+            what = f"after {_steps(steps[1])} of Adam's steps, but {first.path.name} after {_steps(steps[0])}"
+        elif of[:2] != found[:2]:
+            what = f"of ZeRO-{found[0]} on {found[1]} ranks, but {first.path.name} of ZeRO-{of[0]} on {of[1]}"
+        else:
+            what = f"of other parameter groups or hyperparameters than {first.path.name}"
+        raise MixedCheckpoint(
+            f"{other.path} is {what}.\nFiles of two checkpoints lie in one folder: copy all of one from the training "
+            "nodes."
+        )
+
+    def _slices(
+        self, model: ModelDocument, documents: Sequence[OptimizerDocument]
+    ) -> Iterator[tuple[Slot, str, LazyTensor, float | None]]:
+        """ZeRO 1 and 2: (slot, name, tensor, Adam's step)."""
+        assert model.groups is not None
+        first = documents[0]
+        if len(first.masters) != len(model.groups):
+            raise MixedCheckpoint(
+                f"{first.path} holds {len(first.masters)} flat groups, but {model.path.name} names {len(model.groups)}."
+            )
+        for index, group in enumerate(model.groups):
+            where = f"{self.tag}: group {index}"
+            aligned = first.alignment_paddings
+            paddings = aligned[index] if aligned is not None else (0,) * len(group)
+            if len(paddings) != len(group):
+                raise MixedCheckpoint(f"{where}: paddings of {len(paddings)} parameters, names of {len(group)}.")
+            step, flat = self._flat(documents, index)
+            for slot, slices in flat.items():
+                names = zip(group, join_group(slices, list(group.values()), paddings, f"{where} ({slot.value})"))
+                for name, tensor in names:
+                    yield slot, name, tensor, step if slot is Slot.EXP_AVG else None
+
+    def _pieces(
+        self, model: ModelDocument, documents: Sequence[OptimizerDocument]
+    ) -> Iterator[tuple[Slot, str, LazyTensor, float | None]]:
+        """ZeRO-3: the same, from sub-groups."""
+        assert model.groups is not None
+        first = documents[0]
+        for index, (group, indices) in enumerate(zip(model.groups, first.members)):
+            where = f"{self.tag}: group {index}"
+            if not group:
+                continue
+            if any(not 0 <= i < len(first.masters) for i in indices):
+                raise CorruptFile(f"{first.path}: a parameter group names flat tensors that are not there.")
+            lengths = [first.masters[i].numel for i in indices]
+            places = match_sub_groups([prod(shape) for shape in group.values()], len(documents), lengths, where)
+            flats = [self._flat(documents, i) for i in indices]
+            for sub, i in enumerate(indices):
+                for slot, parts in flats[sub][1].items():
+                    if {part.numel for part in parts} != {lengths[sub]}:
+                        raise ShapeMismatch(f"{where}: {slot.value} of sub-group {i} differs in length between ranks.")
+            for (name, shape), (sub, offset) in zip(group.items(), places):
+                step, flat = flats[sub]
+                size = -(-prod(shape) // len(documents))
+                for slot, parts in flat.items():
+                    pieces = [flat_slice(part, offset, offset + size) for part in parts]
+                    yield slot, name, join_pieces(pieces, shape), step if slot is Slot.EXP_AVG else None
+
+    def _flat(
+        self, documents: Sequence[OptimizerDocument], index: int
+    ) -> tuple[float | None, dict[Slot, list[LazyTensor]]]:
+        """Adam's step and the ranks' flat tensors of one group or sub-group."""
+        flat: dict[Slot, list[LazyTensor]] = {Slot.MASTER: [document.masters[index] for document in documents]}
+        if documents[0].states is None:
+            return None, flat
+        states = [(document.states or {}).get(index) for document in documents]
+        if states[0] is None:
+            # Saved before the first step: Adam begins with zeros.
+            flat |= {slot: [Zeros(shape=t.shape, dtype=t.dtype) for t in flat[Slot.MASTER]] for slot in MOMENTS}
+            return 0.0, flat
+        for slot in MOMENTS:
+            flat[slot] = [state.moments[slot] for state in states if state is not None]
+        return states[0].step, flat
+
+    def _require_model_files(self, model: ModelDocument, found: _Found, tp: int) -> None:
+        """ZeRO-3 writes one model file a rank: nothing but pieces of frozen parameters is in the others."""
+        others: list[ModelDocument] = []
+        for rank in range(self.ranks):
+            path = self.files.models.get((rank, tp))
+            if path is None:
+                raise MissingShard(
+                    f"{self.tag}: the model file of rank {rank} of {self.ranks} is missing "
+                    f"(zero_pp_rank_{rank}_mp_rank_{tp:02d}_model_states.pt).\nCopy it from the training node."
+                )
+            other = model if path == model.path else self._model(path)
+            self._require_same_step(other)
+            others.append(other)
+        for name, shape in model.frozen_shapes.items():
+            if name not in model.frozen_fragments:
+                continue
+            fragments = [other.frozen_fragments.get(name) for other in others]
+            if any(fragment is None or fragment.numel * self.ranks < prod(shape) for fragment in fragments):
+                raise MixedCheckpoint(f"{self.tag}: the ranks' model files hold different pieces of {name}.")
+            found.weights[name] = join_pieces([fragment for fragment in fragments if fragment is not None], shape)
+
+    def _compare_with_module(self, model: ModelDocument, documents: Sequence[OptimizerDocument], found: _Found) -> None:
+        """A model file of another step gives itself away: its weights are not the rounded masters."""
+        checked = [n for n, t in found.slots[Slot.MASTER].items() if n in found.weights]
+        # The first and last elements of each group's parameters touch every rank's slice of small models, and the
+        # smallest parameters cost one read each.
+        sample = sorted(checked, key=lambda name: found.weights[name].numel)[:2] + checked[:1] + checked[-1:]
+        same = all(_starts_alike(found.weights[name], found.slots[Slot.MASTER][name]) for name in dict.fromkeys(sample))
+        if same:
+            return
+        states = documents[0].states or {}
+        adam = {state.step for state in states.values()}
+        if adam and model.step - model.skipped_steps not in adam:
+            raise MixedCheckpoint(
+                f"{model.path} is of step {model.step}, but Adam has made {_steps(dict(enumerate(adam)))} steps in "
+                f"{documents[0].path.name}, and the weights are not its rounded masters.\n"
+                "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
+            )
+        self.warnings.append(
+            "the module's weights are not the rounded fp32 masters; both are kept as they are "
+            "(--cast-from weights or master chooses)."
+        )
+
+    # --- ZeRO-0 ---
+
+    def _read_zero0(self, model: ModelDocument, found: _Found) -> None:
+        """Adam's state lies in the model file: by parameter, numbered through the groups, without names."""
+        state = model.optimizer
+        assert state is not None
+        path = model.path
+        with understood(f"{path} (optimizer)"):
+            masters: list[Stored] = []
+            inner = state
+            if "fp32_groups" in state:  # FP16_UnfusedOptimizer, which serves bf16 too
+                inner = state["optimizer_state_dict"]
+                masters = [stored(t, f"{path}: a master") for group in state["fp32_groups"] for t in group]
+            groups = inner["param_groups"]
+            if not self.options.optimizer and not masters:
+                return
+            states = adam_states(inner["state"], groups, path) if self.options.optimizer else {}
+            indices = [list(group["params"]) for group in groups]
+            numbers = [index for group in indices for index in group]
+            values = tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups))
+        if masters and len(masters) != len(numbers):
+            raise CorruptFile(f"{path}: {len(masters)} masters of {len(numbers)} parameters.")
+        entries = {
+            index: _Unnamed(
+                shape=(
+                    masters[position].shape
+                    if masters
+                    else states[index].moments[Slot.EXP_AVG].shape
+                    if index in states
+                    else None
+                ),
+                master=masters[position] if masters else None,
+            )
+            for position, index in enumerate(numbers)
+        }
+        if model.groups is not None:
+            names = {i: name for group, own in zip(indices, model.groups) for i, name in zip(group, own)}
+        else:
+            named = _name_by_order(found.weights, model.module, indices, entries)
+            if named is None:
+                self.warnings.append(
+                    f"ZeRO-0 stores Adam's state without names, and its {len(numbers)} entries fit the parameters in "
+                    "more than one way (some are frozen, or the groups' order is not the model's): it was left out."
+                )
+                return
+            names = named
+        for index, name in names.items():
+            if masters and (master := entries[index].master) is not None:
+                found.slots[Slot.MASTER][name] = master
+            if index in states:
+                found.steps[name] = states[index].step
+                for slot, tensor in states[index].moments.items():
+                    found.slots[slot][name] = tensor
+        found.groups = tuple(
+            # What has no state after a step is frozen, though it was given to the optimizer.
+            ParameterGroup(names=tuple(names[i] for i in group if i in states or not states), hyperparameters=hyper)
+            for group, hyper in zip(indices, values)
+        )
+
+    # --- universal ---
+
+    def _read_universal(self, model: ModelDocument, found: _Found) -> None:
+        zero = self.tag / "zero"
+        if not (zero / "optimizer_state.pt").is_file():
+            raise MissingFile(
+                f"{zero / 'optimizer_state.pt'} is missing: it holds the parameter groups. Copy it from the source."
+            )
+        common = read_universal_document(zero / "optimizer_state.pt")
+        self.read_files.append(zero / "optimizer_state.pt")
+        there = {entry.name for entry in zero.iterdir() if entry.is_dir()}
+        grouped = [name for group in model.groups or () for name in group]
+        wanted = grouped or [name for name in self.shapes if name in there]
+        if absent := [name for name in wanted if name not in there]:
+            raise MissingShard(
+                f"{zero}: {len(absent)} of {len(wanted)} parameters are missing, the first {absent[0]}.\n"
+                "Copy its folder from the source."
+            )
+        for name in sorted(there.difference(wanted)):
+            if name not in self.table.aliases and not (zero / name / "fp32.pt").is_file():
+                raise NameMismatch(f"{zero / name} is the folder of no parameter.")
+        aliases = [name for name in there if name in {**model.shared, **self.table.aliases}]
+        names = [*wanted, *sorted(there.difference(wanted, aliases))]
+        for name in names:
+            self._read_universal_parameter(zero / name, name, model, found)
+        if self.options.optimizer:
+            self._universal_groups(model, common, found, grouped or wanted)
+
+    def _read_universal_parameter(self, folder: Path, name: str, model: ModelDocument, found: _Found) -> None:
+        shape = next((group[name] for group in model.groups or () if name in group), self.shapes.get(name))
+        files = {Slot.MASTER: "fp32", Slot.EXP_AVG: "exp_avg", Slot.EXP_AVG_SQ: "exp_avg_sq"}
+        for slot, stem in files.items():
+            if slot is not Slot.MASTER and not self.options.optimizer:
+                continue
+            path = folder / f"{stem}.pt"
+            if not path.is_file():
+                raise MissingShard(f"{path} is missing. Copy it from the source.")
+            tensor: LazyTensor = read_universal_tensor(path)
+            if shape is not None and len(tensor.shape) == 1 and tensor.numel == prod(shape):
+                tensor = reshape(tensor, shape)
+            found.slots[slot][name] = tensor
+            self.read_files.append(path)
+        if self.options.optimizer and (folder / "step.pt").is_file():
+            found.steps[name] = read_universal_step(folder / "step.pt")
+            self.read_files.append(folder / "step.pt")
+
+    def _universal_groups(
+        self, model: ModelDocument, common: UniversalDocument, found: _Found, names: Sequence[str]
+    ) -> None:
+        groups: Sequence[Sequence[str]] = [list(group) for group in model.groups or ()]
+        if not groups and len(common.groups) == 1:
+            groups = [names]
+        if len(groups) != len(common.groups):
+            raise MixedCheckpoint(
+                f"{self.tag / 'zero' / 'optimizer_state.pt'} has {len(common.groups)} parameter groups, but "
+                f"{model.path.name} names {len(groups)}.\nCopy both from one source, or {_WITHOUT}."
+            )
+        for group, step in zip(groups, common.steps):
+            for name in group:
+                if name not in found.steps and step is None:
+                    raise CorruptFile(f"{self.tag}: Adam's step of {name} is nowhere. {_WITHOUT.capitalize()}.")
+                found.steps.setdefault(name, 0.0 if step is None else step)
+        found.groups = tuple(
+            ParameterGroup(names=tuple(group), hyperparameters=values) for group, values in zip(groups, common.groups)
+        )
+
+    # --- names and what is missing ---
+
+    def _canonical_names(self, state: _Found) -> _Found:
+        """Without the prefix that a wrapper (torch.compile, a module around the model) puts before every name."""
+        known = [*state.weights, *state.slots[Slot.MASTER]]
+        prefix = next(
+            (name[: -len(end)] for name in known for end in ("model.embed_tokens.weight",) if name.endswith(end)), ""
+        )
+        if not prefix:
+            return state
+        self.warnings.append(f"parameters are named {prefix}model...: the prefix was taken away.")
+
+        def short(name: str) -> str:
+            return name.removeprefix(prefix)
+
+        return _Found(
+            weights={short(name): tensor for name, tensor in state.weights.items()},
+            dtypes={short(name): dtype for name, dtype in state.dtypes.items()},
+            slots={slot: {short(n): t for n, t in by_name.items()} for slot, by_name in state.slots.items()},
+            steps={short(name): step for name, step in state.steps.items()},
+            groups=tuple(replace(group, names=tuple(map(short, group.names))) for group in state.groups),
+        )
+
+    def _complete(self, state: _Found) -> tuple[str, ...]:
+        """Give every parameter its weights: stored, rounded from the master, or the base's. Returns what is frozen."""
+        masters = state.slots[Slot.MASTER]
+        default = next(iter(state.dtypes.values()), None) or next((t.dtype for t in masters.values()), "float32")
+        aliases = {**self.table.aliases, **self.first.shared}
+        for name, master in masters.items():
+            dtype = state.dtypes.get(name, default)
+            if dtype == master.dtype:
+                state.weights[name] = master
+            elif name not in state.weights:
+                state.weights[name] = cast(master, dtype)
+        grouped = {name for group in state.groups for name in group.names} or set(masters)
+        for name in [name for name in state.weights if name in aliases and name not in self.shapes]:
+            # A frozen tied head may be all that was stored of its embedding.
+            state.weights.setdefault(aliases[name], state.weights[name])
+        missing = [name for name in self.shapes if name not in state.weights]
+        if missing and self.base is not None:
+            for name in missing:
+                tensor = self.base.parameters[name]
+                if tensor.dtype != default:
+                    self.warnings.append(f"{name} comes from the base as {tensor.dtype}; the checkpoint is {default}.")
+                state.weights[name] = cast(tensor, default)
+            self.warnings.append(f"{len(missing)} weights come from {self.base.root}: {_some(missing)}.")
+        elif missing and len(missing) < len(self.shapes):
+            raise NameMismatch(
+                f"{self.tag} has no weights of {len(missing)} parameters: {_some(missing)}.\n"
+                "They were frozen and left out when it was saved (exclude_frozen_parameters), or the config is another "
+                "model's. Supply the checkpoint that training began with by --base PATH."
+            )
+        has_groups = bool(state.groups) or bool(masters)
+        return tuple(name for name in self.shapes if name not in grouped) if has_groups else ()
+
+    # --- documents ---
+
+    def _progress(self) -> TrainingProgress:
+        first, mine = self.first, self.first.client_state.get(CLIENT_KEY)
+        progress = TrainingProgress(step=first.step, consumed_samples=first.samples)
+        known = mine.get("progress") if isinstance(mine, Mapping) else None
+        if known is not None:
+            with understood(f"{first.path} ({CLIENT_KEY}: progress)"):
+                stages = tuple(DataStage(**stage) for stage in known.get("stages") or ())
+                carried = TrainingProgress(**{**known, "stages": stages})
+            if carried.step == first.step:
+                progress = carried
+        return check_progress(progress, first.path)
+
+    def _source_documents(self) -> dict[str, bytes]:
+        """The documents of the layout it came from, and what DeepSpeed alone knows, as ``deepspeed.json``."""
+        kept: dict[str, bytes] = {}
+        folder = self.tag.parent / SOURCE_DOCUMENTS
+        if folder.is_dir():
+            for path in sorted(folder.iterdir()):
+                kept[path.name] = path.read_bytes()
+                self.read_files.append(path)
+        client, dropped = {}, []
+        for key, value in self.first.client_state.items():
+            if key == CLIENT_KEY:
+                continue
+            try:
+                client[key] = plain(value)
+            except ValueError:
+                dropped.append(key)
+        if dropped:
+            self.warnings.append(f"client_state: {_some(dropped)} cannot be carried (tensors or objects).")
+        own: dict[str, Any] = {"client_state": client, "skipped_steps": self.first.skipped_steps}
+        try:
+            own["lr_scheduler"] = plain(self.first.lr_scheduler)
+        except ValueError:
+            self.warnings.append("the learning-rate scheduler's state holds objects and was left out.")
+        kept["deepspeed.json"] = json.dumps(own).encode()
+        return kept
+
+    def _assets(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for folder in (self.tag, self.tag.parent):
+            for name in ASSET_NAMES:
+                if name not in found and (folder / name).is_file():
+                    found[name] = folder / name
+        return found
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDocument) -> tuple[dict[str, Any], str]:
+    """--config, then the tag folder, beside ``latest``, the run folder's parent, and the client_state."""
+    if override is not None:
+        return read_json(override), str(override)
+    looked = list(dict.fromkeys([tag, tag.parent, tag.parent.parent]))
+    for place in looked:
+        path = place / "config.json"
+        if path.is_file():
+            config = read_json(path)
+            if "hidden_size" in config:
+                return config, str(path)
+    for key, value in model.client_state.items():
+        for name, config in ((key, value), *(value.items() if isinstance(value, dict) else ())):
+            if isinstance(config, dict) and "hidden_size" in config and "num_hidden_layers" in config:
+                try:
+                    return plain(config), f"{model.path} (client_state: {name})"
+                except ValueError:
+                    continue
+    raise MissingFile(
+        f"{folder} holds no model config: DeepSpeed saves none. Looked for config.json in "
+        f"{', '.join(map(str, looked))} and in the client_state.\n"
+        "Put the model's config.json beside latest, or pass it (or nanotron's model_config.json) with --config."
+    )
+
+
+# --- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+def _join_tensor_parallel(found: Sequence[_Found], shapes: Mapping[str, tuple[int, ...]], where: str) -> _Found:
+    """AutoTP: each parameter is cut on the one dimension in which the ranks' shapes fall short of the model's."""
+    if len(found) == 1:
+        return found[0]
+    first = found[0]
+    aliases = {"lm_head.weight": shapes.get("model.embed_tokens.weight", ())}
+
+    def joined(by_rank: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        result: dict[str, LazyTensor] = {}
+        for name in by_rank[0]:
+            shards = [rank[name] for rank in by_rank if name in rank]
+            if len(shards) != len(by_rank):
+                raise MixedCheckpoint(f"{where}: {name} is not on every tensor-parallel rank.")
+            shape = shapes.get(name) or aliases.get(name)
+            result[name] = shards[0] if shape is None else _join_shards(shards, shape, f"{where}: {name}")
+        return result
+
+    return _Found(
+        weights=joined([rank.weights for rank in found]),
+        dtypes=first.dtypes,
+        slots={slot: joined([rank.slots[slot] for rank in found]) for slot in first.slots},
+        steps=first.steps,
+        groups=first.groups,
+    )
+
+
+def _join_shards(shards: Sequence[LazyTensor], shape: tuple[int, ...], where: str) -> LazyTensor:
+    if all(shard.shape == shape for shard in shards):
+        return shards[0]  # replicated: norms
+    if all(len(shard.shape) == len(shape) for shard in shards):
+        rows = sum(shard.shape[0] for shard in shards)
+        if rows == shape[0] and all(shard.shape[1:] == shape[1:] for shard in shards):
+            return join(shards)
+        if len(shape) == 2 and all(shard.shape[0] == shape[0] for shard in shards):
+            columns = sum(shard.shape[1] for shard in shards)
+            if columns == shape[1]:
+                return join_columns(shards)
+    raise ShapeMismatch(
+        f"{where}: {[list(shard.shape) for shard in shards]} on the tensor-parallel ranks do not make {list(shape)}.\n"
+        "Check that the config belongs to this checkpoint."
+    )
+
+
+# --- names of ZeRO-0's state -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unnamed:
+    """A parameter of which only the shape is known, and in bf16 the master."""
+
+    shape: tuple[int, ...] | None  #: None for one that is frozen but was given to the optimizer
+    master: Stored | None
+
+
+def _whole_groups(
+    groups: Sequence[Mapping[str, tuple[int, ...]]], document: OptimizerDocument
+) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+    """ZeRO-3 lists ``param_shapes`` by sub-group; joined to the optimizer's groups."""
+    if document.zero_stage != 3 or len(groups) == len(document.groups) or len(groups) != len(document.masters):
+        return tuple(groups)
+    return tuple(
+        {name: shape for index in members for name, shape in groups[index].items()} for members in document.members
+    )
+
+
+def _name_by_order(
+    weights: Mapping[str, LazyTensor],
+    module: Mapping[str, Stored],
+    groups: Sequence[Sequence[int]],
+    entries: Mapping[int, _Unnamed],
+) -> dict[int, str] | None:
+    """Names of numbered parameters, or None when they fit in no way or in more than one.
+
+    DeepSpeed writes no ``param_shapes`` for ZeRO-0. What is known: each group follows the module's order, shapes agree,
+    and where there are masters, the module's weights are their rounded values. Names that no entry takes are frozen.
+    """
+    names: list[str] = []
+    places: set[int] = set()
+    for name, tensor in module.items():
+        if tensor.numel and tensor.offset not in places:  # a tied head is the embedding's second name
+            places.add(tensor.offset)
+            names.append(name)
+
+    def fits(name: str, entry: _Unnamed) -> bool:
+        if entry.shape not in (None, weights[name].shape):
+            return False
+        return entry.master is None or _starts_alike(weights[name], entry.master)
+
+    # After each name: how far each group may have come, in how many ways (2 stands for more), and by which last step.
+    start = (0,) * len(groups)
+    may_skip = sum(map(len, groups)) < len(names)
+    levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]]] = [{start: (1, start, None)}]
+    for name in names:
+        reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]] = {}
+        for before, (ways, _, _) in levels[-1].items():
+            steps: list[tuple[tuple[int, ...], int | None]] = [(before, None)] if may_skip else []
+            for g, group in enumerate(groups):
+                if before[g] < len(group) and fits(name, entries[group[before[g]]]):
+                    steps.append(((*before[:g], before[g] + 1, *before[g + 1 :]), g))
+            for after, chosen in steps:
+                known = reached.get(after, (0, before, chosen))[0]
+                reached[after] = (min(2, known + ways), before, chosen)
+        levels.append(reached)
+    position = tuple(map(len, groups))
+    if levels[-1].get(position, (0,))[0] != 1:
+        return None
+    found: dict[int, str] = {}
+    for name, level in zip(reversed(names), reversed(levels)):
+        _, before, last = level[position]
+        if last is not None:
+            found[groups[last][before[last]]] = name
+        position = before
+    return found
+
+
+def _starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
+    """Whether the first elements of a weight are those of the master, rounded to its dtype."""
+    count = min(weight.numel, master.numel, 1024)
+    return equal(flat_slice(weight, 0, count), cast(flat_slice(master, 0, count), weight.dtype))
+
+
+def _steps(steps: Mapping[int, float]) -> str:
+    return " and ".join(f"{step:g}" for step in sorted(set(steps.values()))) or "no"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

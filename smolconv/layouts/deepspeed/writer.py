@@ -1,0 +1,435 @@
+"""Write a DeepSpeed checkpoint that ``engine.load_checkpoint`` goes on from: ZeRO 0 to 3 on any ranks, or universal.
+
+Keys, names and order follow what DeepSpeed 0.19.8 writes, so that its own tools (zero_to_fp32, ds_to_universal) read
+the result too.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from smolconv import __version__
+from smolconv.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    LazyTensor,
+    Literal,
+    OptimizerState,
+    ParameterGroup,
+    Slot,
+    TrainingProgress,
+    join,
+    reshape,
+)
+from smolconv.errors import UsageError
+from smolconv.layouts.base import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
+from smolconv.layouts.deepspeed.documents import (
+    DEEPSPEED_VERSION,
+    MODEL_KEYS,
+    STAND_INS,
+    fragment_address,
+    loss_scaler,
+    zero_stage_enum,
+)
+from smolconv.layouts.deepspeed.files import (
+    LATEST,
+    LATEST_UNIVERSAL,
+    SOURCE_DOCUMENTS,
+    model_file,
+    optimizer_file,
+)
+from smolconv.layouts.deepspeed.groups import common_values, master, one_step
+from smolconv.layouts.deepspeed.partitions import (
+    SUB_GROUP_SIZE,
+    cut_group,
+    cut_piece,
+    group_padding,
+    partition_numel,
+    piece_numel,
+    sub_groups,
+)
+from smolconv.layouts.deepspeed.reader import CLIENT_KEY
+from smolconv.storage.output import PlannedFile, plain_file
+from smolconv.storage.torch_archive import Storage, TensorRef, TorchSize
+
+#: The newest that ``ds_to_universal`` knows.
+_UNIVERSAL_VERSION = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedOptions:
+    """The form to write: universal unless a stage is given."""
+
+    zero_stage: int | None = None
+    world_size: int | None = None
+    universal: bool = False
+    sub_group_size: int = SUB_GROUP_SIZE  #: elements; ZeRO-3's ``sub_group_size`` of the run that goes on
+
+    def __post_init__(self) -> None:
+        if self.universal and (self.zero_stage is not None or self.world_size is not None):
+            raise UsageError("--universal loads at any stage and world size: leave out --zero-stage, --world-size.")
+        if self.zero_stage is None and self.world_size is not None:
+            raise UsageError(f"--world-size {self.world_size} needs --zero-stage 1, 2 or 3.")
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise UsageError(f"--zero-stage {self.zero_stage}: DeepSpeed has 0 to 3.")
+        if self.zero_stage == 0 and self.world_size not in (None, 1):
+            raise UsageError(f"--zero-stage 0 is one file for all ranks: leave out --world-size {self.world_size}.")
+        if self.zero_stage and self.world_size is None:
+            raise UsageError(f"--zero-stage {self.zero_stage} needs --world-size: the number of data-parallel ranks.")
+        if self.world_size is not None and self.world_size < 1:
+            raise UsageError(f"--world-size {self.world_size}: a positive number was expected.")
+        if self.sub_group_size < 1:
+            raise UsageError(f"--sub-group-size {self.sub_group_size}: a positive number was expected.")
+
+    @property
+    def writes_universal(self) -> bool:
+        return self.zero_stage is None
+
+    @property
+    def ranks(self) -> int:
+        return self.world_size or 1
+
+
+def plan_deepspeed(checkpoint: Checkpoint, options: DeepSpeedOptions) -> PlannedOutput:
+    """Plan every file of a checkpoint that ``with_adam`` completed."""
+    return _Writer(checkpoint, options).plan()
+
+
+class _Writer:
+    """Holds what all parts of one plan need; lives for one call."""
+
+    def __init__(self, checkpoint: Checkpoint, options: DeepSpeedOptions) -> None:
+        assert checkpoint.optimizer is not None
+        self.checkpoint, self.options = checkpoint, options
+        self.optimizer: OptimizerState = checkpoint.optimizer
+        self.groups: tuple[ParameterGroup, ...] = self.optimizer.groups
+        self.ranks = options.ranks
+        self.warnings: list[str] = []
+        self.progress = checkpoint.progress or TrainingProgress(step=0)
+        self.dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
+        self.tag = f"global_step{self.progress.step}" + ("_universal" if options.writes_universal else "")
+        self.known: Mapping[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
+        self.config = hf_config(checkpoint, self.dtype)
+
+    def plan(self) -> PlannedOutput:
+        if self.options.writes_universal:
+            files = self._universal()
+        elif self.options.zero_stage == 0:
+            files = [self._zero0()]
+        elif self.options.zero_stage == 3:
+            files = [file for rank in range(self.ranks) for file in self._zero3(rank)]
+        else:
+            files = [self._model_file(None), *(self._zero12(rank) for rank in range(self.ranks))]
+        return PlannedOutput(files=(*files, *self._documents()), warnings=tuple(self.warnings))
+
+    def _tensor(self, slot: Slot, name: str) -> LazyTensor:
+        return master(self.checkpoint, name) if slot is Slot.MASTER else self.checkpoint.tensors[slot][name]
+
+    # --- model files ---
+
+    def _model_file(self, rank: int | None, optimizer: _Archive | None = None, *, weights: bool = True) -> PlannedFile:
+        """``rank`` is None for ZeRO 0 to 2. Without ``weights`` the module holds empty tensors of its dtype."""
+        archive = optimizer or _Archive()
+        spec, stage = self.checkpoint.spec, self.options.zero_stage
+        frozen = self.checkpoint.frozen
+        module: OrderedDict[str, TensorRef] = OrderedDict()
+        for name, tensor in self.checkpoint.parameters.items():
+            # A universal load leaves the module alone, so only what has no other place is stored there.
+            stored = weights or (self.options.writes_universal and name in frozen and rank is None)
+            module[name] = archive.own(tensor, name, Slot.PARAMETER.value) if stored else archive.empty(tensor.dtype)
+        if spec.tied:
+            module["lm_head.weight"] = module["model.embed_tokens.weight"]
+        fragments: OrderedDict[str, TensorRef] | None = None
+        if stage == 2:
+            fragments = OrderedDict((name, module[name]) for name in frozen)
+        elif rank is not None:
+            fragments = OrderedDict(
+                (name, archive.own(cut_piece(self.checkpoint.parameters[name], self.ranks, rank), name, "parameter"))
+                for name in frozen
+            )
+        shapes = [OrderedDict((name, self._shape(name)) for name in names) for names in self._flat_groups(rank)]
+        scheduler, step = self._scheduler(), self.progress.step
+        document: dict[str, Any] = {
+            "module": module,
+            "buffer_names": [],
+            "optimizer": None if optimizer is None else optimizer.document,
+            "param_shapes": shapes,
+            "frozen_param_shapes": None if fragments is None else OrderedDict((n, self._shape(n)) for n in fragments),
+            "shared_params": {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied and not rank else {},
+            "frozen_param_fragments": fragments,
+            "lr_scheduler": scheduler,
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": self.known.get("skipped_steps", 0),
+            "global_steps": step,
+            "global_samples": self.progress.consumed_samples,
+            "dp_world_size": self.ranks,
+            "mp_world_size": 1,
+            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+            "ds_config": {"zero_optimization": {"stage": stage or 0}, "bf16": {"enabled": self.dtype == "bfloat16"}},
+            "ds_version": DEEPSPEED_VERSION,
+            "universal_checkpoint_info": {"universal_checkpoint_version": _UNIVERSAL_VERSION},
+            **{key: value for key, value in self.known.get("client_state", {}).items() if key not in MODEL_KEYS},
+            CLIENT_KEY: {
+                "version": __version__,
+                "progress": json.loads(json.dumps(asdict(self.progress))),
+                "config": self.config,
+            },
+        }
+        return archive.file(f"{self.tag}/{model_file(rank)}", document)
+
+    def _shape(self, name: str) -> TorchSize:
+        return TorchSize(self.checkpoint.parameters[name].shape)
+
+    def _flat_groups(self, rank: int | None) -> list[Sequence[str]]:
+        """Names by flat tensor: ZeRO-3 lists its sub-groups."""
+        if rank is None or self.options.zero_stage != 3:
+            return [group.names for group in self.groups]
+        return [names for _, names in self._sub_groups]
+
+    def _scheduler(self) -> dict[str, Any]:
+        """For DeepSpeed's schedulers ``last_batch_iteration``, for torch's the rest; step 0 without Adam's state."""
+        known, stepped = self.known.get("lr_scheduler"), any(self.optimizer.steps.values())
+        if isinstance(known, dict) and stepped:
+            return known
+        step = self.progress.step if stepped else 0
+        return {
+            "last_batch_iteration": step - 1, "last_epoch": step, "_step_count": step + 1,
+            "lr_lambdas": [None] * len(self.groups),
+            "_last_lr": [group.hyperparameters.get("lr", 0.0) for group in self.groups],
+        }  # fmt: skip
+
+    # --- optimizer files ---
+
+    def _zero12(self, rank: int) -> PlannedFile:
+        archive, ranks, stage = _Archive(), self.ranks, self.options.zero_stage
+        assert stage is not None
+        numels = [sum(self._shape_numel(name) for name in group.names) for group in self.groups]
+        paddings = [group_padding(numel, ranks, rank) for numel in numels]
+        state, masters = {}, []
+        for g, group in enumerate(self.groups):
+            state[g] = {
+                "step": archive.scalar(one_step(self.optimizer, group.names), f"group {g}"),
+                **{slot.value: archive.own(self._slices[slot, g][rank], f"group {g}", slot.value) for slot in MOMENTS},
+            }
+        for g in range(len(self.groups)):
+            masters.append(archive.own(self._slices[Slot.MASTER, g][rank], f"group {g}", Slot.MASTER.value))
+        document = {
+            "optimizer_state_dict": {
+                "loss_scaler": loss_scaler(),
+                "dynamic_loss_scale": False,
+                "overflow": False,
+                # clip_grad is left out: DeepSpeed would put a stored one in the place of the run's own.
+                "base_optimizer_state": {"state": state, "param_groups": self._param_groups([[g] for g in state])},
+                "single_partition_of_fp32_groups": masters,
+                "zero_stage": zero_stage_enum(stage),
+                "group_paddings": paddings,
+                "param_alignment_paddings": [[0] * len(group.names) for group in self.groups],
+                "partition_count": [ranks] * len(self.groups),
+                "ds_version": DEEPSPEED_VERSION,
+                "param_slice_mappings": [self._slice_mapping(group.names, rank) for group in self.groups],
+            },
+            "ds_config": {"zero_optimization": {"stage": stage}, "bf16": {"enabled": self.dtype == "bfloat16"}},
+            "ds_version": DEEPSPEED_VERSION,
+        }
+        path = f"{self.tag}/{optimizer_file(rank, bf16=self.dtype == 'bfloat16')}"
+        return archive.file(path, document)
+
+    @cached_property
+    def _slices(self) -> dict[tuple[Slot, int], list[LazyTensor]]:
+        """Each group's flat tensor, cut over the ranks: Adam keeps the padding at its end, the masters do not."""
+        return {
+            (slot, g): cut_group(
+                [self._tensor(slot, name) for name in group.names], self.ranks, padded=slot is not Slot.MASTER
+            )
+            for slot in (Slot.MASTER, *MOMENTS)
+            for g, group in enumerate(self.groups)
+        }
+
+    def _shape_numel(self, name: str) -> int:
+        return self.checkpoint.parameters[name].numel
+
+    def _slice_mapping(self, names: Sequence[str], rank: int) -> OrderedDict[str, object]:
+        """Where each parameter lies in the rank's slice; ds_to_universal reads it."""
+        size = partition_numel(sum(map(self._shape_numel, names)), self.ranks)
+        first, found, at = rank * size, OrderedDict[str, object](), 0
+        for name in names:
+            start, stop = max(at, first), min(at + self._shape_numel(name), first + size)
+            if start < stop:
+                found[name] = fragment_address(stop - start, start - first)
+            at += self._shape_numel(name)
+        return found
+
+    @cached_property
+    def _sub_groups(self) -> list[tuple[int, list[str]]]:
+        """(group, names) of every ZeRO-3 sub-group, in order."""
+        return [
+            (g, [group.names[i] for i in members])
+            for g, group in enumerate(self.groups)
+            for members in sub_groups(
+                [self._shape_numel(name) for name in group.names], self.ranks, self.options.sub_group_size
+            )
+        ]
+
+    def _zero3(self, rank: int) -> list[PlannedFile]:
+        archive = _Archive()
+
+        def flat(slot: Slot, names: Sequence[str], index: int) -> TensorRef:
+            pieces = [cut_piece(self._tensor(slot, name), self.ranks, rank) for name in names]
+            tensor = join(pieces, (sum(piece_numel(self._shape_numel(name), self.ranks) for name in names),))
+            return archive.own(tensor, f"sub-group {index}", slot.value)
+
+        state = {
+            index: {
+                "step": archive.scalar(one_step(self.optimizer, self.groups[g].names), f"sub-group {index}"),
+                **{slot.value: flat(slot, names, index) for slot in MOMENTS},
+            }
+            for index, (g, names) in enumerate(self._sub_groups)
+        }
+        members = [[i for i, (owner, _) in enumerate(self._sub_groups) if owner == g] for g in range(len(self.groups))]
+        document = {
+            "optimizer_state_dict": {
+                "zero_stage": zero_stage_enum(3),
+                "loss_scaler": loss_scaler(),
+                "dynamic_loss_scale": False,
+                "overflow": False,
+                "partition_count": self.ranks,
+                "optimizer_state_dict": {"state": state, "param_groups": self._param_groups(members)},
+                "fp32_flat_groups": [
+                    flat(Slot.MASTER, names, index) for index, (_, names) in enumerate(self._sub_groups)
+                ],
+            },
+            "ds_config": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": self.dtype == "bfloat16"}},
+            "ds_version": DEEPSPEED_VERSION,
+        }
+        path = f"{self.tag}/{optimizer_file(rank, bf16=self.dtype == 'bfloat16')}"
+        return [self._model_file(rank, weights=False), archive.file(path, document)]
+
+    def _zero0(self) -> PlannedFile:
+        """Adam's state in the model file: by parameter, as torch numbers them; bf16 as ``FP16_UnfusedOptimizer``."""
+        archive = _Archive()
+        names = [name for group in self.groups for name in group.names]
+        indices = {name: index for index, name in enumerate(names)}
+        state = {
+            indices[name]: {
+                "step": archive.scalar(self.optimizer.steps[name], name),
+                **{slot.value: archive.own(self._tensor(slot, name), name, slot.value) for slot in MOMENTS},
+            }
+            for name in names
+        }
+        adam: dict[str, Any] = {
+            "state": state,
+            "param_groups": self._param_groups([[indices[name] for name in group.names] for group in self.groups]),
+        }
+        if self.dtype != "float32":
+            adam = {
+                "dynamic_loss_scale": False,
+                "cur_scale": 1.0,
+                "cur_iter": self.progress.step,
+                "optimizer_state_dict": adam,
+                "fp32_groups": [
+                    [archive.own(self._tensor(Slot.MASTER, name), name, Slot.MASTER.value) for name in group.names]
+                    for group in self.groups
+                ],
+            }
+        archive.document = adam
+        return self._model_file(None, archive)
+
+    def _param_groups(self, members: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        return [{**group.hyperparameters, "params": list(params)} for group, params in zip(self.groups, members)]
+
+    # --- universal ---
+
+    def _universal(self) -> list[PlannedFile]:
+        files = []
+        zero = f"{self.tag}/zero"
+        stems = {Slot.MASTER: "fp32", Slot.EXP_AVG: "exp_avg", Slot.EXP_AVG_SQ: "exp_avg_sq"}
+        names = [name for group in self.groups for name in group.names]
+        for name in names:
+            for slot, stem in stems.items():
+                archive = _Archive()
+                tensor = reshape(self._tensor(slot, name), self.checkpoint.parameters[name].shape)
+                document: object = {"cat_dim": 0, "param": archive.own(tensor, name, slot.value)}
+                files.append(archive.file(f"{zero}/{name}/{stem}.pt", document))
+            archive = _Archive()
+            step = archive.scalar(self.optimizer.steps[name], name)
+            files.append(archive.file(f"{zero}/{name}/step.pt", step))
+        for group in self.groups:
+            one_step(self.optimizer, group.names)
+        steps = {self.optimizer.steps[name] for name in names}
+        if len(steps) > 1:
+            self.warnings.append("groups have different Adam steps: a universal load into ZeRO-3 knows only the first.")
+        archive = _Archive()
+        params = [[g] for g in range(len(self.groups))]
+        document = {
+            "loss_scaler": loss_scaler(),
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "ds_version": DEEPSPEED_VERSION,
+            "param_groups": self._param_groups(params),  # a load into ZeRO 1 and 2 takes these,
+            "optimizer_state_dict": {  # and one into ZeRO-3 these, the first for all
+                "state": {0: {"step": archive.scalar(one_step(self.optimizer, self.groups[0].names), "step")}},
+                "param_groups": [{**common_values(self.groups), "params": group} for group in params],
+            },
+        }
+        files.append(archive.file(f"{zero}/optimizer_state.pt", document))
+        # One for an engine of ZeRO 1 or 2, one for ZeRO-3.
+        return [*files, self._model_file(None, weights=False), self._model_file(0, weights=False)]
+
+    # --- documents ---
+
+    def _documents(self) -> list[PlannedFile]:
+        checkpoint = self.checkpoint
+        assets = {name: path for name, path in checkpoint.assets.items() if name != "config.json"}
+        made = {name: data for name, data in checkpoint.documents.items() if name not in assets}
+        given = {*assets, *made}
+        has_tokenizer = any("tokenizer" in name for name in given)
+        latest = LATEST_UNIVERSAL if self.options.writes_universal else LATEST
+        files = [
+            plain_file(latest, self.tag.encode()),
+            plain_file("config.json", (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()),
+            *(copied_file(name, path) for name, path in assets.items()),
+            *(plain_file(name, data) for name, data in made.items()),
+            *(
+                plain_file(f"{SOURCE_DOCUMENTS}/{name}", data)
+                for name, data in checkpoint.origin.items()
+                if name not in ("config.json", "deepspeed.json")
+            ),
+        ]
+        if "README.md" not in given:
+            what = "A universal DeepSpeed checkpoint" if self.options.writes_universal else (
+                f"A DeepSpeed ZeRO-{self.options.zero_stage} checkpoint of {self.ranks} ranks"
+            )  # fmt: skip
+            files.append(plain_file("README.md", model_card(checkpoint, what, str(checkpoint.root), has_tokenizer)))
+        return files
+
+
+class _Archive:
+    """The storages of one file while its document is built."""
+
+    def __init__(self) -> None:
+        self.contents: dict[Storage, list[ArchiveContent]] = {}
+        self.document: object = None
+
+    def file(self, path: str, document: object) -> PlannedFile:
+        return archive_file(path, document, self.contents, allow=STAND_INS)
+
+    def own(self, tensor: LazyTensor, name: str, slot: str) -> TensorRef:
+        """A reference to the tensor, in a storage of its own."""
+        storage = Storage(dtype=tensor.dtype, numel=tensor.numel)
+        self.contents[storage] = [ArchiveContent(name=name, slot=slot, source=tensor)]
+        return TensorRef(storage=storage, shape=tensor.shape)
+
+    def empty(self, dtype: str) -> TensorRef:
+        storage = Storage(dtype=dtype, numel=0)
+        self.contents[storage] = []
+        return TensorRef(storage=storage, shape=(0,))
+
+    def scalar(self, value: float, name: str) -> TensorRef:
+        return self.own(Literal(data=struct.pack("<f", value), shape=(), dtype="float32"), name, "step")
