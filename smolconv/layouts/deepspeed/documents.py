@@ -231,8 +231,7 @@ def adam_states(
         unknown = set(state) - {"step", *_SLOTS}
         if unknown or not set(_SLOTS) <= set(state):
             raise UnsupportedModel(
-                f"{path}: the optimizer holds {sorted(map(str, state))}; only Adam's exp_avg and exp_avg_sq are read.\n"
-                "Pass --no-optimizer to convert the weights only."
+                f"{path.name} holds {', '.join(sorted(map(str, state)))}; only Adam's exp_avg and exp_avg_sq are read"
             )
         step = number(state.get("step", group_steps.get(index)), f"{path}: the step of flat tensor {index}")
         if not is_step(step):
@@ -261,6 +260,7 @@ class UniversalDocument:
     """``zero/optimizer_state.pt``: what all ranks have in common."""
 
     groups: tuple[Mapping[str, Any], ...]
+    members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors, in the source
     steps: tuple[float | None, ...]  #: by group; None where only ``step.pt`` beside a parameter has it
 
 
@@ -275,6 +275,7 @@ def read_universal_document(path: Path) -> UniversalDocument:
             steps.append(number(state["step"], f"{path}: step") if "step" in state else None)
         return UniversalDocument(
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
+            members=tuple(tuple(group.get("params") or ()) for group in groups),
             steps=tuple(steps),
         )
 

@@ -39,6 +39,7 @@ from smolconv.errors import (
     MixedCheckpoint,
     NameMismatch,
     ShapeMismatch,
+    UnsupportedModel,
 )
 from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
 from smolconv.layouts.deepspeed.documents import (
@@ -116,6 +117,8 @@ class _Reader:
     def read(self) -> Checkpoint:
         found = [self._found(tp) for tp in range(self.files.tp)]
         state = _join_tensor_parallel(found, self.shapes, str(self.tag))
+        if self.files.universal:  # has whole parameters, whatever the ranks' model files hold
+            self._read_universal(state)
         state = self._canonical_names(state)
         frozen = self._complete(state)
         parameters = self.table.to_canonical(
@@ -139,7 +142,7 @@ class _Reader:
             spec=self.spec,
             tensors=tensors,
             topology=Topology(
-                tp=self.files.tp if self.files.tp > 1 else None,
+                tp=self.files.tp if self.files.tp > 1 and not self.files.universal else None,
                 dp=None if self.files.universal else self.ranks,
                 zero_stage=None if self.files.universal else self.stage,
                 world_size=None if self.files.universal else self.ranks * self.files.tp,
@@ -177,7 +180,7 @@ class _Reader:
             dtypes={name: tensor.dtype for name, tensor in model.module.items()},
         )
         if self.files.universal:
-            self._read_universal(model, found)
+            pass
         elif any(rank == tp for _, rank in self.files.optimizers):
             self._read_zero(model, found, tp)
         elif model.optimizer is not None:
@@ -217,7 +220,7 @@ class _Reader:
             raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
         first = documents[0]
         self.stage, self.ranks = first.zero_stage, first.ranks
-        model = replace(model, groups=_whole_groups(model.groups, first))
+        model = replace(model, groups=_whole_groups(model.groups, first.members))
         assert model.groups is not None
         groups = first.groups or ({},) * len(model.groups)
         if len(groups) != len(model.groups):
@@ -262,14 +265,20 @@ class _Reader:
                 f"{model.path} is of {model.dp} data-parallel ranks, but {some.path.name} of {some.ranks}.\n"
                 "They are of different checkpoints: copy all files of one."
             )
-        documents = [
-            read_optimizer_document(paths[rank], with_adam=self.options.optimizer) for rank in range(some.ranks)
-        ]
+        wanted = [paths[rank] for rank in range(some.ranks)]
+        try:
+            documents = [read_optimizer_document(path, with_adam=self.options.optimizer) for path in wanted]
+        except UnsupportedModel as error:  # Muon, SGD: the masters are there all the same
+            self._leave_out(error)
+            documents = [read_optimizer_document(path, with_adam=False) for path in wanted]
         self.read_files += [document.path for document in documents]
         first = documents[0]
         for document in documents[1:]:
             self._require_same_run(first, document)
         return documents
+
+    def _leave_out(self, error: UnsupportedModel) -> None:
+        self.warnings.append(f"{error}: the optimizer's state was left out.")
 
     def _require_same_run(self, first: OptimizerDocument, other: OptimizerDocument) -> None:
         of = (first.zero_stage, first.ranks, len(first.masters), first.groups, first.alignment_paddings)
@@ -412,9 +421,13 @@ class _Reader:
                 inner = state["optimizer_state_dict"]
                 masters = [stored(t, f"{path}: a master") for group in state["fp32_groups"] for t in group]
             groups = inner["param_groups"]
-            if not self.options.optimizer and not masters:
+            try:
+                states = adam_states(inner["state"], groups, path) if self.options.optimizer else {}
+            except UnsupportedModel as error:
+                self._leave_out(error)
+                states = {}
+            if not states and not masters:
                 return
-            states = adam_states(inner["state"], groups, path) if self.options.optimizer else {}
             indices = [list(group["params"]) for group in groups]
             numbers = [index for group in indices for index in group]
             values = tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups))
@@ -459,14 +472,19 @@ class _Reader:
 
     # --- universal ---
 
-    def _read_universal(self, model: ModelDocument, found: _Found) -> None:
-        zero = self.tag / "zero"
+    def _read_universal(self, found: _Found) -> None:
+        model, zero = self.first, self.tag / "zero"
         if not (zero / "optimizer_state.pt").is_file():
             raise MissingFile(
                 f"{zero / 'optimizer_state.pt'} is missing: it holds the parameter groups. Copy it from the source."
             )
         common = read_universal_document(zero / "optimizer_state.pt")
         self.read_files.append(zero / "optimizer_state.pt")
+        if model.groups is not None:
+            model = replace(model, groups=_whole_groups(model.groups, common.members))
+        if model.frozen_fragments and (None, 0) not in self.files.models:
+            self.ranks = len(self.files.models)
+            self._require_model_files(model, found, 0)
         there = {entry.name for entry in zero.iterdir() if entry.is_dir()}
         grouped = [name for group in model.groups or () for name in group]
         wanted = grouped or [name for name in self.shapes if name in there]
@@ -475,15 +493,27 @@ class _Reader:
                 f"{zero}: {len(absent)} of {len(wanted)} parameters are missing, the first {absent[0]}.\n"
                 "Copy its folder from the source."
             )
-        for name in sorted(there.difference(wanted)):
-            if name not in self.table.aliases and not (zero / name / "fp32.pt").is_file():
-                raise NameMismatch(f"{zero / name} is the folder of no parameter.")
-        aliases = [name for name in there if name in {**model.shared, **self.table.aliases}]
-        names = [*wanted, *sorted(there.difference(wanted, aliases))]
-        for name in names:
+        for name in wanted:
             self._read_universal_parameter(zero / name, name, model, found)
+        # What is in no group is frozen; DeepSpeed's tool writes fp32.pt alone for a tied head and its embedding.
+        for name in sorted(there.difference(wanted)):
+            if name in self.shapes:
+                found.weights.setdefault(name, self._universal_tensor(zero / name / "fp32.pt", self.shapes[name]))
+            elif name not in {**model.shared, **self.table.aliases}:
+                raise NameMismatch(f"{zero / name} is the folder of no parameter of the config. Check that it belongs.")
         if self.options.optimizer:
-            self._universal_groups(model, common, found, grouped or wanted)
+            self._universal_groups(model, common, found, wanted)
+        wrong = [
+            n
+            for n, t in found.slots[Slot.MASTER].items()
+            if n in found.weights and not _starts_alike(found.weights[n], t)
+        ]
+        if wrong:
+            raise MixedCheckpoint(
+                f"{zero}: fp32.pt of {len(wrong)} parameters ({_some(wrong)}) is not what {model.path.name} holds.\n"
+                "Files of two checkpoints are mixed, or ds_to_universal made it from a run with round_robin_gradients, "
+                "which it scrambles: convert the ZeRO checkpoint itself."
+            )
 
     def _read_universal_parameter(self, folder: Path, name: str, model: ModelDocument, found: _Found) -> None:
         shape = next((group[name] for group in model.groups or () if name in group), self.shapes.get(name))
@@ -491,17 +521,17 @@ class _Reader:
         for slot, stem in files.items():
             if slot is not Slot.MASTER and not self.options.optimizer:
                 continue
-            path = folder / f"{stem}.pt"
-            if not path.is_file():
-                raise MissingShard(f"{path} is missing. Copy it from the source.")
-            tensor: LazyTensor = read_universal_tensor(path)
-            if shape is not None and len(tensor.shape) == 1 and tensor.numel == prod(shape):
-                tensor = reshape(tensor, shape)
-            found.slots[slot][name] = tensor
-            self.read_files.append(path)
+            found.slots[slot][name] = self._universal_tensor(folder / f"{stem}.pt", shape)
         if self.options.optimizer and (folder / "step.pt").is_file():
             found.steps[name] = read_universal_step(folder / "step.pt")
             self.read_files.append(folder / "step.pt")
+
+    def _universal_tensor(self, path: Path, shape: tuple[int, ...] | None) -> LazyTensor:
+        if not path.is_file():
+            raise MissingShard(f"{path} is missing. Copy it from the source.")
+        self.read_files.append(path)
+        tensor = read_universal_tensor(path)
+        return reshape(tensor, shape) if shape is not None and tensor.shape == (prod(shape),) else tensor
 
     def _universal_groups(
         self, model: ModelDocument, common: UniversalDocument, found: _Found, names: Sequence[str]
@@ -713,14 +743,12 @@ class _Unnamed:
 
 
 def _whole_groups(
-    groups: Sequence[Mapping[str, tuple[int, ...]]], document: OptimizerDocument
+    groups: Sequence[Mapping[str, tuple[int, ...]]], members: Sequence[Sequence[int]]
 ) -> tuple[Mapping[str, tuple[int, ...]], ...]:
-    """ZeRO-3 lists ``param_shapes`` by sub-group; joined to the optimizer's groups."""
-    if document.zero_stage != 3 or len(groups) == len(document.groups) or len(groups) != len(document.masters):
+    """ZeRO-3 lists ``param_shapes`` by sub-group; joined to the optimizer's groups, which name their sub-groups."""
+    if len(groups) == len(members) or sorted(i for group in members for i in group) != list(range(len(groups))):
         return tuple(groups)
-    return tuple(
-        {name: shape for index in members for name, shape in groups[index].items()} for members in document.members
-    )
+    return tuple({name: shape for i in group for name, shape in groups[i].items()} for group in members)
 
 
 def _name_by_order(

@@ -526,21 +526,28 @@ def _whole_state(
 
 
 def _canonical_optimizer(state: _State, table: WeightTable) -> OptimizerState:
-    groups: list[tuple[Mapping[str, Any], list[str]]] = []
+    """Groups in order of first appearance, as nanotron counts parameters; names within a group in the model's order."""
+    values: dict[str, Mapping[str, Any]] = {}
     steps: dict[str, float] = {}
     for rule in table.rules:
         if rule.layout not in state.hyperparameters:
             raise NameMismatch(f"the optimizer holds nothing for {rule.layout}.")
-        values = state.hyperparameters[rule.layout]
-        for known, names in groups:
-            if known == values:
-                names.extend(rule.canonical)
-                break
-        else:
-            groups.append((values, list(rule.canonical)))
+        values.update(dict.fromkeys(rule.canonical, state.hyperparameters[rule.layout]))
         steps.update(dict.fromkeys(rule.canonical, state.steps[rule.layout]))
+    for name in table.absent:
+        # A zero bias of o_proj that nanotron has not goes with its layer's query bias.
+        near = name.replace("o_proj", "q_proj")
+        values[name], steps[name] = values[near], steps[near]
+    groups: list[Mapping[str, Any]] = []
+    for value in values.values():
+        if value not in groups:
+            groups.append(value)
     return OptimizerState(
-        steps=steps, groups=tuple(ParameterGroup(names=tuple(n), hyperparameters=h) for h, n in groups)
+        steps={name: steps[name] for name in table.shapes},
+        groups=tuple(
+            ParameterGroup(names=tuple(n for n in table.shapes if values[n] == group), hyperparameters=group)
+            for group in groups
+        ),
     )
 
 
