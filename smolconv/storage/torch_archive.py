@@ -21,7 +21,8 @@ import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what pickle.Unpickler itself uses
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -156,6 +157,13 @@ class ArchivePlan:
     records: Mapping[Storage, tuple[int, int]]  #: (absolute offset, nbytes) of each storage's data
     zip_records: tuple[_Record, ...] = field(repr=False)
 
+    def without_data(self) -> bytes:
+        """The whole file, when all its storages are empty."""
+        data = bytearray(self.size)
+        for offset, piece in (*self.pieces, *self.finish({})):
+            data[offset : offset + len(piece)] = piece
+        return bytes(data)
+
     def finish(self, crcs: Mapping[Storage, int]) -> tuple[tuple[int, bytes], ...]:
         """What is left to write once the CRC-32 of each storage's bytes is known, as (offset, bytes).
 
@@ -191,10 +199,25 @@ def read_torch_archive(
     Raises ``MissingFile``, ``CorruptFile``, ``UnsafePickle`` when the pickle names anything else, and ``MachineError``
     when the disk fails. Nothing that a pickle names is ever imported.
     """
+    with _opened(path) as file:
+        archive = _open_archive(path, file)
+        return _Unpickler(archive, archive.read_pickle(), allow).load()
+
+
+def read_pickle_bytes(path: Path) -> bytes:
+    """The archive's pickle as it is. Two files with the same say the same, but for where their tensors' bytes lie.
+
+    Raises as ``read_torch_archive`` does.
+    """
+    with _opened(path) as file:
+        return _open_archive(path, file).read_pickle()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            archive = _open_archive(path, file)
-            return _Unpickler(archive, archive.read_pickle(), allow).load()
+            yield file
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFile(
             f"{path}: there is no such file.\n"

@@ -61,6 +61,7 @@ from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+from smolconv.storage.torch_archive import read_pickle_bytes
 
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
 CLIENT_KEY = "smolconv"
@@ -367,6 +368,7 @@ class _Reader:
     def _require_model_files(self, model: ModelDocument, found: _Found, tp: int) -> None:
         """ZeRO-3 writes one model file a rank: nothing but pieces of frozen parameters is in the others."""
         others: list[ModelDocument] = []
+        seen: set[bytes] = set()
         for rank in range(self.ranks):
             path = self.files.models.get((rank, tp))
             if path is None:
@@ -374,6 +376,13 @@ class _Reader:
                     f"{self.tag}: the model file of rank {rank} of {self.ranks} is missing "
                     f"(zero_pp_rank_{rank}_mp_rank_{tp:02d}_model_states.pt).\nCopy it from the training node."
                 )
+            if not model.frozen_fragments and path != model.path:
+                # Parsing 384 of them takes seconds, and all but the first say the same.
+                pickled = read_pickle_bytes(path)
+                if pickled in seen:
+                    self.read_files.append(path)
+                    continue
+                seen.add(pickled)
             other = model if path == model.path else self._model(path)
             self._require_same_step(other)
             others.append(other)

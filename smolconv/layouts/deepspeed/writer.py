@@ -24,6 +24,7 @@ from smolconv.checkpoint import (
     ParameterGroup,
     Slot,
     TrainingProgress,
+    Zeros,
     join,
     reshape,
 )
@@ -56,7 +57,7 @@ from smolconv.layouts.deepspeed.partitions import (
 )
 from smolconv.layouts.deepspeed.reader import CLIENT_KEY
 from smolconv.storage.output import PlannedFile, plain_file
-from smolconv.storage.torch_archive import Storage, TensorRef, TorchSize
+from smolconv.storage.torch_archive import Storage, TensorRef, TorchSize, plan_torch_archive
 
 #: The newest that ``ds_to_universal`` knows.
 _UNIVERSAL_VERSION = 0.4
@@ -116,6 +117,7 @@ class _Writer:
         self.tag = f"global_step{self.progress.step}" + ("_universal" if options.writes_universal else "")
         self.known: Mapping[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
         self.config = hf_config(checkpoint, self.dtype)
+        self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
 
     def plan(self) -> PlannedOutput:
         if self.options.writes_universal:
@@ -135,6 +137,8 @@ class _Writer:
 
     def _model_file(self, rank: int | None, optimizer: _Archive | None = None, *, weights: bool = True) -> PlannedFile:
         """``rank`` is None for ZeRO 0 to 2. Without ``weights`` the module holds empty tensors of its dtype."""
+        if rank and self._empty_model is not None:
+            return plain_file(f"{self.tag}/{model_file(rank)}", self._empty_model)
         archive = optimizer or _Archive()
         spec, stage = self.checkpoint.spec, self.options.zero_stage
         frozen = self.checkpoint.frozen
@@ -182,6 +186,10 @@ class _Writer:
                 "config": self.config,
             },
         }
+        if rank and not any(archive.contents.values()):
+            # Made once for all ranks: a file of nothing but names takes longer to make than to write.
+            self._empty_model = plan_torch_archive("archive", document).without_data()
+            return plain_file(f"{self.tag}/{model_file(rank)}", self._empty_model)
         return archive.file(f"{self.tag}/{model_file(rank)}", document)
 
     def _shape(self, name: str) -> TorchSize:
@@ -281,8 +289,11 @@ class _Writer:
         archive = _Archive()
 
         def flat(slot: Slot, names: Sequence[str], index: int) -> TensorRef:
-            pieces = [cut_piece(self._tensor(slot, name), self.ranks, rank) for name in names]
-            tensor = join(pieces, (sum(piece_numel(self._shape_numel(name), self.ranks) for name in names),))
+            size = sum(piece_numel(self._shape_numel(name), self.ranks) for name in names)
+            tensors = [self._tensor(slot, name) for name in names]
+            if all(isinstance(tensor, Zeros) for tensor in tensors):
+                return archive.own(Zeros(shape=(size,), dtype=tensors[0].dtype), f"sub-group {index}", slot.value)
+            tensor = join([cut_piece(tensor, self.ranks, rank) for tensor in tensors], (size,))
             return archive.own(tensor, f"sub-group {index}", slot.value)
 
         state = {
