@@ -24,8 +24,10 @@ from smolconv.checkpoint import (
     Slot,
     Stored,
     TrainingProgress,
+    cast,
 )
 from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
+from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
 from smolconv.layouts.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.spec import parameter_shapes, spec_from_hf
@@ -103,6 +105,8 @@ def random_checkpoint(size: str, *, adam: bool) -> Checkpoint:
             )
             for index, (name, shape) in enumerate(shapes.items())
         }
+    if adam:  # as training leaves them: the weights are the rounded masters
+        tensors[Slot.PARAMETER] = {name: cast(master, "bfloat16") for name, master in tensors[Slot.MASTER].items()}
     group = ParameterGroup(
         names=tuple(shapes),
         hyperparameters={
@@ -120,19 +124,27 @@ def random_checkpoint(size: str, *, adam: bool) -> Checkpoint:
     )
 
 
-def write_checkpoint(checkpoint: Checkpoint, target: Path, layout: str, tp: int) -> None:
-    """Write it as one Hugging Face file, or as nanotron with ``tp`` ranks."""
-    nanotron = layout == "nanotron"
+def write_checkpoint(
+    checkpoint: Checkpoint, target: Path, layout: str, *, tp: int, zero_stage: int | None = None, world_size: int = 1
+) -> None:
+    """Write it as one Hugging Face file, as nanotron with ``tp`` ranks, or as DeepSpeed (universal without a stage)."""
+    if layout == "deepspeed":
+        checkpoint = with_adam(checkpoint, groups=None, universal=zero_stage is None)
+        output = plan_deepspeed(
+            checkpoint, DeepSpeedOptions(zero_stage=zero_stage, world_size=world_size if zero_stage else None)
+        )
+    elif layout == "nanotron":
+        output = plan_nanotron(checkpoint, NanotronOptions(tp=tp))
+    else:
+        output = plan_huggingface(checkpoint, HuggingFaceOptions(max_shard_bytes=10**12))
     plan = ConversionPlan(
         uri=str(checkpoint.root),
         source=checkpoint,
         prepared=checkpoint,
         target=target,
         layout=layout,
-        options=ConvertOptions(to=layout, tp=tp if nanotron else None, digest="none"),
-        output=plan_nanotron(checkpoint, NanotronOptions(tp=tp))
-        if nanotron
-        else plan_huggingface(checkpoint, HuggingFaceOptions(max_shard_bytes=10**12)),
+        options=ConvertOptions(to=layout, digest="none"),
+        output=output,
         digest="random",
     )
     run_conversion(plan)
@@ -142,8 +154,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=CONFIGS)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--layout", choices=("huggingface", "nanotron"), default="huggingface")
+    parser.add_argument("--layout", choices=("huggingface", "nanotron", "deepspeed"), default="huggingface")
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--zero-stage", type=int, help="of deepspeed; universal without")
+    parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--adam", action="store_true", help="with fp32 masters and moments")
     given = parser.parse_args()
-    write_checkpoint(random_checkpoint(given.size, adam=given.adam), given.target, given.layout, given.tp)
+    write_checkpoint(
+        random_checkpoint(given.size, adam=given.adam), given.target, given.layout, tp=given.tp,
+        zero_stage=given.zero_stage, world_size=given.world_size,
+    )  # fmt: skip

@@ -56,6 +56,7 @@ def _show(document: dict[str, Any], source: str) -> None:
     nope = [i for i, on in enumerate(spec["use_rope"]) if not on]
     ranks = [f"{key.upper()} {topology[key]}" for key in ("tp", "pp", "dp") if topology[key] is not None]
     ranks += [f"ZeRO-{topology['zero_stage']}"] if topology["zero_stage"] is not None else []
+    ranks += ["universal"] if topology["universal"] else []
     rows = [
         ("layout", " ".join([document["layout"], *ranks])),
         ("model", f"{document['architecture']}, {console.number(document['parameters'])} parameters"
@@ -65,10 +66,12 @@ def _show(document: dict[str, Any], source: str) -> None:
         ("rope", f"theta {spec['rope_theta']:g}" + (f", scaling {spec['rope_scaling']}" if spec["rope_scaling"] else "")
                  + (f", NoPE in layers {_ranges(nope)}" if nope else "")),
         ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in document["dtypes"].items())),
-        ("optimizer", "Adam: " + ", ".join(document["slots"]) if document["has_optimizer"] else "none"),
+        ("optimizer", _optimizer(document)),
         ("progress", "none" if progress is None else _progress(progress)),
         ("files", f"{document['files']}, {console.size(document['bytes'])}"),
     ]  # fmt: skip
+    if document["frozen"]:
+        rows.append(("frozen", f"{len(document['frozen'])} parameters: {_some(document['frozen'])}"))
     if "checked" in document:
         rows.append(("digests", f"{document['checked']} tensors are as they were written"))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -87,6 +90,20 @@ def _show(document: dict[str, Any], source: str) -> None:
 
 def _ranges(layers: list[int]) -> str:
     return ", ".join(map(str, layers[:4])) + (f", ... {layers[-1]}" if len(layers) > 4 else "")
+
+
+def _optimizer(document: dict[str, Any]) -> str:
+    if not document["has_optimizer"]:
+        return "none"
+    decays = [f"{group['hyperparameters'].get('weight_decay', '?')}" for group in document["groups"]]
+    groups = f"{len(decays)} groups" if len(decays) > 1 else "1 group"
+    steps = " or ".join(f"{step:g}" for step in document["adam_steps"])
+    master = ", fp32 masters" if "master" in document["slots"] else ""
+    return f"Adam after {steps} steps, {groups} (weight decay {', '.join(decays)}){master}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _progress(progress: dict[str, Any]) -> str:

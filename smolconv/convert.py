@@ -255,6 +255,9 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
         raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
     layout = TARGETS[options.to]
     checkpoint = _cast_parameters(checkpoint, options)
+    if layout != "deepspeed" and options.optimizer is None and _is_weights_only(checkpoint):
+        note = "Adam has made no step since the weights were converted to DeepSpeed: only the weights are carried."
+        checkpoint = replace(checkpoint, optimizer=None, progress=None, warnings=(*checkpoint.warnings, note))
     if layout == "nanotron" and checkpoint.has_optimizer and checkpoint.frozen:
         if options.optimizer:
             raise UsageError(
@@ -276,6 +279,10 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
         universal = _deepspeed_options(options).writes_universal
         checkpoint = with_adam(checkpoint, groups=options.groups, universal=universal)
     return checkpoint
+
+
+def _is_weights_only(checkpoint: Checkpoint) -> bool:
+    return json.loads(checkpoint.origin.get("deepspeed.json", b"{}")).get("weights_only") is True
 
 
 def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:

@@ -43,11 +43,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict
             "last_stage_index": progress.last_stage_index,
         },
         "tied": checkpoint.spec.tied,
+        "frozen": list(checkpoint.frozen),
         "files": len(set(checkpoint.files)),
         "revision": checkpoint.revision,
         "problems": list(checkpoint.warnings),
     }  # fmt: skip
     if checkpoint.optimizer is not None:
+        document["adam_steps"] = sorted(set(checkpoint.optimizer.steps.values()))
         document["groups"] = [
             {"parameters": len(group.names), "hyperparameters": dict(group.hyperparameters)}
             for group in checkpoint.optimizer.groups

@@ -80,6 +80,11 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
         origin.update(sidecar.origin)
         files = (*files, *sidecar.files)
+    if (folder / "latest").is_file():
+        warnings = (
+            *warnings,
+            "a DeepSpeed checkpoint lies beside the weights: name its tag folder to read Adam's state.",
+        )
     assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
     return Checkpoint(
         layout="huggingface",

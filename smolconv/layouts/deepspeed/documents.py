@@ -175,6 +175,7 @@ class OptimizerDocument:
     ranks: int
     masters: tuple[Stored, ...]  #: one flat tensor a group (ZeRO 1 and 2) or a sub-group (ZeRO-3)
     states: Mapping[int, AdamState] | None  #: by the same indices; None when they were not asked for
+    steps: Mapping[int, float]  #: the optimizer's, by the same indices, where it counts them
     groups: tuple[Mapping[str, Any], ...]  #: hyperparameters
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
     alignment_paddings: tuple[tuple[int, ...], ...] | None
@@ -207,6 +208,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             ranks=ranks,
             masters=masters,
             states=adam_states(states, groups, path) if with_adam else None,
+            steps={i: number(state["step"], f"{path}: step") for i, state in states.items() if "step" in state},
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
             members=tuple(tuple(group["params"]) for group in groups),
             alignment_paddings=None if paddings is None else tuple(tuple(group) for group in paddings),

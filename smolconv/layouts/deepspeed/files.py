@@ -49,8 +49,12 @@ class TagFiles:
 
     @property
     def first_model(self) -> Path:
-        """Of global rank 0, the only one whose ``shared_params`` is filled."""
-        return self.models.get((None, 0)) or self.models[0, 0]
+        """Of global rank 0, the only one whose ``shared_params`` is filled. Raises ``MissingShard``."""
+        path = self.models.get((None, 0), self.models.get((0, 0)))
+        if path is None:
+            name = model_file(None if any(dp is None for dp, _ in self.models) else 0)
+            raise MissingShard(f"{self.folder}: {name} is missing. Copy it from the training node.")
+        return path
 
 
 def is_deepspeed(folder: Path) -> bool:

@@ -108,9 +108,14 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -
     progress = checkpoint.progress
     if known is None and progress is not None:
         progress = None
+    own = {
+        **json.loads(checkpoint.origin.get("deepspeed.json", b"{}")),
+        "weights_only": known is None and not masters,  # then nothing but the weights is to be carried on from there
+    }
     return replace(
         checkpoint,
         tensors=tensors,
+        origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
         optimizer=OptimizerState(steps=steps, groups=tuple(found)),
         progress=progress,
         warnings=tuple(warnings),

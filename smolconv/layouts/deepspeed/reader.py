@@ -284,14 +284,10 @@ class _Reader:
     def _require_same_run(self, first: OptimizerDocument, other: OptimizerDocument) -> None:
         of = (first.zero_stage, first.ranks, len(first.masters), first.groups, first.alignment_paddings)
         found = (other.zero_stage, other.ranks, len(other.masters), other.groups, other.alignment_paddings)
-        steps = [
-            {index: state.step for index, state in document.states.items()} if document.states else {}
-            for document in (first, other)
-        ]
-        if of == found and steps[0] == steps[1]:
+        if of == found and first.steps == other.steps:
             return
-        if steps[0] != steps[1]:
-            what = f"after {_steps(steps[1])} of Adam's steps, but {first.path.name} after {_steps(steps[0])}"
+        if first.steps != other.steps:
+            what = f"after {_steps(other.steps)} of Adam's steps, but {first.path.name} after {_steps(first.steps)}"
         elif of[:2] != found[:2]:
             what = f"of ZeRO-{found[0]} on {found[1]} ranks, but {first.path.name} of ZeRO-{of[0]} on {of[1]}"
         else:
@@ -403,11 +399,10 @@ class _Reader:
         same = all(_starts_alike(found.weights[name], found.slots[Slot.MASTER][name]) for name in dict.fromkeys(sample))
         if same:
             return
-        states = documents[0].states or {}
-        adam = {state.step for state in states.values()}
-        if adam and model.step - model.skipped_steps not in adam:
+        steps = documents[0].steps
+        if steps and model.step - model.skipped_steps not in steps.values():
             raise MixedCheckpoint(
-                f"{model.path} is of step {model.step}, but Adam has made {_steps(dict(enumerate(adam)))} steps in "
+                f"{model.path} is of step {model.step}, but Adam has made {_steps(steps)} steps in "
                 f"{documents[0].path.name}, and the weights are not its rounded masters.\n"
                 "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
             )
@@ -649,7 +644,12 @@ class _Reader:
                 dropped.append(key)
         if dropped:
             self.warnings.append(f"client_state: {_some(dropped)} cannot be carried (tensors or objects).")
-        own: dict[str, Any] = {"client_state": client, "skipped_steps": self.first.skipped_steps}
+        mine = self.first.client_state.get(CLIENT_KEY)
+        own: dict[str, Any] = {
+            "client_state": client,
+            "skipped_steps": self.first.skipped_steps,
+            "weights_only": isinstance(mine, Mapping) and mine.get("weights_only") is True and self.first.step == 0,
+        }
         try:
             own["lr_scheduler"] = plain(self.first.lr_scheduler)
         except ValueError:

@@ -184,6 +184,7 @@ class _Writer:
                 "version": __version__,
                 "progress": json.loads(json.dumps(asdict(self.progress))),
                 "config": self.config,
+                "weights_only": self.known.get("weights_only", False),
             },
         }
         if rank and not any(archive.contents.values()):
