@@ -56,7 +56,9 @@ def start_engine(job: Mapping[str, Any], world_size: int) -> tuple[Any, dict[int
             raise ValueError(f"weights for another model: {missing} are missing, {unexpected} are not its own")
     parameters = dict(model.named_parameters())
     listed = [name for group in job["groups"] for name in group["names"]]
-    if sorted(listed) != sorted(parameters):
+    for name in job["frozen"]:
+        parameters[name].requires_grad_(False)
+    if sorted([*listed, *job["frozen"]]) != sorted(parameters):
         raise ValueError(f"groups must name every parameter once; they differ in {set(listed) ^ set(parameters)}")
     groups = [
         {"params": [parameters[name] for name in group["names"]], **hyperparameters(group)} for group in job["groups"]

@@ -55,7 +55,8 @@ class Job:
 
     config: Path  #: a transformers config.json
     stage: int
-    groups: Sequence[Group]  #: every parameter exactly once; the tied head is model.embed_tokens.weight
+    groups: Sequence[Group]  #: every trained parameter exactly once; the tied head is model.embed_tokens.weight
+    frozen: Sequence[str] = ()
     dtype: str = "fp32"  #: or bf16
     bf16_optimizer: bool = False  #: BF16_Optimizer: stage 1 and bf16 alone
     weights: Tensors | None = None  #: what the model holds before ``initialize``; None: random
@@ -253,6 +254,7 @@ def _described(job: Job, folder: Path, world_size: int) -> dict[str, Any]:
         raise ValueError(f"{rows} rows cannot be dealt to {world_size} ranks in micro-batches of {micro_batch}")
     return {
         "config": str(job.config.resolve()), "stage": job.stage, "groups": [asdict(group) for group in job.groups],
+        "frozen": list(job.frozen),
         "weights": None if job.weights is None else str(folder / "weights.safetensors"), "dtype": job.dtype, "bf16_optimizer": job.bf16_optimizer,
         "checkpoint": job.checkpoint and str(job.checkpoint.resolve()), "tag": job.tag, "universal": job.universal,
         "set_groups": job.set_groups, "batches": str(folder / "batches.npy") if rows else None,

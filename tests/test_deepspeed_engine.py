@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from real_deepspeed import (
     plain_adamw,
     random_batches,
 )
+from safetensors.torch import load_file
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, Slot
 from smolconv.layouts.registry import read_checkpoint
@@ -37,6 +38,8 @@ pytest.importorskip("deepspeed")
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 NANOTRON_BF16 = FIXTURES / "nanotron" / "smollm3-tiny-bf16" / "tp2-pp1-dp1-zero0"
 WEIGHTS = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf"
+#: Written by DeepSpeed with a frozen embedding (so the tied head is frozen too), norms and a projection.
+FROZEN = FIXTURES / "deepspeed" / "zero1-frozen-ws2"
 STEPS, ROWS = 3, 6
 #: With zero moments Adam divides a gradient by its own size, so at eps 1e-8 the rounding of tiny gradients would decide.
 EPS_OF_WEIGHTS_ALONE = 1e-4
@@ -47,7 +50,7 @@ EMBEDDING = "model.embed_tokens.weight"
 class Case:
     """A source and the form that it is written in; ``engine`` is the stage that loads it."""
 
-    source: str  #: "nanotron", "nanotron-bf16" or "hf"
+    source: str  #: a key of ``SOURCES``
     engine: int
     universal: bool = False
     bf16_optimizer: bool = False
@@ -66,8 +69,14 @@ CASES = (
     *(Case(source="nanotron-bf16", engine=stage) for stage in (0, 1, 2, 3)),
     *(Case(source="nanotron-bf16", engine=stage, universal=True) for stage in (1, 2, 3)),
     Case(source="nanotron-bf16", engine=1, bf16_optimizer=True),
+    *(Case(source="frozen", engine=stage) for stage in (0, 1, 2, 3)),
 )
-SOURCES: Mapping[str, Path] = {"nanotron": NANOTRON, "nanotron-bf16": NANOTRON_BF16, "hf": WEIGHTS}
+SOURCES: Mapping[str, Path] = {
+    "nanotron": NANOTRON,
+    "nanotron-bf16": NANOTRON_BF16,
+    "hf": WEIGHTS,
+    "frozen": FROZEN / "checkpoint",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +89,26 @@ class Start:
     step: float
     groups: tuple[Group, ...]
     progress: int
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def start_of(source: str, tmp: Path) -> Start:
-    """nanotron's own state, and for weights alone zero moments."""
+    """nanotron's own state, DeepSpeed's live engine's, and for weights alone zero moments."""
+    if source == "frozen":
+        masters, *moments = (
+            load_file(FROZEN / "expected" / f"{n}.safetensors") for n in ("fp32", *(slot.value for slot in MOMENTS))
+        )
+        meta = json.loads((FROZEN / "expected" / "meta.json").read_text())
+        groups = tuple(
+            Group(names=tuple(names), weight_decay=group["weight_decay"], lr=group["lr"])
+            for names, group in zip(meta["param_group_names"], meta["param_groups"])
+        )
+        return Start(
+            config=FROZEN / "config.json",
+            masters={name: tensor for name, tensor in masters.items() if name in moments[0]},
+            moments=Moments(*moments), step=meta["step"], groups=groups, progress=meta["step"],
+            frozen={name: masters[name] for name in meta["frozen"]},
+        )  # fmt: skip
     if source == "hf":
         masters = {name: tensor.float() for name, tensor in hf_weights(WEIGHTS).items()}
         zeros = {name: torch.zeros_like(tensor) for name, tensor in masters.items()}
@@ -154,11 +179,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         )  # fmt: skip
         if case.source == "hf":
             form["groups"] = groups_file
+        if case.source == "frozen":
+            form["config"] = start.config
         convert(SOURCES[case.source], written, "deepspeed", **form)
         bf16 = case.source == "nanotron-bf16"
         jobs.append(
             Job(
-                config=start.config, stage=case.engine, groups=start.groups, dtype="bf16" if bf16 else "fp32",
+                config=start.config, stage=case.engine, groups=start.groups, frozen=tuple(start.frozen), dtype="bf16" if bf16 else "fp32",
                 bf16_optimizer=case.bf16_optimizer, checkpoint=written, universal=case.universal,
                 # After a universal load ZeRO-3's sub-groups share one step; docs/deepspeed.md says what to do.
                 set_groups=case.universal and case.engine == 3,
@@ -204,7 +231,14 @@ def test_the_groups_are_those_of_the_recipe(world: dict[str, tuple[Start, Result
         assert tuple(found["betas"]) == group.betas and found["eps"] == group.eps
 
 
-@named([case for case in CASES if case.source != "nanotron-bf16"])
+@named([case for case in CASES if case.source == "frozen"])
+def test_frozen_weights_are_loaded_and_stay(world: dict[str, tuple[Start, Result]], name: str) -> None:
+    start, result = world[name]
+    for weights in (result.before.module, result.after.module):
+        assert all(torch.equal(weights[key], tensor) for key, tensor in start.frozen.items())
+
+
+@named([case for case in CASES if case.source not in ("nanotron-bf16", "frozen")])
 def test_three_more_steps_are_those_of_plain_adamw(world: dict[str, tuple[Start, Result]], name: str) -> None:
     start, result = world[name]
     ranks = 2 if "ws2" in str(result.folder) else 3
@@ -225,7 +259,8 @@ def test_the_schedule_goes_on_from_the_sources_step(world: dict[str, tuple[Start
     assert result.after.state["global_steps"] == start.progress + STEPS
 
 
-@named(CASES)
+#: ZeRO-0 saves no names, and which parameters are frozen cannot be told from fp32 shapes.
+@named([case for case in CASES if (case.source, case.engine) != ("frozen", 0)])
 def test_what_the_engine_saves_after_loading_is_read_back_as_it_holds_it(
     world: dict[str, tuple[Start, Result]], name: str
 ) -> None:
@@ -237,7 +272,7 @@ def test_what_the_engine_saves_after_loading_is_read_back_as_it_holds_it(
     for slot, tensors in zip(
         (Slot.MASTER, *MOMENTS), (result.after.masters, result.after.exp_avg, result.after.exp_avg_sq)
     ):
-        found = torch_tensors(saved, slot)
+        found = {key: tensor for key, tensor in torch_tensors(saved, slot).items() if key not in start.frozen}
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key].float(), tensors[key]) for key in tensors)
 
