@@ -5,13 +5,16 @@ Standard library only, and nothing large is ever held here: a child's peak memor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DISKLESS = ("tmpfs", "ramfs")
+_NOT_INSTALLED = "(not installed)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +53,81 @@ class Pairs:
         return [a.seconds / b.seconds for a, b in zip(self.a, self.b)]
 
 
-def run(command: Sequence[str], environment: Mapping[str, str] | None = None, *, then_sync: bool = False) -> Run:
+class Stopped(RuntimeError):
+    """A process that a guard ended, with the guard's reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Ends a process, with its children, before it takes the machine's last memory or a disk's last space."""
+
+    folder: Path
+    memory_bytes: int = 1_000_000_000
+    disk_bytes: int = 3_000_000_000
+    every_seconds: float = 0.05
+
+    def reason(self) -> str | None:
+        """Why the process must end now, if it must."""
+        if available_memory_bytes() < self.memory_bytes:
+            return f"out of memory (under {self.memory_bytes / 1e9:.0f} GB of {memory_bytes() / 1e9:.1f} GB left)"
+        if shutil.disk_usage(self.folder).free < self.disk_bytes:
+            return f"out of disk (under {self.disk_bytes / 1e9:.0f} GB left)"
+        return None
+
+    def watch(self, process: subprocess.Popen[bytes], ended: threading.Event, found: list[str]) -> None:
+        """Look again and again, until the process has ended or is ended here."""
+        while not ended.wait(self.every_seconds):
+            if reason := self.reason():
+                found.append(reason)
+                kill_group(process)
+                return
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    then_sync: bool = False,
+    folder: Path | None = None,
+    guard: Guard | None = None,
+) -> Run:
     """Run a process and wait for it, with ``sync`` inside the time when asked for. Its output goes to a file.
 
-    Raises ``RuntimeError`` with the end of that output when it fails.
+    The peak is that of the largest process, where a process starts others. Raises ``RuntimeError`` with the end of the
+    output when it fails, and ``Stopped`` when the guard ended it.
     """
+    stopped: list[str] = []
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=folder, start_new_session=guard is not None
+        )
+        ended = threading.Event()
+        if guard:
+            # Should the kernel run short before the guard sees it, it takes this process and no other one.
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+            threading.Thread(target=guard.watch, args=(process, ended, stopped), daemon=True).start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            if guard:  # Ctrl-C does not reach a session of its own
+                kill_group(process)
+            raise
+        finally:
+            ended.set()
         process.returncode = os.waitstatus_to_exitcode(status)
         if then_sync:
             subprocess.run(["sync"], check=True)
         seconds = time.perf_counter() - started
+        if stopped:
+            raise Stopped(f"{stopped[0]} after {seconds:.0f} s")
         if process.returncode:
             output.seek(0)
             text = output.read().decode(errors="replace")[-2000:]
@@ -88,6 +154,29 @@ def alternate(a: Callable[[], Run], b: Callable[[], Run], pairs: int, done: Call
     return Pairs(a=tuple(first for first, _ in found), b=tuple(second for _, second in found))
 
 
+def take_turns(
+    sides: Mapping[str, Callable[[], Run | None]], counts: Mapping[str, int], done: Callable[[str, Run], None]
+) -> dict[str, list[Run]]:
+    """Measure several sides in rounds, each round beginning with another side: none always follows the same one.
+
+    A side takes part in the first ``counts[side]`` rounds, and in no further one once it has returned None.
+    """
+    found: dict[str, list[Run]] = {side: [] for side in sides}
+    left = dict(counts)
+    for index in range(max(counts.values())):
+        order = list(sides)
+        first = index % len(order)
+        for side in order[first:] + order[:first]:
+            if left[side] > index:
+                one = sides[side]()
+                if one is None:
+                    left[side] = 0
+                else:
+                    found[side].append(one)
+                    done(side, one)
+    return found
+
+
 def median_seconds(runs: Sequence[Run]) -> float:
     return statistics.median(each.seconds for each in runs)
 
@@ -109,6 +198,11 @@ def warm(folder: Path) -> int:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def stored_bytes(folder: Path) -> int:
+    """As they lie on the disk: holes of a file take none."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def remove(folder: Path) -> None:
@@ -141,6 +235,16 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_memory_bytes() -> int:
+    """What a process can still take: free memory, and the page cache that can be given back."""
+    line = next(line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def is_installed(package: str) -> bool:
+    return _version(package) != _NOT_INSTALLED
+
+
 def machine_lines(packages: Sequence[str]) -> list[str]:
     """What the figures belong to, as lines for people."""
     processor = next(
@@ -163,7 +267,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "(not installed)"
+        return _NOT_INSTALLED
 
 
 def _commit() -> str:

@@ -129,7 +129,7 @@ def write_checkpoint(
 ) -> None:
     """Write it as one Hugging Face file, as nanotron with ``tp`` ranks, or as DeepSpeed (universal without a stage)."""
     if layout == "deepspeed":
-        checkpoint = with_adam(checkpoint, groups=None, universal=zero_stage is None)
+        checkpoint = with_adam(checkpoint, groups=None, zero_stage=zero_stage)
         output = plan_deepspeed(
             checkpoint, DeepSpeedOptions(zero_stage=zero_stage, world_size=world_size if zero_stage else None)
         )

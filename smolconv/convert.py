@@ -244,9 +244,11 @@ def _checked(options: ConvertOptions) -> str:
 
 def _deepspeed_options(options: ConvertOptions) -> DeepSpeedOptions:
     return DeepSpeedOptions(
-        zero_stage=options.zero_stage, world_size=options.world_size, universal=options.universal,
-        **({} if options.sub_group_size is None else {"sub_group_size": options.sub_group_size}),
-    )  # fmt: skip
+        zero_stage=options.zero_stage,
+        world_size=options.world_size,
+        universal=options.universal,
+        sub_group_size=options.sub_group_size,
+    )
 
 
 def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
@@ -276,8 +278,7 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     if options.tokenizer is not None:
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
     if layout == "deepspeed":
-        universal = _deepspeed_options(options).writes_universal
-        checkpoint = with_adam(checkpoint, groups=options.groups, universal=universal)
+        checkpoint = with_adam(checkpoint, groups=options.groups, zero_stage=options.zero_stage)
     return checkpoint
 
 
@@ -289,8 +290,14 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpo
     master = checkpoint.tensors.get(Slot.MASTER) or {}
     if options.cast_from == "master" and not master:
         raise UsageError(f"--cast-from master: {checkpoint.root} holds no fp32 master weights.")
+    if master and options.cast_from == "weights" and TARGETS[options.to] == "deepspeed":
+        raise UsageError(
+            "--cast-from weights: a DeepSpeed run's weights are its rounded masters, which the source has."
+        )
     parameters = dict(checkpoint.parameters)
-    from_master = options.cast_from == "master" or (options.dtype == "float32" and options.cast_from is None)
+    from_master = options.cast_from == "master" or (
+        options.cast_from is None and (options.dtype == "float32" or TARGETS[options.to] == "deepspeed")
+    )
     warnings = list(checkpoint.warnings)
     if options.dtype == "keep" and options.cast_from is None:
         return checkpoint

@@ -107,6 +107,7 @@ class ModelDocument:
     dp: int | None
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
+    round_robin: bool  #: its flat order is dealt out over the ranks, and not the running groups' order
     client_state: Mapping[str, Any]
     ds_version: str | None
 
@@ -136,6 +137,7 @@ def read_model_document(path: Path) -> ModelDocument:
             dp=document.get("dp_world_size"),
             lr_scheduler=document.get("lr_scheduler"),
             zero_stage=stage if is_count(stage) else None,
+            round_robin=isinstance(zero, dict) and zero.get("round_robin_gradients") is True,
             client_state={key: value for key, value in document.items() if key not in MODEL_KEYS},
             ds_version=document.get("ds_version"),
         )

@@ -44,8 +44,11 @@ class _Rule:
         return name in self.names or (self.pattern is not None and self.pattern.search(name) is not None)
 
 
-def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -> Checkpoint:
-    """The checkpoint as DeepSpeed holds it: fp32 masters, moments (zero without a source), groups, Adam's steps.
+def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | None) -> Checkpoint:
+    """The checkpoint as DeepSpeed holds it: fp32 masters, moments (zero without a source), groups, steps.
+
+    ``zero_stage`` is None for universal. ZeRO-3 and universal store no weights but masters, so there the weights are
+    the rounded masters.
 
     Raises ``UsageError`` for a ``groups`` file that does not fit the model, ``UnsupportedModel`` for a state that the
     groups cannot hold.
@@ -70,7 +73,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -
             f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
             f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
         )
-    if not universal:  # a rank's file replaces the running optimizer's groups, so it must say everything
+    if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
         if any("lr" not in group.hyperparameters for group in found):
             warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
         decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
@@ -103,6 +106,11 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -
             else Zeros(shape=checkpoint.parameters[name].shape, dtype="float32")
             for name in trained
         }  # fmt: skip
+    if zero_stage in (None, 3):
+        tensors[Slot.PARAMETER] = {
+            name: cast(tensors[Slot.MASTER].get(name, tensor), tensor.dtype)
+            for name, tensor in checkpoint.parameters.items()
+        }
     if not tensors[Slot.MASTER]:
         del tensors[Slot.MASTER]
     progress = checkpoint.progress
@@ -112,6 +120,9 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, universal: bool) -
         **json.loads(checkpoint.origin.get("deepspeed.json", b"{}")),
         "weights_only": known is None and not masters,  # then nothing but the weights is to be carried on from there
     }
+    schedule = own.get("lr_scheduler") or {}
+    if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
+        own.pop("lr_scheduler", None)  # its lists are of the source's groups
     return replace(
         checkpoint,
         tensors=tensors,
@@ -166,7 +177,9 @@ def _from_file(path: Path, trained: Sequence[str], known: OptimizerState | None)
             raise UsageError(f"--groups {path}: group {i} names {unknown[0]}, which is no trained parameter.")
         if not names:
             raise UsageError(f"--groups {path}: no parameter is in group {i}.")
-        order = [*rule.names, *(name for name in names if name not in rule.names)] if rule.names else names
+        if taken := [name for name in rule.names if name not in names or rule.names.count(name) > 1]:
+            raise UsageError(f"--groups {path}: group {i} names {taken[0]}, which is named twice.")
+        order = list(rule.names) or names
         carried = _agreed([known.hyperparameters(name) for name in names]) if known is not None else {}
         groups.append(ParameterGroup(names=tuple(order), hyperparameters={**carried, **rule.values}))
     return groups

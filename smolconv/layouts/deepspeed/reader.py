@@ -132,6 +132,15 @@ class _Reader:
             if kept:
                 tensors[slot] = self.table.to_canonical(kept, f"{self.tag} ({slot.value})", all_needed=False)
         optimizer = None
+        if self.first.round_robin and self.stage in (1, 2):
+            order = {name: index for index, name in enumerate(self.shapes)}
+            state.groups = tuple(
+                replace(group, names=tuple(sorted(group.names, key=order.__getitem__))) for group in state.groups
+            )
+            self.warnings.append(
+                "the run had round_robin_gradients: its groups are carried in the model's order, and what is written from "
+                "them loads into a run without it."
+            )
         if self.options.optimizer and state.steps:
             optimizer = OptimizerState(steps=state.steps, groups=state.groups)
         kept_documents = self._source_documents()

@@ -70,7 +70,7 @@ class DeepSpeedOptions:
     zero_stage: int | None = None
     world_size: int | None = None
     universal: bool = False
-    sub_group_size: int = SUB_GROUP_SIZE  #: elements; ZeRO-3's ``sub_group_size`` of the run that goes on
+    sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that goes on; DeepSpeed's own by default
 
     def __post_init__(self) -> None:
         if self.universal and (self.zero_stage is not None or self.world_size is not None):
@@ -85,7 +85,9 @@ class DeepSpeedOptions:
             raise UsageError(f"--zero-stage {self.zero_stage} needs --world-size: the number of data-parallel ranks.")
         if self.world_size is not None and self.world_size < 1:
             raise UsageError(f"--world-size {self.world_size}: a positive number was expected.")
-        if self.sub_group_size < 1:
+        if self.sub_group_size is not None and self.zero_stage != 3:
+            raise UsageError(f"--sub-group-size {self.sub_group_size}: only ZeRO-3 has sub-groups (--zero-stage 3).")
+        if self.sub_group_size is not None and self.sub_group_size < 1:
             raise UsageError(f"--sub-group-size {self.sub_group_size}: a positive number was expected.")
 
     @property
@@ -115,6 +117,8 @@ class _Writer:
         self.progress = checkpoint.progress or TrainingProgress(step=0)
         self.dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
         self.tag = f"global_step{self.progress.step}" + ("_universal" if options.writes_universal else "")
+        if self.dtype == "float16":
+            self.warnings.append("a static loss scale of 1 is stored: set the run's own after loading.")
         self.known: Mapping[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
         self.config = hf_config(checkpoint, self.dtype)
         self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
@@ -282,7 +286,9 @@ class _Writer:
             (g, [group.names[i] for i in members])
             for g, group in enumerate(self.groups)
             for members in sub_groups(
-                [self._shape_numel(name) for name in group.names], self.ranks, self.options.sub_group_size
+                [self._shape_numel(name) for name in group.names],
+                self.ranks,
+                self.options.sub_group_size or SUB_GROUP_SIZE,
             )
         ]
 

@@ -1,6 +1,20 @@
 """nanotron: a folder per step, a safetensors file per parameter and tensor-parallel rank, torch archives for Adam."""
 
-from smolconv.layouts.nanotron.reader import find_step_folder, is_nanotron, read_nanotron
+from smolconv.layouts.nanotron.reader import (
+    NativeModel,
+    find_step_folder,
+    is_nanotron,
+    read_nanotron,
+    read_native_model,
+)
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 
-__all__ = ["NanotronOptions", "find_step_folder", "is_nanotron", "plan_nanotron", "read_nanotron"]
+__all__ = [
+    "NanotronOptions",
+    "NativeModel",
+    "find_step_folder",
+    "is_nanotron",
+    "plan_nanotron",
+    "read_nanotron",
+    "read_native_model",
+]

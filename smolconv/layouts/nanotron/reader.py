@@ -210,6 +210,27 @@ def _warnings(config: Mapping[str, Any], weights: Mapping[str, NativeParameter],
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class NativeModel:
+    """A nanotron model as it is stored: its own config, its own fused parameters, joined over the ranks."""
+
+    config: Mapping[str, Any]
+    parameters: Mapping[str, LazyTensor]  #: by nanotron's names
+
+
+def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> NativeModel:  # noqa: B008
+    """Headers only. Raises as ``read_nanotron`` does."""
+    step_folder = find_step_folder(folder, options.step)
+    config, where = _model_config(step_folder, options.config)
+    check_config(config, where)
+    spec = spec_from_nanotron(config, where)
+    nanotron_interleaved(config, where)  # refuses a config that does not say
+    metadata_path = step_folder / "checkpoint_metadata.json"
+    metadata = read_json(metadata_path) if metadata_path.exists() else None
+    weights = read_native(step_folder, list(_walk(step_folder)), spec, metadata)
+    return NativeModel(config=config, parameters={name: p.whole for name, p in weights.items()})
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,10 @@ _ADAMW: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+#: What another trainer's Adam says of how it is carried out.
+_EXECUTION = ("foreach", "capturable", "differentiable", "fused", "bias_correction")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NanotronOptions:
     """The topology to write, and the training config to take when the source has none."""
@@ -256,7 +260,7 @@ class _Writer:
 
         for name in names:
             canonical = self.canonical[name][0]
-            values = optimizer.hyperparameters(canonical)
+            values = self._own_values(optimizer.hyperparameters(canonical))
             group = {**({} if "fused" in values else _ADAMW), **values, "params": []}
             groups.append(group)
             moments = {"exp_avg": mine(Slot.EXP_AVG, name), "exp_avg_sq": mine(Slot.EXP_AVG_SQ, name)}
@@ -277,6 +281,15 @@ class _Writer:
         dp_pair = None if dp is None else (dp, options.dp)
         path = f"{self.step}/" + state_file("optimizer", (pp, options.pp), (tp, options.tp), dp_pair)
         return archive_file(path, document, contents)
+
+    def _own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyperparameters as nanotron stores them: how DeepSpeed carries Adam out is none of its business."""
+        if "deepspeed.json" not in self.checkpoint.origin:
+            return dict(values)
+        factory = ((self.config or {}).get("optimizer") or {}).get("optimizer_factory") or {}
+        fused = factory.get("torch_adam_is_fused", True) if isinstance(factory, dict) else True
+        known = {key: value for key, value in values.items() if key not in _EXECUTION}
+        return {**_ADAMW, **known, "fused": fused}
 
     def _require_one_state(self, name: str) -> None:
         """A fused parameter has one step and one group; parts trained apart cannot be fused again."""
