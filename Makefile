@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 .PHONY: help demo test test-slow test-transformers4 lint format bench clean
 
 help:
-	@echo "make demo                convert the real SmolLM2-135M to nanotron and back (about a minute after installation)"
+	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
 	@echo "make test                lint, types, import contract, and the tests"
 	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
 	@echo "make test-slow           the tests that take minutes"
@@ -60,6 +60,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/zero.py --big-pairs 3
 
 clean:
 	rm -rf $(VENV) $(V4) demo build dist *.egg-info

@@ -59,9 +59,11 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 _BLOCK_BYTES = 1 << 20
-#: Every bit is random but the highest of the exponent, so all values are finite and smaller than 2.
-_FINITE = {"bfloat16": 0xBFFFBFFFBFFFBFFF, "float32": 0xBFFFFFFFBFFFFFFF}
-_POSITIVE = {"float32": 0x3FFFFFFF3FFFFFFF}
+#: Sign and mantissa are random, the exponent is not: values of 0.016 to 0.031, as weights have, so that a forward pass
+#: stays finite.
+_RANDOM_BITS = {"bfloat16": 0x807F807F807F807F, "float32": 0x807FFFFF807FFFFF}
+_EXPONENT = {"bfloat16": 0x3C803C803C803C80, "float32": 0x3C8000003C800000}
+_SIGN = {"bfloat16": 0x8000800080008000, "float32": 0x8000000080000000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class RandomTensor(LazyTensor):
 
     def read(self, start: int, stop: int, out: Raw) -> None:
         block = _BLOCK_BYTES // DTYPE_BYTES[self.dtype]
-        mask = np.uint64((_POSITIVE if self.positive else _FINITE)[self.dtype])
+        mask = np.uint64(_RANDOM_BITS[self.dtype] & ~(_SIGN[self.dtype] if self.positive else 0))
+        exponent = np.uint64(_EXPONENT[self.dtype])
         at = start
         while at < stop:
             index, inside = divmod(at, block)
@@ -83,6 +86,7 @@ class RandomTensor(LazyTensor):
             # The generator's raw output: twice as fast as its methods for bytes or integers.
             words = np.random.SFC64([self.seed, index]).random_raw(_BLOCK_BYTES // 8)
             words &= mask
+            words |= exponent
             out[at - start : end - start] = words.view(out.dtype)[inside : inside + end - at]
             at = end
 

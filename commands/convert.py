@@ -147,9 +147,13 @@ def convert(
 
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-    from smolconv.verify.compare import verify_conversion  # noqa: PLC0415
+    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
+    from smolconv.verify.compare import Stored, verify_conversion  # noqa: PLC0415
 
-    return verify_conversion(plan.prepared, folder).to_json()
+    options = plan.options
+    as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
+    source = Stored(folder=plan.source.root, options=ReadOptions(config=options.config, step=options.step))
+    return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
 
 
 def _show_plan(plan: ConversionPlan) -> None:

@@ -37,43 +37,79 @@ def verify(
         Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")
     ] = None,
     tokens: Annotated[Path | None, typer.Option(help="Token ids to run both models on, as a .npy file.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Positions to compare, at most the context length.")] = 512,
+    length: Annotated[int, typer.Option(min=2, help="Positions to compare, at most the context length.")] = 2048,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Pack the row with N documents, and compare each with itself alone.")
+    ] = 1,
+    compute: Annotated[str, typer.Option(help="float32, or bfloat16 with gates of its own.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the forwards run, such as cpu or cuda.")] = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="ours, transformers, or the real engine beside ours: deepspeed, nanotron (GPU).")
+    ] = "ours",
     gate_max_abs: Annotated[float | None, typer.Option(help="Largest difference of logits that passes.")] = None,
     gate_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence that passes.")] = None,
     gate_top1: Annotated[float | None, typer.Option(help="Smallest share of equal first choices that passes.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="List every module's largest difference.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="OUT.html", dir_okay=False, help="Write a self-contained HTML page."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
+    from smolconv.errors import UsageError  # noqa: PLC0415
     from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
-    from smolconv.verify.compare import VerifyOptions, verify_checkpoints  # noqa: PLC0415
+    from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints  # noqa: PLC0415
     from smolconv.verify.logits import require_torch  # noqa: PLC0415
 
     logits = logits and not tensors_only
+    if compute not in ("float32", "bfloat16"):
+        raise UsageError(f"--compute {compute}: expected float32 or bfloat16.")
+    if engine not in ("ours", "transformers", "deepspeed", "nanotron"):
+        raise UsageError(f"--engine {engine}: expected ours, transformers, deepspeed or nanotron.")
+    if logits and device != "cpu":
+        require_torch()
+        _require_device(device)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"--report {html}: the folder {html.absolute().parent} is not there.")
     if logits:
         require_torch()
-    left, right = (
-        read_checkpoint(open_source(uri), ReadOptions(config=override, optimizer=optimizer))
+    at_a, at_b = (
+        Stored(
+            folder=open_source(uri), options=ReadOptions(config=override, optimizer=optimizer or engine == "deepspeed")
+        )
         for uri, override in ((a, config), (b, config_b))
     )
+    left, right = (read_checkpoint(side.folder, side.options) for side in (at_a, at_b))
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=text, tokens=tokens, length=length,
+        documents=documents, compute=compute, device=device, engine=engine,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
-    # transformers loads a Hugging Face folder itself, so that our reading of it is not what is compared.
-    folder_a, folder_b = (
-        side.root if side.layout == "huggingface" and override is None else None
-        for side, override in ((left, config), (right, config_b))
-    )
-    report = verify_checkpoints(left, right, options, folders=(folder_a, folder_b))
+    report = verify_checkpoints(left, right, options, stored=(at_a, at_b))
+    if html is not None:
+        from smolconv.verify.report import render_html  # noqa: PLC0415
+
+        html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8")
     if as_json:
         console.print_json(report.to_json())
     else:
         _show(report, per_layer=per_layer)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _require_device(device: str) -> None:
+    import torch  # noqa: PLC0415
+
+    from smolconv.errors import UsageError  # noqa: PLC0415
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def _show(report: VerifyReport, *, per_layer: bool) -> None:
@@ -93,12 +129,19 @@ def _show(report: VerifyReport, *, per_layer: bool) -> None:
     if logits is None:
         table.add_row("logits", "-", "not compared")
     else:
+        limit = f"limit {logits.gates['max_abs'].limit:.2g}, " if "max_abs" in logits.gates else ""
+        documents = f" in {logits.documents} documents" if logits.documents > 1 else ""
+        floor = f"floor {logits.noise_floor['max_abs']:.2g}"
         said = (
-            f"max abs {logits.max_abs:.2g} (limit {logits.gates['max_abs'].limit:.2g}, floor "
-            f"{logits.noise_floor['max_abs']:.2g}), KL {logits.kl_mean:.2g}, top-1 {logits.top1_agreement:.4f}, NLL "
-            f"{logits.nll_a:.4f} and {logits.nll_b:.4f}; {logits.positions} positions of {logits.tokens_from}"
+            f"max abs {logits.max_abs:.2g} ({limit}{floor}), KL {logits.kl_mean:.2g}, top-1 "
+            f"{logits.top1_agreement:.4f}, NLL {logits.nll_a:.4f} and {logits.nll_b:.4f}; {logits.compute}, "
+            f"{logits.positions} positions{documents} of {logits.tokens_from}"
         )
         table.add_row("logits", _mark(logits.passed), console.escape(said))
+        for name, gate in logits.gates.items():
+            if name not in ("max_abs", "kl", "top1"):
+                table.add_row(f"  {name}", _mark(gate.passed), f"{gate.value:.2g} (limit {gate.limit:.2g})")
+        table.add_row("forwards", "", console.escape(f"A: {logits.forwards[0]}; B: {logits.forwards[1]}"))
     console.out.print(table)
     if per_layer and logits is not None:
         layers = Table(box=None, pad_edge=False)

@@ -684,7 +684,10 @@ class TrainingProgress:
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.consumed_samples < 0 or (self.consumed_tokens or 0) < 0:
-            raise ValueError(f"progress cannot be negative: {self}")
+            raise ValueError(
+                f"progress cannot be negative: step {self.step}, {self.consumed_samples} samples, "
+                f"{self.consumed_tokens} tokens"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

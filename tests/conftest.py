@@ -35,6 +35,14 @@ def nanotron_topologies() -> list[Path]:
     return sorted(path.parent for root in roots for path in root.glob("*/*/latest.txt"))
 
 
+def deepspeed_cases() -> list[Path]:
+    """Every folder with a checkpoint that DeepSpeed wrote: our fixtures, and those below $SMOLCONV_ORACLES/deepspeed."""
+    found = list((FIXTURES / "deepspeed").glob("*/checkpoint"))
+    if os.environ.get("SMOLCONV_ORACLES"):
+        found += (Path(os.environ["SMOLCONV_ORACLES"]) / "deepspeed").glob("*/*/checkpoint")
+    return sorted(path.parent for path in found)
+
+
 def topology_id(folder: Path) -> str:
     """A run folder's name in test ids: smollm2-tiny/tp2-pp1-dp2-zero1."""
     return f"{folder.parent.name}/{folder.name}"

@@ -436,12 +436,6 @@ def test_a_quantised_model_is_refused(hf, refused):
     refused(hf, "UnsupportedModel", "config.json", "quantised", to="nanotron")
 
 
-def test_a_deepspeed_folder_is_recognised_and_refused(tmp_path, refused):
-    (tmp_path / "deepspeed").mkdir()
-    (tmp_path / "deepspeed/latest").write_text("global_step3")
-    refused(tmp_path / "deepspeed", "UnknownLayout", "DeepSpeed")
-
-
 # --- Pickles that want to run something ---
 
 
@@ -533,7 +527,11 @@ def test_a_shard_full_of_nan_is_kept_bit_for_bit_and_reported(nanotron, cli, tmp
         (("--to", "hf", "--tp", 2), "--tp has no meaning for --to hf"),
         (("--to", "hf", "--zero-stage", 1), "--zero-stage has no meaning for --to hf"),
         (("--to", "gguf"), "--to gguf"),
-        (("--to", "deepspeed"), "--to deepspeed"),
+        (("--to", "deepspeed", "--tp", 2), "--tp has no meaning for --to deepspeed"),
+        (("--to", "deepspeed", "--zero-stage", 1), "--zero-stage 1 needs --world-size"),
+        (("--to", "deepspeed", "--world-size", 2), "--world-size 2 needs --zero-stage"),
+        (("--to", "deepspeed", "--universal", "--zero-stage", 1, "--world-size", 2), "--universal"),
+        (("--to", "nanotron", "--universal"), "--universal has no meaning for --to nanotron"),
         (("--to", "hf", "--dtype", "int8"), "--dtype int8"),
         (("--to", "hf", "--cast-from", "master"), "--cast-from master"),
         (("--to", "hf", "--cast-from", "moon"), "--cast-from moon"),

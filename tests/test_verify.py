@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lazy import literal
 from nanotron_folders import run_differences, step_folder
+from test_round_trips import as_interleaved
 
+from smolconv.checkpoint import LazyTensor, join, row_slice
 from smolconv.convert import ConversionPlan
 from smolconv.errors import ParityFailed, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.spec import parameter_shapes
-from smolconv.verify.compare import VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
+from smolconv.mappings import smollm2
+from smolconv.mappings import smollm3 as smollm3_mapping
+from smolconv.mappings.ops import JoinRows, Rename
+from smolconv.mappings.table import Rule
+from smolconv.spec import ModelSpec, parameter_shapes
+from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
 from smolconv.verify.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -34,11 +40,11 @@ LAYER = "model.layers.{}.{}.weight"
 
 
 def verify(a: Path, b: Path, **options: Any) -> VerifyReport:
-    """As the command does: transformers loads Hugging Face folders itself."""
+    """As the command does: each side's own forward runs on the folder."""
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    folders = tuple(side.root if side.layout == "huggingface" else None for side in (left, right))
-    return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), folders=folders)
+    stored = (Stored(folder=a, options=read), Stored(folder=b, options=read))
+    return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored)
 
 
 def tiers(report: VerifyReport) -> dict[str, bool]:
@@ -81,28 +87,65 @@ def test_a_report_is_plain_json():
     assert set(document["gates"]) == {"max_abs", "kl", "top1"}
 
 
-def test_layers_are_listed_in_forward_order():
-    modules = [layer["module"] for layer in verify(NATIVE, HF).to_json()["layers"]]
-    assert modules[:5] == [
-        "model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn",
-        "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
+@pytest.mark.parametrize("a", [NATIVE, HF], ids=["nanotron", "hf"])
+def test_layers_are_listed_in_forward_order_and_finer_than_modules(a):
+    layers = verify(a, HF).to_json()["layers"]
+    block = [
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.attention",
+        "self_attn", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp",
     ]  # fmt: skip
-    assert modules[-1] == "model.norm"
+    blocks = [f"model.layers.{i}.{part}" for i in range(8) for part in block]
+    assert [layer["module"] for layer in layers] == ["model.embed_tokens", *blocks, "model.norm"]
+    assert not any(layer["diverged"] for layer in layers)
+    assert max(layer["max_abs"] for layer in layers) < 1e-5
+
+
+def test_the_report_says_whose_forwards_ran():
+    ours, theirs = "smolconv's own forward on nanotron's tensors", "transformers on the folder"
+    assert verify(NATIVE, HF).logits.forwards == (ours, theirs)
+    assert verify(NATIVE, HF, engine="transformers").logits.forwards == (
+        "transformers on the nanotron checkpoint's canonical tensors", theirs,
+    )  # fmt: skip
 
 
 # --- planted errors --------------------------------------------------------------------------------------------------
 
 Weights = dict[str, torch.Tensor]
+HEAD_SIZE = 8
+
+
+def exchange(weights: Weights, one: str, other: str) -> None:
+    weights[one], weights[other] = weights[other], weights[one]
 
 
 def swap_gate_and_up(weights: Weights) -> None:
-    gate, up = LAYER.format(1, "mlp.gate_proj"), LAYER.format(1, "mlp.up_proj")
-    weights[gate], weights[up] = weights[up], weights[gate]
+    exchange(weights, LAYER.format(1, "mlp.gate_proj"), LAYER.format(1, "mlp.up_proj"))
 
 
 def swap_norms_of_two_layers(weights: Weights) -> None:
-    first, third = LAYER.format(0, "input_layernorm"), LAYER.format(2, "input_layernorm")
-    weights[first], weights[third] = weights[third], weights[first]
+    exchange(weights, LAYER.format(0, "input_layernorm"), LAYER.format(2, "input_layernorm"))
+
+
+def swap_two_layers(weights: Weights) -> None:
+    for name in [name for name in weights if name.startswith("model.layers.4.")]:
+        exchange(weights, name, name.replace(".4.", ".5."))
+
+
+def flip_heads(*parts: str, layers: tuple[int, ...]) -> Callable[[Weights], None]:
+    """Turn the rows of every head around, in these projections."""
+
+    def edit(weights: Weights) -> None:
+        for name in (LAYER.format(i, f"self_attn.{part}_proj") for i in layers for part in parts):
+            rows = weights[name]
+            weights[name] = rows.view(-1, HEAD_SIZE, rows.shape[1]).flip(1).reshape(rows.shape)
+
+    return edit
+
+
+def interleave_queries(weights: Weights) -> None:
+    name = LAYER.format(2, "self_attn.q_proj")
+    pairs = weights[name].view(-1, 2, HEAD_SIZE // 2, weights[name].shape[1])
+    weights[name] = pairs.transpose(1, 2).reshape(weights[name].shape)
 
 
 def rotate_query_rows(weights: Weights) -> None:
@@ -110,9 +153,15 @@ def rotate_query_rows(weights: Weights) -> None:
     weights[name] = weights[name].roll(1, dims=0)
 
 
+def swap_two_kv_heads(weights: Weights) -> None:
+    for part in "kv":
+        heads = weights[LAYER.format(1, f"self_attn.{part}_proj")].unflatten(0, (-1, HEAD_SIZE))
+        heads[[0, 1]] = heads[[1, 0]]
+
+
 def exchange_value_heads(weights: Weights) -> None:
     name = LAYER.format(5, "self_attn.v_proj")
-    weights[name] = weights[name].roll(8, dims=0)
+    weights[name] = weights[name].roll(HEAD_SIZE, dims=0)
 
 
 def transpose_output(weights: Weights) -> None:
@@ -120,38 +169,76 @@ def transpose_output(weights: Weights) -> None:
     weights[name] = weights[name].T.contiguous()
 
 
-def exchange_two_tokens(weights: Weights) -> None:
+def shift_tokens(weights: Weights) -> None:
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name].roll(1, dims=0)
+
+
+def swap_two_unused_tokens(weights: Weights) -> None:
+    # Of a tied embedding: the rows of the head are wrong too.
     rows = weights["model.embed_tokens.weight"]
-    rows[[10, 11]] = rows[[11, 10]]
+    rows[[250, 251]] = rows[[251, 250]]
+
+
+def round_to_bfloat16(weights: Weights) -> None:
+    weights.update({name: tensor.bfloat16().float() for name, tensor in weights.items()})
 
 
 PLANTED: dict[str, tuple[Callable[[Weights], None], str]] = {
     "gate and up swapped": (swap_gate_and_up, "model.layers.1.mlp"),
     "norms of two layers swapped": (swap_norms_of_two_layers, "model.layers.0.input_layernorm"),
+    "two layers swapped": (swap_two_layers, "model.layers.4.input_layernorm"),
     "q rows rotated": (rotate_query_rows, "model.layers.0.self_attn"),
+    "q interleaved, k not": (interleave_queries, "model.layers.2.self_attn"),
+    "q and k turned together": (flip_heads("q", "k", layers=(0, 1, 2)), "model.layers.0.self_attn"),
+    "kv heads swapped": (swap_two_kv_heads, "model.layers.1.self_attn"),
     "v heads exchanged": (exchange_value_heads, "model.layers.5.self_attn"),
     "o_proj transposed": (transpose_output, "model.layers.6.self_attn"),
-    "two tokens exchanged": (exchange_two_tokens, "model.embed_tokens"),
+    "tokens shifted": (shift_tokens, "model.embed_tokens"),
+    "bf16 passed off as fp32": (round_to_bfloat16, "model.embed_tokens"),
 }
 
 
 @pytest.mark.parametrize(("edit", "module"), PLANTED.values(), ids=PLANTED)
 def test_a_misplaced_weight_is_caught_by_tensors_and_by_logits_in_its_module(edit, module, tmp_path):
-    report = verify(NATIVE, edited(HF, tmp_path / "planted", edit), length=256)
+    report = verify(NATIVE, edited(HF, tmp_path / "planted", edit))
     assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
-    assert report.first_divergence == module
+    assert report.first_divergence == report.logits.first_divergence == module
     assert module_of(report.tensors.first) == module
 
 
-def flip_heads_without_rope(weights: Weights) -> None:
-    # Layer 3 has no rotary embedding, so reordering q and k together inside heads leaves every q.k as it was.
-    for part, heads in (("q", 8), ("k", 4)):
-        name = LAYER.format(3, f"self_attn.{part}_proj")
-        weights[name] = weights[name].view(heads, 8, -1).flip(1).reshape(weights[name].shape)
+PARTS = [
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", [3, 7])
+@pytest.mark.parametrize("part", PARTS)
+def test_any_parameter_of_a_layer_that_is_in_another_order_is_named_by_logits_from_either_side(part, layer, tmp_path):
+    name = LAYER.format(layer, part)
+
+    def edit(weights: Weights) -> None:
+        weights[name] = weights[name].flip(0) if "norm" in name else weights[name].roll(1, dims=0)
+
+    planted = edited(HF, tmp_path / "planted", edit)
+    for report in (verify(NATIVE, planted), verify(planted, NATIVE)):
+        assert not report.logits.passed
+        assert report.logits.first_divergence == module_of(name)
+
+
+def test_rows_of_tokens_that_do_not_occur_are_caught_at_the_tied_head(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(40))
+    report = verify(
+        NATIVE, edited(HF, tmp_path / "planted", swap_two_unused_tokens), tokens=tmp_path / "ids.npy"
+    )  # fmt: skip
+    assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
+    assert (report.first_divergence, report.logits.first_divergence) == ("model.embed_tokens", "lm_head")
 
 
 def test_rows_reordered_where_logits_cannot_see_it_are_caught_by_tensors(tmp_path):
-    report = verify(NATIVE, edited(HF, tmp_path / "planted", flip_heads_without_rope))
+    # Layers 3 and 7 have no rotary embedding: reordering q and k together inside heads leaves every q.k as it was.
+    report = verify(NATIVE, edited(HF, tmp_path / "planted", flip_heads("q", "k", layers=(3, 7))))
     assert tiers(report) == {"spec": True, "tensors": False, "logits": True}
     assert report.first_divergence == "model.layers.3.self_attn"
 
@@ -161,49 +248,237 @@ def one_ulp(weights: Weights) -> None:
     norm[0] = torch.nextafter(norm[0], torch.tensor(torch.inf))
 
 
-def test_one_ulp_in_one_weight_is_caught_by_tensors(tmp_path):
-    report = verify(NATIVE, edited(HF, tmp_path / "planted", one_ulp))
+def one_bit(weights: Weights) -> None:
+    weights[LAYER.format(2, "self_attn.k_proj")].view(torch.int32)[5, 7] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "module"), [(one_ulp, "model.norm"), (one_bit, "model.layers.2.self_attn")], ids=["ulp", "bit"]
+)
+def test_the_smallest_change_of_one_weight_is_caught_by_tensors(edit, module, tmp_path):
+    report = verify(NATIVE, edited(HF, tmp_path / "planted", edit))
     assert tiers(report) == {"spec": True, "tensors": False, "logits": True}
-    assert (report.tensors.compared - report.tensors.equal, report.first_divergence) == (1, "model.norm")
+    assert (report.tensors.compared - report.tensors.equal, report.first_divergence) == (1, module)
     assert 0 < report.tensors.max_abs < 1e-6
 
 
-def test_bfloat16_weights_passed_off_as_fp32_are_caught(tmp_path):
-    def rounded(weights: Weights) -> None:
-        weights.update({name: tensor.bfloat16().float() for name, tensor in weights.items()})
-
-    report = verify(NATIVE, edited(HF, tmp_path / "planted", rounded))
-    assert not report.tensors.passed
-    assert not report.logits.passed
-    assert report.first_divergence == "model.embed_tokens"
-
-
-def with_config(target: Path, **fields: Any) -> Path:
-    shutil.copytree(HF, target)
-    path = target / "config.json"
+def with_config(source: Path, target: Path, **fields: Any) -> Path:
+    """A copy whose config.json, or nanotron's model_config.json, says something else."""
+    shutil.copytree(source, target)
+    path = target / "config.json" if (target / "config.json").is_file() else step_folder(target) / "model_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     return target
 
 
+ATTENTION, NORM = "model.layers.{}.self_attn", "model.layers.0.input_layernorm"
+
+
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "named", "module"),
     [
-        ({"rope_theta": 12345.0}, "rope_theta"),
-        ({"no_rope_layers": [0, 0, 0, 1, 0, 0, 0, 1]}, "use_rope"),
-        ({"rms_norm_eps": 1e-4}, "rms_norm_eps"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"hidden_act": "gelu"}, "activation"),
+        ({"rope_theta": 12345.0}, "rope_theta", ATTENTION.format(0)),
+        ({"no_rope_layers": [0, 0, 0, 1, 0, 0, 0, 1]}, "use_rope", ATTENTION.format(0)),
+        ({"no_rope_layers": [1] * 8}, "use_rope", ATTENTION.format(3)),
+        ({"no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 1]}, "use_rope", ATTENTION.format(7)),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps", NORM),  # for 1e-6
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling", ATTENTION.format(0)),
+        ({"hidden_act": "gelu"}, "activation", "model.layers.0.mlp"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["theta", "NoPE inverted", "NoPE off", "NoPE off in one layer", "eps", "rope scaling", "activation"],
 )
-def test_a_config_that_changes_the_function_is_caught_by_the_spec_and_by_logits(fields, named, tmp_path):
-    report = verify(NATIVE, with_config(tmp_path / "planted", **fields))
+def test_a_config_that_changes_the_function_is_caught_by_the_spec_and_by_logits(fields, named, module, tmp_path):
+    report = verify(NATIVE, with_config(HF, tmp_path / "planted", **fields))
     assert tiers(report) == {"spec": False, "tensors": True, "logits": False}
     assert named in report.reason
+    assert report.first_divergence == module
+
+
+def test_theta_of_smollm_1_for_that_of_smollm_2_fails_with_default_settings(tmp_path):
+    run = with_config(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "run", rope_theta=100_000.0)  # and 10,000 in HF's
+    left, right = read_checkpoint(run), read_checkpoint(SMOLLM2 / "expected_hf")
+    report = verify_checkpoints(left, right, stored=(Stored(folder=run), Stored(folder=right.root)))
+    assert tiers(report) == {"spec": False, "tensors": True, "logits": False}
+    assert report.first_divergence == "model.layers.0.self_attn"
+    assert report.spec_differences == ("rope_theta: 100000.0 in A, 10000.0 in B",)
+
+
+def test_interleaved_rows_that_hugging_face_got_as_they_were_are_caught(tmp_path):
+    run = with_config(SMOLLM3 / "tp1-pp2-dp1-zero0", tmp_path / "run", rope_interleaved=True)
+    report = verify(run, HF)
+    assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
+    assert report.first_divergence == "model.layers.0.self_attn"
+
+
+def test_an_interleaved_model_is_the_same_as_its_hugging_face_form(tmp_path):
+    assert verify(as_interleaved(SMOLLM3 / "tp1-pp2-dp1-zero0", tmp_path / "run"), HF).passed
+
+
+# --- documents in a row ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("a", "b"), [(NATIVE, HF), (HF, NATIVE)], ids=["nanotron first", "hf first"])
+def test_packed_documents_pass_where_both_sides_separate_them(a, b):
+    report = verify(a, b, documents=4)
+    assert report.passed and report.logits.documents == 4
+    assert report.logits.gates["documents"].value < 1e-5
+
+
+def test_a_document_mask_that_is_off_is_caught_where_documents_are_packed(tmp_path):
+    run = with_config(NATIVE, tmp_path / "run", _use_doc_masking=False)
+    assert verify(run, HF).passed
+    for a, b in ((run, HF), (HF, run)):
+        report = verify(a, b, documents=4)
+        assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
+        assert report.first_divergence == "model.layers.0.self_attn"
+
+
+def test_nanotrons_llama_which_mixes_documents_is_not_hugging_faces_on_packed_rows():
+    report = verify(SMOLLM2 / "tp1-pp1-dp1-zero0", SMOLLM2 / "expected_hf", documents=3)
+    assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
+    assert not report.logits.gates["documents"].passed
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_documents_of_one_token_each_have_nothing_to_predict_and_pass(compute):
+    report = verify(NATIVE, HF, documents=64, compute=compute)
+    assert report.passed, report.reason
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_two_runs_that_both_mix_documents_fail_by_the_gate_of_documents_alone(tmp_path):
+    run = with_config(NATIVE, tmp_path / "run", _use_doc_masking=False)
+    report = verify(run, run, documents=4)
+    assert [name for name, gate in report.logits.gates.items() if not gate.passed] == ["documents"]
+
+
+# --- heads and padding -----------------------------------------------------------------------------------------------
+
+
+def untie(source: Path, target: Path, change: float) -> Path:
+    """An HF folder with a head of its own: a copy of the embedding, or not quite."""
+
+    def edit(weights: Weights) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["lm_head.weight"][3] += change
+
+    return with_config(edited(source, target.with_name("weights"), edit), target, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.1], ids=["copy", "changed copy"])
+def test_a_head_untied_on_one_side_is_another_model(change, tmp_path):
+    report = verify(NATIVE, untie(HF, tmp_path / "untied", change))
+    assert not report.passed and report.spec_differences and report.logits is None
+    assert (report.tensors.unexpected, report.first_divergence) == (("lm_head.weight",), "lm_head")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    """A nanotron run whose head is its own, beside the HF folder that it was made from."""
+    home = tmp_path_factory.mktemp("untied")
+    convert(untie(SMOLLM2 / "expected_hf", home / "hf", 0.1), home / "run", "nanotron", tp=2, pp=2)
+    return home / "run"
+
+
+def test_a_head_of_its_own_that_was_changed_is_caught_at_the_head(untied, tmp_path):
+    def swap(weights: Weights) -> None:
+        weights["lm_head.weight"][[0, 200]] = weights["lm_head.weight"][[200, 0]]
+
+    assert verify(untied, untied.with_name("hf")).passed
+    report = verify(untied, edited(untied.with_name("hf"), tmp_path / "planted", swap))
+    assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
+    assert report.first_divergence == report.logits.first_divergence == "lm_head"
+
+
+def test_an_untied_head_that_became_the_embedding_is_caught_at_the_head(untied, tmp_path):
+    def tie(weights: Weights) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    report = verify(untied, edited(untied.with_name("hf"), tmp_path / "planted", tie))
+    assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
+    assert report.first_divergence == "lm_head"
+
+
+def test_padding_trimmed_on_one_side_only_is_another_model(tmp_path):
+    convert(NATIVE, tmp_path / "hf", "hf", vocab_size=250)
+    report = verify(NATIVE, tmp_path / "hf")
+    assert not report.passed and report.logits is None
+    assert "vocab_size" in report.reason
+    assert report.first_divergence == "model.embed_tokens"
+
+
+# --- errors of the mapping, made in both directions ------------------------------------------------------------------
+# Whatever is read back through the same mapping agrees with itself; only a forward on the stored tensors can tell.
+
+
+def swapped_gate_and_up(rules: Callable[[ModelSpec], tuple[Rule, ...]]) -> Callable[[ModelSpec], tuple[Rule, ...]]:
+    def wrong(spec: ModelSpec) -> tuple[Rule, ...]:
+        fused, down = rules(spec)
+        return (replace(fused, canonical=fused.canonical[::-1]), down)
+
+    return wrong
+
+
+@dataclass(frozen=True)
+class TurnedHeads:
+    """An operation that is its own inverse: the rows of each head in the other order."""
+
+    def to_layout(self, parts: Sequence[LazyTensor]) -> LazyTensor:
+        (part,) = parts
+        rows = [row_slice(part, i, i + 1) for i in range(part.shape[0])]
+        return join([row for i in range(0, len(rows), HEAD_SIZE) for row in rows[i : i + HEAD_SIZE][::-1]])
+
+    def to_canonical(self, tensor: LazyTensor) -> tuple[LazyTensor, ...]:
+        return (self.to_layout([tensor]),)
+
+
+def turned_rows(parts: str) -> Callable[..., Callable[..., Rule]]:
+    def wrapped(rule: Callable[..., Rule]) -> Callable[..., Rule]:
+        def wrong(spec: ModelSpec, kind: str, *, interleaved: bool) -> Rule:
+            inner = tuple(TurnedHeads() if part in parts else Rename() for part in "qkv")
+            found = rule(spec, kind, interleaved=interleaved)
+            return replace(found, op=JoinRows(found.op.rows, inner))
+
+        return wrong
+
+    return wrapped
+
+
+SYMMETRIC: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "gate and up": ("mlp_rules", swapped_gate_and_up, "model.layers.0.mlp"),
+    "q rows": ("attention_rule", turned_rows("q"), "model.layers.0.self_attn"),
+    "q and k rows": ("attention_rule", turned_rows("qk"), "model.layers.0.self_attn"),
+    "v rows": ("attention_rule", turned_rows("v"), "model.layers.0.self_attn"),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong", "module"), SYMMETRIC.values(), ids=SYMMETRIC)
+@pytest.mark.parametrize("architecture", ["llama", "smollm3"])
+def test_an_error_of_the_mapping_in_both_directions_is_caught_by_our_own_forward(
+    architecture, name, wrong, module, tmp_path, monkeypatch
+):
+    tables = smollm2 if architecture == "llama" else smollm3_mapping
+    run = SMOLLM2 / "tp1-pp1-dp1-zero0" if architecture == "llama" else NATIVE
+    monkeypatch.setattr(tables, name, wrong(getattr(tables, name)))
+    convert(run, tmp_path / "hf", "hf", optimizer=False)
+    report = verify(run, tmp_path / "hf")
+    assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
+    assert report.first_divergence == module
+    # transformers on the tensors as the mapping reads them sees nothing.
+    assert verify(run, tmp_path / "hf", engine="transformers").passed
+
+
+def test_interleaved_rows_that_the_mapping_ignores_are_caught_by_our_own_forward(tmp_path, monkeypatch):
+    run = as_interleaved(NATIVE, tmp_path / "run")
+    monkeypatch.setattr("smolconv.layouts.nanotron.reader.nanotron_interleaved", lambda config, where="": False)
+    convert(run, tmp_path / "hf", "hf", optimizer=False)
+    report = verify(run, tmp_path / "hf")
+    assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
+    assert report.first_divergence == "model.layers.0.self_attn"
+    assert verify(run, tmp_path / "hf", engine="transformers").passed
 
 
 def test_a_longer_context_is_another_spec_but_the_same_function(tmp_path):
-    report = verify(NATIVE, with_config(tmp_path / "planted", max_position_embeddings=128))
+    report = verify(NATIVE, with_config(HF, tmp_path / "planted", max_position_embeddings=128))
     assert tiers(report) == {"spec": False, "tensors": True, "logits": True}
     assert report.first_divergence is None and not report.passed
 
@@ -358,13 +633,25 @@ def test_conversions_verify_themselves(source, to, options, tmp_path):
     [
         (lambda: smollm3(attention_bias=True), {"tp": 2}),
         (lambda: llama(tie_word_embeddings=False, vocab_size=63), {"tp": 4, "pp": 2}),  # padded to 64
-        (lambda: llama(**rope(1e4, {"rope_type": "linear", "factor": 2.0})), {}),
     ],
-    ids=["biases", "padded", "rope scaling"],
+    ids=["biases", "padded"],
 )
 def test_conversions_of_odd_models_verify_themselves(model, options, tmp_path):
     source = saved(model(), tmp_path / "hf")
     assert convert(source, tmp_path / "out", "nanotron", verifier=verified, **options).verification["passed"]
+
+
+def test_rope_scaling_that_nanotron_would_ignore_does_not_verify(cli, tmp_path):
+    source = saved(llama(**rope(1e4, {"rope_type": "linear", "factor": 2.0})), tmp_path / "hf")
+    with pytest.raises(ParityFailed, match=r"logits.*first model\.layers\.0\.self_attn") as raised:
+        convert(source, tmp_path / "out", "nanotron", verifier=verified)
+    assert raised.value.exit_code == 1
+    done = cli("convert", source, tmp_path / "again", "--to", "nanotron", "--verify")
+    assert done.code == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out.failed", "again.failed"}
+    # Without the field nanotron's model is what it would run, and passes.
+    plain = with_config(source, tmp_path / "plain", **rope(1e4, {"rope_type": "default"}), rope_scaling=None)
+    assert convert(plain, tmp_path / "as trained", "nanotron", verifier=verified).verification["passed"]
 
 
 def corrupting(pattern: str) -> Callable[[ConversionPlan, Path], Mapping[str, Any]]:

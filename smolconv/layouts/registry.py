@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolconv.checkpoint import Checkpoint
+from smolconv.checkpoint import Checkpoint, close_thread_files
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
@@ -52,4 +52,7 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
     if layout == "nanotron":
         return read_nanotron(folder, options)
     base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
-    return read_deepspeed(folder, options, base)
+    try:
+        return read_deepspeed(folder, options, base)
+    finally:
+        close_thread_files()  # reading steps opened them; a file that is replaced later must be opened anew

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
+from smolconv.errors import UsageError
 from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.nanotron import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.spec import spec_differences
-from smolconv.verify.logits import LogitsReport, choose_tokens, compare_logits
+from smolconv.verify.engines import ENGINES, engine_logits
+from smolconv.verify.inputs import choose_rows
+from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
 from smolconv.verify.tensors import TensorReport, compare_optimizers, compare_tensors, forward_order, module_of
+
+if TYPE_CHECKING:
+    from smolconv.verify.forward import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +32,22 @@ class VerifyOptions:
     optimizer: bool = False
     text: Path | None = None
     tokens: Path | None = None
-    length: int = 512
+    length: int = 2048
+    documents: int = 1  #: packed into the row
+    compute: str = "float32"  #: or "bfloat16"
+    device: str = "cpu"
+    #: "transformers" leads both sides through transformers; "deepspeed" and "nanotron" also run the real engine on
+    #: every side of that layout, and compare its logits with that side's.
+    engine: str = "ours"
     gates: Mapping[str, float | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a checkpoint lies as it was stored, for the forward that runs on that and not on our reading of it."""
+
+    folder: Path
+    options: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +145,9 @@ def verify_checkpoints(
     b: Checkpoint,
     options: VerifyOptions = VerifyOptions(),
     *,
-    folders: tuple[Path | None, Path | None] = (None, None),
+    stored: tuple[Stored | None, Stored | None] = (None, None),
 ) -> VerifyReport:
-    """Compare tier by tier. ``folders`` let transformers load a side itself, instead of our reading of it."""
+    """Compare tier by tier. With ``stored`` a side's own forward runs on the folder, else on its canonical tensors."""
     differences = spec_differences(a.spec, b.spec)
     tensors = compare_tensors(a.parameters, b.parameters)
     optimizer, state_differences = compare_optimizers(a, b) if options.optimizer else (None, [])
@@ -133,8 +155,28 @@ def verify_checkpoints(
     # Tensors of other names or shapes are another model already; its logits could not be laid side by side.
     comparable = not tensors.missing and not tensors.unexpected and tensors.max_abs != float("inf")
     if options.logits and comparable and a.spec.vocab_size == b.spec.vocab_size:
-        ids, where = choose_tokens(a, b, text=options.text, tokens=options.tokens, length=options.length)
-        logits = compare_logits(a, b, ids, where, folders=folders, gates=options.gates)
+        require_torch()
+        rows = choose_rows(
+            vocab_size=a.spec.vocab_size,
+            max_positions=min(a.spec.max_positions, b.spec.max_positions),
+            tokenizer=a.assets.get("tokenizer.json") or b.assets.get("tokenizer.json"),
+            text=options.text,
+            tokens=options.tokens,
+            length=options.length,
+            documents=options.documents,
+        )
+        sides = [side_of(checkpoint, where, options) for checkpoint, where in zip((a, b), stored)]
+        with ExitStack() as stack:
+            engines = {
+                label: stack.enter_context(engine_logits(options.engine, checkpoint, at.folder, at.options, rows))
+                for label, checkpoint, at in zip("ab", (a, b), stored)
+                if options.engine in ENGINES and at is not None and checkpoint.layout == options.engine
+            }
+            if options.engine in ENGINES and not engines:
+                raise UsageError(f"--engine {options.engine}: neither A nor B is a {options.engine} folder.")
+            logits = compare_logits(
+                sides[0], sides[1], rows, compute=options.compute, gates=options.gates, engines=engines
+            )
     return VerifyReport(
         spec_differences=tuple(differences),
         tensors=tensors,
@@ -144,12 +186,35 @@ def verify_checkpoints(
     )
 
 
-def verify_conversion(prepared: Checkpoint, folder: Path, *, logits: bool = True) -> VerifyReport:
-    """What was written against what was to be written: bitwise in every slot, and logits against the cast source."""
+def side_of(checkpoint: Checkpoint, stored: Stored | None, options: VerifyOptions) -> Side:
+    """The forward that is as independent of our mapping as the layout allows.
+
+    nanotron: our own on its native tensors. Hugging Face: transformers on the folder. DeepSpeed, and whatever is not as
+    it was stored: transformers on the canonical tensors.
+    """
+    import torch  # noqa: PLC0415
+
+    from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide  # noqa: PLC0415
+    from smolconv.verify.native import NanotronSide  # noqa: PLC0415
+
+    dtype = getattr(torch, options.compute)
+    if stored is not None and checkpoint.layout == "nanotron" and options.engine != "transformers":
+        return NanotronSide(read_native_model(stored.folder, stored.options), dtype, options.device)
+    if stored is not None and checkpoint.layout == "huggingface" and stored.options.config is None:
+        return TransformersSide(FolderWeights(stored.folder), dtype, options.device)
+    return TransformersSide(CanonicalWeights(checkpoint), dtype, options.device)
+
+
+def verify_conversion(
+    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: Stored | None = None
+) -> VerifyReport:
+    """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
+
+    ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
+    """
     read_back = read_checkpoint(folder, ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None))
     rows = prepared.spec.vocab_size
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
-    hf = folder if read_back.layout == "huggingface" else None
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer)
-    return verify_checkpoints(prepared, read_back, options, folders=(None, hf))
+    return verify_checkpoints(prepared, read_back, options, stored=(source, Stored(folder=folder)))

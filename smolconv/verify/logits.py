@@ -1,23 +1,30 @@
-"""The logits tier: both checkpoints through transformers in fp32, on the same tokens, one model in memory at a time."""
+"""The logits tier: two forwards led side by side, one block in memory at a time, on the same tokens.
+
+A runs twice, with sdpa and with eager attention: the distance between these is the noise floor, and what B differs by
+is judged against it. The first module in which B leaves A by more than noise is named.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.checkpoint import Checkpoint, LazyTensor, cast
-from smolconv.errors import BadCheckpoint, NotInstalled, UsageError
-from smolconv.spec import spec_to_hf
-from smolconv.verify.tensors import forward_order
+from smolconv.errors import NotInstalled
+from smolconv.verify.forward import Run, Side, return_freed_memory
+from smolconv.verify.inputs import Rows
+from smolconv.verify.metrics import Distances, Walk
 
-_SEED = 20240711
+if TYPE_CHECKING:
+    import torch
+
+#: Rows of the output matrix that are in memory at a time.
+_VOCABULARY_ROWS = 2048
+#: Modules that ``first_divergence`` may name; finer ones are listed in ``layers``.
+_MODULES = ("embed_tokens", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,9 @@ class LogitsReport:
 
     positions: int
     tokens_from: str
+    documents: int
+    compute: str
+    forwards: tuple[str, str]  #: whose code ran on which tensors
     max_abs: float
     mean_abs: float
     kl_mean: float
@@ -44,7 +54,8 @@ class LogitsReport:
     nll_b: float
     noise_floor: Mapping[str, float]
     gates: Mapping[str, Gate]
-    layers: tuple[Mapping[str, Any], ...]  #: module, max_abs and floor, in forward order
+    layers: tuple[Mapping[str, Any], ...]  #: module, max_abs, floor, scale, limit, diverged; in forward order
+    by_position: Mapping[str, tuple[float, ...]]  #: max_abs, floor, kl, nll_a, nll_b of every position
     first_divergence: str | None
 
     @property
@@ -64,209 +75,204 @@ def require_torch() -> None:
         )
 
 
-def choose_tokens(
-    a: Checkpoint, b: Checkpoint, *, text: Path | None, tokens: Path | None, length: int
-) -> tuple[NDArray[np.int64], str]:
-    """Token ids ``[1, length]``, and where they come from. Raises ``UsageError`` for ids beyond the vocabulary."""
-    vocab = min(a.spec.vocab_size, b.spec.vocab_size)
-    length = min(length, a.spec.max_positions, b.spec.max_positions)
-    if tokens is not None:
-        ids = np.load(tokens, allow_pickle=False).reshape(-1).astype(np.int64)
-        where = str(tokens)
-    else:
-        tokenizer = a.assets.get("tokenizer.json") or b.assets.get("tokenizer.json")
-        if tokenizer is None:
-            if text is not None:
-                raise UsageError("--text needs a tokenizer.json in A or B; give ids with --tokens FILE.npy instead.")
-            ids = np.random.default_rng(_SEED).integers(0, vocab, length)
-            where = "random tokens, since neither side has a tokenizer"
-        else:
-            require_torch()
-            from tokenizers import Tokenizer  # noqa: PLC0415
-
-            content = text.read_text() if text is not None else _shipped_text()
-            ids = np.array(Tokenizer.from_file(str(tokenizer)).encode(content).ids, np.int64)
-            where = str(text) if text is not None else "the text that ships with smolconv"
-    if not len(ids):
-        raise UsageError(f"{where} gives no tokens.")
-    if ids.max() >= vocab or ids.min() < 0:
-        raise UsageError(f"{where} gives token {int(ids.max())}, but the smaller vocabulary has {vocab} entries.")
-    return np.resize(ids, max(2, length))[None, :], where
-
-
-def _shipped_text() -> str:
-    return (files("smolconv.verify") / "prompts.txt").read_text(encoding="utf-8")
-
-
 def compare_logits(
-    a: Checkpoint,
-    b: Checkpoint,
-    ids: NDArray[np.int64],
-    tokens_from: str,
+    a: Side,
+    b: Side,
+    rows: Rows,
     *,
-    folders: tuple[Path | None, Path | None] = (None, None),
+    compute: str = "float32",
     gates: Mapping[str, float | None] | None = None,
+    engines: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> LogitsReport:
-    """Run A twice (sdpa, eager) and B once, in fp32. ``folders`` are loaded by transformers itself where given.
+    """Lead A and B through the same tokens. Gates that the user sets replace the calibrated ones.
 
-    Gates that the user sets replace the calibrated ones. Raises ``NotInstalled``.
+    ``engines`` are logits [T, V] that a real engine gave for side "a" or "b"; they must be that side's own.
     """
-    require_torch()
     import torch  # noqa: PLC0415
 
-    given = gates or {}
-    tokens = torch.from_numpy(ids)
-    logits_a, hidden_a = _forward(a, folders[0], tokens, "sdpa")
-    logits_e, hidden_e = _forward(a, folders[0], tokens, "eager")
-    floor = _distances(logits_a, logits_e)
-    layer_floor = {name: _largest(hidden_a[name], hidden_e[name]) for name in hidden_a}
-    del logits_e, hidden_e
-    logits_b, hidden_b = _forward(b, folders[1], tokens, "sdpa")
-    if logits_a.shape != logits_b.shape:
-        raise BadCheckpoint(f"A gives logits {list(logits_a.shape)}, B {list(logits_b.shape)}: vocabularies differ.")
-    found = _distances(logits_a, logits_b)
-    spread = float(logits_a.std())
-    # Calibrated on SmolLM2-135M (decisions): another correct implementation stays below 1e-3 at a spread of 6.4.
-    limit = given.get("max_abs")
-    limit = max(1e-3 * spread / 6.4, 8 * floor["max_abs"]) if limit is None else limit
-    kl = given.get("kl")
-    kl = max(1e-9, 8 * floor["kl_mean"]) if kl is None else kl
-    top1 = given.get("top1")
-    top1 = 1.0 if top1 is None else top1
-    decided = _top1_agreement(logits_a, logits_b, 4 * floor["max_abs"])
-    checks = {
-        "max_abs": Gate(limit=limit, value=found["max_abs"], passed=found["max_abs"] <= limit),
-        "kl": Gate(limit=kl, value=found["kl_mean"], passed=found["kl_mean"] <= kl),
-        "top1": Gate(limit=top1, value=decided, passed=decided >= top1),
-    }
-    layers, first = [], None
-    for name in sorted(hidden_a, key=lambda module: forward_order(f"{module}.weight")):
-        distance = _largest(hidden_a[name], hidden_b[name]) if name in hidden_b else float("inf")
-        scale = float(hidden_a[name].std())
-        diverged = not distance <= max(8 * layer_floor[name], 2e-5 * scale)
-        layers.append({"module": name, "max_abs": distance, "floor": layer_floor[name], "diverged": diverged})
-        first = first or (name if diverged else None)
-    passed = all(gate.passed for gate in checks.values())
-    return LogitsReport(
-        positions=int(tokens.numel()),
-        tokens_from=tokens_from,
-        max_abs=found["max_abs"],
-        mean_abs=found["mean_abs"],
-        kl_mean=found["kl_mean"],
-        kl_p99=found["kl_p99"],
-        top1_agreement=found["top1_agreement"],
-        nll_a=_nll(logits_a, tokens),
-        nll_b=_nll(logits_b, tokens),
-        noise_floor=floor,
-        gates=checks,
-        layers=tuple(layers),
-        first_divergence=None if passed else first or "lm_head",
-    )
-
-
-def _forward(checkpoint: Checkpoint, folder: Path | None, tokens: Any, attention: str) -> tuple[Any, dict[str, Any]]:
-    """Logits [B, T, V] in fp32, and each block's output [B, T, E] by HF module path."""
-    import torch  # noqa: PLC0415
-
-    model = load_model(checkpoint, folder, attention)
-    hidden: dict[str, Any] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            hidden[name] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    wanted = ("embed_tokens", "norm", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in wanted:
-            module.register_forward_hook(keep(name))
+    layers = _Layers(compute)
+    plain = {"tokens": torch.from_numpy(rows.tokens), "positions": torch.from_numpy(rows.positions)}
+    runs = [
+        Run(**plain, attention="sdpa", observe=layers.remember),
+        Run(**plain, attention="eager", observe=layers.floor_of),
+    ]
+    # Packed rows are compared with each document alone: what one sees of another shows there.
+    alone = [
+        Run(
+            tokens=plain["tokens"][:, start:stop], positions=plain["positions"][:, start:stop], attention="sdpa"
+        )
+        for start, stop in rows.spans
+    ] if rows.documents > 1 else []  # fmt: skip
+    run_b = Run(**plain, attention="sdpa", observe=layers.distance_of)
     with torch.inference_mode():
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return logits, hidden
+        a.begin([*runs, *alone])
+        b.begin([run_b])
+        layers.next()
+        for layer in range(a.num_layers):
+            a.advance(layer, [*runs, *alone])
+            b.advance(layer, [run_b])
+            layers.next()
+        a.finish([*runs, *alone])
+        b.finish([run_b])
+        layers.next()
+        walks = _walk_vocabulary(a, b, runs, run_b, alone, rows, engines or {})
+    return _judged(a, b, rows, layers, walks, compute, gates or {})
 
 
-def load_model(checkpoint: Checkpoint, folder: Path | None, attention: str = "sdpa") -> Any:
-    """A transformers model in fp32 and eval mode: ``folder`` by from_pretrained, else the checkpoint's own tensors."""
-    require_torch()
+class _Layers:
+    """Largest differences by module. A's activations are kept for one block only."""
+
+    def __init__(self, compute: str) -> None:
+        self.compute = compute
+        self.kept: dict[str, torch.Tensor] = {}
+        self.found: dict[str, dict[str, float]] = {}
+
+    def remember(self, name: str, tensor: torch.Tensor) -> None:
+        self.kept[name] = tensor
+        self.found[name] = {"max_abs": float("inf"), "floor": 0.0, "scale": float(tensor.float().std())}
+
+    def floor_of(self, name: str, tensor: torch.Tensor) -> None:
+        self.found[name]["floor"] = _largest(self.kept[name], tensor)
+
+    def distance_of(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.found:
+            self.found[name]["max_abs"] = _largest(self.kept[name], tensor)
+
+    def next(self) -> None:
+        self.kept.clear()
+        return_freed_memory()
+
+    def listed(self) -> list[dict[str, Any]]:
+        """In forward order, each with whether it lies beyond noise."""
+        times, share = (8, 2e-5) if self.compute == "float32" else (4, 2e-2)
+        result = []
+        for name, values in self.found.items():
+            limit = max(times * values["floor"], share * values["scale"])
+            result.append({"module": name, **values, "limit": limit, "diverged": not values["max_abs"] <= limit})
+        return result
+
+
+def _walk_vocabulary(
+    a: Side,
+    b: Side,
+    runs: Sequence[Run],
+    run_b: Run,
+    alone: Sequence[Run],
+    rows: Rows,
+    engines: Mapping[str, NDArray[np.float32]],
+) -> dict[str, Distances]:
+    """Over chunks of the vocabulary: "floor", "found" (B), "apart" (A's documents alone), "engine a", "engine b"."""
     import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
 
-    transformers.utils.logging.disable_progress_bar()
-    if folder is not None:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
-        return loaded.float().eval()
-    raw = spec_to_hf(checkpoint.spec, _carried(checkpoint), "float32")
-    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
-    config._attn_implementation = attention
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    model = model.to_empty(device="cpu")
-    # Rotary frequencies are a buffer that no checkpoint stores; on the meta device they were never computed.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    if checkpoint.spec.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    with torch.no_grad():
-        found = dict(model.named_parameters())
-        for name, tensor in checkpoint.parameters.items():
-            found.pop(name).copy_(to_torch(tensor))
-    if found:
-        raise BadCheckpoint(f"transformers expects {sorted(found)[:3]}, which the checkpoint does not hold.")
-    return model.float().eval()
+    targets = torch.from_numpy(rows.targets).flatten()
+    names = ["floor", "found", *(["apart"] if alone else []), *(f"engine {label}" for label in engines)]
+    walks = {name: Walk(targets) for name in names}
+    hidden = [run.hidden.flatten(0, 1) for run in (*runs, run_b)]
+    documents = torch.cat([run.hidden.flatten(0, 1) for run in alone]) if alone else None
+    vocabulary = min(a.vocab_size, b.vocab_size)
+    for start in range(0, vocabulary, _VOCABULARY_ROWS):
+        stop = min(start + _VOCABULARY_ROWS, vocabulary)
+        weight = a.head_rows(start, stop).T
+        sdpa, eager = ((rows_of @ weight).float().cpu() for rows_of in hidden[:2])
+        other = (hidden[2] @ b.head_rows(start, stop).T).float().cpu()
+        walks["floor"].add(sdpa, eager)
+        walks["found"].add(sdpa, other)
+        if documents is not None:
+            walks["apart"].add(sdpa, (documents @ weight).float().cpu())
+        for label, logits in engines.items():
+            theirs = torch.from_numpy(np.array(logits[:, start:stop]))
+            walks[f"engine {label}"].add(sdpa if label == "a" else other, theirs)
+    return {name: walk.finish() for name, walk in walks.items()}
 
 
-def to_torch(tensor: LazyTensor) -> Any:
-    """The whole tensor as fp32 in torch."""
-    import torch  # noqa: PLC0415
+def _judged(
+    a: Side,
+    b: Side,
+    rows: Rows,
+    layers: _Layers,
+    walks: Mapping[str, Distances],
+    compute: str,
+    given: Mapping[str, float | None],
+) -> LogitsReport:
+    floor, found, apart = walks["floor"], walks["found"], walks.get("apart")
+    noise, values = _summary(floor), _summary(found)
+    limits = _limits(noise, found.std, compute)
+    limits.update({name: limit for name, limit in given.items() if limit is not None})
+    decided = found.gap > (4 * noise["max_abs"] if compute == "float32" else 0.5)
+    measured = {
+        "max_abs": values["max_abs"],
+        "kl": values["kl_mean"],
+        "top1": _share(found.same_first, decided if compute == "float32" else None),
+        "nll": abs(values["nll_b"] - values["nll_a"]) if (rows.targets >= 0).any() else None,
+        "flips": 1.0 - _share(found.same_first, decided),
+        "documents": float(apart.max_abs.max()) if apart is not None else None,
+        "documents_kl": float(apart.kl.mean()) if apart is not None else None,
+    }
+    gates = {
+        name: Gate(limit=limit, value=value, passed=value >= limit if name == "top1" else value <= limit)
+        for name, limit in limits.items()
+        if (value := measured[name]) is not None
+    }
+    # A bf16 engine is another kernel in another dtype: what two correct ones of bf16 may differ by.
+    for name in (name for name in walks if name.startswith("engine")):
+        kl = float(walks[name].kl.mean())
+        gates[name] = Gate(limit=5e-3, value=kl, passed=kl <= 5e-3)
+    listed = layers.listed()
+    diverged = [each["module"] for each in listed if each["diverged"] and each["module"].rsplit(".", 1)[-1] in _MODULES]
+    passed = all(gate.passed for gate in gates.values())
+    return LogitsReport(
+        positions=int(rows.tokens.size),
+        tokens_from=rows.where,
+        documents=rows.documents,
+        compute=compute,
+        forwards=(a.title, b.title),
+        **{name: values[name] for name in
+           ("max_abs", "mean_abs", "kl_mean", "kl_p99", "top1_agreement", "nll_a", "nll_b")},
+        noise_floor={name: noise[name] for name in ("max_abs", "mean_abs", "kl_mean", "kl_p99", "top1_agreement")},
+        gates=gates,
+        layers=tuple(listed),
+        by_position={
+            "max_abs": tuple(found.max_abs.tolist()), "floor": tuple(floor.max_abs.tolist()),
+            "kl": tuple(found.kl.tolist()), "nll_a": tuple(found.nll_a.tolist()), "nll_b": tuple(found.nll_b.tolist()),
+        },
+        first_divergence=None if passed else (diverged[0] if diverged else "lm_head"),
+    )  # fmt: skip
 
-    values: Any = cast(tensor, "float32").numpy()
-    return torch.from_numpy(values.view(np.float32))
 
-
-def _carried(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    # Ids beyond the vocabulary stop transformers from building the embedding; they play no part in a forward pass.
-    document = checkpoint.origin.get("config.json") or checkpoint.origin.get("model_config.json") or b"{}"
-    carried = json.loads(document)
-    return {**carried, "pad_token_id": None}
-
-
-def _distances(a: Any, b: Any) -> dict[str, float]:
-    difference = (a - b).abs()
-    kl = _kl(a, b)
+def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
+    """Calibrated on SmolLM2-135M, whose logits spread by 6.4: another correct fp32 forward stays below 1e-3 there."""
+    documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
+    if compute == "float32":
+        return {"max_abs": documents, "kl": max(1e-9, 8 * noise["kl_mean"]), "top1": 1.0, "documents": documents}
+    # In bf16 two correct kernels differ by 2.0 somewhere, so the largest difference says nothing.
     return {
-        "max_abs": float(difference.max()),
-        "mean_abs": float(difference.mean()),
-        "kl_mean": float(kl.mean()),
-        "kl_p99": float(kl.quantile(0.99)),
-        "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+        "kl": max(5e-3, 2.5 * noise["kl_mean"]),
+        "top1": min(0.95, noise["top1_agreement"] - 0.02),
+        "nll": max(0.01, 2.5 * abs(noise["nll_b"] - noise["nll_a"])),
+        "flips": 0.0,
+        "documents_kl": max(5e-3, 2.5 * noise["kl_mean"]),
     }
 
 
-def _kl(a: Any, b: Any) -> Any:
-    """KL(A || B) per position, in float64, one row at a time: [B * T]."""
-    import torch  # noqa: PLC0415
-
-    rows = []
-    for x, y in zip(a.flatten(0, 1), b.flatten(0, 1)):
-        p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
-        rows.append((p.exp() * (p - q)).sum().clamp(min=0))
-    return torch.stack(rows)
-
-
-def _top1_agreement(a: Any, b: Any, gap: float) -> float:
-    """Share of positions with the same first choice, among those where A's first two lie further apart than ``gap``."""
-    two = a.topk(2, dim=-1).values
-    decided = (two[..., 0] - two[..., 1]) > gap
-    if not decided.any():
-        return 1.0
-    return float((a.argmax(-1) == b.argmax(-1))[decided].double().mean())
+def _summary(distances: Distances) -> dict[str, float]:
+    return {
+        "max_abs": float(distances.max_abs.max()),
+        "mean_abs": float(distances.mean_abs.mean()),
+        "kl_mean": float(distances.kl.mean()),
+        "kl_p99": float(distances.kl.quantile(0.99)),
+        "top1_agreement": _share(distances.same_first, None),
+        "nll_a": float(distances.nll_a.nanmean()),
+        "nll_b": float(distances.nll_b.nanmean()),
+    }
 
 
-def _largest(a: Any, b: Any) -> float:
-    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+def _share(same: torch.Tensor, among: torch.Tensor | None) -> float:
+    chosen = same if among is None else same[among]
+    return float(chosen.double().mean()) if len(chosen) else 1.0
 
 
-def _nll(logits: Any, tokens: Any) -> float:
-    import torch  # noqa: PLC0415
-
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    # By rows of the batch: the difference of two MLP activations need not be whole.
+    return max(float((x - y).abs().max()) for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512)))

@@ -105,6 +105,7 @@ class ModelDocument:
     skipped_steps: int
     samples: int
     dp: int | None
+    tp: int  #: tensor-parallel ranks, each with files of its own
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
     round_robin: bool  #: its flat order is dealt out over the ranks, and not the running groups' order
@@ -126,7 +127,7 @@ def read_model_document(path: Path) -> ModelDocument:
         found = ModelDocument(
             path=path,
             module=module,
-            groups=None if shapes is None else tuple(_shapes(group, path) for group in shapes),
+            groups=tuple(_shapes(group, path) for group in shapes) if shapes else None,
             shared={str(alias): str(name) for alias, name in (document.get("shared_params") or {}).items()},
             frozen_shapes=_shapes(document.get("frozen_param_shapes") or {}, path),
             frozen_fragments={name: stored(tensor, f"{path}: {name}") for name, tensor in fragments.items()},
@@ -135,6 +136,7 @@ def read_model_document(path: Path) -> ModelDocument:
             skipped_steps=document.get("skipped_steps") or 0,
             samples=document.get("global_samples") or 0,
             dp=document.get("dp_world_size"),
+            tp=document.get("mp_world_size") or 1,
             lr_scheduler=document.get("lr_scheduler"),
             zero_stage=stage if is_count(stage) else None,
             round_robin=isinstance(zero, dict) and zero.get("round_robin_gradients") is True,
@@ -144,7 +146,8 @@ def read_model_document(path: Path) -> ModelDocument:
         if not isinstance(found.optimizer, (dict, type(None))):
             raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; a mapping was expected.")
     for name, value in (("global_steps", found.step), ("skipped_steps", found.skipped_steps),
-                        ("global_samples", found.samples)):  # fmt: skip
+                        ("global_samples", found.samples), ("dp_world_size", found.dp or 0),
+                        ("mp_world_size", found.tp)):  # fmt: skip
         if not is_count(value):
             raise CorruptFile(f"{path}: {name} is {value!r:.60}; a whole number from 0 on was expected.")
     return found

@@ -59,7 +59,11 @@ class TagFiles:
 
 def is_deepspeed(folder: Path) -> bool:
     """Whether ``folder`` is a DeepSpeed run folder or one of its tag folders."""
-    return any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL)) or _is_tag_folder(folder)
+    return (
+        any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
+        or _is_tag_folder(folder)
+        or any(entry.is_dir() and _is_tag_folder(Path(entry.path)) for entry in os.scandir(folder))
+    )
 
 
 def _is_tag_folder(folder: Path) -> bool:

@@ -7,8 +7,10 @@ alone: ``param_slice_mappings`` is wrong under ``round_robin_gradients``.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -110,13 +112,19 @@ class _Reader:
             spec_from_nanotron(self.config, self.where) if is_nanotron_config(self.config)
             else spec_from_hf(self.config, self.where)
         )  # fmt: skip
+        if not self.spec.tied and "lm_head.weight" in self.first.shared:
+            raise MixedCheckpoint(
+                f"{self.first.path} ties lm_head.weight to {self.first.shared['lm_head.weight']}, but {self.where} "
+                "says that they are two. Check that the config belongs to this checkpoint."
+            )
         self.shapes = parameter_shapes(self.spec)
         self.table = weight_table(self.spec)
         self.stage, self.ranks = 0, self.first.dp or 1
+        self.tp: int = max(self.first.tp, self.files.tp)
         self.prefix = ""
 
     def read(self) -> Checkpoint:
-        found = [self._found(tp) for tp in range(self.files.tp)]
+        found = [self._found(tp) for tp in range(self.tp)]
         state = _join_tensor_parallel(found, self.shapes, str(self.tag))
         if self.files.universal:  # has whole parameters, whatever the ranks' model files hold
             self._read_universal(state)
@@ -138,8 +146,8 @@ class _Reader:
                 replace(group, names=tuple(sorted(group.names, key=order.__getitem__))) for group in state.groups
             )
             self.warnings.append(
-                "the run had round_robin_gradients: its groups are carried in the model's order, and what is written from "
-                "them loads into a run without it."
+                "the run had round_robin_gradients: its groups are carried in the model's order, and what is written "
+                "from them loads into a run without it."
             )
         if self.options.optimizer and state.steps:
             optimizer = OptimizerState(steps=state.steps, groups=state.groups)
@@ -152,10 +160,10 @@ class _Reader:
             spec=self.spec,
             tensors=tensors,
             topology=Topology(
-                tp=self.files.tp if self.files.tp > 1 and not self.files.universal else None,
+                tp=self.tp if self.tp > 1 and not self.files.universal else None,
                 dp=None if self.files.universal else self.ranks,
                 zero_stage=None if self.files.universal else self.stage,
-                world_size=None if self.files.universal else self.ranks * self.files.tp,
+                world_size=None if self.files.universal else self.ranks * self.tp,
                 universal=self.files.universal,
             ),
             optimizer=optimizer,
@@ -180,7 +188,7 @@ class _Reader:
         key = next((key for key in self.files.models if key[1] == tp), None)
         if key is None:
             raise MissingShard(
-                f"{self.tag}: the model file of tensor-parallel rank {tp} of {self.files.tp} is missing.\n"
+                f"{self.tag}: the model file of tensor-parallel rank {tp} of {self.tp} is missing.\n"
                 "Copy it from the training node."
             )
         model = self.first if tp == 0 else self._model(self.files.models[key])
@@ -196,7 +204,7 @@ class _Reader:
         elif model.optimizer is not None:
             self._read_zero0(model, found)
         else:
-            self._without_state(model)
+            self._without_state(model, tp)
         return found
 
     def _require_same_step(self, model: ModelDocument) -> None:
@@ -206,11 +214,12 @@ class _Reader:
                 "Files of two checkpoints lie in one folder: copy all of one."
             )
 
-    def _without_state(self, model: ModelDocument) -> None:
+    def _without_state(self, model: ModelDocument, tp: int) -> None:
         stage = model.zero_stage or 0
         if stage == 0 and model.groups is None:
             return  # saved without an optimizer
-        name = optimizer_file(0, bf16=any(tensor.dtype == "bfloat16" for tensor in model.module.values()))
+        bf16 = any(tensor.dtype == "bfloat16" for tensor in model.module.values())
+        name = optimizer_file(0, bf16=bf16, tp=tp)
         empty = not any(tensor.numel for tensor in model.module.values())
         if self.options.optimizer or empty:
             raise MissingShard(
@@ -225,7 +234,13 @@ class _Reader:
     # --- ZeRO 1 to 3 ---
 
     def _read_zero(self, model: ModelDocument, found: _Found, tp: int) -> None:
-        documents = self._optimizer_documents(model, tp)
+        try:
+            documents = self._optimizer_documents(model, tp)
+        except MissingShard as error:
+            if self.options.optimizer or not found.weights:
+                raise
+            self.warnings.append(f"{str(error).splitlines()[0]} Parameters are the module's, as it was stored.")
+            return
         if model.groups is None:
             raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
         first = documents[0]
@@ -240,6 +255,11 @@ class _Reader:
             )
         if first.zero_stage == 3:
             self._require_model_files(model, found, tp)
+            if first.steps and model.step - model.skipped_steps not in first.steps.values():
+                self.warnings.append(
+                    f"the model files are of step {model.step}, but Adam has made {_steps(first.steps)} steps: it "
+                    "began anew in between, or files of two checkpoints are mixed."
+                )
             placed = list(self._pieces(model, documents))
         else:
             placed = list(self._slices(model, documents))
@@ -400,25 +420,28 @@ class _Reader:
             found.weights[name] = join_pieces([fragment for fragment in fragments if fragment is not None], shape)
 
     def _compare_with_module(self, model: ModelDocument, documents: Sequence[OptimizerDocument], found: _Found) -> None:
-        """A model file of another step gives itself away: its weights are not the rounded masters."""
-        checked = [n for n, t in found.slots[Slot.MASTER].items() if n in found.weights]
-        # The first and last elements of each group's parameters touch every rank's slice of small models, and the
-        # smallest parameters cost one read each.
-        sample = sorted(checked, key=lambda name: found.weights[name].numel)[:2] + checked[:1] + checked[-1:]
-        same = all(_starts_alike(found.weights[name], found.slots[Slot.MASTER][name]) for name in dict.fromkeys(sample))
-        if same:
-            return
-        steps = documents[0].steps
-        if steps and model.step - model.skipped_steps not in steps.values():
-            raise MixedCheckpoint(
-                f"{model.path} is of step {model.step}, but Adam has made {_steps(steps)} steps in "
-                f"{documents[0].path.name}, and the weights are not its rounded masters.\n"
-                "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
-            )
-        self.warnings.append(
-            "the module's weights are not the rounded fp32 masters; both are kept as they are "
-            "(--cast-from weights or master chooses)."
-        )
+        """A file of another step or rank gives itself away: the module's weights are not the rounded masters.
+
+        A few elements are compared where each rank's slice begins.
+        """
+        masters = found.slots[Slot.MASTER]
+        for group, flat in zip(model.groups or (), documents[0].masters):
+            names = [name for name in group if name in found.weights]
+            ends = list(accumulate(masters[name].numel for name in names))
+            if self.stage == 3 or len(names) != len(group) or not names:
+                continue
+            for rank in range(self.ranks):
+                begin = min(rank * flat.numel, ends[-1] - 1)
+                index = bisect_right(ends, begin)
+                name = names[index]
+                at = begin - (ends[index] - masters[name].numel)
+                if not _alike(found.weights[name], masters[name], at):
+                    raise MixedCheckpoint(
+                        f"{model.path} is of step {model.step}, Adam has made {_steps(documents[0].steps)} "
+                        f"steps in {documents[0].path.name}, and {name} is not its rounded master.\n"
+                        "Files of two checkpoints are mixed, or ranks' files swapped: copy all of one from the "
+                        "training nodes.\nFor the model file alone, move the others away and pass --no-optimizer."
+                    )
 
     # --- ZeRO-0 ---
 
@@ -460,6 +483,8 @@ class _Reader:
             for position, index in enumerate(numbers)
         }
         if model.groups is not None:
+            if [len(group) for group in model.groups] != [len(group) for group in indices]:
+                raise CorruptFile(f"{path}: param_shapes names other groups than the optimizer's {len(indices)}.")
             names = {i: name for group, own in zip(indices, model.groups) for i, name in zip(group, own)}
         else:
             named = _name_by_order(found.weights, model.module, indices, entries)
@@ -487,12 +512,15 @@ class _Reader:
 
     def _read_universal(self, found: _Found) -> None:
         model, zero = self.first, self.tag / "zero"
-        if not (zero / "optimizer_state.pt").is_file():
+        common = UniversalDocument(groups=(), members=(), steps=())
+        if (zero / "optimizer_state.pt").is_file():
+            common = read_universal_document(zero / "optimizer_state.pt")
+            self.read_files.append(zero / "optimizer_state.pt")
+        elif self.options.optimizer:
             raise MissingFile(
-                f"{zero / 'optimizer_state.pt'} is missing: it holds the parameter groups. Copy it from the source."
+                f"{zero / 'optimizer_state.pt'} is missing: it holds the parameter groups.\n"
+                f"Copy it from the source, or {_WITHOUT}."
             )
-        common = read_universal_document(zero / "optimizer_state.pt")
-        self.read_files.append(zero / "optimizer_state.pt")
         if model.groups is not None:
             model = replace(model, groups=_whole_groups(model.groups, common.members))
         if model.frozen_fragments and (None, 0) not in self.files.models:
@@ -607,6 +635,11 @@ class _Reader:
         missing = [name for name in self.shapes if name not in state.weights]
         if missing and self.base is not None:
             for name in missing:
+                if name not in self.base.parameters or self.base.parameters[name].shape != self.shapes[name]:
+                    raise NameMismatch(
+                        f"--base {self.base.root} has no {name} of {list(self.shapes[name])}, which {self.tag} "
+                        "left out.\nName the checkpoint that this training began with."
+                    )
                 tensor = self.base.parameters[name]
                 if tensor.dtype != default:
                     self.warnings.append(f"{name} comes from the base as {tensor.dtype}; the checkpoint is {default}.")
@@ -640,7 +673,7 @@ class _Reader:
         kept: dict[str, bytes] = {}
         folder = self.tag.parent / SOURCE_DOCUMENTS
         if folder.is_dir():
-            for path in sorted(folder.iterdir()):
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
                 kept[path.name] = path.read_bytes()
                 self.read_files.append(path)
         client, dropped = {}, []
@@ -821,8 +854,19 @@ def _name_by_order(
 
 def _starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
     """Whether the first elements of a weight are those of the master, rounded to its dtype."""
-    count = min(weight.numel, master.numel, 1024)
-    return equal(flat_slice(weight, 0, count), cast(flat_slice(master, 0, count), weight.dtype))
+    return weight.shape == master.shape and _alike(weight, master, 0)
+
+
+def _alike(weight: LazyTensor, master: LazyTensor, start: int) -> bool:
+    stop = min(start + 1024, weight.numel)
+    stored, rounded = flat_slice(weight, start, stop), cast(flat_slice(master, start, stop), weight.dtype)
+    if equal(stored, rounded):
+        return True
+    import numpy as np  # noqa: PLC0415
+
+    # Which NaN a rounded NaN becomes is everybody's own choice.
+    left, right = (cast(tensor, "float32").numpy().view(np.float32) for tensor in (stored, rounded))
+    return bool(np.array_equal(left, right, equal_nan=True))
 
 
 def _steps(steps: Mapping[int, float]) -> str:

@@ -1,0 +1,143 @@
+"""Logits of the real engines, run in processes of their own: what DeepSpeed or nanotron itself makes of a folder.
+
+``--engine deepspeed`` starts as many gloo processes as the checkpoint has ranks, each of which loads it with
+``load_checkpoint``; nothing of our reading is in between but the parameter groups' names. ``--engine nanotron`` needs
+nanotron and a GPU: it was written from nanotron's source and has not run where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import BadCheckpoint, NotInstalled, UsageError
+from smolconv.layouts.base import ReadOptions, hf_config
+from smolconv.layouts.deepspeed.files import find_tag_folder
+from smolconv.layouts.nanotron import find_step_folder
+from smolconv.verify.inputs import Rows
+
+ENGINES = ("deepspeed", "nanotron")
+_TIMEOUT_SECONDS = 3600
+
+
+@contextmanager
+def engine_logits(
+    engine: str, checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows
+) -> Iterator[NDArray[np.float32]]:
+    """The engine's own logits [T, V] for one row, mapped from a file that is there while the context is open.
+
+    Raises ``NotInstalled``, ``UsageError`` for a checkpoint that the engine cannot load here, and ``BadCheckpoint``
+    with the end of the engine's output when it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="smolconv-engine-") as scratch:
+        work = Path(scratch)
+        np.save(work / "tokens.npy", rows.tokens)
+        np.save(work / "positions.npy", rows.positions)
+        if engine == "deepspeed":
+            _run_deepspeed(checkpoint, folder, options, rows, work)
+        else:
+            _run_nanotron(folder, options, work)
+        yield np.load(work / "logits.npy", mmap_mode="r")
+
+
+def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows, work: Path) -> None:
+    _require("deepspeed", "deepspeed")
+    topology, optimizer = checkpoint.topology, checkpoint.optimizer
+    if topology.tp is not None:
+        raise UsageError("--engine deepspeed: AutoTP checkpoints load only where their model was sharded by AutoTP.")
+    if optimizer is None:
+        raise UsageError(
+            f"--engine deepspeed: {folder} has no optimizer, without whose groups DeepSpeed loads nothing."
+        )
+    tag = find_tag_folder(folder, options.step)
+    dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
+    job = {
+        "load_dir": str(tag.parent),
+        "tag": tag.name,
+        "universal": topology.universal,
+        "zero_stage": 1 if topology.universal else topology.zero_stage,
+        "bf16": dtype == "bfloat16",
+        "config": hf_config(checkpoint, dtype),
+        "groups": [list(group.names) for group in optimizer.groups],
+        "frozen": list(checkpoint.frozen),
+    }
+    (work / "job.json").write_text(json.dumps(job))
+    ranks = (topology.world_size or 1) if topology.zero_stage else 1
+    commands = [
+        (
+            [sys.executable, "-m", "smolconv.verify.deepspeed_engine", str(work)],
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"},
+        )
+        for rank in range(ranks)
+    ]
+    _run_all(commands, work)
+
+
+def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
+    _require("nanotron", "nanotron")
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        raise UsageError("--engine nanotron needs a GPU: nanotron's attention is a CUDA kernel.")
+    (work / "job.json").write_text(json.dumps({"step_folder": str(find_step_folder(folder, options.step))}))
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29531",
+    }
+    _run_all([([sys.executable, "-m", "smolconv.verify.nanotron_engine", str(work)], environment)], work)
+
+
+def _require(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise NotInstalled(f"--engine {module} needs {package}: pip install {package}.")
+
+
+def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: Path) -> None:
+    """Start every rank, wait for all, and end all when one fails."""
+    logs = [work / f"rank-{rank}.log" for rank in range(len(commands))]
+    processes: list[subprocess.Popen[Any]] = []
+    try:
+        for (command, environment), path in zip(commands, logs):
+            with path.open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+                    )
+                )
+        failed = _first_failure(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if failed is not None:
+        said = logs[failed].read_text(errors="replace").strip().splitlines()[-6:]
+        raise BadCheckpoint(f"rank {failed} of {len(commands)} of the engine failed:\n" + "\n".join(said))
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
+    import time  # noqa: PLC0415
+
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or all(code == 0 for code in codes):
+            return failed
+        time.sleep(0.1)
+    return 0

@@ -1,0 +1,234 @@
+"""transformers' forward pass, its own modules, one block in memory at a time.
+
+A Hugging Face folder is read by transformers (config) and safetensors (weights), not by our reader. Any other
+checkpoint comes in by its canonical tensors: a DeepSpeed one consolidated, a nanotron one through the mapping.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from smolconv.checkpoint import Checkpoint, row_slice
+from smolconv.errors import BadCheckpoint
+from smolconv.spec import spec_to_hf
+from smolconv.verify.forward import Run, embedding_rows, to_torch
+
+if TYPE_CHECKING:
+    import torch
+
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+#: What is watched in a block, by the end of its module path.
+_WATCHED = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "post_attention_layernorm",
+    "mlp.gate_proj", "mlp.up_proj", "mlp", "self_attn",
+)  # fmt: skip
+
+
+class Weights(Protocol):
+    """Where the tensors come from."""
+
+    title: str
+
+    def config(self) -> Any: ...
+
+    def whole(self, name: str) -> torch.Tensor: ...
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor: ...
+
+
+class FolderWeights:
+    """A Hugging Face folder, by transformers and safetensors alone."""
+
+    title = "transformers on the folder"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._archives: dict[Path, Any] = {}
+        self._files: Mapping[str, Path] | None = None
+        for stem in ("model.safetensors", "pytorch_model.bin"):
+            index, self._single = folder / f"{stem}.index.json", folder / stem
+            if index.is_file():
+                self._files = {n: folder / file for n, file in json.loads(index.read_text())["weight_map"].items()}
+                return
+            if self._single.is_file():
+                return
+
+    def config(self) -> Any:
+        import transformers  # noqa: PLC0415
+
+        return transformers.AutoConfig.from_pretrained(self.folder)
+
+    def _read(self, name: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        path = self._single if self._files is None else self._files[name]
+        if path.suffix == ".bin":
+            return take(self._archive(path)[name])
+        from safetensors import safe_open  # noqa: PLC0415
+
+        # Opened each time: the pages that a mapping has touched count as this process's memory until it is closed.
+        with safe_open(path, framework="pt") as file:
+            return take(file.get_slice(name)).clone()
+
+    def _archive(self, path: Path) -> Any:
+        import torch  # noqa: PLC0415
+
+        if path not in self._archives:
+            self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return self._archives[path]
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._read(name, lambda stored: stored[:])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._read(name, lambda stored: stored[start:stop])
+
+    def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        import torch  # noqa: PLC0415
+
+        wanted, inverse = torch.unique(tokens, return_inverse=True)
+        return self._read(name, lambda stored: torch.cat([stored[int(i) : int(i) + 1] for i in wanted]))[inverse]
+
+
+class CanonicalWeights:
+    """A checkpoint of any layout, by its canonical tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.title = f"transformers on the {checkpoint.layout} checkpoint's canonical tensors"
+
+    def config(self) -> Any:
+        import transformers  # noqa: PLC0415
+
+        origin = self.checkpoint.origin
+        carried = json.loads(origin.get("config.json") or origin.get("model_config.json") or b"{}")
+        # Ids beyond the vocabulary stop transformers from building the embedding; they play no part in a forward pass.
+        raw = spec_to_hf(self.checkpoint.spec, {**carried, "pad_token_id": None}, "float32")
+        return transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+
+    def whole(self, name: str) -> torch.Tensor:
+        return to_torch(self.checkpoint.parameters[name])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return to_torch(row_slice(self.checkpoint.parameters[name], start, stop))
+
+    def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        import torch  # noqa: PLC0415
+
+        tensor = self.checkpoint.parameters[name]
+        return embedding_rows(tensor, tokens, getattr(torch, tensor.dtype))
+
+
+class _Reached(Exception):
+    """The model has come to its first block: these are the arguments that it calls blocks with."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+
+
+class TransformersSide:
+    """A ``Side``: transformers' modules, made on the meta device and filled one at a time."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: str = "cpu") -> None:
+        import transformers  # noqa: PLC0415
+
+        transformers.utils.logging.disable_progress_bar()
+        self.weights, self.dtype, self.device = weights, dtype, device
+        self.title = weights.title
+        self._models: dict[str, Any] = {}
+        config = self._model("sdpa").config
+        self.num_layers = config.num_hidden_layers
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_position_embeddings
+        self.head = _EMBEDDING if config.tie_word_embeddings else _HEAD
+
+    def _model(self, attention: str) -> Any:
+        if attention not in self._models:
+            import torch  # noqa: PLC0415
+            import transformers  # noqa: PLC0415
+
+            config = self.weights.config()
+            config._attn_implementation = attention
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            # Rotary frequencies are a buffer that no checkpoint stores; on the meta device they were never computed.
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(self.device)
+            self._models[attention] = model
+        return self._models[attention]
+
+    def begin(self, runs: Sequence[Run]) -> None:
+        import torch  # noqa: PLC0415
+
+        def stop(module: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+            raise _Reached(arguments)
+
+        for run in runs:
+            run.hidden = self.weights.looked_up(_EMBEDDING, run.tokens).to(self.dtype).to(self.device)
+            run.observe("model.embed_tokens", run.hidden)
+            model = self._model(run.attention)
+            hook = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                # Positions that restart, no mask and no cache: transformers then separates documents by itself.
+                model.model(
+                    inputs_embeds=run.hidden, attention_mask=None, position_ids=run.positions.to(self.device),
+                    use_cache=False,
+                )  # fmt: skip
+            except _Reached as reached:
+                run.context = dict(reached.arguments)
+            finally:
+                hook.remove()
+            assert torch.is_tensor(run.hidden)
+
+    def advance(self, layer: int, runs: Sequence[Run]) -> None:
+        import torch  # noqa: PLC0415
+
+        prefix = f"model.layers.{layer}."
+        wanted = self._model("sdpa").model.layers[layer].state_dict()
+        tensors = {name: self._loaded(prefix + name, empty) for name, empty in wanted.items()}
+        for run in runs:
+            block = self._model(run.attention).model.layers[layer]
+            block.load_state_dict(tensors, strict=True, assign=True)
+            hooks = list(self._watch(block, prefix, run))
+            with torch.inference_mode():
+                output = block(run.hidden, **run.context)
+            run.hidden = output[0] if isinstance(output, tuple) else output
+            for hook in hooks:
+                hook.remove()
+            block.to("meta")
+
+    def _loaded(self, name: str, empty: torch.Tensor) -> torch.Tensor:
+        tensor = self.weights.whole(name)
+        if tensor.shape != empty.shape:
+            raise BadCheckpoint(f"{name} is {list(tensor.shape)}; transformers expects {list(empty.shape)}.")
+        return tensor.to(self.dtype).to(self.device)
+
+    def _watch(self, block: Any, prefix: str, run: Run) -> Any:
+        def report(name: str) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                run.observe(prefix + name, output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        for name in _WATCHED:
+            yield block.get_submodule(name).register_forward_hook(report(name))
+        yield block.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, inputs: run.observe(f"{prefix}self_attn.attention", inputs[0])
+        )
+
+    def finish(self, runs: Sequence[Run]) -> None:
+        import torch  # noqa: PLC0415
+
+        weight = self._loaded(_NORM, self._model("sdpa").model.norm.weight)
+        for run in runs:
+            norm = self._model(run.attention).model.norm
+            norm.load_state_dict({"weight": weight}, assign=True)
+            with torch.inference_mode():
+                run.hidden = norm(run.hidden)
+            norm.to("meta")
+            run.observe("model.norm", run.hidden)
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weights.rows(self.head, start, stop).to(self.dtype).to(self.device)

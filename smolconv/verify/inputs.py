@@ -1,0 +1,122 @@
+"""The tokens that two models are compared on: text that ships with smolconv, one's own, or packed into documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
+
+_SEED = 20240711
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One row of tokens, perhaps of several documents."""
+
+    tokens: NDArray[np.int64]  #: [1, T]
+    where: str  #: for people
+    spans: tuple[tuple[int, int], ...]  #: where each document begins and ends
+
+    @property
+    def documents(self) -> int:
+        return len(self.spans)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """[1, T]; every document begins at 0."""
+        return np.concatenate([np.arange(stop - start) for start, stop in self.spans])[None, :]
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """[1, T]: the next token; -1 at a document's end, where none is to be predicted."""
+        following = np.append(self.tokens[0, 1:], -1)
+        following[[stop - 1 for _, stop in self.spans]] = -1
+        return following[None, :]
+
+
+def choose_rows(
+    *,
+    vocab_size: int,
+    max_positions: int,
+    tokenizer: Path | None,
+    text: Path | None = None,
+    tokens: Path | None = None,
+    length: int = 2048,
+    documents: int = 1,
+) -> Rows:
+    """Ids from ``tokens``, else a text through the tokenizer, else random ones; ``where`` of the result says which.
+
+    Raises ``UsageError`` for ids beyond the vocabulary and for words that do not fit.
+    """
+    length = max(2, min(length, max_positions))
+    if tokens is not None:
+        ids, where = _loaded(tokens)[:length], str(tokens)
+    elif tokenizer is not None:
+        content = _read(text) if text is not None else shipped_text()
+        # Another vocabulary may need more text than there is: it begins anew.
+        ids = _encoded(content, tokenizer)
+        where = str(text) if text is not None else "the text that ships with smolconv"
+        ids = np.resize(ids, length) if len(ids) and text is None else ids[:length]
+    elif text is not None:
+        raise UsageError("--text needs a tokenizer.json in A or B; give ids with --tokens FILE.npy instead.")
+    else:
+        ids = np.random.default_rng(_SEED).integers(0, vocab_size, length)
+        where = "random tokens, since neither side has a tokenizer"
+    if len(ids) < 2:
+        raise UsageError(f"{where} gives {len(ids)} tokens; at least 2 are needed.")
+    if ids.max() >= vocab_size or ids.min() < 0:
+        raise UsageError(f"{where} gives token {int(ids.max())}, but the smaller vocabulary has {vocab_size} entries.")
+    if not 1 <= documents <= len(ids):
+        raise UsageError(f"--documents {documents}: a row of {len(ids)} tokens can hold 1 to {len(ids)}.")
+    return Rows(tokens=ids[None, :], where=where, spans=_spans(len(ids), documents))
+
+
+def shipped_text() -> str:
+    return (files("smolconv.verify") / "prompts.txt").read_text(encoding="utf-8")
+
+
+def _spans(length: int, documents: int) -> tuple[tuple[int, int], ...]:
+    """Documents of different lengths, the first the shortest."""
+    weights = np.arange(1, documents + 1, dtype=np.float64)
+    ends = np.floor(np.cumsum(weights) / weights.sum() * length).astype(int)
+    ends = np.maximum(ends, np.arange(1, documents + 1))  # none is empty
+    ends[-1] = length
+    return tuple(zip([0, *map(int, ends[:-1])], map(int, ends)))
+
+
+def _loaded(path: Path) -> NDArray[np.int64]:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise MissingFile(f"--tokens {path} is not there.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise CorruptFile(f"--tokens {path} is not a .npy file of token ids ({error}).") from None
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"--tokens {path} holds {ids.dtype}; token ids are integers.")
+    flat: NDArray[np.int64] = ids.reshape(-1).astype(np.int64)
+    return flat
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MissingFile(f"--text {path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--text {path} is not UTF-8 text.") from None
+
+
+def _encoded(content: str, tokenizer: Path) -> NDArray[np.int64]:
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415
+    except ImportError:
+        raise NotInstalled("reading text needs tokenizers: pip install 'smolconv[verify]'.") from None
+    try:
+        return np.array(Tokenizer.from_file(str(tokenizer)).encode(content).ids, np.int64)
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptFile(f"{tokenizer} is no tokenizer that can be read ({error}). Copy it again.") from None
