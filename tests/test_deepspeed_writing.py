@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from smolconv.convert import ConvertOptions, plan_conversion, plan_to_json
 from smolconv.errors import MissingFile, UnsupportedModel, UsageError
 from smolconv.inspection import check_digests
+from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import JOURNAL
 
 DEEPSPEED, NANOTRON = FIXTURES / "deepspeed", FIXTURES / "nanotron"
@@ -941,3 +942,14 @@ def test_nan_and_infinity_are_kept_and_named(tmp_path):
     assert any("model.norm.weight (master)" in warning for warning in result.warnings)
     zero = tag_folder(tmp_path / "out") / "zero"
     assert load(zero / "model.norm.weight/fp32.pt")["param"].isnan().tolist().index(True) == 3
+
+
+def test_without_adams_state_the_groups_stay_those_of_the_run(tmp_path):
+    case = DEEPSPEED / "zero2-fp32-ws3"
+    convert(case / "checkpoint", tmp_path / "out", "deepspeed", **own_form(case), optimizer=False)
+    written = read_checkpoint(tmp_path / "out")
+    assert written.optimizer is not None
+    assert [list(group.names) for group in written.optimizer.groups] == meta(case)["param_group_names"]
+    found = [group.hyperparameters["weight_decay"] for group in written.optimizer.groups]
+    assert found == [group["weight_decay"] for group in meta(case)["param_groups"]]
+    assert set(written.optimizer.steps.values()) == {0.0}

@@ -23,6 +23,9 @@ from smolconv.verify.tensors import TensorReport, compare_optimizers, compare_te
 if TYPE_CHECKING:
     from smolconv.verify.forward import Side
 
+#: Of ``convert --verify``, whose tensors were compared bit for bit already.
+_CONVERSION_POSITIONS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
@@ -216,5 +219,5 @@ def verify_conversion(
     rows = prepared.spec.vocab_size
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
-    options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer)
+    options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
     return verify_checkpoints(prepared, read_back, options, stored=(source, Stored(folder=folder)))

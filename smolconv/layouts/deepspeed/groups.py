@@ -56,19 +56,22 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     warnings = list(checkpoint.warnings)
     trained = [name for name in checkpoint.parameters if name not in checkpoint.frozen]
     known = checkpoint.optimizer if checkpoint.has_optimizer else None
+    own: dict[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
         raise CorruptFile(f"{checkpoint.root}: Adam's state has no {_some(lost)}. Pass --no-optimizer.")
+    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
     if groups is not None:
         found = _from_file(groups, trained, known)
     elif known is not None:
         found = [group for group in known.groups if group.names]
-    else:
-        decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+    elif own.get("groups"):  # the run's own, though its Adam state was left behind
         found = [
-            ParameterGroup(names=tuple(n for n in trained if n != EMBEDDING), hyperparameters={"weight_decay": decay}),
-            ParameterGroup(names=tuple(n for n in trained if n == EMBEDDING), hyperparameters={"weight_decay": 0.0}),
+            ParameterGroup(names=tuple(group["names"]), hyperparameters=_with_tuples(group["hyperparameters"]))
+            for group in own["groups"]
         ]
-        found = [group for group in found if group.names]
+        warnings.append(f"moments are zero and steps 0; the {len(found)} groups are the source's.")
+    else:
+        found = _default_groups(checkpoint, trained)
         warnings.append(
             f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
             f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
@@ -76,7 +79,6 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
         if any("lr" not in group.hyperparameters for group in found):
             warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
-        decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
         if any("weight_decay" not in group.hyperparameters for group in found):
             warnings.append(
                 f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses)."
@@ -116,10 +118,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     progress = checkpoint.progress
     if known is None and progress is not None:
         progress = None
-    own = {
-        **json.loads(checkpoint.origin.get("deepspeed.json", b"{}")),
-        "weights_only": known is None and not masters,  # then nothing but the weights is to be carried on from there
-    }
+    own["weights_only"] = known is None and not masters  # then nothing but the weights is to be carried on from there
+    own.pop("groups", None)
     schedule = own.get("lr_scheduler") or {}
     if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
         own.pop("lr_scheduler", None)  # its lists are of the source's groups
@@ -131,6 +131,21 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         progress=progress,
         warnings=tuple(warnings),
     )
+
+
+def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:
+    """Everything but the embedding, decayed as published, and the embedding, undecayed."""
+    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+    rest, embedding = [name for name in trained if name != EMBEDDING], [name for name in trained if name == EMBEDDING]
+    return [
+        ParameterGroup(names=tuple(names), hyperparameters={"weight_decay": value})
+        for names, value in ((rest, decay), (embedding, 0.0))
+        if names
+    ]
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if key == "betas" else value for key, value in values.items()}
 
 
 def master(checkpoint: Checkpoint, name: str) -> LazyTensor:

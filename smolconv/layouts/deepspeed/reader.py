@@ -151,7 +151,7 @@ class _Reader:
             )
         if self.options.optimizer and state.steps:
             optimizer = OptimizerState(steps=state.steps, groups=state.groups)
-        kept_documents = self._source_documents()
+        kept_documents = self._source_documents(state.groups)
         assets = self._assets()
         self.read_files += [*assets.values()]
         return Checkpoint(
@@ -668,7 +668,7 @@ class _Reader:
                 progress = carried
         return check_progress(progress, first.path)
 
-    def _source_documents(self) -> dict[str, bytes]:
+    def _source_documents(self, groups: Sequence[ParameterGroup]) -> dict[str, bytes]:
         """The documents of the layout it came from, and what DeepSpeed alone knows, as ``deepspeed.json``."""
         kept: dict[str, bytes] = {}
         folder = self.tag.parent / SOURCE_DOCUMENTS
@@ -690,6 +690,7 @@ class _Reader:
         own: dict[str, Any] = {
             "client_state": client,
             "skipped_steps": self.first.skipped_steps,
+            "groups": [{"names": list(g.names), "hyperparameters": dict(g.hyperparameters)} for g in groups],
             "weights_only": isinstance(mine, Mapping) and mine.get("weights_only") is True and self.first.step == 0,
         }
         try:
