@@ -33,6 +33,8 @@ from smolconv.checkpoint import (
 )
 from smolconv.storage.torch_archive import crc_of_zeros
 
+#: A worker has this much written before the disk is asked to begin with it.
+_WRITEBACK_BYTES = 8 << 20
 #: Bytes at an absolute offset of a file.
 Piece = tuple[int, bytes]
 
@@ -240,7 +242,7 @@ class _Engine:
             )
         if hasher is None and not with_crc and self._copied_in_kernel(descriptor, tensor):
             return WrittenTensor(digest=None)
-        crc, nonfinite = 0, False
+        crc, nonfinite, behind = 0, False, tensor.offset
         for start, stop in source.chunks(self.chunk_bytes):
             if self.error is not None:
                 raise _Abandoned  # a tensor cut short must not count as found
@@ -252,8 +254,12 @@ class _Engine:
                 nonfinite = nonfinite or has_nonfinite(view, source.dtype)
             if with_crc:
                 crc = zlib.crc32(data, crc)
+            at = tensor.offset + start * item
             with opened.write_lock:
-                _pwrite(descriptor, data, tensor.offset + start * item)
+                _pwrite(descriptor, data, at)
+            if at + len(data) - behind >= _WRITEBACK_BYTES:
+                _begin_writeback(descriptor, behind, at + len(data))
+                behind = at + len(data)
             self.progress(len(data))
         return WrittenTensor(digest=_digest_text(hasher), crc=crc, nonfinite=nonfinite)
 
@@ -297,6 +303,16 @@ class _Engine:
                 self.journal.add(str(opened.plan.path), [opened.found[i] for i in sorted(opened.found)])
         except BaseException as error:
             self._fail(error)
+
+
+def _begin_writeback(descriptor: int, start: int, stop: int) -> None:
+    """Have the disk begin with what was written, while the rest is still being copied.
+
+    The kernel would wait for a tenth of the memory to be dirty, or for fsync. Pages on their way to the disk are not
+    dropped by this, only clean ones would be.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
