@@ -28,7 +28,6 @@ from smolconv.checkpoint import (
     TrainingProgress,
     Zeros,
     cast,
-    equal,
     flat_slice,
     join,
     join_columns,
@@ -59,6 +58,7 @@ from smolconv.layouts.deepspeed.documents import (
     stored,
 )
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
+from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, starts_alike
 from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.mappings.huggingface import weight_table
@@ -121,7 +121,6 @@ class _Reader:
         self.table = weight_table(self.spec)
         self.stage, self.ranks = 0, self.first.dp or 1
         self.tp: int = max(self.first.tp, self.files.tp)
-        self.prefix = ""
 
     def read(self) -> Checkpoint:
         found = [self._found(tp) for tp in range(self.tp)]
@@ -277,9 +276,9 @@ class _Reader:
     def _optimizer_documents(self, model: ModelDocument, tp: int) -> list[OptimizerDocument]:
         paths = {dp: path for (dp, rank), path in self.files.optimizers.items() if rank == tp}
         some = read_optimizer_document(next(iter(paths.values())), with_adam=False)
-        self.prefix = some.path.name.partition("zero_pp")[0]
+        bf16 = some.path.name.startswith("bf16_")
         if missing := [rank for rank in range(some.ranks) if rank not in paths]:
-            name = optimizer_file(missing[0], bf16=self.prefix == "bf16_", tp=tp)
+            name = optimizer_file(missing[0], bf16=bf16, tp=tp)
             raise MissingShard(
                 f"{self.tag}: {len(missing)} of {some.ranks} ranks' optimizer files are missing, the first {name}.\n"
                 "Masters and moments are split over all ranks, so none can be rebuilt without it. Copy it from the "
@@ -435,7 +434,7 @@ class _Reader:
                 index = bisect_right(ends, begin)
                 name = names[index]
                 at = begin - (ends[index] - masters[name].numel)
-                if not _alike(found.weights[name], masters[name], at):
+                if not alike(found.weights[name], masters[name], at):
                     raise MixedCheckpoint(
                         f"{model.path} is of step {model.step}, Adam has made {_steps(documents[0].steps)} "
                         f"steps in {documents[0].path.name}, and {name} is not its rounded master.\n"
@@ -470,7 +469,7 @@ class _Reader:
         if masters and len(masters) != len(numbers):
             raise CorruptFile(f"{path}: {len(masters)} masters of {len(numbers)} parameters.")
         entries = {
-            index: _Unnamed(
+            index: Unnamed(
                 shape=(
                     masters[position].shape
                     if masters
@@ -487,7 +486,7 @@ class _Reader:
                 raise CorruptFile(f"{path}: param_shapes names other groups than the optimizer's {len(indices)}.")
             names = {i: name for group, own in zip(indices, model.groups) for i, name in zip(group, own)}
         else:
-            named = _name_by_order(found.weights, model.module, indices, entries)
+            named = name_by_order(found.weights, model.module, indices, entries)
             if named is None:
                 self.warnings.append(
                     f"ZeRO-0 stores Adam's state without names, and its {len(numbers)} entries fit the parameters in "
@@ -547,7 +546,7 @@ class _Reader:
         wrong = [
             n
             for n, t in found.slots[Slot.MASTER].items()
-            if n in found.weights and not _starts_alike(found.weights[n], t)
+            if n in found.weights and not starts_alike(found.weights[n], t)
         ]
         if wrong:
             raise MixedCheckpoint(
@@ -783,17 +782,6 @@ def _join_shards(shards: Sequence[LazyTensor], shape: tuple[int, ...], where: st
     )
 
 
-# --- names of ZeRO-0's state -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Unnamed:
-    """A parameter of which only the shape is known, and in bf16 the master."""
-
-    shape: tuple[int, ...] | None  #: None for one that is frozen but was given to the optimizer
-    master: Stored | None
-
-
 def _whole_groups(
     groups: Sequence[Mapping[str, tuple[int, ...]]], members: Sequence[Sequence[int]]
 ) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -801,73 +789,6 @@ def _whole_groups(
     if len(groups) == len(members) or sorted(i for group in members for i in group) != list(range(len(groups))):
         return tuple(groups)
     return tuple({name: shape for i in group for name, shape in groups[i].items()} for group in members)
-
-
-def _name_by_order(
-    weights: Mapping[str, LazyTensor],
-    module: Mapping[str, Stored],
-    groups: Sequence[Sequence[int]],
-    entries: Mapping[int, _Unnamed],
-) -> dict[int, str] | None:
-    """Names of numbered parameters, or None when they fit in no way or in more than one.
-
-    DeepSpeed writes no ``param_shapes`` for ZeRO-0. What is known: each group follows the module's order, shapes agree,
-    and where there are masters, the module's weights are their rounded values. Names that no entry takes are frozen.
-    """
-    names: list[str] = []
-    places: set[int] = set()
-    for name, tensor in module.items():
-        if tensor.numel and tensor.offset not in places:  # a tied head is the embedding's second name
-            places.add(tensor.offset)
-            names.append(name)
-
-    def fits(name: str, entry: _Unnamed) -> bool:
-        if entry.shape not in (None, weights[name].shape):
-            return False
-        return entry.master is None or _starts_alike(weights[name], entry.master)
-
-    # After each name: how far each group may have come, in how many ways (2 stands for more), and by which last step.
-    start = (0,) * len(groups)
-    may_skip = sum(map(len, groups)) < len(names)
-    levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]]] = [{start: (1, start, None)}]
-    for name in names:
-        reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]] = {}
-        for before, (ways, _, _) in levels[-1].items():
-            steps: list[tuple[tuple[int, ...], int | None]] = [(before, None)] if may_skip else []
-            for g, group in enumerate(groups):
-                if before[g] < len(group) and fits(name, entries[group[before[g]]]):
-                    steps.append(((*before[:g], before[g] + 1, *before[g + 1 :]), g))
-            for after, chosen in steps:
-                known = reached.get(after, (0, before, chosen))[0]
-                reached[after] = (min(2, known + ways), before, chosen)
-        levels.append(reached)
-    position = tuple(map(len, groups))
-    if levels[-1].get(position, (0,))[0] != 1:
-        return None
-    found: dict[int, str] = {}
-    for name, level in zip(reversed(names), reversed(levels)):
-        _, before, last = level[position]
-        if last is not None:
-            found[groups[last][before[last]]] = name
-        position = before
-    return found
-
-
-def _starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
-    """Whether the first elements of a weight are those of the master, rounded to its dtype."""
-    return weight.shape == master.shape and _alike(weight, master, 0)
-
-
-def _alike(weight: LazyTensor, master: LazyTensor, start: int) -> bool:
-    stop = min(start + 1024, weight.numel)
-    stored, rounded = flat_slice(weight, start, stop), cast(flat_slice(master, start, stop), weight.dtype)
-    if equal(stored, rounded):
-        return True
-    import numpy as np  # noqa: PLC0415
-
-    # Which NaN a rounded NaN becomes is everybody's own choice.
-    left, right = (cast(tensor, "float32").numpy().view(np.float32) for tensor in (stored, rounded))
-    return bool(np.array_equal(left, right, equal_nan=True))
 
 
 def _steps(steps: Mapping[int, float]) -> str:
