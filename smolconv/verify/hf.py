@@ -153,7 +153,7 @@ class TransformersSide:
             config = self.weights.config()
             config._attn_implementation = attention
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+                model = transformers.AutoModelForCausalLM.from_config(config).eval()
             # Rotary frequencies are a buffer that no checkpoint stores; on the meta device they were never computed.
             model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(self.device)
             self._models[attention] = model
