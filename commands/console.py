@@ -8,9 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    out: Console  #: stdout
+    err: Console  #: stderr
 
 
 @dataclass
@@ -25,13 +30,22 @@ class Settings:
 settings = Settings()
 
 
-class _Out(Console):
-    def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
-        discard_output()
+def __getattr__(name: str) -> Console:
+    # rich takes a tenth of a second to import, while the disk could already be busy.
+    if name in ("out", "err"):
+        return _console(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-out = _Out(highlight=False)
-err = Console(stderr=True, highlight=False)
+@cache
+def _console(name: str) -> Console:
+    from rich.console import Console  # noqa: PLC0415
+
+    class Out(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
+            discard_output()
+
+    return Out(highlight=False) if name == "out" else Console(stderr=True, highlight=False)
 
 
 def print_json(value: object) -> None:
@@ -50,13 +64,13 @@ def discard_output() -> None:
 def say(text: str) -> None:
     """A line for people on stderr; silent with --quiet."""
     if not settings.quiet:
-        err.print(text, markup=False)
+        _console("err").print(text, markup=False)
 
 
 def warn(warnings: tuple[str, ...] | list[str]) -> None:
     for warning in warnings:
         if not settings.quiet:
-            err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+            _console("err").print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 def escape(text: str) -> str:
@@ -86,7 +100,7 @@ def number(count: float) -> str:
 @contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with bytes/s and time left on a terminal; silent in a pipe and with --quiet."""
-    if not err.is_terminal or settings.quiet:
+    if settings.quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
@@ -94,6 +108,6 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=_console("err"), transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.update(task, advance=count)

@@ -27,7 +27,7 @@ _ADAMW: Mapping[str, Any] = {
 }  # fmt: skip
 #: Weight decay of the published recipes (SmolLM3's YAML; SmolLM2's), where nothing else says one.
 _PUBLISHED_DECAY = {"smollm3": 0.1, "llama": 0.01}
-#: How Adam is carried out, not what it computes: nanotron's choice is no business of the engine's.
+#: How Adam is carried out, not what it computes: another trainer's choice is no business of the engine's.
 _EXECUTION = ("foreach", "capturable", "differentiable", "fused")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
@@ -87,7 +87,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
             replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters})
             for group in found
         ]
-    if checkpoint.layout == "nanotron":
+    if "deepspeed.json" not in checkpoint.origin:
         found = [
             replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
             for group in found
