@@ -121,6 +121,11 @@ def check_plain(values: object, where: object) -> None:
         raise CorruptFile(f"{where} is {_shown(values)}; a plain finite value was expected.")
 
 
+def with_tuples(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's hyperparameters with betas as torch has them: JSON and old archives make lists of tuples."""
+    return {key: tuple(value) if key == "betas" else value for key, value in hyperparameters.items()}
+
+
 @contextmanager
 def understood(where: object) -> Iterator[None]:
     """Inside, values are taken from a document; what Python says of one of another kind becomes ``CorruptFile``."""

@@ -37,7 +37,7 @@ from smolconv.layouts.base import (
     read_json,
     without_aliases,
 )
-from smolconv.layouts.documents import check_config, check_progress, is_step, understood
+from smolconv.layouts.documents import check_config, check_progress, is_step, understood, with_tuples
 from smolconv.mappings.huggingface import weight_table
 from smolconv.mappings.table import WeightTable
 from smolconv.spec import spec_from_hf
@@ -215,7 +215,7 @@ def _read_sidecar(
         optimizer = OptimizerState(
             steps={name: float(step) for name, step in state["optimizer"]["steps"].items()},
             groups=tuple(
-                ParameterGroup(names=tuple(group["names"]), hyperparameters=_with_tuples(group["hyperparameters"]))
+                ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
                 for group in state["optimizer"]["groups"]
             ),
         )
@@ -239,10 +239,6 @@ def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[s
                 f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not "
                 "belong to this model.\nPass --no-optimizer for the weights only, or convert again from the source."
             )
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if key == "betas" else value for key, value in values.items()}
 
 
 def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:

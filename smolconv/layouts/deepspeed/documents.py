@@ -14,7 +14,7 @@ from typing import Any
 
 from smolconv.checkpoint import Slot, Stored
 from smolconv.errors import CorruptFile, UnsupportedModel
-from smolconv.layouts.documents import check_plain, is_count, is_step, understood
+from smolconv.layouts.documents import check_plain, is_count, is_step, understood, with_tuples
 from smolconv.storage.torch_archive import ArchiveTensor, PickledObject, TorchSize, read_torch_archive
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
@@ -256,7 +256,7 @@ def hyperparameters(group: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key not in ("params", "step", "param_names")
     }
     check_plain(plain, where)
-    return {key: tuple(value) if key == "betas" else value for key, value in plain.items()}
+    return with_tuples(plain)
 
 
 # --- universal -------------------------------------------------------------------------------------------------------

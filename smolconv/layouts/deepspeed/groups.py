@@ -16,7 +16,7 @@ from typing import Any
 from smolconv.checkpoint import MOMENTS, Checkpoint, LazyTensor, OptimizerState, ParameterGroup, Slot, Zeros, cast
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
 from smolconv.layouts.base import parse_json
-from smolconv.layouts.documents import is_number
+from smolconv.layouts.documents import is_number, with_tuples
 
 EMBEDDING = "model.embed_tokens.weight"
 #: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
@@ -66,7 +66,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         found = [group for group in known.groups if group.names]
     elif own.get("groups"):  # the run's own, though its Adam state was left behind
         found = [
-            ParameterGroup(names=tuple(group["names"]), hyperparameters=_with_tuples(group["hyperparameters"]))
+            ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
             for group in own["groups"]
         ]
         warnings.append(f"moments are zero and steps 0; the {len(found)} groups are the source's.")
@@ -115,9 +115,6 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         }
     if not tensors[Slot.MASTER]:
         del tensors[Slot.MASTER]
-    progress = checkpoint.progress
-    if known is None and progress is not None:
-        progress = None
     own["weights_only"] = known is None and not masters  # then nothing but the weights is to be carried on from there
     own.pop("groups", None)
     schedule = own.get("lr_scheduler") or {}
@@ -128,7 +125,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         tensors=tensors,
         origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
         optimizer=OptimizerState(steps=steps, groups=tuple(found)),
-        progress=progress,
+        progress=None if known is None else checkpoint.progress,
         warnings=tuple(warnings),
     )
 
@@ -142,10 +139,6 @@ def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[Para
         for names, value in ((rest, decay), (embedding, 0.0))
         if names
     ]
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if key == "betas" else value for key, value in values.items()}
 
 
 def master(checkpoint: Checkpoint, name: str) -> LazyTensor:
@@ -172,10 +165,7 @@ def common_values(groups: Sequence[ParameterGroup]) -> dict[str, Any]:
     A universal load into ZeRO-3 gives every group the first's hyperparameters (measured). Given only these, it leaves
     the running engine's own weight decay alone.
     """
-    first = dict(groups[0].hyperparameters) if groups else {}
-    return {
-        key: value for key, value in first.items() if all(group.hyperparameters.get(key) == value for group in groups)
-    }
+    return _agreed([group.hyperparameters for group in groups])
 
 
 def _from_file(path: Path, trained: Sequence[str], known: OptimizerState | None) -> list[ParameterGroup]:

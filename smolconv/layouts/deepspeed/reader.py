@@ -59,7 +59,7 @@ from smolconv.layouts.deepspeed.documents import (
 )
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
 from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, starts_alike
-from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups
+from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups, piece_numel
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
@@ -197,8 +197,8 @@ class _Reader:
             dtypes={name: tensor.dtype for name, tensor in model.module.items()},
         )
         if self.files.universal:
-            pass
-        elif any(rank == tp for _, rank in self.files.optimizers):
+            return found
+        if any(rank == tp for _, rank in self.files.optimizers):
             self._read_zero(model, found, tp)
         elif model.optimizer is not None:
             self._read_zero0(model, found)
@@ -368,7 +368,7 @@ class _Reader:
                         raise ShapeMismatch(f"{where}: {slot.value} of sub-group {i} differs in length between ranks.")
             for (name, shape), (sub, offset) in zip(group.items(), places):
                 step, flat = flats[sub]
-                size = -(-prod(shape) // len(documents))
+                size = piece_numel(prod(shape), len(documents))
                 for slot, parts in flat.items():
                     pieces = [flat_slice(part, offset, offset + size) for part in parts]
                     yield slot, name, join_pieces(pieces, shape), step if slot is Slot.EXP_AVG else None
@@ -597,10 +597,8 @@ class _Reader:
 
     def _canonical_names(self, state: _Found) -> _Found:
         """Without the prefix that a wrapper (torch.compile, a module around the model) puts before every name."""
-        known = [*state.weights, *state.slots[Slot.MASTER]]
-        prefix = next(
-            (name[: -len(end)] for name in known for end in ("model.embed_tokens.weight",) if name.endswith(end)), ""
-        )
+        known, embedding = [*state.weights, *state.slots[Slot.MASTER]], "model.embed_tokens.weight"
+        prefix = next((name.removesuffix(embedding) for name in known if name.endswith(embedding)), "")
         if not prefix:
             return state
         self.warnings.append(f"parameters are named {prefix}model...: the prefix was taken away.")
