@@ -454,8 +454,8 @@ def saved_text(data: bytes, option: str = "text") -> Callable[[Path], dict[str, 
 
 
 WRONG: dict[str, tuple[Callable[[Path], dict[str, object]], type[SmolconvError], str]] = {
-    "beyond the vocabulary": (saved_ids([1, 300]), UsageError, "300"),
-    "negative": (saved_ids([1, -1]), UsageError, "-1"),
+    "beyond the vocabulary": (saved_ids([1, 300]), UsageError, "gives token 300,"),
+    "negative": (saved_ids([1, -1]), UsageError, "gives token -1,"),
     "floats": (saved_ids([1.0, 2.0]), UsageError, "float64"),
     "one token": (saved_ids([1]), UsageError, "at least 2"),
     "no tokens": (saved_ids([]), UsageError, "float64"),

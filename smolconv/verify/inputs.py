@@ -69,8 +69,9 @@ def choose_rows(
         where = "random tokens, since neither side has a tokenizer"
     if len(ids) < 2:
         raise UsageError(f"{where} gives {len(ids)} tokens; at least 2 are needed.")
-    if ids.max() >= vocab_size or ids.min() < 0:
-        raise UsageError(f"{where} gives token {int(ids.max())}, but the smaller vocabulary has {vocab_size} entries.")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise UsageError(f"{where} gives token {int(wrong[0])}, but the smaller vocabulary has {vocab_size} entries.")
     if not 1 <= documents <= len(ids):
         raise UsageError(f"--documents {documents}: a row of {len(ids)} tokens can hold 1 to {len(ids)}.")
     return Rows(tokens=ids[None, :], where=where, spans=_spans(len(ids), documents))
