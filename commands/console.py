@@ -50,8 +50,13 @@ def _console(name: str) -> Console:
 
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
+    line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def line(text: str) -> None:
+    """A line on stdout as it is, never wrapped: what scripts read."""
     try:
-        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         discard_output()
 
@@ -64,13 +69,15 @@ def discard_output() -> None:
 def say(text: str) -> None:
     """A line for people on stderr; silent with --quiet."""
     if not settings.quiet:
-        _console("err").print(text, markup=False)
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(warnings: tuple[str, ...] | list[str]) -> None:
     for warning in warnings:
-        if not settings.quiet:
+        if sys.stderr.isatty() and not settings.quiet:
             _console("err").print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        else:
+            say(f"warning: {warning}")
 
 
 def escape(text: str) -> str:

@@ -141,9 +141,9 @@ def convert(
     )
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
-    console.out.print(str(target), markup=False, soft_wrap=True)
+    console.line(str(target))
     if "pushed" in summary:
-        console.out.print(summary["pushed"], markup=False, soft_wrap=True)
+        console.line(summary["pushed"])
 
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:

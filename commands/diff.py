@@ -41,15 +41,15 @@ def diff(
         console.print_json(document)
     else:
         for line in document["spec_differences"]:
-            console.out.print(f"spec    {line}", markup=False, soft_wrap=True)
+            console.line(f"spec    {line}")
         for side, key in (("A", "only_a"), ("B", "only_b")):
             for entry in document[key][:20]:
-                console.out.print(f"only {side}  {entry['name']} ({entry['slot']})", markup=False, soft_wrap=True)
+                console.line(f"only {side}  {entry['name']} ({entry['slot']})")
             if len(document[key]) > 20:
                 console.out.print(f"only {side}  ... and {len(document[key]) - 20} more (--json lists all)")
         for entry in document["changed"][:20]:
             text = f"{entry['name']} ({entry['slot']}): {entry['dtype_a']} {entry['shape_a']} in A, {entry['dtype_b']} "
-            console.out.print(f"tensor  {text}{entry['shape_b']} in B", markup=False, soft_wrap=True)
+            console.line(f"tensor  {text}{entry['shape_b']} in B")
         if len(document["changed"]) > 20:
             console.out.print(f"tensor  ... and {len(document['changed']) - 20} more (--json lists all)")
         if document["same"]:

@@ -66,4 +66,4 @@ def import_gguf(
         f"gguf -> {plan.layout}: {plan.tensors} tensors dequantised to {dtype}, {console.size(plan.bytes_written)} in "
         f"{result.seconds:.2f} s, peak memory {console.size(summary['peak_rss_bytes'])}"
     )
-    console.out.print(str(target), markup=False, soft_wrap=True)
+    console.line(str(target))
