@@ -39,13 +39,13 @@ demo: $(VENV)/installed
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m slow
 
 test-transformers4: $(V4)/installed
-	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow" \
+	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
 		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py \
 		tests/test_verify_forward.py tests/test_false_alarms.py tests/test_gguf.py tests/test_hub.py
 

@@ -11,7 +11,18 @@ from types import FrameType
 # numpy's BLAS would start a thread per core on import, for matrix products that nothing here asks it for.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from commands import console, convert, diff, import_gguf, inspect, verify  # noqa: F401  (they register themselves)
+from commands import (  # noqa: F401  (they register themselves)
+    console,
+    convert,
+    data,
+    diff,
+    import_gguf,
+    inspect,
+    plot,
+    recipe,
+    tokenize,
+    verify,
+)
 from commands.app import app
 from smolconv.errors import Interrupted, SmolconvError
 

@@ -30,23 +30,40 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
     decay = total - warmup if decay is None else int(decay)
     low = schedule.get("min_decay_lr")
     low = peak if low is None else float(low)
-    return peak, _learning_rate(schedule, step, peak, low, warmup, start, decay, where)
+    try:
+        return peak, learning_rate(
+            step, peak=peak, low=low, warmup=warmup, start=start, decay=decay, shape=schedule.get("lr_decay_style"),
+            warmup_shape=schedule.get("lr_warmup_style"),
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadCheckpoint(f"{where}: lr_decay_style: {error}.") from None
 
 
-def _learning_rate(
-    schedule: Mapping[str, Any], step: int, peak: float, low: float, warmup: int, start: int, decay: int, where: str
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    low: float,
+    warmup: int,
+    start: int,
+    decay: int,
+    shape: str | None,
+    warmup_shape: str | None = "linear",
 ) -> float:
+    """The LR after ``step`` completed steps: warm-up, ``peak``, decay over [start, start + decay), ``low``.
+
+    Without ``shape`` it drops to ``low`` at ``start``. Raises ``ValueError`` at an unknown one.
+    """
     if warmup == 0 and decay == 0:
         return peak
-    if schedule.get("lr_warmup_style") is not None and step <= warmup:
-        return peak if schedule["lr_warmup_style"] == "constant" else peak * step / max(warmup, 1)
+    if warmup_shape is not None and step <= warmup:
+        return peak if warmup_shape == "constant" else peak * step / max(warmup, 1)
     if step < start:
         return peak
-    style = schedule.get("lr_decay_style")
-    if style is None or step >= start + decay:
+    if shape is None or step >= start + decay:
         return low
     done = (step - start) / decay
     shapes = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "1-sqrt": 1 - math.sqrt(done)}
-    if style not in shapes:
-        raise BadCheckpoint(f"{where}: lr_decay_style {style!r} is unknown; expected {', '.join(shapes)}.")
-    return low + (peak - low) * shapes[style]
+    if shape not in shapes:
+        raise ValueError(f"{shape!r} is unknown; expected {', '.join(shapes)}")
+    return low + (peak - low) * shapes[shape]

@@ -1,0 +1,154 @@
+"""smolconv continue-train"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from commands import console
+from commands.app import app
+from smolconv.errors import SmolconvError, UsageError
+
+if TYPE_CHECKING:
+    from continual_pretraining.recipe import Recipe
+    from smolconv.spec import ModelSpec
+
+_EPILOG = """
+**Examples**
+
+    smolconv continue-train try-out --dry-run
+
+    smolconv continue-train my.yaml --nproc-per-node 8 --set schedule.train_steps=2000
+
+    smolconv continue-train my.yaml --launcher slurm --nnodes 4 --nproc-per-node 8
+
+The same command goes on with a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
+a signal and has saved, 6 when training stopped itself.
+"""
+
+_Launcher = Literal["local", "torchrun", "deepspeed", "slurm"]
+
+
+@app.command("continue-train", epilog=_EPILOG)
+def continue_train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe. Repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the recipe, DeepSpeed's JSON, the estimate and the launch; touch nothing."
+        ),
+    ] = False,
+    launcher: Annotated[_Launcher | None, typer.Option(help="Instead of the recipe's launch.launcher.")] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Default: one a GPU.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="For deepspeed: lines of `host slots=N`.")] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="{auto,never,PATH}", help="auto: from the run's last checkpoint, if any. PATH: step-N, or a run."
+        ),
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option(help="The run's folder, instead of the recipe's output.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON document on stdout.")] = False,
+) -> None:
+    """Continue pretraining from a checkpoint of any layout, by a recipe; or go on with a run that was stopped."""
+    from continual_pretraining.launch import launch, placement  # noqa: PLC0415
+    from continual_pretraining.recipe_file import load_recipe, notes  # noqa: PLC0415
+    from continual_pretraining.run_folder import check_run, write_recipe  # noqa: PLC0415
+
+    options = {
+        "launch.launcher": launcher, "launch.ranks_per_node": nproc_per_node, "launch.nodes": nnodes,
+        "launch.hostfile": hostfile, "output": output,
+    }  # fmt: skip
+    given = load_recipe(
+        recipe, [*(set_ or []), *(f"{name}={value}" for name, value in options.items() if value is not None)]
+    )
+    run = Path(given.output).absolute()
+    if resume not in ("auto", "never"):
+        resume = str(Path(resume).absolute())
+    world_size = placement(given).world_size
+    told = [*notes(given), *check_run(given, run, resume)]
+    if dry_run:
+        _show_plan(given, run, resume, world_size, told, as_json=as_json)
+        return
+    if as_json:
+        raise UsageError("a run's figures are in its metrics.jsonl; --json is for --dry-run.")
+    for line in told:
+        console.say(line)
+    write_recipe(given, run)
+    raise typer.Exit(launch(given, run, resume=resume))
+
+
+def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
+    from continual_pretraining.engine_config import engine_config  # noqa: PLC0415
+    from continual_pretraining.estimate import estimate, render  # noqa: PLC0415
+    from continual_pretraining.launch import batch_script, launch_command  # noqa: PLC0415
+    from continual_pretraining.recipe_file import dump_recipe  # noqa: PLC0415
+
+    tokens, problems = _tokens(recipe)
+    engine = engine_config(recipe, world_size)
+    plan = estimate(recipe, _spec(recipe), world_size, tokens_per_source=tokens)
+    launcher, words = recipe.launch.launcher, launch_command(recipe, run, resume=resume)
+    script = batch_script(recipe, run, words) if launcher == "slurm" else None
+    if as_json:
+        for line in told:
+            console.say(line)
+        document: dict[str, Any] = {
+            "schema": 1, "recipe": recipe.model_dump(mode="json"), "run": str(run), "world_size": world_size,
+            "deepspeed": engine, "estimate": plan.to_json(), "problems": problems,
+            "launch": {"launcher": launcher, "command": words, "script": script},
+        }  # fmt: skip
+        console.print_json(document)
+        return
+    console.line(f"# The recipe, with all defaults\n{dump_recipe(recipe)}")
+    console.line(f"# DeepSpeed's JSON for {world_size} ranks\n{json.dumps(engine, indent=2)}\n")
+    for title, rows in render(plan):
+        console.line(f"# {title}")
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
+            console.line(f"{label:<{width}}  {value}".strip())
+        console.line("")
+    if script is not None:
+        console.line(f"# For sbatch; kept in {run}/slurm\n{script}")
+    else:
+        times = f", {world_size} times, with RANK, WORLD_SIZE and MASTER_ADDR" if launcher == "local" else ""
+        console.line(f"# What the launcher starts{times}\n{shlex.join(words)}\n")
+    for line in told:
+        console.say(line)
+    console.warn(problems)
+
+
+def _spec(recipe: Recipe) -> ModelSpec:
+    """Of the source, from headers alone, with the recipe's own rope theta and context."""
+    from continual_pretraining.start import check_model, with_overrides  # noqa: PLC0415
+    from smolconv.hub import open_source  # noqa: PLC0415
+    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
+    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+
+    model = recipe.model
+    read = ReadOptions(config=Path(model.config) if model.config else None, step=model.step)
+    spec = with_overrides(read_checkpoint(open_source(model.source, headers_only=True), read), recipe).spec
+    check_model(recipe, spec, model.source)
+    return spec
+
+
+def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:
+    """By the sources' names; and what is wrong with them: a plan can be made before the data is there."""
+    from continual_pretraining.token_files import TokenFolder  # noqa: PLC0415
+
+    tokens: dict[str, int] = {}
+    problems: list[str] = []
+    for stage in recipe.data.stages:
+        for name, source in zip(stage.names, stage.sources):
+            try:
+                tokens[name] = TokenFolder.open(source.path, recipe.data.sequence_length).tokens
+            except SmolconvError as error:
+                problems.append(f"{type(error).__name__}: {error}")
+    return tokens, problems

@@ -1,0 +1,47 @@
+"""smolconv plot"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands import console
+from commands.app import app
+from smolconv.errors import UsageError
+
+_EPILOG = """
+**Examples**
+
+    smolconv plot run
+
+    smolconv plot run loss.svg
+
+    smolconv plot run-a run-b -o both.html
+"""
+
+
+@app.command(epilog=_EPILOG)
+def plot(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN... [OUT]", help="Folders that continue-train wrote; one that still trains too."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The picture: .html, .svg, or .png (needs cairosvg). Default: RUN/plot.html."
+        ),
+    ] = None,
+) -> None:
+    """Draw loss, learning rate, gradient norm and throughput. The losses of several runs lie over each other."""
+    from continual_pretraining.plot import SUFFIXES, write_plot  # noqa: PLC0415
+
+    if output is None and len(runs) > 1 and runs[-1].suffix in SUFFIXES and not runs[-1].is_dir():
+        *runs, output = runs
+    if output is None and len(runs) > 1:
+        raise UsageError("there are several runs and no name for their picture. Add one: -o both.html")
+    output = output or runs[0] / "plot.html"
+    write_plot(runs, output)
+    console.say(f"wrote {output}")

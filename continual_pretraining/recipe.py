@@ -1,0 +1,274 @@
+"""A recipe: one training run, as YAML and as a validated ``Recipe``.
+
+Steps are counted from 1: step k makes the k-th optimizer update of the run, at the learning rate of k - 1 completed
+steps. A sequence is a row of ``data.sequence_length`` input tokens; sizes of batches are whole sequences.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe. An unknown key is an error: a misspelt one would silently train something else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Model(Section):
+    """What is trained, and how its forward pass is computed. The architecture itself is read from the source."""
+
+    source: str  #: a checkpoint of any layout, or hf://owner/name
+    config: str | None = None  #: for a source without one, as convert's --config
+    step: NotNegative | None = None  #: of a run folder with several
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
+    rope_theta: PositiveFloat | None = None  #: to change the source's, for long context
+    max_positions: Positive | None = None  #: the same for its context
+    attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
+    activation_checkpointing: bool = False
+    liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
+    compile: bool = False
+
+
+class Start(Section):
+    """What is taken from the source besides its weights, each on its own."""
+
+    optimizer: bool = False  #: Adam's masters, moments and step
+    learning_rate: bool = False  #: go on at the source's step of the schedule; off: at step 1
+    data: bool = False  #: go on at the source's place in the data; off: at its beginning
+    gate: bool = True  #: compare the first loss with the source model's, and refuse to train when they differ
+    gate_tolerance: PositiveFloat | None = None  #: None: 1e-4 in float32, 0.02 in bfloat16
+
+
+class Source(Section):
+    """A folder of datatrove token files, and its share of a stage."""
+
+    path: str
+    weight: PositiveFloat = 1.0  #: shares are normalised to a sum of 1 within their stage
+    name: str | None = None  #: in metrics; None: the folder's name
+
+
+class Stage(Section):
+    """From which step on which sources are blended; the blend begins anew with each stage."""
+
+    name: str
+    start_step: Positive = 1
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Normalised, in the order of the sources."""
+        total = sum(source.weight for source in self.sources)
+        return tuple(source.weight / total for source in self.sources)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(source.name or source.path.rstrip("/").rpartition("/")[2] for source in self.sources)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Stage:
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]!r}: give one of them another name")
+        return self
+
+
+class Data(Section):
+    """Which tokens are trained on, in which order. Token files hold windows of sequence_length + 1 tokens."""
+
+    sequence_length: Positive
+    eos_token_id: NotNegative  #: ends a document; compared with the files' own boundaries
+    boundaries: Literal["eos", "index"] = "eos"  #: where documents begin: after an EOS, or by the .ds.index
+    mask_documents: bool = True  #: attention stays within a document, and its first token is not predicted
+    file_seed: NotNegative | None = None  #: permutes a folder's files; None: sorted
+    loss_masks: bool = True  #: leave tokens out of the loss that a .ds.loss file marks with 0
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Data:
+        steps = [stage.start_step for stage in self.stages]
+        if steps[0] != 1 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError(f"stages start at steps {steps}: the first must be 1, and each later than the one before")
+        if len({stage.name for stage in self.stages}) < len(steps):
+            raise ValueError("two stages have the same name")
+        return self
+
+
+class Schedule(Section):
+    """The learning rate: linear warm-up, constant, then decay to min_lr (WSD), as nanotron computes it."""
+
+    train_steps: Positive  #: the last step of the run
+    peak_lr: PositiveFloat
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: NotNegative = 0
+    decay: Literal["none", "linear", "cosine", "1-sqrt"] = "none"
+    decay_start_step: NotNegative | None = None  #: completed steps before the decay; None: train_steps - decay_steps
+    decay_steps: Positive | None = None  #: None: all that remain after decay_start_step, or after the warm-up
+
+
+class Optimizer(Section):
+    """AdamW with decoupled weight decay on fp32 masters."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes matched from the start of canonical names
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  #: 0: no clipping
+
+
+class Parallelism(Section):
+    """How a step is divided: ranks, ZeRO, micro-batches. Every rank does data parallelism."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"  #: "all" (ZeRO-3): parameters too
+    micro_batch_sequences: Positive = 1
+    global_batch_sequences: Positive | None = None  #: one of the two is given
+    global_batch_tokens: Positive | None = None
+    threads: Positive | None = None  #: of a rank on CPU; None: the machine's cores divided by its ranks
+
+
+class Loss(Section):
+    """What is minimised: cross entropy in float32."""
+
+    normalisation: Literal["micro-batches", "tokens"] = "micro-batches"  #: mean of micro-batch means, or of all tokens
+
+
+class Checkpoints(Section):
+    """When the run saves itself."""
+
+    every_steps: Positive = 1000
+    keep: Positive | None = None  #: how many of the newest stay; None: all
+    keep_every_steps: Positive | None = None  #: these stay whatever ``keep`` says
+    on_full_disk: Literal["stop", "continue"] = "stop"
+
+
+class Logging(Section):
+    """Where the run can be watched, beside its own metrics.jsonl."""
+
+    every_steps: Positive = 1  #: lines on the terminal; metrics.jsonl has every step
+    tensorboard: bool = False
+    trackio: str | None = None  #: the project's name
+    wandb: str | None = None  #: the project's name
+    peak_tflops: PositiveFloat | None = None  #: of one GPU, dense bf16, for MFU; None: by the device's name
+
+
+class Spikes(Section):
+    """A loss far above the recent ones. A skipped step is counted and logged, and changes no weights."""
+
+    action: Literal["log", "skip"] = "log"
+    sigmas: PositiveFloat = 6.0
+    window_steps: Annotated[int, Field(ge=8)] = 128
+
+
+class Evaluation(Section):
+    """Loss on held-out token files."""
+
+    every_steps: Positive
+    sequences: Positive = 64  #: of each source, from its beginning
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class Export(Section):
+    """What is written to ``export/`` after the last step, from the last checkpoint."""
+
+    formats: Annotated[tuple[Literal["hf", "nanotron"], ...], Field(min_length=1)] = ("hf",)
+    verify: bool = True
+    push: str | None = None  #: owner/name on the Hub, for hf
+    optimizer: bool = False  #: with Adam's state and the progress
+
+
+class Slurm(Section):
+    """The batch script's own lines."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "24:00:00"
+    gpus_per_node: NotNegative | None = None  #: None: ranks per node, on a machine with GPUs
+    cpus_per_task: Positive | None = None
+    signal_seconds: Positive = 300  #: SIGUSR1 this long before the walltime: the run saves and is queued again
+    requeue: bool = True
+    setup: tuple[str, ...] = ()  #: shell lines before the run: modules, activation of an environment
+    options: tuple[str, ...] = ()  #: further #SBATCH options, as "--exclusive"
+
+
+class Launch(Section):
+    """Where the ranks run. Options of the command line come before these."""
+
+    launcher: Literal["local", "torchrun", "deepspeed", "slurm"] = "local"
+    nodes: Positive = 1
+    ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
+    hostfile: str | None = None
+    rendezvous: str | None = None  #: host:port, for torchrun over several nodes
+    environment: dict[str, str] = Field(default_factory=dict)
+    slurm: Slurm = Slurm()
+
+
+class Recipe(Section):
+    """Everything that decides what a run computes, and where it runs."""
+
+    name: str
+    description: str = ""
+    output: str = "run"  #: the run's folder
+    seed: NotNegative = 0
+    model: Model
+    start: Start = Start()
+    data: Data
+    schedule: Schedule
+    optimizer: Optimizer = Optimizer()
+    parallelism: Parallelism = Parallelism()
+    loss: Loss = Loss()
+    checkpoints: Checkpoints = Checkpoints()
+    logging: Logging = Logging()
+    spikes: Spikes = Spikes()
+    evaluation: Evaluation | None = None
+    export: Export | None = None
+    launch: Launch = Launch()
+
+    @property
+    def global_batch_sequences(self) -> int:
+        given = self.parallelism
+        if given.global_batch_sequences is not None:
+            return given.global_batch_sequences
+        return (given.global_batch_tokens or 0) // self.data.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_sequences * self.data.sequence_length
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """World size times accumulation steps: the same however the run is divided over ranks."""
+        return self.global_batch_sequences // self.parallelism.micro_batch_sequences
+
+    @model_validator(mode="after")
+    def _batch(self) -> Recipe:
+        given = self.parallelism
+        if (given.global_batch_sequences is None) == (given.global_batch_tokens is None):
+            raise ValueError("parallelism: give one of global_batch_sequences and global_batch_tokens")
+        if given.global_batch_tokens and given.global_batch_tokens % self.data.sequence_length:
+            raise ValueError(
+                f"parallelism.global_batch_tokens {given.global_batch_tokens} is not a multiple of "
+                f"data.sequence_length {self.data.sequence_length}"
+            )
+        if self.global_batch_sequences % given.micro_batch_sequences:
+            raise ValueError(
+                f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be cut into "
+                f"micro-batches of {given.micro_batch_sequences}"
+            )
+        if given.offload == "all" and given.zero_stage != 3:
+            raise ValueError("parallelism.offload: all needs zero_stage 3")
+        if given.offload != "none" and given.zero_stage == 0:
+            raise ValueError("parallelism.offload needs zero_stage 1, 2 or 3")
+        for stage in self.data.stages[1:]:
+            if stage.start_step > self.schedule.train_steps:
+                raise ValueError(f"data: stage {stage.name} starts at step {stage.start_step}, after the last step")
+        return self

@@ -1,0 +1,115 @@
+"""A run's folder before its ranks start: which recipe it was trained by, and whether another may go on with it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual_pretraining.recipe import Recipe
+from continual_pretraining.recipe_file import dump_recipe, load_recipe
+from continual_pretraining.run_checkpoints import FOLDER, find_resume, latest
+from smolconv.errors import UsageError
+
+RECIPE = "recipe.resolved.yaml"
+#: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
+#: others would go on as something that neither recipe describes.
+_DECIDING = (
+    "seed", "model.source", "model.config", "model.step", "model.rope_theta", "model.max_positions", "data",
+    "optimizer.betas", "optimizer.eps", "optimizer.no_decay", "loss", "global batch", "micro-batch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A field in which two recipes differ."""
+
+    field: str
+    old: object
+    new: object
+    decides: bool  #: the model or its data
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new}"
+
+
+def changes(old: Recipe, new: Recipe) -> list[Change]:
+    """Where ``new`` differs from ``old``, in the order of fields."""
+    before, after = dict(_fields(old)), dict(_fields(new))
+    # With a mean over all tokens the loss does not depend on how a step is cut up.
+    free = {"micro-batch"} if old.loss.normalisation == new.loss.normalisation == "tokens" else set()
+    return [
+        Change(
+            field=field, old=before.get(field), new=after.get(field),
+            decides=field not in free and any(field == name or field.startswith(f"{name}.") for name in _DECIDING),
+        )
+        for field in dict.fromkeys([*before, *after])
+        if before.get(field) != after.get(field)
+    ]  # fmt: skip
+
+
+def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
+    """What the user should know before the run goes on, or begins. Writes nothing.
+
+    Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise,
+    and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no checkpoint where ``resume`` says.
+    """
+    if resume == "never" and latest(run) is not None:
+        raise UsageError(
+            f"{run} holds a run's checkpoints, which --resume never would write over.\n"
+            "Choose another folder with --output, or leave --resume never out to go on."
+        )
+    checkpoint = find_resume(run, resume)
+    if checkpoint is None:
+        return []
+    of_run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
+    notes = [f"goes on from {checkpoint}"]
+    if not (of_run / RECIPE).is_file():
+        return notes
+    found = changes(load_recipe(of_run / RECIPE), recipe)
+    if deciding := [change for change in found if change.decides]:
+        raise UsageError(
+            "\n".join(
+                [f"{checkpoint} was trained by another recipe ({of_run / RECIPE}):", *(f"  {c}" for c in deciding)]
+            )
+            + "\nThe rest of this run would not be what either says. Take these back, or start a new run from it:\n"
+            f"another --output, model.source={checkpoint}, and what start.* shall carry over.\n"
+            f"If only a path has moved, change it in {of_run / RECIPE} too."
+        )
+    return [*notes, *(f"changed since its last start: {change}" for change in found)]
+
+
+def write_recipe(recipe: Recipe, run: Path) -> None:
+    """Write ``recipe.resolved.yaml`` as a whole; every node of a torchrun run does, at the same time."""
+    run.mkdir(parents=True, exist_ok=True)
+    path, text = run / RECIPE, dump_recipe(recipe)
+    partial = run / f"{RECIPE}.{socket.gethostname()}-{os.getpid()}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _fields(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    document = recipe.model_dump(mode="json")
+    parallelism = document["parallelism"]
+    # However the batch was written down.
+    parallelism.pop("global_batch_sequences")
+    parallelism.pop("global_batch_tokens")
+    yield "global batch", f"{recipe.global_batch_sequences} sequences"
+    yield "micro-batch", f"{parallelism.pop('micro_batch_sequences')} sequences"
+    for name in ("output", "description"):
+        document.pop(name)
+    yield from _flat(document, "")
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _flat(below, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{name}.{index}")
+    else:
+        yield name, value

@@ -1,0 +1,241 @@
+"""Where a run begins: the source checkpoint, or a checkpoint of its own, in the form that its ranks load.
+
+One process prepares, on the CPU and streaming, before the engine starts; the others wait for it. DeepSpeed is always
+handed a checkpoint of the very stage and world size that it runs with, so its own elastic loading is never needed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from continual_pretraining.gate import SourceLoss, source_loss
+from continual_pretraining.optimizer import Group, group_parameters
+from continual_pretraining.recipe import Recipe
+from continual_pretraining.run_checkpoints import RunState, find_resume, latest, remove_partial
+from smolconv.checkpoint import Checkpoint
+from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
+from smolconv.errors import BadCheckpoint, UsageError
+from smolconv.hub import open_source
+from smolconv.layouts.base import ASSET_NAMES, ReadOptions, hf_config
+from smolconv.layouts.registry import read_checkpoint
+from smolconv.spec import ModelSpec, parameter_shapes, spec_differences
+
+#: Below the run's folder; removed when the first checkpoint of the run is whole.
+FOLDER = "start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPoint:
+    """What every rank needs to begin. Plain types, so that it can be sent."""
+
+    folder: str  #: that DeepSpeed loads ``tag`` from
+    tag: str
+    step: int  #: completed before the first
+    position: Mapping[str, Any] | None  #: of the data; None: its beginning
+    config: Mapping[str, Any]  #: the model's, as an HF config.json
+    resumed: str | None  #: the checkpoint of the run that it goes on from
+    adam: bool  #: whether Adam's state is there
+    spikes: Mapping[str, Any] = field(default_factory=dict)
+    skipped_steps: int = 0
+    gate: SourceLoss | None = None
+    assets: Mapping[str, str] = field(default_factory=dict)  #: tokenizer and the like, by name
+    notes: Sequence[str] = ()
+
+
+def prepare(recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu") -> StartPoint:
+    """Find where to begin, and convert it for these ranks where it is not so already.
+
+    Raises ``UsageError`` when the recipe and the checkpoint contradict each other.
+    """
+    remove_partial(run)
+    own = find_resume(run, resume)
+    if own is None and latest(run) is not None:
+        raise UsageError(
+            f"--resume never: {run} holds checkpoints of a run already. Choose another --output, or --resume auto."
+        )
+    return _resumed(recipe, run, own, world_size) if own is not None else _fresh(recipe, run, world_size, device)
+
+
+def groups_of(recipe: Recipe, spec: ModelSpec) -> tuple[Group, ...]:
+    """The engine's parameter groups, in the order in which a checkpoint must hold them."""
+    return group_parameters(parameter_shapes(spec), recipe.optimizer, tied=spec.tied)
+
+
+def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
+    """Raise ``UsageError`` where the data cannot be this model's."""
+    if recipe.data.sequence_length > spec.max_positions:
+        raise UsageError(
+            f"data.sequence_length {recipe.data.sequence_length} is longer than the context of {source}, "
+            f"{spec.max_positions} positions.\nTo extend it, set model.max_positions (and model.rope_theta)."
+        )
+    if recipe.data.eos_token_id >= spec.vocab_size:
+        raise UsageError(
+            f"data.eos_token_id {recipe.data.eos_token_id} is outside the vocabulary of {source}, "
+            f"{spec.vocab_size} entries. Check which tokenizer the token files were made with."
+        )
+
+
+def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with the recipe's own rope theta and context, for long-context stages."""
+    changes: dict[str, Any] = {}
+    if recipe.model.rope_theta is not None:
+        changes["rope_theta"] = recipe.model.rope_theta
+        if checkpoint.spec.rope_scaling is not None:
+            raise UsageError(
+                f"model.rope_theta {recipe.model.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
+                f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict."
+            )
+    if recipe.model.max_positions is not None:
+        changes["max_positions"] = recipe.model.max_positions
+    return replace(checkpoint, spec=replace(checkpoint.spec, **changes)) if changes else checkpoint
+
+
+def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
+    wanted = recipe.start
+    folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
+    read = ReadOptions(
+        config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
+        optimizer=wanted.optimizer,
+    )  # fmt: skip
+    source = read_checkpoint(folder, read)
+    checkpoint = with_overrides(source, recipe)
+    check_model(recipe, checkpoint.spec, recipe.model.source)
+    if wanted.optimizer and not checkpoint.has_optimizer:
+        raise UsageError(
+            f"start.optimizer: {recipe.model.source} ({checkpoint.layout}) holds no Adam state.\n"
+            "Set start.optimizer: false to begin with zero moments."
+        )
+    progress = source.progress
+    if (wanted.learning_rate or wanted.data) and progress is None:
+        raise UsageError(
+            f"start.learning_rate and start.data go on from the source's progress, and {recipe.model.source} has none."
+        )
+    step = progress.step if wanted.learning_rate and progress is not None else 0
+    if step >= recipe.schedule.train_steps:
+        raise UsageError(
+            f"start.learning_rate: the source has completed {step} steps, and schedule.train_steps is "
+            f"{recipe.schedule.train_steps}. Raise train_steps, or set start.learning_rate: false."
+        )
+    position: Mapping[str, Any] | None = None
+    if wanted.data:
+        position = _source_position(recipe, source, step)
+    elif step:
+        position = {"step": step, "stages": []}  # the schedule goes on, the data begins
+    gate = None
+    if wanted.gate:
+        batch = first_micro_batch(recipe, checkpoint.spec, step, position)
+        gate = source_loss(_side(checkpoint, folder, read, device), batch)
+    start = _convert(checkpoint, recipe, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
+    return replace(start, step=step, position=position, gate=gate)
+
+
+def _resumed(recipe: Recipe, run: Path, own: Path, world_size: int) -> StartPoint:
+    state = RunState.read(own)
+    given = recipe.parallelism
+    if state.global_batch_sequences != recipe.global_batch_sequences:
+        raise UsageError(
+            f"{own} was trained with a global batch of {state.global_batch_sequences} sequences; the recipe has "
+            f"{recipe.global_batch_sequences}. Steps would no longer mean the same data: start a new run from it."
+        )
+    if state.micro_batch_sequences != given.micro_batch_sequences and recipe.loss.normalisation != "tokens":
+        raise UsageError(
+            f"{own} was trained with micro-batches of {state.micro_batch_sequences} sequences; the recipe has "
+            f"{given.micro_batch_sequences}. The loss is a mean of micro-batch means, so it would change.\n"
+            "Keep the micro-batch, or set loss.normalisation: tokens."
+        )
+    checkpoint = with_overrides(read_checkpoint(own, ReadOptions()), recipe)
+    check_model(recipe, checkpoint.spec, str(own))
+    same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
+    if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
+        same = True  # one file for all ranks
+    if same:
+        start = StartPoint(
+            folder=str(own.parent), tag=own.name, step=0, position=None, resumed=None, adam=True,
+            config=hf_config(checkpoint, recipe.model.dtype), assets=_assets(checkpoint),
+        )  # fmt: skip
+    else:
+        start = _convert(checkpoint, recipe, run, world_size, optimizer=True, uri=str(own))
+        start = replace(
+            start,
+            notes=(
+                *start.notes,
+                f"{own.name} was saved by {state.world_size} ranks of ZeRO-{state.zero_stage} ({state.dtype}) and was "
+                f"converted for {world_size} of ZeRO-{given.zero_stage} ({recipe.model.dtype}).",
+            ),
+        )
+    return replace(
+        start, step=state.step, position=state.position, resumed=str(own), spikes=state.spikes,
+        skipped_steps=state.skipped_steps,
+    )  # fmt: skip
+
+
+def _convert(
+    checkpoint: Checkpoint, recipe: Recipe, run: Path, world_size: int, *, optimizer: bool, uri: str
+) -> StartPoint:
+    given, place = recipe.parallelism, run / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    groups = place / "groups.json"
+    members = groups_of(recipe, checkpoint.spec)
+    if checkpoint.frozen:
+        raise BadCheckpoint(
+            f"{uri} has {len(checkpoint.frozen)} frozen parameters ({checkpoint.frozen[0]}, ...): continue-train "
+            "trains all of them.\nConvert it to Hugging Face's layout first, which keeps only the weights."
+        )
+    groups.write_text(json.dumps([group.to_json(recipe.optimizer) for group in members]))
+    target = place / "deepspeed"
+    shutil.rmtree(target, ignore_errors=True)
+    options = ConvertOptions(
+        to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
+        optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
+    )  # fmt: skip
+    plan = plan_from_checkpoint(checkpoint, uri, target, options)
+    run_conversion(plan, overwrite=True)
+    return StartPoint(
+        folder=str(target), tag=(target / "latest").read_text(), step=0, position=None, resumed=None, adam=optimizer,
+        config=json.loads((target / "config.json").read_text()), assets=_assets(checkpoint),
+    )  # fmt: skip
+
+
+def _assets(checkpoint: Checkpoint) -> dict[str, str]:
+    skipped = ("README.md", "LICENSE")
+    return {
+        name: str(path.resolve())
+        for name, path in checkpoint.assets.items()
+        if name in ASSET_NAMES and name not in skipped
+    }
+
+
+def _side(checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str) -> Any:
+    from smolconv.verify.compare import Stored, VerifyOptions, side_of  # noqa: PLC0415
+
+    # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
+    own = read_checkpoint(folder, replace(read, optimizer=False))
+    stored = None if spec_differences(own.spec, checkpoint.spec) else Stored(folder=folder, options=read)
+    return side_of(checkpoint, stored, VerifyOptions(device=device))
+
+
+def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapping[str, Any] | None) -> Any:
+    """The batch that the start gate looks at: micro-batch 0 of the first step, whatever the ranks."""
+    from continual_pretraining.data import TrainingData  # noqa: PLC0415
+
+    data = TrainingData(
+        recipe.data, global_batch_sequences=recipe.global_batch_sequences,
+        micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=spec.vocab_size, rank=0,
+        world_size=recipe.micro_batches_per_step, position=None if position is None else dict(position),
+    )  # fmt: skip
+    try:
+        return next(iter(data.steps(step + 1, step + 1))).micro_batches[0]
+    finally:
+        data.close()
+
+
+def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
+    from continual_pretraining.data import position_from_stages  # noqa: PLC0415
+
+    assert source.progress is not None
+    return position_from_stages(source.progress.stages, recipe.data, step)

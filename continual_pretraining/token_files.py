@@ -1,0 +1,481 @@
+"""datatrove's token files: what a folder holds, and its windows as rows to train on.
+
+``X.ds`` holds token ids one after the other, little-endian, 2 or 4 bytes each, without any header. Beside it may lie
+``X.ds.index`` (uint64, the end of each document in tokens, exclusive), ``X.ds.metadata`` (``tokenizer|token size``,
+token count, the count for people) and ``X.ds.loss`` (a byte a token, 0: not to be trained on). No file has a magic
+number, so they are checked against each other.
+
+Window w of a file is its tokens ``[w(S + 1), (w + 1)(S + 1))``: S inputs and, one further, S labels. What is left at
+the end of a file is never read. Shapes use: R rows, S sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, UsageError
+
+IGNORED_LABEL = -100  #: what torch's cross entropy leaves out
+#: Rows are finished in blocks that stay in a core's second-level cache.
+_BLOCK_TOKENS = 1 << 15
+#: What is looked at when a folder is opened: of so many files, so many tokens and document ends from the beginning.
+_SAMPLED_FILES, _SAMPLED_TOKENS, _SAMPLED_DOCUMENTS = 8, 1 << 16, 1024
+#: An index of more documents than this in all its files is checked file by file, at the first use of each.
+_INDEX_CHECKED_AT_OPEN = 8 << 20
+#: Without an index, so many tokens are searched for an EOS.
+_SEARCHED_FOR_EOS = 1 << 26
+_CHUNK = 1 << 20
+
+Ids = NDArray[Any]  #: little-endian uint16 or uint32, as the file has them
+Int64s = NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """Where a row of a batch was read, to name it in errors."""
+
+    source: str
+    file: str  #: path
+    window: int  #: number in the file; its first token is that of ``window * (S + 1)``
+
+
+_NO_ROW = Row("", "", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows to train on; all arrays are int64 ``[R, S]``."""
+
+    input_ids: Int64s
+    positions: Int64s  #: 0 where a document begins; every row begins one
+    labels: Int64s  #: the next tokens; -100 where the next token is not to be predicted
+    rows: tuple[Row, ...]  #: R of them; none for a batch that only keeps ranks in step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFile:
+    """One ``.ds`` file with what lies beside it, checked against each other. Its arrays are mapped on first use."""
+
+    path: Path
+    token_size: int  #: bytes
+    tokens: int
+    tokenizer: str | None  #: the name in .ds.metadata, a label only
+    documents: int | None  #: entries of the index; None without one
+    has_loss: bool
+
+    @cached_property
+    def ids(self) -> Ids:
+        return _mapped(self.path, f"<u{self.token_size}", self.tokens)
+
+    @cached_property
+    def ends(self) -> NDArray[np.uint64]:
+        """The index. Raises ``MissingFile`` without one, ``CorruptFile`` when it does not ascend."""
+        path = _beside(self.path, "index")
+        if self.documents is None:
+            raise MissingFile(
+                f"{path} is not there.\nWith data.boundaries: index, every token file needs its index.\n"
+                "Copy it from where the data was tokenised, or set data.boundaries: eos."
+            )
+        ends = _mapped(path, "<u8", self.documents)
+        last = 0
+        for start in range(0, len(ends), _CHUNK):
+            chunk = ends[start : start + _CHUNK]
+            falls = np.flatnonzero(np.diff(chunk.astype(np.int64), prepend=last) < 0)
+            if len(falls):
+                at = start + int(falls[0])
+                raise CorruptFile(
+                    f"{path}: document {at} ends at token {ends[at]}, before the one in front of it "
+                    f"({ends[at - 1] if at else 0}).\nEnds of documents ascend.\n{_TOKENISE_AGAIN}"
+                )
+            last = int(chunk[-1])
+        return ends
+
+    @cached_property
+    def losses(self) -> NDArray[np.uint8]:
+        """A byte a token: 0 where it is not to be predicted."""
+        assert self.has_loss
+        return _mapped(_beside(self.path, "loss"), "u1", self.tokens)
+
+
+class TokenFolder:
+    """A folder's windows, in the order of its files: sorted by name, or permuted as nanotron does with a seed."""
+
+    def __init__(self, path: Path, sequence_length: int, files: Sequence[TokenFile], *, name: str) -> None:
+        self.path, self.name, self.sequence_length, self.files = path, name, sequence_length, tuple(files)
+        self.tokens = sum(file.tokens for file in files)
+        counts = [file.documents for file in files]
+        #: Entries of all indexes; None when a file has none.
+        self.documents = None if None in counts else sum(count or 0 for count in counts)
+        self.token_size = files[0].token_size
+        self.has_loss = any(file.has_loss for file in files)
+        ends = list(accumulate(file.tokens // (sequence_length + 1) for file in files))
+        self.windows = ends[-1]
+        self._ends = np.array(ends, dtype=np.int64)
+        self._begins = np.array([0, *ends[:-1]], dtype=np.int64)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        sequence_length: int,
+        *,
+        name: str | None = None,
+        file_seed: int | None = None,
+        vocab_size: int | None = None,
+        eos_token_id: int | None = None,
+    ) -> TokenFolder:
+        """List and check a folder; nanotron reads no subfolders, and neither do we.
+
+        ``eos_token_id`` is compared with how documents end, by the index or by searching for it. ``vocab_size`` bounds
+        the ids of a sample (those that are read later are checked then), and helps to tell the size of tokens where
+        neither metadata nor index does.
+
+        Raises ``MissingFile`` without token files, ``CorruptFile`` when a file contradicts those beside it or the
+        vocabulary, ``MixedCheckpoint`` when files come from different tokenizers, ``UsageError`` when the folder is
+        too small for a window or ends its documents otherwise.
+        """
+        folder = Path(path)
+        files = [_open_file(each, vocab_size) for each in _token_files(folder, str(path))]
+        for file in files[1:]:
+            for what, mine, other in (
+                ("tokenizer", file.tokenizer, files[0].tokenizer),
+                ("token size", file.token_size, files[0].token_size),
+            ):
+                if mine != other:
+                    raise MixedCheckpoint(
+                        f"{folder}: the {what} of {file.path.name} is {mine}, but that of {files[0].path.name} is "
+                        f"{other}.\nThe files of a folder come from one tokenizer.\n"
+                        "Move those of the other one into a folder of their own, or tokenise them again."
+                    )
+        if file_seed is not None:
+            files = [files[i] for i in np.random.default_rng(file_seed).permutation(len(files))]
+        opened = cls(folder, sequence_length, files, name=name or folder.name)
+        if opened.windows == 0:
+            longest = max(file.tokens for file in files)
+            raise UsageError(
+                f"{folder} has {opened.tokens} tokens, at most {longest} in a file: not one window of "
+                f"data.sequence_length {sequence_length}, which takes {sequence_length + 1}.\n"
+                "Windows do not cross files. Set a shorter data.sequence_length, or join the files with datatrove's "
+                "DocumentTokenizerMerger."
+            )
+        opened._check_sample(vocab_size, eos_token_id)
+        return opened
+
+    def places(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """The number of the file, and the window in it, of each sample; samples beyond the last begin again."""
+        windows = samples % self.windows
+        file = self._ends.searchsorted(windows, side="right")
+        return file, windows - self._begins[file]
+
+    def describe(self, row: Row) -> str:
+        """File, tokens and, where there is an index, documents of a row that was read from this folder."""
+        file = next(file for file in self.files if str(file.path) == row.file)
+        start = row.window * (self.sequence_length + 1)
+        last = start + self.sequence_length
+        text = f"{row.source}: {row.file}, tokens {start} to {last}"
+        if file.documents is None:
+            return text
+        first, end = file.ends.searchsorted(np.array((start, last), dtype=file.ends.dtype), side="right")
+        return f"{text}, documents {first} to {end}"
+
+    def _check_sample(self, vocab_size: int | None, eos_token_id: int | None) -> None:
+        filled = [file for file in self.files if file.tokens]
+        sampled = filled[:: -(-len(filled) // _SAMPLED_FILES)]
+        if vocab_size is not None:
+            for file in sampled:
+                _check_ids(file.ids[:_SAMPLED_TOKENS], vocab_size, file, 0)
+        indexed = [file for file in self.files if file.documents is not None]
+        if sum(file.documents or 0 for file in indexed) <= _INDEX_CHECKED_AT_OPEN:
+            for file in indexed:
+                file.ends  # noqa: B018 - a look is a check
+        if eos_token_id is not None:
+            self._check_eos(eos_token_id, [file for file in sampled if file.documents])
+
+    def _check_eos(self, eos_token_id: int, indexed: Sequence[TokenFile]) -> None:
+        if not indexed:
+            searched = 0
+            for file, start in ((each, at) for each in self.files for at in range(0, each.tokens, _CHUNK)):
+                chunk = file.ids[start : start + _CHUNK]
+                if (chunk == eos_token_id).any():
+                    return
+                searched += len(chunk)
+                if searched >= _SEARCHED_FOR_EOS:
+                    break
+            raise UsageError(
+                f"{self.path}: data.eos_token_id {eos_token_id} does not occur in {searched} tokens, and there is no "
+                ".ds.index to tell where documents end.\nEvery document ends in the EOS of its tokenizer.\n"
+                f"Set data.eos_token_id to that of {self.files[0].tokenizer or 'the tokenizer of this data'}, or "
+                "tokenise the text again with an EOS."
+            )
+        found = []
+        for file in indexed:
+            ends = np.unique(file.ends[:_SAMPLED_DOCUMENTS])
+            found.append(file.ids[ends[ends > 0].astype(np.int64) - 1])
+        ids, counts = np.unique(np.concatenate(found), return_counts=True)
+        total = int(counts.sum())
+        right = int(counts[ids == eos_token_id].sum())
+        if 2 * right > total:
+            return
+        most, count = int(ids[counts.argmax()]), int(counts.max())
+        what = f"{self.path}: {right} of {total} documents end in data.eos_token_id {eos_token_id} (by .ds.index)"
+        if 2 * count > total:
+            raise UsageError(
+                f"{what}; {count} end in {most}.\nWith the wrong EOS, documents would not be told apart.\n"
+                f"Set data.eos_token_id={most} if that is the EOS of {self.files[0].tokenizer or 'the tokenizer'}."
+            )
+        raise UsageError(
+            f"{what}, and in no other token either: the text was tokenised without an EOS, as datatrove does unless "
+            "eos_token is given.\nWithout an EOS, only the index says where documents end.\n"
+            "Set data.boundaries: index."
+        )
+
+
+class Wanted(NamedTuple):
+    """Samples of one folder, and the rows that they are to become. Both ``[n]``, ascending."""
+
+    folder: TokenFolder
+    rows: Int64s
+    samples: Int64s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """How windows become rows: where documents begin, and which tokens are predicted."""
+
+    sequence_length: int
+    boundaries: Literal["eos", "index"] = "eos"
+    eos_token_id: int | None = None  #: for boundaries by EOS
+    mask_documents: bool = True  #: positions begin anew with each document, and its first token is not predicted
+    loss_masks: bool = True  #: tokens that a .ds.loss marks with 0 are not predicted either
+    vocab_size: int | None = None
+
+    def read(self, wanted: Sequence[Wanted], count: int) -> Batch:
+        """The rows 0 to ``count`` - 1, all of them wanted once.
+
+        Raises ``CorruptFile`` when a token is outside the vocabulary.
+        """
+        length = self.sequence_length
+        token_size = max(each.folder.token_size for each in wanted)
+        raw = np.empty((count, length + 1), f"<u{token_size}")
+        with_losses = self.loss_masks and any(each.folder.has_loss for each in wanted)
+        losses = np.ones((count, length + 1), np.uint8) if with_losses else None
+        rows: list[Row] = [_NO_ROW] * count
+        files: dict[str, TokenFile] = {}
+        begins: list[Int64s] = []
+        for each in wanted:
+            for row, file, window, windows in _runs(each):
+                start, stop = window * (length + 1), (window + windows) * (length + 1)
+                raw[row : row + windows] = file.ids[start:stop].reshape(windows, length + 1)
+                if losses is not None and file.has_loss:
+                    losses[row : row + windows] = file.losses[start:stop].reshape(windows, length + 1)
+                if self.mask_documents and self.boundaries == "index":
+                    begins.append(_ends_within(file.ends, start, stop) + (row * (length + 1) - start))
+                source, path = each.folder.name, str(file.path)
+                rows[row : row + windows] = [Row(source, path, window + i) for i in range(windows)]
+                files[path] = file
+        by_index = np.sort(np.concatenate(begins)) if begins else None
+        # One piece of memory: three would each be given back to the system when freed, and cost page faults again.
+        input_ids, positions, labels = np.empty((3, count, length), np.int64)
+        batch = Batch(input_ids=input_ids, positions=positions, labels=labels, rows=tuple(rows))
+        block = max(1, _BLOCK_TOKENS // (length + 1))
+        for first in range(0, count, block):
+            last = min(first + block, count)
+            if self.vocab_size is not None and raw[first:last].max() >= self.vocab_size:
+                row = first + int(np.argmax((raw[first:last] >= self.vocab_size).any(axis=1)))
+                _check_ids(raw[row], self.vocab_size, files[rows[row].file], rows[row].window * (length + 1))
+            self._finish(batch, first, last, raw, losses, by_index)
+        return batch
+
+    def _finish(
+        self, batch: Batch, first: int, last: int, raw: Ids, losses: NDArray[np.uint8] | None, by_index: Int64s | None
+    ) -> None:
+        """Inputs, labels and positions of the rows ``[first, last)``."""
+        length, tokens = self.sequence_length, raw[first:last]
+        labels, positions = batch.labels[first:last], batch.positions[first:last]
+        batch.input_ids[first:last] = tokens[:, :-1]
+        labels[:] = tokens[:, 1:]
+        if losses is not None:
+            np.copyto(labels, IGNORED_LABEL, where=losses[first:last, 1:] == 0)
+        if not self.mask_documents:
+            positions[:] = np.arange(length)
+            return
+        # Where documents begin, counted in tokens from the block's first: rows of S + 1.
+        if by_index is not None:
+            offset = first * (length + 1)
+            low, high = by_index.searchsorted((offset, last * (length + 1)))
+            begins = by_index[low:high] - offset
+        else:
+            assert self.eos_token_id is not None
+            begins = (tokens.reshape(-1) == self.eos_token_id).nonzero()[0] + 1
+        rows, columns = np.divmod(begins, length + 1)
+        # The same, counted in inputs: rows of S. A document that begins at the last label counts as the next row's.
+        begins = (begins - rows)[columns > 0]
+        labels.reshape(-1)[begins - 1] = IGNORED_LABEL
+        size = (last - first) * length
+        borders = np.empty(len(begins) + last - first + 1, np.int64)
+        borders[: len(begins)] = begins
+        borders[len(begins) :] = np.arange(0, size + 1, length)
+        borders.sort()  # some are there twice: they make documents of no length
+        starts = borders[:-1]
+        np.subtract(_numbers(size), starts.repeat(borders[1:] - starts), out=positions.reshape(-1))
+
+
+def _runs(wanted: Wanted) -> Iterator[tuple[int, TokenFile, int, int]]:
+    """Cut into windows that lie in a row in one file and become rows in a row: first row, file, first window, count."""
+    numbers, places = wanted.folder.places(wanted.samples)
+    # Python's integers: for the few rows of a step they are faster than a dozen calls of numpy.
+    files, windows, rows = numbers.tolist(), places.tolist(), wanted.rows.tolist()
+    first = 0
+    for end in range(1, len(rows) + 1):
+        run = end - first
+        if (
+            end == len(rows)
+            or files[end] != files[first]
+            or windows[end] != windows[first] + run
+            or rows[end] != rows[first] + run
+        ):
+            yield rows[first], wanted.folder.files[files[first]], windows[first], run
+            first = end
+
+
+def _ends_within(ends: NDArray[np.uint64], start: int, stop: int) -> Int64s:
+    """Those in ``[start, stop)``: where a document begins that is not the first."""
+    # Bounds of the array's own type: others would make numpy convert the whole index to float64.
+    low, high = ends.searchsorted(np.array((start, stop), dtype=ends.dtype))
+    return ends[low:high].astype(np.int64)
+
+
+_RANGE = np.arange(0)
+
+
+def _numbers(count: int) -> Int64s:
+    """0 to ``count`` - 1, kept for the next time."""
+    global _RANGE  # noqa: PLW0603 - a cache; two threads at worst make it twice
+    numbers = _RANGE
+    if len(numbers) < count:
+        numbers = _RANGE = np.arange(max(count, 2 * _BLOCK_TOKENS))
+    return numbers[:count]
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+_TOKENISE_AGAIN = "Copy the file again from where it was written, or tokenise the text again."
+
+
+def _token_files(folder: Path, given: str) -> list[Path]:
+    if "://" in given:
+        raise UsageError(f"{given} is not a local folder.\nToken files are mapped into memory.\nCopy the folder first.")
+    if not folder.is_dir():
+        raise MissingFile(
+            f"{folder} is not a folder.\nA source of data is a folder of token files (*.ds) as datatrove writes them.\n"
+            "Check the path in data.stages, or write the folder with smolconv tokenize."
+        )
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(".ds") and path.is_file())
+    if not found:
+        below = next(iter(sorted(folder.glob("*/*.ds"))), None)
+        raise MissingFile(
+            f"{folder} holds no token files (*.ds).\n"
+            + (f"There are some in {below.parent}: subfolders are not read.\nName that folder." if below else "")
+            + (
+                ""
+                if below
+                else "A source of data is a folder that datatrove or smolconv tokenize wrote.\nCheck the path."
+            )
+        )
+    return found
+
+
+def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
+    size = path.stat().st_size
+    tokenizer, token_size, counted = _read_metadata(path)
+    index = _beside(path, "index")
+    documents = last = None
+    if index.exists():
+        index_bytes = index.stat().st_size
+        if index_bytes % 8:
+            raise CorruptFile(f"{index} has {index_bytes} bytes.\nAn index has 8 bytes a document.\n{_TOKENISE_AGAIN}")
+        documents = index_bytes // 8
+        last = int(_mapped(index, "<u8", documents)[-1]) if documents else 0
+    if token_size is None:
+        token_size = _guess_token_size(path, size, last, vocab_size)
+    if size % token_size:
+        raise CorruptFile(
+            f"{path} has {size} bytes, which is no multiple of its token size, {token_size} bytes.\n"
+            f"The file is cut off, or of another token size.\n{_TOKENISE_AGAIN}"
+        )
+    tokens = size // token_size
+    for where, count in ((_beside(path, "metadata"), counted), (index, last)):
+        if count is not None and count != tokens:
+            what = "counts" if where is not index else "ends at"
+            raise CorruptFile(
+                f"{path} has {tokens} tokens of {token_size} bytes, but {where.name} {what} {count}.\n"
+                f"Both belong to one file and agree.\n{_TOKENISE_AGAIN}"
+            )
+    loss = _beside(path, "loss")
+    has_loss = loss.exists()
+    if has_loss and loss.stat().st_size != tokens:
+        raise CorruptFile(
+            f"{loss} has {loss.stat().st_size} bytes, but {path.name} has {tokens} tokens.\n"
+            f"A loss mask has a byte a token.\n{_TOKENISE_AGAIN}"
+        )
+    return TokenFile(
+        path=path, token_size=token_size, tokens=tokens, tokenizer=tokenizer, documents=documents, has_loss=has_loss
+    )
+
+
+def _read_metadata(path: Path) -> tuple[str | None, int | None, int | None]:
+    """Tokenizer, token size and token count of ``.ds.metadata``; None for what it does not say."""
+    metadata = _beside(path, "metadata")
+    if not metadata.exists():
+        return None, None, None
+    lines = metadata.read_text(encoding="utf-8", errors="replace").splitlines()
+    tokenizer, bar, size = (lines[0] if lines else "").rpartition("|")
+    if not bar:
+        tokenizer, size = size, ""
+    if len(lines) < 2 or not lines[1].strip().isdecimal() or size not in ("", "2", "4"):
+        raise CorruptFile(
+            f"{metadata} begins with {lines[:2]}.\n"
+            "datatrove writes the tokenizer's name with a token size of 2 or 4 after a bar, then the count of tokens.\n"
+            f"{_TOKENISE_AGAIN}"
+        )
+    return tokenizer, int(size) if size else None, int(lines[1])
+
+
+def _guess_token_size(path: Path, size: int, last: int | None, vocab_size: int | None) -> int:
+    """By the index if there is one, else by which size gives ids of a vocabulary."""
+    if last:
+        return size // last if size in (2 * last, 4 * last) else 2
+    if size % 4:
+        return 2
+    # Two ids of 2 bytes, read as one of 4, are far beyond any vocabulary unless every second id is nearly 0.
+    sample = _mapped(path, "<u4", size // 4)[:_SAMPLED_TOKENS]
+    return 4 if len(sample) and sample.max() < (vocab_size or 1 << 20) else 2
+
+
+def _check_ids(ids: Ids, vocab_size: int, file: TokenFile, start: int) -> None:
+    beyond = np.flatnonzero(ids >= vocab_size)
+    if len(beyond):
+        raise CorruptFile(
+            f"{file.path}: token {start + int(beyond[0])} is {ids[beyond[0]]}, but the model's vocabulary has "
+            f"{vocab_size} entries.\nThe folder was tokenised with {file.tokenizer or 'another tokenizer'}.\n"
+            "Tokenise the text with the model's own tokenizer."
+        )
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name}.{what}")
+
+
+def _mapped(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    """A file as a read-only array. An empty file cannot be mapped."""
+    if count == 0:
+        return np.empty(0, dtype)
+    # A plain array over the map: slices of numpy's memmap class cost several times as much.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray))

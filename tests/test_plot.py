@@ -1,0 +1,257 @@
+"""A run as a picture: what stands out in millions of steps stays, and a browser shows all of it without a request."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from conftest import Finished, command, environment
+from test_metrics import recipe, record, watch
+from test_verify_report import read_png
+
+from commands import plot  # noqa: F401  (registers itself)
+from continual_pretraining.plot import Curve, read_run, render_html, render_svg, write_plot
+from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
+
+
+def trained(folder: Path, steps: int = 300, *, resume_at: int | None = None, seed: int = 0) -> Path:
+    """A run's folder with two stages, a spike at step 120, evaluations, and maybe a second start."""
+    choose = random.Random(seed)
+    given = recipe(steps, logging={"every_steps": 1_000_000})
+    for first in (1, resume_at) if resume_at else (1,):
+        with watch(folder, given, first_step=first) as watched:
+            for step in range(first, steps + 1):
+                loss = 2.2 + math.exp(-step / 50) + choose.gauss(0, 0.02) + 1.5 * (step == 120)
+                if step == 120:
+                    watched.event(step, f"loss spike: {loss:.4f}, kept", kind="spike")
+                stage = "stable" if step <= 2 * steps // 3 else "decay <1>"
+                watched.step(record(step, loss=loss, stage=stage, grad_norm=choose.uniform(0.3, 0.6)))
+                if step % 50 == 0:
+                    watched.evaluation(step, {"held-out": loss + 0.1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("plot") / "run <b>&", resume_at=201)
+
+
+def cli(*words: object) -> Finished:
+    before = "import commands.plot"
+    done = subprocess.run(
+        command(*words, before=before), capture_output=True, text=True, check=False, env=environment()
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 999, 1000, 1001, 4097, 100_000])
+def test_a_curve_of_any_length_keeps_its_extremes_in_few_points(count):
+    values = np.random.default_rng(count).normal(0, 1, count)
+    values[count // 3], values[count // 2] = 99.0, -99.0
+    curve = Curve()
+    for step, value in enumerate(values.tolist(), 1):
+        curve.add(step, value)
+    points = curve.points()
+    assert len(points) <= 2000 and points == sorted(points)
+    assert {(p.step, p.value) for p in points} <= {(i + 1, v) for i, v in enumerate(values.tolist())}
+    assert min(p.value for p in points) == values.min() and max(p.value for p in points) == values.max()
+    assert (points[0].step, points[-1].step) == (1, count) or count > 1000
+    if count <= 1000:
+        assert [p.value for p in points] == values.tolist()
+
+
+def test_smoothing_is_a_mean_that_weighs_every_step_once():
+    curve = Curve()
+    for step in range(1, 5001):
+        curve.add(step, step % 2)
+    inner = [point.value for point in curve.smoothed()][50:-50]
+    assert len(inner) > 400 and max(abs(value - 0.5) for value in inner) < 0.01
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_with_its_stages_spikes_resumes_and_evaluations(run):
+    found = read_run(run)
+    assert (found.first["step"], found.last["step"]) == (1, 300)
+    assert found.stages == [(1, "stable"), (201, "decay <1>")]
+    assert [step for step, _ in found.marks["spike"]] == [120] and [step for step, _ in found.marks["resume"]] == [201]
+    assert [point.step for point in found.evaluations["held-out"].points()] == [50, 100, 150, 200, 250, 300]
+    assert found.seconds == 150.0
+
+
+def test_a_run_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
+    folder = trained(tmp_path / "run", 20)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 21, "lo')
+    assert read_run(folder).last["step"] == 20
+
+
+def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
+    with watch(tmp_path, recipe(logging={"every_steps": 1000})) as watched:
+        for step in range(1, 6):
+            watched.step(record(step, loss=math.nan if step == 3 else 2.0))
+    assert [point.step for point in read_run(tmp_path).curves["loss"].points()] == [1, 2, 4, 5]
+    assert "nan" not in render_svg([read_run(tmp_path)])
+
+
+@pytest.mark.parametrize("line", [b"not json\n", b"[1, 2]\n", b'{"loss": 2.0}\n', b'{"step": "two"}\n', b"\xff\xfe\n"])
+def test_a_line_that_is_none_of_ours_is_named(tmp_path, line):
+    folder = trained(tmp_path / "run", 3)
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes() + line + b'{"step": 5}\n')
+    with pytest.raises(CorruptFile, match=r"metrics\.jsonl, line 4: "):
+        read_run(folder)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/metrics.jsonl").write_bytes(b"")
+    for name, said in (("missing", "is not there"), ("empty", "holds no metrics"), ("new", "holds no step yet")):
+        with pytest.raises(MissingFile, match=said):
+            read_run(tmp_path / name)
+
+
+def test_a_picture_of_one_step_and_of_constant_values_is_drawn(tmp_path):
+    with watch(tmp_path, peak_flops=None) as watched:
+        watched.step(record(1, lr=0.0, loss=0.0, grad_norm=0.0))
+    markup = render_svg([read_run(tmp_path)])
+    ElementTree.fromstring(markup)
+    assert "MFU" not in markup and "h0" in markup
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_page_beside_the_run_and_other_pictures_where_asked(run, tmp_path):
+    other = trained(tmp_path / "other", 40, seed=1)
+    assert cli("plot", run).code == 0
+    assert (run / "plot.html").read_text().startswith("<!DOCTYPE html>")
+    assert cli("plot", run, tmp_path / "loss.svg").code == 0
+    assert ElementTree.parse(tmp_path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    done = cli("plot", run, other, "-o", tmp_path / "both.html")
+    assert (done.code, done.stdout) == (0, "") and "both.html" in done.stderr
+    assert "<b>other</b>" in (tmp_path / "both.html").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_command_refuses_with_the_promised_codes(run, tmp_path):
+    assert cli("plot", tmp_path / "missing").code == 3
+    assert cli("plot", run, run).code == 2
+    done = cli("plot", run, "-o", tmp_path / "loss.pdf")
+    assert done.code == 2 and ".html, .svg, .png" in done.stderr
+    assert "Examples" in cli("plot", "--help").stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_png_is_drawn_by_cairosvg_or_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(NotInstalled, match=r"(?s)cairosvg.*\.html or \.svg"):
+        write_plot([run], tmp_path / "loss.png")
+    assert not list(tmp_path.iterdir())
+    asked: dict[str, Any] = {}
+
+    def svg2png(**options: Any) -> bytes:
+        asked.update(options)
+        return b"a picture"
+
+    monkeypatch.setitem(sys.modules, "cairosvg", SimpleNamespace(svg2png=svg2png))
+    write_plot([run], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes() == b"a picture"
+    assert b"prefers-color-scheme" not in asked["bytestring"] and b"var(" not in asked["bytestring"]
+
+
+def test_an_unknown_suffix_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UsageError):
+        write_plot([tmp_path / "missing"], tmp_path / "out.txt")
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def test_a_page_refers_to_nothing_outside_and_runs_nothing(run):
+    markup = render_html([read_run(run)])
+    for forbidden in ("<script", "<link", "<img", "<iframe", "http:", "https:", "src=", "href=", "url(", "@import"):
+        assert forbidden not in markup
+    assert not re.search(r"\son\w+=", markup)
+
+
+def test_names_cannot_change_the_page_or_the_drawing(run):
+    for markup in (render_html([read_run(run)]), render_svg([read_run(run)])):
+        assert "<b>&" not in markup and "<1>" not in markup and "decay &lt;1&gt;" in markup
+    ElementTree.fromstring(render_svg([read_run(run)]))
+
+
+def test_marks_are_drawn_where_they_belong(run):
+    drawn = ElementTree.fromstring(render_svg([read_run(run)]))
+    name = "{http://www.w3.org/2000/svg}"
+
+    def where(css: str) -> list[float]:
+        """Of the first panel, from its left axis, in shares of its width."""
+        paths = next(drawn.iter(f"{name}g")).iterfind(f"{name}path[@class='{css}']")
+        return [(float(re.match(r"M([\d.]+)", path.get("d", ""))[1]) - 62) / (1140 - 62 - 12) for path in paths]
+
+    for css, step in (("stage", 201), ("resume", 201), ("spike", 120)):
+        assert where(css) == [pytest.approx((step - 1) / 299, abs=1e-3)]
+
+
+#: Around the page, which has no scripts: what it laid out, and whether it asked for anything or complained.
+_FRAME = """<!DOCTYPE html><style>*{margin:0;border:0}</style><iframe id=f style="width:%dpx;height:%dpx;display:block" srcdoc="%s"></iframe>
+<pre id=found></pre><script>
+document.getElementById('f').onload = e => {
+  const w = e.target.contentWindow, d = w.document, all = q => [...d.querySelectorAll(q)];
+  const box = x => { const r = x.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+  document.getElementById('found').textContent = JSON.stringify({
+    scroll: d.documentElement.scrollWidth, requests: w.performance.getEntriesByType('resource').length,
+    panels: all('.panels > div').map(box), labels: all('.panels svg').map(s => [box(s), [...s.querySelectorAll('text')].map(box)])});
+};</script>"""
+
+
+@pytest.mark.parametrize("width", [1240, 480])
+def test_a_browser_shows_every_panel_with_its_curve(run, width, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    height = 2600
+    frame = _FRAME % (width, height, html.escape(render_html([read_run(run)])))
+    (tmp_path / "frame.html").write_text(frame, encoding="utf-8")
+
+    def show(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--window-size={max(width, 600)},{height}", *flags, (tmp_path / "frame.html").as_uri()],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+
+    done = show("--dump-dom", f"--screenshot={tmp_path / 'page.png'}")
+    found = re.search(r"<pre id=\"found\">(.+?)</pre>", done.stdout)
+    assert found is not None and "CONSOLE" not in done.stderr
+    layout = json.loads(html.unescape(found[1]))
+    assert layout["scroll"] == width and layout["requests"] == 0
+    assert len(layout["panels"]) == 5
+    for (left, top, right, bottom), labels in layout["labels"]:
+        # Labels lie inside their panel's drawing (a pixel of rounding).
+        assert all(l >= left - 1 and r <= right + 1 and t >= top - 1 and b <= bottom + 1 for l, t, r, b in labels)  # noqa: E741
+    if not (tmp_path / "page.png").exists():
+        show(f"--screenshot={tmp_path / 'page.png'}")
+    pixels = read_png((tmp_path / "page.png").read_bytes()).astype(int)
+    for left, top, right, bottom in ([int(edge) for edge in panel] for panel in layout["panels"]):
+        inside = pixels[max(top, 0) : bottom, max(left, 0) : min(right, width)]
+        assert ((inside.max(-1) - inside.min(-1)) > 60).sum() > 150, "the curve is drawn in colour"

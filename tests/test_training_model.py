@@ -1,0 +1,646 @@
+"""The training model: packed documents give what transformers gives for each document alone, for loss and gradients."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hf_models
+import numpy as np
+import pytest
+import real_deepspeed
+import torch
+from deepspeed_worker import random_model
+from real_deepspeed import Group, Job, continue_with_deepspeed, plain_adamw
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_model_worker import Packed, packed
+
+from continual_pretraining import attention, model, recipe
+from continual_pretraining.attention import attend_by_document, choose_attention, pack
+from continual_pretraining.model import SummedCrossEntropy, build_model, check_no_leak
+from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
+from smolconv.spec import parameter_shapes, spec_from_hf
+
+ARCHITECTURES = {"llama": hf_models.llama, "smollm3": hf_models.smollm3}
+VOCABULARY = 64
+#: fp32, relative to a tensor's largest element: sums are taken in another order. 1.3e-6 was measured.
+MAX_NOISE = 5e-6
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def plain(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """transformers' own model, random, fp32, grouped-query; SmolLM3's fourth layer is NoPE."""
+    return ARCHITECTURES[request.param]()
+
+
+def training(plain: torch.nn.Module, **fields: Any) -> Any:
+    """Ours with the weights of ``plain``; ``fields`` are the recipe's ``model``."""
+    wanted = recipe.Model(source="-", **{"dtype": "float32", **fields})
+    built = build_model(plain.config.to_dict(), wanted, "cpu")
+    built.load_state_dict(plain.state_dict())
+    return built
+
+
+def batch(lengths: Sequence[Sequence[int]], seed: int = 0) -> Packed:
+    """Rows of documents of these lengths, with random tokens; the last token of each has no label."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    tokens = torch.randint(0, VOCABULARY, positions.shape, generator=generator)
+    labels = tokens.roll(-1, 1)
+    labels[positions.roll(-1, 1) == 0] = -100
+    return Packed(tokens, positions, labels)
+
+
+def documents(given: Packed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels of each document alone, [1, length]."""
+    for tokens, positions, labels in zip(*given):
+        bounds = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+        for start, stop in itertools.pairwise(bounds):
+            yield tokens[None, start:stop], labels[None, start:stop]
+
+
+def plain_loss(plain: Any, given: Packed) -> torch.Tensor:
+    """transformers, one document after another, and ``F.cross_entropy`` of all its logits."""
+    losses = [
+        functional.cross_entropy(plain(input_ids=tokens, use_cache=False).logits.float()[0], labels[0], reduction="sum")
+        for tokens, labels in documents(given)
+        if (labels != -100).any()
+    ]
+    return torch.stack(losses).sum()
+
+
+def run(built: Any, given: Packed) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    built.zero_grad()
+    loss, targets = built(**given._asdict())
+    loss.backward()
+    assert targets.item() == (given.labels != -100).sum()
+    return loss.detach(), gradients_of(built)
+
+
+def gradients_of(built: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in built.named_parameters()}
+
+
+def noise(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(((found[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in expected)
+
+
+def config_of(plain: torch.nn.Module, folder: Path, **training_fields: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(plain.config.to_json_string()), "training": training_fields}))
+    return path
+
+
+# --- packed = separate documents --------------------------------------------------------------------------------------
+
+ROWS = ([[7, 20, 5]], [[20, 7, 5], [5, 5, 22]], [[32], [31, 1]])
+
+
+@pytest.mark.parametrize("lengths", ROWS, ids=["one row", "two rows", "whole rows and a single token"])
+def test_packed_documents_give_the_loss_and_gradients_of_each_alone(plain, lengths):
+    given = batch(lengths)
+    loss, gradients = run(training(plain), given)
+    expected = plain_loss(plain, given)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert noise(gradients, gradients_of(plain)) < MAX_NOISE
+
+
+def test_the_comparison_notices_documents_that_see_each_other(plain):
+    given = batch([[7, 20, 5]])
+    leaking, _ = run(training(plain), given._replace(positions=torch.arange(32)[None]))
+    assert abs(leaking.item() / plain_loss(plain, given).item() - 1) > 1e-3
+
+
+def test_loss_is_that_of_transformers_with_shifted_labels(plain):
+    given = batch([[7, 20, 5], [9, 9, 14]])
+    loss, targets = training(plain)(**given._asdict())
+    theirs = plain(
+        input_ids=given.input_ids, position_ids=given.positions, labels=given.labels, shift_labels=given.labels,
+        use_cache=False,
+    ).loss  # fmt: skip
+    assert (loss / targets).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_another_document_does_not_touch_the_gradients_of_the_embeddings_bitwise(plain):
+    lengths = [7, 9, 16]  # as long as the ones before or longer: their order in the row is kept
+    given = batch([lengths])
+    changed = given.input_ids.clone()
+    changed[:, 7:16] = (changed[:, 7:16] + 1) % VOCABULARY
+    built, seen = training(plain), []
+
+    def keep(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    built.model.embed_tokens.register_forward_hook(keep)
+    for tokens in (given.input_ids, changed):
+        run(built, given._replace(input_ids=tokens))
+    (first, *_), (second, *_) = seen[0].grad, seen[1].grad
+    moved = (first != second).any(1)
+    assert moved[7:15].all()  # nothing is trained on after a document's last token
+    assert not moved[:7].any()
+    assert not moved[16:].any()
+
+
+def test_documents_without_masks_are_whole_rows(plain):
+    """What data.mask_documents false gives: positions that begin anew with rows only."""
+    given = batch([[32], [32]])
+    loss, _ = run(training(plain), given)
+    logits = plain(input_ids=given.input_ids, use_cache=False).logits.flatten(0, 1)
+    expected = functional.cross_entropy(logits, given.labels.flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_bfloat16_is_as_near_as_transformers_is(plain):
+    given = batch([[7, 20, 5], [9, 9, 14]])
+    exact = plain_loss(plain, given).item()
+    loss, gradients = run(training(plain, dtype="bfloat16"), given)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
+    theirs = abs(plain_loss(plain.bfloat16(), given).item() - exact)
+    assert loss.dtype == torch.float32
+    # The weights' rounding dominates: 0.2 to 1.2 of 550 here, theirs and ours.
+    assert abs(loss.item() - exact) < 2 * theirs + 5e-3 * exact
+
+
+@pytest.mark.parametrize("emulated", [True, False], ids=["CPU without bfloat16", "CPU with bfloat16"])
+def test_bfloat16_has_the_gradients_of_float32_within_its_rounding(monkeypatch, emulated):
+    monkeypatch.setattr(attention, "_cpu_multiplies_bfloat16", lambda: not emulated)
+    plain = hf_models.smollm3(attention_bias=True)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(parameter.bfloat16())  # the same weights in both
+    given = batch([[7, 20, 5], [9, 9, 14]])
+    built = training(plain, dtype="bfloat16")
+    assert (type(built.model.layers[0].mlp.up_proj) is torch.nn.Linear) != emulated
+    (loss, gradients), (exact, expected) = run(built, given), run(training(plain), given)
+    assert loss.item() == pytest.approx(exact.item(), rel=5e-3)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.bfloat16
+        if name == "model.layers.3.self_attn.k_proj.bias":
+            continue  # without rotation it moves all weights of a query alike: its gradient is rounding alone
+        cosine = functional.cosine_similarity(gradient.float().flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_a_micro_batch_without_labels_has_a_loss_of_zero_and_gradients(plain):
+    given = batch([[7, 25]])
+    loss, gradients = run(training(plain), given._replace(labels=torch.full_like(given.labels, -100)))
+    assert loss.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_gradients_accumulate_over_micro_batches(plain):
+    built = training(plain)
+    one, two = batch([[7, 25]], seed=1), batch([[20, 12]], seed=2)
+    apart = [run(built, given)[1] for given in (one, two)]
+    built.zero_grad()
+    for given in (one, two):
+        built(**given._asdict())[0].backward()
+    assert noise(gradients_of(built), {name: apart[0][name] + apart[1][name] for name in apart[0]}) < MAX_NOISE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": torch.zeros(1, 31, dtype=torch.int64)}, "positions is torch.int64 \\[1, 31\\]"),
+        ({"labels": torch.zeros(1, 32, dtype=torch.int32)}, "labels is torch.int32"),
+        ({"input_ids": torch.zeros(32, dtype=torch.int64)}, "input_ids is torch.int64 \\[32\\]"),
+        ({"positions": torch.arange(1, 33)[None]}, "row 0 begins at position 1"),
+    ],
+)
+def test_wrong_shapes_and_rows_that_begin_inside_a_document_are_refused(change, message):
+    given = batch([[32]])._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        training(hf_models.llama())(**given._asdict())
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_canonical_and_a_tied_head_is_the_embedding(plain):
+    built = training(plain)
+    shapes = parameter_shapes(spec_from_hf(plain.config.to_dict()))
+    assert {name: tuple(parameter.shape) for name, parameter in built.named_parameters()} == shapes
+    assert list(dict(built.named_parameters())) == list(shapes)
+    assert built.lm_head.weight is built.model.embed_tokens.weight
+    assert built.training
+    assert not built.config.use_cache
+
+
+def test_an_untied_head_is_its_own():
+    plain = hf_models.llama(tie_word_embeddings=False)
+    given = batch([[7, 25]])
+    loss, gradients = run(training(plain), given)
+    expected = plain_loss(plain, given)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert noise(gradients, gradients_of(plain)) < MAX_NOISE
+
+
+@pytest.mark.parametrize("spelling", ["v4", "v5"])
+def test_rope_theta_and_context_of_the_recipe_replace_those_of_the_config(spelling):
+    plain, wanted = hf_models.smollm3(), hf_models.smollm3(**hf_models.rope(5e6, {"rope_type": "default"}))
+    given = batch([[32]])
+    config = {k: v for k, v in plain.config.to_dict().items() if k not in ("rope_theta", "rope_parameters")}
+    config |= (
+        {"rope_theta": 1e4} if spelling == "v4" else {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    )
+    losses = {}
+    for theta in (None, 5e6):
+        choice = recipe.Model(source="-", dtype="float32", rope_theta=theta, max_positions=128)
+        built = build_model(config, choice, "cpu")
+        built.load_state_dict(plain.state_dict())
+        assert built.config.max_position_embeddings == 128
+        losses[theta] = built(**given._asdict())[0].item()
+    assert losses[5e6] == pytest.approx(plain_loss(wanted, given).item(), rel=1e-6)
+    assert abs(losses[None] - losses[5e6]) > 1e-3
+
+
+def test_rope_scaling_is_kept():
+    plain = hf_models.llama(**hf_models.rope(1e4, hf_models.LLAMA3_SCALING))
+    given = batch([[32]])
+    assert run(training(plain), given)[0].item() == pytest.approx(plain_loss(plain, given).item(), rel=1e-6)
+
+
+def test_rotary_frequencies_stay_float32_when_the_model_is_cast(plain):
+    built = training(plain, dtype="bfloat16")
+    exact = plain.model.rotary_emb.inv_freq
+    for cast in (lambda: None, built.bfloat16, lambda: built.to("cpu", torch.bfloat16)):
+        cast()
+        assert built.model.norm.weight.dtype == torch.bfloat16
+        assert torch.equal(built.model.rotary_emb.inv_freq, exact)
+
+
+def test_dropout_of_attention_weights_is_refused():
+    with pytest.raises(UnsupportedModel, match=r"attention_dropout is 0\.1"):
+        build_model({**hf_models.llama().config.to_dict(), "attention_dropout": 0.1}, recipe.Model(source="-"), "cpu")
+
+
+def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_twice(plain):
+    given, counted = batch([[7, 20, 5]]), []
+    results = []
+    for on in (False, True):
+        built, calls = training(plain, activation_checkpointing=on), []
+        built.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        results.append(run(built, given))
+        counted.append(len(calls))
+    (loss, gradients), (again, regained) = results
+    assert loss == again
+    assert all(torch.equal(gradients[name], regained[name]) for name in gradients)
+    assert counted == [1, 2]
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_and_are_compiled_once(plain):
+    losses = {}
+    for compiled in (False, True):
+        torch.compiler.reset()
+        built = training(plain, compile=compiled)
+        for lengths in ([[7, 20, 5]], [[9, 23]], [[4] * 8]):
+            losses[compiled, str(lengths)] = run(built, batch(lengths))[0].item()
+    assert list(built.state_dict()) == list(plain.state_dict())
+    for (compiled, lengths), loss in losses.items():
+        assert loss == pytest.approx(losses[not compiled, lengths], rel=1e-5)
+
+
+# --- loss by rows -----------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation's result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 50], ids=lambda rows: f"{rows} rows at once")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_cross_entropy_of_some_rows_at_a_time_is_that_of_all(monkeypatch, rows, dtype, tolerance):
+    monkeypatch.setitem(model.MAX_LOGITS, "cpu", 300 * rows)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(41, 16), torch.randn(300, 16)
+    labels = torch.randint(0, 300, (41,))
+    labels[[0, 3, 7, 40]] = -100
+    head, results = SummedCrossEntropy(16, 300, bias=False), []
+    for ours in (True, False):
+        h, w = (
+            x.to(dtype if ours else torch.float32).clone().requires_grad_()
+            for x in (hidden.to(dtype), weight.to(dtype))
+        )
+        with LargestTensor() as largest:
+            if ours:
+                head.weight = torch.nn.Parameter(w.detach())
+                loss, w = head(h, labels), head.weight
+                with torch.no_grad():
+                    assert head(h, labels) == loss
+            else:
+                loss = functional.cross_entropy(h @ w.t(), labels, reduction="sum")
+            (loss * 0.25).backward()
+        assert (largest.elements < 41 * 300) == (ours and rows < 41)
+        results.append((loss.detach(), h.grad, w.grad))
+    for found, expected in zip(*results):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """(documents, length) of every call of torch's attention."""
+    calls, original = [], functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        assert options.get("attn_mask") is None
+        assert options["is_causal"]
+        calls.append((query.shape[0], query.shape[2]))
+        return original(query, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", spy)
+        yield calls
+
+
+def test_many_short_documents_cost_the_sum_of_their_squares_in_few_calls(monkeypatch, plain):
+    built, layers = training(plain), len(plain.model.layers)
+    costs = {}
+    for lengths in ([512], [32] * 16, [40, 24] * 8):
+        with counted_attention(monkeypatch) as calls, LargestTensor() as largest:
+            built(**batch([lengths])._asdict())
+        assert len(calls) == layers * len(set(lengths))
+        costs[len(lengths), len(set(lengths))] = sum(count * length**2 for count, length in calls)
+        assert largest.elements < 512 * 512  # no dense mask
+    assert costs == {(1, 1): layers * 512**2, (16, 1): layers * 16 * 32**2, (16, 2): layers * 8 * (40**2 + 24**2)}
+
+
+def test_transformers_own_packing_builds_the_dense_mask_that_we_do_not(plain):
+    given = batch([[32] * 16])
+    with LargestTensor() as largest:
+        plain(input_ids=given.input_ids, position_ids=given.positions, use_cache=False)
+    assert largest.elements >= 512 * 512
+
+
+def reference_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[T, heads, D] in and out, each document by itself; key/value heads are repeated."""
+    repeats = q.shape[1] // k.shape[1]
+    outputs = []
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        one, two, three = (
+            x[start:stop].transpose(0, 1) for x in (q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
+        )
+        weights = (one @ two.transpose(1, 2) * scale).masked_fill(
+            ~torch.ones(stop - start, stop - start).tril().bool(), -torch.inf
+        )
+        outputs.append((weights.softmax(-1) @ three).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def check_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Any, longest: Any) -> None:
+    assert [x.shape for x in (q, k, v)] == [(64, 8, 4), (64, 4, 4), (64, 4, 4)]
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert all(x.dtype == torch.int32 and x.tolist() == [0, 7, 27, 32, 41, 50, 64] for x in bounds)
+    assert all(type(x) is int and x == 20 for x in longest)
+
+
+def fake_flash(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    """flash-attn 2's function, with the arguments of its documentation."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        check_arguments(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
+        assert causal
+        assert dropout_p == 0
+        calls.append(1)
+        return reference_kernel(q, k, v, cu_seqlens_q, softmax_scale)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    """Stands in for the installed torch's function, by its own signature."""
+    from torch.nn.attention import varlen  # noqa: PLC0415
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args: Any, **options: Any) -> torch.Tensor:
+        given = signature.bind(*args, **options).arguments
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        check_arguments(q, k, v, (given["cu_seq_q"], given["cu_seq_k"]), (given["max_q"], given["max_k"]))
+        assert given["window_size"] == (-1, 0)  # causal
+        assert given["enable_gqa"]
+        calls.append(1)
+        return reference_kernel(q, k, v, given["cu_seq_q"], given["scale"])
+
+    varlen_attn.__signature__ = signature
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
+@pytest.mark.parametrize(("name", "fake"), [("flash", fake_flash), ("varlen", fake_varlen)])
+def test_gpu_kernels_are_called_as_they_document_and_give_the_same(monkeypatch, plain, name, fake):
+    """The kernels need a GPU; a plain computation with their signature stands in for them here."""
+    given = batch([[7, 20, 5], [9, 9, 14]])
+    built, calls = training(plain), []
+    expected, gradients = run(built, given)
+    fake(monkeypatch, calls)
+    built.attention, built.attend = name, attention.KERNELS[name]
+    loss, regained = run(built, given)
+    assert len(calls) == len(plain.model.layers)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert noise(regained, gradients) < MAX_NOISE
+    check_no_leak_with(monkeypatch, built)
+
+
+def check_no_leak_with(monkeypatch: pytest.MonkeyPatch, built: Any) -> None:
+    """With any lengths."""
+    monkeypatch.setattr(sys.modules[__name__], "check_arguments", lambda *_: None)
+    check_no_leak(built, VOCABULARY, 24, "cpu")
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "installed", "capability", "expected"),
+    [
+        ("auto", "cpu", BF16, {"flash", "varlen"}, (9, 0), "documents"),
+        ("auto", "cuda", BF16, {"flash", "varlen"}, (9, 0), "flash"),
+        ("auto", "cuda:1", BF16, {"varlen"}, (8, 0), "varlen"),
+        ("auto", "cuda", BF16, set(), (9, 0), "documents"),
+        ("auto", "cuda", FP32, {"flash", "varlen"}, (9, 0), "documents"),
+        ("auto", "cuda", BF16, {"flash", "varlen"}, (7, 5), "documents"),
+        ("varlen", "cuda", BF16, {"flash", "varlen"}, (9, 0), "varlen"),
+        ("documents", "cuda", BF16, {"flash", "varlen"}, (9, 0), "documents"),
+        ("flash", "cpu", BF16, {"flash"}, (9, 0), UsageError),
+        ("varlen", "cuda", FP32, {"varlen"}, (9, 0), UsageError),
+        ("flash", "cuda", BF16, {"varlen"}, (9, 0), NotInstalled),
+        ("varlen", "cuda", BF16, {"flash"}, (9, 0), NotInstalled),
+    ],
+)
+def test_attention_is_chosen_by_what_is_there(monkeypatch, asked, device, dtype, installed, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "_no_flash", lambda: None if "flash" in installed else "flash-attn is not installed")
+    monkeypatch.setattr(attention, "_no_varlen", lambda: None if "varlen" in installed else "torch has none")
+    if isinstance(expected, str):
+        assert choose_attention(asked, device, dtype) == expected
+    else:
+        with pytest.raises(expected, match=f"model.attention is {asked}"):
+            choose_attention(asked, device, dtype)
+
+
+def test_liger_is_refused_where_it_is_not_and_left_out_when_not_asked_for():
+    config = hf_models.llama().config.to_dict()
+    with pytest.raises(NotInstalled, match="liger-kernel is not installed"):
+        build_model(config, recipe.Model(source="-", liger="on"), "cpu")
+    assert build_model(config, recipe.Model(source="-"), "cpu").lm_head.fused is None
+
+
+def test_ligers_functions_are_called_as_they_document(monkeypatch, plain):
+    """A module with the signatures of liger-kernel 0.8.2 stands in for it."""
+    patched = []
+
+    class FusedLoss(torch.nn.Module):
+        def __init__(self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
+                     softcap=None, return_z_loss=False, accum_dtype=None):  # fmt: skip
+            super().__init__()
+            self.options = {"ignore_index": ignore_index, "reduction": reduction}
+
+        def forward(self, lin_weight, _input, target, bias=None):
+            return functional.cross_entropy((_input @ lin_weight.t()).float(), target, **self.options)
+
+    def apply(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None):
+        patched.append((rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model))
+
+    liger, transformers = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    transformers.LigerFusedLinearCrossEntropyLoss = FusedLoss
+    transformers.apply_liger_kernel_to_llama = transformers.apply_liger_kernel_to_smollm3 = apply
+    liger.transformers = transformers
+    monkeypatch.setitem(sys.modules, "liger_kernel", liger)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+    with pytest.raises(UsageError, match="kernels run on GPUs"):
+        training(plain, liger="on")
+    monkeypatch.setattr(model, "_wants_liger", lambda asked, device: True)
+    built, given = training(plain), batch([[7, 25]])
+    assert patched == [(True, False, False, True, True, built)]
+    assert list(built.state_dict()) == list(plain.state_dict())
+    assert run(built, given)[0].item() == pytest.approx(plain_loss(plain, given).item(), rel=1e-6)
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------
+
+
+class PlainTransformers(torch.nn.Module):
+    """Our forward's arguments, answered by transformers with its sdpa attention and these ``options``."""
+
+    attention = "sdpa"
+
+    def __init__(self, plain: torch.nn.Module, options: Callable[[torch.Tensor], dict[str, Any]]) -> None:
+        super().__init__()
+        self.plain, self.options = plain, options
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> Any:
+        logits = self.plain(input_ids=input_ids, **self.options(positions)).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss, (labels != -100).sum()
+
+
+def test_leak_test_passes_and_leaves_the_model_as_it_was(plain):
+    built = training(plain, activation_checkpointing=True)
+    check_no_leak(built, VOCABULARY, 33, "cpu")
+    check_no_leak(training(plain, dtype="bfloat16"), VOCABULARY, 32, "cpu")
+    assert built.training
+    assert all(parameter.grad is None for parameter in built.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "leaks"),
+    [
+        (lambda positions: {"position_ids": positions, "use_cache": False}, False),
+        (lambda positions: {"position_ids": positions}, True),  # its default has a cache, and then no packing
+        (lambda positions: {"position_ids": positions, "use_cache": False, "attention_mask": torch.ones_like(positions)}, True),
+        (lambda positions: {"use_cache": False}, True),
+    ],
+    ids=["positions alone", "with the cache that is the default", "with a mask of ones", "without positions"],
+)  # fmt: skip
+def test_leak_test_refuses_transformers_where_it_leaks(plain, options, leaks):
+    theirs = PlainTransformers(plain, options)
+    if leaks:
+        with pytest.raises(TrainingStopped, match="see each other in sdpa attention"):
+            check_no_leak(theirs, VOCABULARY, 32, "cpu")
+    else:
+        check_no_leak(theirs, VOCABULARY, 32, "cpu")
+
+
+def test_leak_test_refuses_a_kernel_that_ignores_the_bounds(plain):
+    built = training(plain)
+
+    def ignoring(query, key, value, packing, scale):
+        whole = pack(torch.arange(query.shape[2])[None], query.device, attend_by_document, by_length=False)
+        return attend_by_document(query, key, value, whole, scale)
+
+    built.attend = ignoring
+    with pytest.raises(TrainingStopped, match="see each other in documents attention"):
+        check_no_leak(built, VOCABULARY, 32, "cpu")
+
+
+def test_leak_test_refuses_a_model_that_attends_to_nothing(plain):
+    built = training(plain)
+    built.attend = lambda query, key, value, packing, scale: torch.zeros_like(query).transpose(1, 2)
+    with pytest.raises(TrainingStopped, match="do not see the ones before them"):
+        check_no_leak(built, VOCABULARY, 32, "cpu")
+
+
+# --- DeepSpeed --------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_of_zero_3_train_as_plain_torch_on_each_document(monkeypatch, tmp_path):
+    """Also with activation checkpointing, accumulation, and the leak test on both ranks before the first step."""
+    plain = hf_models.smollm3()
+    names = tuple(name for name, _ in plain.named_parameters())
+    groups = [Group(names=names[1:], weight_decay=0.1, eps=1e-4), Group(names=names[:1], eps=1e-4)]
+    batches = np.random.default_rng(0).integers(0, VOCABULARY, (2, 4, 33))
+    weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    jobs = []
+    for on in (False, True):
+        (tmp_path / str(on)).mkdir()
+        config = config_of(plain, tmp_path / str(on), activation_checkpointing=on)
+        jobs.append(Job(config=config, stage=3, groups=groups, weights=weights, batches=batches, micro_batch_rows=1))
+    monkeypatch.setattr(real_deepspeed, "WORKER", Path(__file__).parent / "training_model_worker.py")
+    results = continue_with_deepspeed(jobs, 2, tmp_path)
+
+    def mean_loss(theirs: Any, tokens: torch.Tensor) -> torch.Tensor:
+        given = packed(tokens)
+        return plain_loss(theirs, given) / (given.labels != -100).sum()
+
+    monkeypatch.setattr(real_deepspeed, "language_model_loss", mean_loss)
+    assert random_model(jobs[0].config).config._attn_implementation == "eager"
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    expected = plain_adamw(jobs[0].config, weights, zeros, zeros, 0, groups, batches, micro_batches=4)
+    assert abs(expected.losses[0] - expected.losses[1]) > 1e-3
+    for result in results:
+        assert result.losses == pytest.approx(expected.losses, rel=1e-6)
+        for name, master in result.trained.masters.items():
+            assert (master - expected.masters[name]).abs().max() <= 2e-6 * expected.masters[name].abs().max(), name
