@@ -8,13 +8,16 @@ V4 := .venv-transformers4
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 lint format bench clean
+.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
 	@echo "make test                lint, types, import contract, and the tests"
 	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
 	@echo "make test-slow           the tests that take minutes"
+	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
+	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
+	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
@@ -44,6 +47,15 @@ test: $(VENV)/installed lint
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m slow
 
+test-matrix: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m matrix
+
+test-slurm: $(VENV)/installed
+	$(BIN)/python -m pytest -m slurm
+
+gpu-check: $(VENV)/installed
+	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/gpu_check.py
+
 test-transformers4: $(V4)/installed
 	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
 		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py \
@@ -62,6 +74,8 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/zero.py --big-pairs 3
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) $(V4) demo build dist *.egg-info

@@ -58,7 +58,7 @@ class TrainingData:
     r + W, r + 2W and so on, so that rows and micro-batches are the same for every world size W.
 
     ``position`` is that of the last step done, or ``BEGINNING``. Without one, reading a step replays the blend from
-    step 1 on, at some 6 to 11 million samples a second (``benchmarks/results/data.md``): minutes for a run of 2 billion.
+    step 1 on, at some 6 to 11 million samples a second (``benchmarks/results/data.md``): minutes for 2 billion.
 
     Raises ``UsageError`` where the recipe contradicts itself, the folders or the position, and what
     ``TokenFolder.open`` raises. Folders of stages that the position has left behind are not opened.
@@ -283,8 +283,9 @@ def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> 
     recipe's stage begins, and its folders are read on from where the source's stages left them.
 
     In its later stages nanotron counts tokens per folder at the wrong place of the blend, some samples off. What it
-    reads is the blend itself, so the counts of the last stage are those of the blend (6 to 11 million samples a second);
-    its record must come within a sample a source of it. Offsets of earlier stages are as recorded: nanotron used them.
+    reads is the blend itself, so the counts of the last stage are those of the blend, replayed (6 to 11 million samples
+    a second); its record must come within a sample a source. Offsets of earlier stages are as recorded: nanotron used
+    them.
 
     Raises ``UsageError`` that names what does not match.
     """

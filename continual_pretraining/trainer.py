@@ -70,6 +70,7 @@ class Trainer:
         self.engine = self._engine()
         self._load()
         self.watch: Watch | None = None
+        self.data: TrainingData | None = None
         self.step_began = 0.0
 
     # --- the engine ---
@@ -115,7 +116,7 @@ class Trainer:
         device = self.ranks.device
         loss_sum, targets = self.engine(
             input_ids=torch.from_numpy(batch.input_ids).to(device, non_blocking=True),
-            positions=torch.from_numpy(batch.positions).to(device, non_blocking=True),
+            positions=torch.from_numpy(batch.positions),  # where documents begin is looked up on the CPU
             labels=torch.from_numpy(batch.labels).to(device, non_blocking=True),
         )
         return loss_sum, targets
@@ -146,10 +147,9 @@ class Trainer:
         recipe, ranks, first = self.recipe, self.ranks, self.start.step + 1
         if ranks.first:
             self.watch = self._watch(first)
-        data: TrainingData | None = None
         try:
             self.check_start()
-            data = TrainingData(
+            self.data = TrainingData(
                 recipe.data, global_batch_sequences=recipe.global_batch_sequences,
                 micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=self.spec.vocab_size,
                 rank=ranks.rank, world_size=ranks.world_size,
@@ -157,11 +157,11 @@ class Trainer:
             )  # fmt: skip
             with _listening(self):
                 self.step_began = time.perf_counter()
-                for step in data.steps(first, recipe.schedule.train_steps):
+                for step in self.data.steps(first, recipe.schedule.train_steps):
                     self._step(step)
         finally:
-            if data is not None:
-                data.close()
+            if self.data is not None:
+                self.data.close()
             if self.watch is not None:
                 self.watch.close()
 
@@ -229,8 +229,7 @@ class Trainer:
         total, asked = self.ranks.sums([float(own.sum()), float(self.stop_asked > 0)])
         if not math.isfinite(total):
             bad = [
-                f"micro-batch {index * self.ranks.world_size + self.ranks.rank}: "
-                + "; ".join(str(row) for row in batch.rows)
+                f"micro-batch {index * self.ranks.world_size + self.ranks.rank}: " + "; ".join(self._named(batch))
                 for index, (batch, loss) in enumerate(zip(data.micro_batches, own.tolist()))
                 if not math.isfinite(loss)
             ]
@@ -240,6 +239,11 @@ class Trainer:
                 "Nothing was changed by this step. Look at these documents, or lower the learning rate."
             )
         return total / count, asked > 0
+
+    def _named(self, batch: Batch) -> list[str]:
+        """Where a batch's rows and documents lie in the token files."""
+        assert self.data is not None
+        return self.data.describe(batch)
 
     def _optimizer_step(self, last: bool, skip: bool) -> float:
         engine, norm = self.engine, math.nan

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from continual_pretraining.ranks import Elsewhere, Ranks, join_ranks
@@ -57,6 +58,8 @@ def main() -> None:
     given = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     code = 0
+    # torch and DeepSpeed announce each other's changes; on every rank, between the lines about the run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run_rank(given.run, given.resume)
     except Elsewhere as error:

@@ -458,11 +458,13 @@ def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:
 
 
 def test_sources_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
-    plain = ORACLE / "plain_2byte"
+    plain, copied = ORACLE / "plain_2byte", copy_of("plain_2byte", tmp_path)
+    twice = [{"name": "s", "sources": [{"path": str(plain), "name": "a"}, {"path": f"{plain}/", "name": "b"}]}]
     with pytest.raises(UsageError, match="twice"):
-        open_data(recipe_data(one_stage(plain, f"{plain}/")))
+        open_data(recipe_data(twice))
+    later = {**one_stage(copied)[0], "name": "later", "start_step": 2}
     with pytest.raises(UsageError, match="two sources are named plain_2byte"):
-        open_data(recipe_data(one_stage(plain, copy_of("plain_2byte", tmp_path))))
+        open_data(recipe_data([*one_stage(plain), later]))
 
 
 def test_a_folder_of_each_token_size_can_be_blended() -> None:
