@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from commands import (  # noqa: F401  (they register themselves)
     console,
+    continue_train,
     convert,
     data,
     diff,

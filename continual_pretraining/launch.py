@@ -44,7 +44,7 @@ GRACE_SECONDS = 15.0
 #: is dead is killed after GRACE_SECONDS by the process beside it.
 _TORCHRUN_PATIENCE_SECONDS = 3600
 _TAIL_LINES = 20
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
 _LAUNCHER_PID = "SMOLCONV_LAUNCHER_PID"
@@ -146,8 +146,8 @@ def launch(recipe: Recipe, run: Path, *, resume: str = "auto", worker: str = WOR
     """Train ``run``, whose ``recipe.resolved.yaml`` is written, to its end; with Slurm, hand it over.
 
     Returns the exit code: 0, 75 when all ranks stopped after a save, else that of the rank that failed first. What
-    happened is on stderr by then. SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which save and stop; a second
-    SIGINT kills them.
+    happened is on stderr by then. SIGTERM, SIGUSR1, SIGHUP and SIGINT are passed on to the ranks, which save and stop;
+    a second SIGINT kills them.
     """
     placed = placement(recipe)
     (run / "logs").mkdir(parents=True, exist_ok=True)
@@ -259,8 +259,8 @@ def run_ranks(
                         stopping = True
                         if 0 in environments and _LAUNCHER_PID not in os.environ:
                             _tell_stopping(signum)
-                        # A worker listens to SIGTERM and SIGUSR1; what Ctrl-C means is ours to translate.
-                        _send(running, signal.SIGTERM if signum == signal.SIGINT else signal.Signals(signum))
+                        # A worker listens to SIGTERM and SIGUSR1; what Ctrl-C means is ours to say.
+                        _send(running, signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM)
                     elif signum == signal.SIGINT:
                         _kill(running)
                         raise Interrupted(_KILLED)
@@ -350,7 +350,9 @@ def _signals() -> Iterator[tuple[int, list[int]]]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {signum: signal.signal(signum, note) for signum in (*_STOPS, signal.SIGCHLD, signal.SIGWINCH)}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+    wanted = {*_STOPS, signal.SIGCHLD, signal.SIGWINCH} - ignored
+    handlers = {signum: signal.signal(signum, note) for signum in wanted}
     try:
         yield reading, received
     finally:

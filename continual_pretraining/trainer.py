@@ -10,7 +10,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -155,10 +154,10 @@ class Trainer:
                 rank=ranks.rank, world_size=ranks.world_size,
                 position=None if self.start.position is None else dict(self.start.position),
             )  # fmt: skip
-            with _listening(self):
-                self.step_began = time.perf_counter()
-                for step in self.data.steps(first, recipe.schedule.train_steps):
-                    self._step(step)
+            _listen(self)
+            self.step_began = time.perf_counter()
+            for step in self.data.steps(first, recipe.schedule.train_steps):
+                self._step(step)
         finally:
             if self.data is not None:
                 self.data.close()
@@ -355,19 +354,17 @@ class Trainer:
             self.watch.event(self.start.step if step is None else step, text)
 
 
-@contextmanager
-def _listening(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 ask for an end at the next step's; it is agreed on by all ranks."""
+def _listen(trainer: Trainer) -> None:
+    """SIGTERM and SIGUSR1 ask for an end after the step; it is agreed on by all ranks.
+
+    They are heard until the process ends: a second signal must not kill a rank that is saving, or has just saved.
+    """
 
     def ask(signum: int, frame: FrameType | None) -> None:
         trainer.stop_asked = signum
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, ask)
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from continual_pretraining.ranks import Elsewhere, Ranks, join_ranks
 from continual_pretraining.recipe_file import load_recipe
-from smolconv.errors import SmolconvError
+from smolconv.errors import OutputLocked, SmolconvError
 
 RECIPE = "recipe.resolved.yaml"
 
@@ -25,8 +27,9 @@ def run_rank(run: Path, resume: str) -> None:
     from continual_pretraining.start import prepare  # noqa: PLC0415
 
     accumulation_steps(recipe, ranks.world_size)
+    lock = ranks.from_first(lambda: lock_run(run))
     start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device)))
-    _say(ranks, *start.notes, *([f"going on from {start.resumed}"] if start.resumed else []))
+    _say(ranks, *start.notes)
     if start.step >= recipe.schedule.train_steps:
         _say(ranks, f"all {recipe.schedule.train_steps} steps are done")
     from continual_pretraining.trainer import Trainer, newest_checkpoint  # noqa: PLC0415
@@ -41,6 +44,26 @@ def run_rank(run: Path, resume: str) -> None:
         weights = trainer.weights() if export.verify else None
         _say(ranks, *ranks.from_first(lambda: export_run(export, run, newest_checkpoint(run), weights)))
     ranks.barrier()
+    if ranks.first:
+        os.close(lock)
+
+
+def lock_run(run: Path) -> int:
+    """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
+
+    Raises ``OutputLocked``. A file system without locks gives none.
+    """
+    descriptor = os.open(run / "run.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            raise OutputLocked(
+                f"another process trains in {run} (it holds {run / 'run.lock'}).\n"
+                "Wait for it to end, or choose another --output."
+            ) from None
+    return descriptor
 
 
 def _say(ranks: Ranks, *lines: str) -> None:

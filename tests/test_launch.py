@@ -190,7 +190,7 @@ def test_a_failure_file_of_an_earlier_start_is_not_believed(tmp_path):
     assert launched.log(1).startswith("a line of an earlier start\n"), "logs are kept"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, signum):
     run = tmp_path / "run"
     launched = Launched(recipe(steps=10_000), run)
@@ -199,13 +199,24 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, signum):
     code, stderr = launched.end()
     assert code == 75, stderr
     assert "stopped after a save" in stderr
-    seen = {"SIGINT": "SIGTERM"}.get(signum.name, signum.name)
+    seen = "SIGUSR1" if signum == signal.SIGUSR1 else "SIGTERM"
     for rank in (0, 1):
         assert f"after ['{seen}']" in launched.log(rank), "told once"
     saved = int((run / "checkpoints" / "saved").read_text())
     again = Launched(recipe(steps=saved + 2), run)
     assert again.end()[0] == 0
     assert f"begins after step {saved}" in again.log(1)
+
+
+def test_nohup_keeps_a_run_going_when_its_terminal_is_closed(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launched = Launched(recipe(steps=20), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launched.begun()
+    launched.process.send_signal(signal.SIGHUP)
+    assert launched.end()[0] == 0
 
 
 def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(tmp_path):
@@ -298,7 +309,7 @@ def test_torchrun_and_deepspeed_end_with_the_failing_ranks_own_code(tmp_path, la
     assert "  rank 1 is about to fail" in stderr
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_torchrun_and_deepspeed_pass_a_signal_on_and_the_run_ends_with_75(tmp_path, launcher):
     launched = Launched(recipe(launch={"launcher": launcher}, steps=10_000, gloo=True), tmp_path / "run")
     launched.begun()
@@ -308,7 +319,7 @@ def test_torchrun_and_deepspeed_pass_a_signal_on_and_the_run_ends_with_75(tmp_pa
     assert all("saved step" in launched.log(rank) for rank in (0, 1))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_ranks_of_torchrun_and_deepspeed_do_not_outlive_a_launcher_that_is_killed(tmp_path, launcher):
     launched = Launched(recipe(launch={"launcher": launcher}, steps=10_000), tmp_path / "run")
     pids = launched.begun()

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from conftest import FIXTURES, command, environment
 from slurm_cluster import SlurmCluster, missing, slurm_cluster
 from test_launch import LAUNCHER, TESTS, recipe, wait_until
+from training import recipe_document, token_folder
 
 from continual_pretraining.launch import batch_script, launch_command
 from continual_pretraining.recipe import Recipe
@@ -227,3 +230,33 @@ def test_a_job_that_slurm_refuses_is_a_failed_machine_with_slurms_words(cluster,
     assert done.returncode != 0
     assert "MachineError: sbatch did not take the job" in done.stderr and "invalid partition" in done.stderr
     assert (run / "slurm" / "submitted.sh").is_file()
+
+
+@pytest.mark.slurm
+def test_training_over_two_nodes_gives_the_losses_of_training_on_one(cluster, tmp_path):
+    source = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
+    document = recipe_document(
+        source, token_folder(tmp_path / "tokens"), schedule={"train_steps": 6},
+        launch={"environment": {"PYTHONPATH": str(TESTS.parent)}},
+    )  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+
+    def continue_train(run: str, *words: object) -> str:
+        argv = command(
+            "continue-train", tmp_path / "recipe.yaml", "--output", tmp_path / run, *words,
+            before="import commands.continue_train",
+        )  # fmt: skip
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, env=environment(**cluster.environment), cwd=TESTS.parent
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def losses(run: str) -> list[float]:
+        return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    number = int(continue_train("nodes", "--launcher", "slurm", "--nnodes", 2, "--nproc-per-node", 1).split()[-1])
+    assert cluster.wait(number, "COMPLETED", "FAILED") == "COMPLETED"
+    continue_train("here", "--nproc-per-node", 2)
+    assert len(losses("nodes")) == 6
+    assert losses("nodes") == pytest.approx(losses("here"), abs=1e-5)

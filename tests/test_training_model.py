@@ -301,7 +301,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_t
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_and_are_compiled_once(plain):
+def test_compiled_layers_keep_their_names_and_give_the_same_loss(plain):
     losses = {}
     for compiled in (False, True):
         torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -109,6 +110,17 @@ def test_the_export_is_what_the_engine_held(uninterrupted):
 
     model = AutoModelForCausalLM.from_pretrained(uninterrupted / "export" / "hf")
     assert torch.isfinite(model(torch.arange(1, 30)[None]).logits).all()
+
+
+def test_a_run_is_trained_by_one_start_at_a_time(tokens, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ranks = Ranks(document(tokens), run, 1)
+        assert ranks.wait() == 4
+    assert "another process trains" in ranks.failure()["message"]
+    assert not (run / "checkpoints").exists()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
