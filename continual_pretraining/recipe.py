@@ -169,7 +169,7 @@ class Spikes(Section):
 
 
 class Evaluation(Section):
-    """Loss on held-out token files."""
+    """Loss on held-out token files, before the first step and then regularly."""
 
     every_steps: Positive
     sequences: Positive = 64  #: of each source, from its beginning

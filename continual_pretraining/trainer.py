@@ -155,6 +155,8 @@ class Trainer:
                 position=None if self.start.position is None else dict(self.start.position),
             )  # fmt: skip
             _listen(self)
+            if recipe.evaluation is not None and self.start.resumed is None:
+                self._evaluate(self.start.step)  # what the run is to better
             self.step_began = time.perf_counter()
             for step in self.data.steps(first, recipe.schedule.train_steps):
                 self._step(step)

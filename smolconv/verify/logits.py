@@ -1,11 +1,13 @@
 """The logits tier: two forwards led side by side, one block in memory at a time, on the same tokens.
 
 A runs twice, with sdpa and with eager attention: the distance between these is the noise floor, and what B differs by
-is judged against it. The first module in which B leaves A by more than noise is named.
+is judged against it. The first module in which B leaves A by more than noise is named. Of long rows the eager run takes
+the first half: a position sees only what came before it, so that is the very floor of these positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Rows of the output matrix that are in memory at a time.
 _VOCABULARY_ROWS = 2048
+#: Rows up to this length have their noise floor measured at every position, longer ones over their first half.
+_FLOOR_POSITIONS = 512
 #: Modules that ``first_divergence`` may name; finer ones are listed in ``layers``.
 _MODULES = ("embed_tokens", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm")
 
@@ -55,7 +59,8 @@ class LogitsReport:
     noise_floor: Mapping[str, float]
     gates: Mapping[str, Gate]
     layers: tuple[Mapping[str, Any], ...]  #: module, max_abs, floor, scale, limit, diverged; in forward order
-    by_position: Mapping[str, tuple[float, ...]]  #: max_abs, floor, kl, nll_a, nll_b of every position
+    #: max_abs, floor (NaN where it was not measured), kl, nll_a, nll_b of every position
+    by_position: Mapping[str, tuple[float, ...]]
     first_divergence: str | None
 
     @property
@@ -92,9 +97,11 @@ def compare_logits(
 
     layers = _Layers(compute)
     plain = {"tokens": torch.from_numpy(rows.tokens), "positions": torch.from_numpy(rows.positions)}
+    length = rows.tokens.shape[1]
+    first = {name: tensor[:, : max(_FLOOR_POSITIONS, length // 2)] for name, tensor in plain.items()}
     runs = [
         Run(**plain, attention="sdpa", observe=layers.remember),
-        Run(**plain, attention="eager", observe=layers.floor_of),
+        Run(**first, attention="eager", observe=layers.floor_of),
     ]
     # Packed rows are compared with each document alone: what one sees of another shows there.
     alone = [
@@ -132,7 +139,7 @@ class _Layers:
         self.found[name] = {"max_abs": float("inf"), "floor": 0.0, "scale": float(tensor.float().std())}
 
     def floor_of(self, name: str, tensor: torch.Tensor) -> None:
-        self.found[name]["floor"] = _largest(self.kept[name], tensor)
+        self.found[name]["floor"] = _largest(self.kept[name][:, : tensor.shape[1]], tensor)
 
     def distance_of(self, name: str, tensor: torch.Tensor) -> None:
         if name in self.found:
@@ -165,8 +172,9 @@ def _walk_vocabulary(
     import torch  # noqa: PLC0415
 
     targets = torch.from_numpy(rows.targets).flatten()
-    names = ["floor", "found", *(["apart"] if alone else []), *(f"engine {label}" for label in engines)]
-    walks = {name: Walk(targets) for name in names}
+    names = ["found", *(["apart"] if alone else []), *(f"engine {label}" for label in engines)]
+    first = runs[1].tokens.shape[1]  # one row: the positions that the noise floor was measured at
+    walks = {"floor": Walk(targets[:first]), **{name: Walk(targets) for name in names}}
     hidden = [run.hidden.flatten(0, 1) for run in (*runs, run_b)]
     documents = torch.cat([run.hidden.flatten(0, 1) for run in alone]) if alone else None
     vocabulary = min(a.vocab_size, b.vocab_size)
@@ -175,7 +183,7 @@ def _walk_vocabulary(
         weight = a.head_rows(start, stop).T
         sdpa, eager = ((rows_of @ weight).float().cpu() for rows_of in hidden[:2])
         other = (hidden[2] @ b.head_rows(start, stop).T).float().cpu()
-        walks["floor"].add(sdpa, eager)
+        walks["floor"].add(sdpa[:first], eager)
         walks["found"].add(sdpa, other)
         if documents is not None:
             walks["apart"].add(sdpa, (documents @ weight).float().cpu())
@@ -232,7 +240,8 @@ def _judged(
         gates=gates,
         layers=tuple(listed),
         by_position={
-            "max_abs": tuple(found.max_abs.tolist()), "floor": tuple(floor.max_abs.tolist()),
+            "max_abs": tuple(found.max_abs.tolist()),
+            "floor": (*floor.max_abs.tolist(), *[math.nan] * (len(found.max_abs) - len(floor.max_abs))),
             "kl": tuple(found.kl.tolist()), "nll_a": tuple(found.nll_a.tolist()), "nll_b": tuple(found.nll_b.tolist()),
         },
         first_divergence=None if passed else (diverged[0] if diverged else "lm_head"),

@@ -29,6 +29,7 @@ class _Series:
     title: str
     css: str
     values: Sequence[float | None]
+    gaps: bool = False  #: None was not measured; otherwise it is a value that is not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def _plot(
         for y, label in axis.ticks()
     )
     grid += "".join(f'<text x="{x:.2f}%" y={HEIGHT + 18} text-anchor=middle>{label}</text>' for x, label in ticks)
-    lines = "".join(f'<path class="{each.css}" d="{_path(each.values, axis)}"/>' for each in series)
+    lines = "".join(f'<path class="{each.css}" d="{_path(each, axis)}"/>' for each in series)
     keys = "".join(f'<span><i class="{each.css}"></i>{each.title}</span>' for each in series) + legend
     return (
         f"<figure><figcaption><b>{title}</b> <small>{note}</small><div class=legend>{keys}</div></figcaption>\n"
@@ -102,14 +103,14 @@ def _plot(
     )
 
 
-def _path(values: Sequence[float | None], axis: _Axis) -> str:
+def _path(series: _Series, axis: _Axis) -> str:
     """Straight lines between the middles of columns; a lone point is a line of no length, which its round ends show."""
     said, pen = [], "M"
-    for i, value in enumerate(values):
-        if value is None and not axis.broken:
+    for i, value in enumerate(series.values):
+        if value is None and (series.gaps or not axis.broken):
             pen = "M"
             continue
-        said.append(f"{pen}{1000 * (i + 0.5) / len(values):.1f} {axis.y(value):.1f}{'h0' if pen == 'M' else ''}")
+        said.append(f"{pen}{1000 * (i + 0.5) / len(series.values):.1f} {axis.y(value):.1f}{'h0' if pen == 'M' else ''}")
         pen = "L"
     return "".join(said)
 
@@ -180,7 +181,7 @@ def position_plots(found: Mapping[str, Sequence[float | None]]) -> str:
     over_a, over_b = (_binned(found[name], size) for name in ("nll_a", "nll_b"))
     plots = [
         ("Logits", "largest |A &minus; B| at each position, log scale", True, [
-            _Series(title="noise floor", css="floor", values=_binned(found["floor"], size, strict=True)),
+            _Series(title="noise floor", css="floor", values=_binned(found["floor"], size), gaps=True),
             _Series(title="B against A", css="b", values=_binned(found["max_abs"], size, strict=True))]),
         ("KL(A ‖ B)", "nats, log scale", True, [
             _Series(title="KL", css="b", values=_binned(found["kl"], size, strict=True))]),
@@ -194,7 +195,7 @@ def position_plots(found: Mapping[str, Sequence[float | None]]) -> str:
     ticks = [(100 * (mark / size + 0.5) / columns, f"{mark:,}") for mark in marks]
     figures, notes = [], [f"Each point is the largest value among {size} positions."] * (size > 1)
     for title, note, broken, series in plots:
-        values = [value for each in series for value in each.values]
+        values = [value for each in series for value in each.values if value is not None or not each.gaps]
         if any((value is None and broken) or value for value in values):
             axis = _Axis.over(values, log="log" in note, broken=broken)
             figures.append(_plot(title, note, axis, series, ticks, "position", over=_columns(series, size, count)))
