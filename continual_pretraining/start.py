@@ -7,6 +7,7 @@ handed a checkpoint of the very stage and world size that it runs with, so its o
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,8 @@ from continual_pretraining.recipe import Recipe
 from continual_pretraining.run_checkpoints import RunState, find_resume, latest, remove_partial
 from smolconv.checkpoint import Checkpoint
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
-from smolconv.errors import BadCheckpoint, UsageError
-from smolconv.hub import open_source
+from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
+from smolconv.hub import is_hub_uri, open_source
 from smolconv.layouts.base import ASSET_NAMES, ReadOptions, hf_config
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.spec import ModelSpec, parameter_shapes, spec_differences
@@ -88,7 +89,8 @@ def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
         if checkpoint.spec.rope_scaling is not None:
             raise UsageError(
                 f"model.rope_theta {recipe.model.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
-                f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict."
+                f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
+                "Leave model.rope_theta out to train with the scaling."
             )
     if recipe.model.max_positions is not None:
         changes["max_positions"] = recipe.model.max_positions
@@ -113,7 +115,8 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     progress = source.progress
     if (wanted.learning_rate or wanted.data) and progress is None:
         raise UsageError(
-            f"start.learning_rate and start.data go on from the source's progress, and {recipe.model.source} has none."
+            f"start.learning_rate and start.data go on from the source's progress, and {recipe.model.source} has none.\n"
+            "Set both to false to begin at step 1 with the first samples."
         )
     step = progress.step if wanted.learning_rate and progress is not None else 0
     if step >= recipe.schedule.train_steps:
@@ -130,6 +133,12 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     if wanted.gate:
         batch = first_micro_batch(recipe, checkpoint.spec, step, position)
         gate = source_loss(_side(checkpoint, folder, read, device), batch)
+        if not math.isfinite(gate.loss):
+            raise TrainingStopped(
+                f"the source model's own loss is {gate.loss} on the first micro-batch ({gate.forward}): "
+                f"{recipe.model.source} holds weights that are not finite, or so large that they overflow.\n"
+                "Nothing was trained. Take another step of it, or another copy."
+            )
     start = _convert(checkpoint, recipe, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
     return replace(start, step=step, position=position, gate=gate)
 
@@ -150,6 +159,7 @@ def _resumed(recipe: Recipe, run: Path, own: Path, world_size: int) -> StartPoin
         )
     checkpoint = with_overrides(read_checkpoint(own, ReadOptions()), recipe)
     check_model(recipe, checkpoint.spec, str(own))
+    _check_same_model(recipe, checkpoint)
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
     if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
         same = True  # one file for all ranks
@@ -172,6 +182,30 @@ def _resumed(recipe: Recipe, run: Path, own: Path, world_size: int) -> StartPoin
         start, step=state.step, position=state.position, resumed=str(own), spikes=state.spikes,
         skipped_steps=state.skipped_steps,
     )  # fmt: skip
+
+
+def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
+    """Raise ``UsageError`` when a run's checkpoint is another model than the recipe's source.
+
+    A source that is on the Hub, or that cannot be read any more, is not asked: a run goes on without it.
+    """
+    if is_hub_uri(recipe.model.source):
+        return
+    config = None if recipe.model.config is None else Path(recipe.model.config)
+    try:
+        read = ReadOptions(config=config, step=recipe.model.step, optimizer=False)
+        source = read_checkpoint(Path(recipe.model.source), read)
+    except (SmolconvError, OSError):
+        return
+    # nanotron's Llama ignores its rope_scaling, which the run's checkpoint then no longer has.
+    spec = replace(with_overrides(source, recipe).spec, rope_scaling=own.spec.rope_scaling)
+    differences = spec_differences(own.spec, spec)
+    if differences:
+        raise UsageError(
+            f"{own.root} (A) is another model than model.source, {recipe.model.source} (B):\n  "
+            + "\n  ".join(differences)
+            + "\nGo on with the recipe that it was trained by, or choose another --output for a new run."
+        )
 
 
 def _convert(

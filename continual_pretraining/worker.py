@@ -23,10 +23,10 @@ def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
     ranks = join_ranks(recipe.parallelism.threads)
-    from continual_pretraining.engine_config import accumulation_steps  # noqa: PLC0415
+    from continual_pretraining.engine_config import engine_config  # noqa: PLC0415
     from continual_pretraining.start import prepare  # noqa: PLC0415
 
-    accumulation_steps(recipe, ranks.world_size)
+    engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
     start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device)))
     _say(ranks, *start.notes)

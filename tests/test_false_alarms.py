@@ -12,12 +12,13 @@ import torch
 from conftest import FIXTURES, convert
 from hf_models import edited, llama, saved, smollm3
 from nanotron_folders import step_folder
+from safetensors.torch import load_file
 
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
 from smolconv.verify.forward import Run, Side
-from smolconv.verify.inputs import choose_rows
+from smolconv.verify.inputs import Rows, choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits
 
 NANOTRON = FIXTURES / "nanotron"
@@ -162,6 +163,72 @@ def test_other_code_kernels_and_threads_are_no_alarm(wide, otherwise, model, a, 
     assert report.first_divergence is None
     if "attention" in otherwise:
         assert report.max_abs > 0  # or nothing was tested
+
+
+# --- the same tensors, in another transformers ------------------------------------------------------------------------
+
+
+class Recorded:
+    """A side whose last hidden states another release of transformers computed: ``fixtures/transformers``."""
+
+    title = "recorded"
+
+    def __init__(self, side: Side, hidden: torch.Tensor) -> None:
+        self.hidden, self.head_rows = hidden, side.head_rows
+        self.num_layers, self.vocab_size, self.max_positions = side.num_layers, side.vocab_size, side.max_positions
+
+    def begin(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            run.hidden = self.hidden
+
+    def advance(self, layer: int, runs: Sequence[Run]) -> None: ...
+
+    def finish(self, runs: Sequence[Run]) -> None: ...
+
+
+#: The installed transformers is one of these, or between them: ``make test`` has v5, ``make test-transformers4`` v4.
+RELEASES = ["v4", "v5"]
+RECORDED_ENDS = {"plain": (64,), "packed": (5, 6, 23, 64)}
+
+
+def against_recorded(release: str, folder: Path, model: str, compute: str, form: str) -> LogitsReport:
+    """A is ``folder`` in the installed transformers, or in our own forward; B is what ``release`` made of ``model``."""
+    recorded, ends = load_file(FIXTURES / "transformers" / f"{release}.safetensors"), RECORDED_ENDS[form]
+    rows = Rows(tokens=recorded["input_ids"].numpy(), where="the fixture", spans=tuple(zip((0, *ends), ends)))
+    if form == "packed":
+        assert rows.positions.tolist() == recorded["packed_position_ids"].tolist()
+    side = side_of(read_checkpoint(folder), Stored(folder=folder), VerifyOptions(compute=compute))
+    hidden = recorded[f"{model}/{compute}/{form}"]
+    return compare_logits(side, Recorded(side, hidden), rows, compute=compute)
+
+
+@pytest.mark.parametrize("form", RECORDED_ENDS)
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("model", ["smollm2-tiny", "smollm3-tiny"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_releases_of_transformers_are_no_alarm(release, model, compute, form):
+    report = against_recorded(release, NANOTRON / model / "expected_hf", model, compute, form)
+    assert report.passed, report.gates
+    if compute == "float32":
+        assert report.max_abs <= 5e-6
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [("smollm2-tiny", "plain"), ("smollm3-tiny", "plain"), ("smollm3-tiny", "packed")],  # its Llama joins documents
+)
+@pytest.mark.parametrize("release", RELEASES)
+def test_nanotrons_forward_agrees_with_every_release_of_transformers(release, model, compute, form):
+    run = RUNS[model.removesuffix("-tiny")]
+    assert against_recorded(release, run, model, compute, form).passed
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_recording_of_another_model_is_an_alarm(release, compute, tmp_path):
+    turned = edited(NANOTRON / "smollm3-tiny/expected_hf", tmp_path / "turned", turn_queries)
+    assert not against_recorded(release, turned, "smollm3-tiny", compute, "plain").passed
 
 
 # --- one step beyond -------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def reference_losses(
 
 def fp32_model(source: Path, folder: Path) -> Any:
     convert(source, folder, "hf", dtype="float32", optimizer=False)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().train()
 
 
 @pytest.fixture(scope="module")

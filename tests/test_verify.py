@@ -650,7 +650,7 @@ def test_rope_scaling_that_nanotron_would_ignore_does_not_verify(cli, tmp_path):
     assert done.code == 1
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out.failed", "again.failed"}
     # Without the field nanotron's model is what it would run, and passes.
-    plain = with_config(source, tmp_path / "plain", **rope(1e4, {"rope_type": "default"}), rope_scaling=None)
+    plain = with_config(source, tmp_path / "plain", **{**rope(1e4, {"rope_type": "default"}), "rope_scaling": None})
     assert convert(plain, tmp_path / "as trained", "nanotron", verifier=verified).verification["passed"]
 
 

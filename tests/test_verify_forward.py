@@ -134,7 +134,7 @@ PACKED = torch.cat([torch.arange(size) for size in (5, 1, 9, 3, 6)])[None].expan
 
 
 def whole_forward(folder: Path, attention: str, positions: torch.Tensor | None) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).float().eval()
     with torch.inference_mode():
         return model(input_ids=TOKENS, position_ids=positions, use_cache=False).logits
 

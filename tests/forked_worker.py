@@ -1,0 +1,141 @@
+"""Worker processes that are forked from one which has imported torch and DeepSpeed: a second a run instead of seven.
+
+Every child runs ``continual_pretraining.worker.main()`` as the process of a launcher does, and ends with its exit code.
+A test may have some Python run in it before, which breaks a part on purpose.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over: the exit code of the rank that failed first, or 0."""
+
+    code: int
+    log: str
+    failure: dict[str, Any]  #: logs/failure-rank-N.json of the lowest rank that has one; {} without
+
+    @property
+    def message(self) -> str:
+        return f"{self.failure.get('error')}: {self.failure.get('message')}"
+
+
+def work(document: Mapping[str, Any], run: Path, ranks: int = 1, resume: str = "auto", before: str = "") -> Ended:
+    """Train ``document`` in ``run`` with so many ranks; ``before`` is Python that each child executes first."""
+    import yaml  # noqa: PLC0415
+    from training import _free_port  # noqa: PLC0415
+
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    for old in (run / "logs").glob("*"):
+        old.unlink()
+    (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(dict(document)))
+    asked = {"run": str(run), "ranks": ranks, "resume": resume, "before": before, "port": _free_port()}
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(asked) + "\n")
+    server.stdin.flush()
+    codes = json.loads(server.stdout.readline())
+    failures = sorted((run / "logs").glob("failure-rank-*.json"))
+    return Ended(
+        code=next((code for code in codes if code), 0),
+        log="\n".join(path.read_text(errors="replace") for path in sorted((run / "logs").glob("rank-*.log"))),
+        failure=json.loads(failures[0].read_text()) if failures else {},
+    )
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    atexit.register(server.communicate)
+    return server
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops  # noqa: PLC0415
+
+    # Most of an engine's start is DeepSpeed looking for compilers, and importing torch.compile for a Muon.
+    _ = deepspeed.ops.__compatible_ops__
+    with suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: PLC0415
+
+    import continual_pretraining.export  # noqa: PLC0415
+    import continual_pretraining.trainer  # noqa: F401, PLC0415
+    import smolconv.verify.compare  # noqa: F401, PLC0415
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answers.write(json.dumps(_ended([_fork(asked, rank) for rank in range(asked["ranks"])])) + "\n")
+        answers.flush()
+
+
+def _fork(asked: Mapping[str, Any], rank: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        log = os.open(f"{asked['run']}/logs/rank-{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(asked["ranks"]), LOCAL_WORLD_SIZE=str(asked["ranks"]),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(asked["port"]),
+        )  # fmt: skip
+        sys.argv = ["worker", asked["run"], "--resume", asked["resume"]]
+        exec(asked["before"], {})
+        from continual_pretraining import worker  # noqa: PLC0415
+
+        worker.main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(99)
+
+
+def _ended(children: list[int]) -> list[int]:
+    """Their exit codes, a signal's negative, those that failed first in front."""
+    codes: list[int] = []
+    left, deadline = set(children), time.monotonic() + SECONDS
+    while left:
+        for child in list(left):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                left.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+                if codes[-1]:  # the others end by themselves when they agreed on it; a lone failure leaves them waiting
+                    deadline = min(deadline, time.monotonic() + 3)
+        if time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+            deadline += SECONDS
+        time.sleep(0.005)
+    return codes
+
+
+if __name__ == "__main__":
+    _serve()

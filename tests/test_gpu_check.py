@@ -1,0 +1,327 @@
+"""The logic of ``make gpu-check``, on the CPU at toy sizes: it notices what is wrong, and claims nothing that did not run."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from continual_pretraining import attention
+from continual_pretraining.attention import KERNELS, Packing
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+check = importlib.import_module("gpu_check")
+jobs = importlib.import_module("gpu_jobs")
+
+LLAMA = check._tiny("llama", hidden_size=48, intermediate_size=32, num_attention_heads=6, num_key_value_heads=2)
+SMOLLM3 = check._tiny(
+    "smollm3", hidden_size=64, intermediate_size=32, num_attention_heads=8, num_key_value_heads=2,
+    no_rope_layer_interval=4,
+)  # fmt: skip
+TOY = check.Sizes(
+    heads=((3, 1), (4, 1)), head_sizes=(8,), lengths=(5, 1, 33, 2), tiny=(LLAMA, SMOLLM3), tiny_lengths=(20, 1, 30, 13),
+    tiny_steps=3, tiny_sequence=32, cpu_threads=1, models=(("toy", LLAMA, 64),), micro_batches=(2, 1), steps=4,
+    warmup_steps=2,
+)  # fmt: skip
+NOT_HERE = {"flash": "flash-attn is not installed", "varlen": "this run is on cpu", "liger": "liger is not installed"}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+class InProcess(check.Place):
+    """Jobs run here: what a test puts in the place of a kernel reaches them."""
+
+    def job(self, name: str, seconds: float, **given: Any) -> dict[str, Any]:
+        if self.budget.left < seconds:
+            raise check.OutOfTime("no time")
+        return json.loads(json.dumps(jobs.JOBS[name](**given)))
+
+
+class Canned(check.Place):
+    """Jobs give what they are told to."""
+
+    answers: Callable[[str, dict[str, Any]], dict[str, Any]]
+
+    def job(self, name: str, seconds: float, **given: Any) -> dict[str, Any]:
+        return type(self).answers(name, given)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Any]:
+    torch.set_num_threads(1)
+    yield InProcess(
+        device="cpu", budget=check.Budget(seconds=1000), work=tmp_path, sizes=TOY, gpu=H100, unable=NOT_HERE
+    )
+
+
+def verdicts(lines: Iterator[Any]) -> dict[str, str]:
+    return {line.claim: line.verdict for line in lines}
+
+
+# --- 1. attention -----------------------------------------------------------------------------------------------------
+
+
+def test_a_correct_kernel_is_met_and_one_that_is_not_there_is_skipped(place):
+    found = verdicts(check.attention(place))
+    assert found["flash, bfloat16"] == found["varlen, bfloat16"] == "skipped"
+    ran = {claim: verdict for claim, verdict in found.items() if "documents" in claim}
+    assert set(ran.values()) == {"met"}
+    assert "documents, bfloat16: 3 heads in groups of 3, head size 8" in ran
+    assert "smollm3, documents, float32: leak test" in ran
+    assert len(ran) == 2 * (2 + 2 * 3)
+
+
+def unpacked(query: Any, key: Any, value: Any, packing: Packing, scale: float, *, causal: bool = True) -> torch.Tensor:
+    """As if all tokens were one document."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).to(query.dtype)
+
+
+def by_bounds(query: Any, key: Any, value: Any, packing: Packing, scale: float) -> torch.Tensor:
+    """What a varlen kernel does, from ``cu_seqlens`` alone."""
+    bounds = packing.cu_seqlens.tolist()
+    assert packing.order is None and packing.max_length == max(b - a for a, b in itertools.pairwise(bounds))
+    parts = [
+        unpacked(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], packing, scale)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts, 1)
+
+
+def wrong_scale(query: Any, key: Any, value: Any, packing: Packing, scale: float) -> torch.Tensor:
+    return by_bounds(query, key, value, packing, scale * 1.2)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [(by_bounds, "met"), (unpacked, "not met"), (wrong_scale, "not met")])
+def test_a_varlen_kernel_is_judged_by_what_it_computes(place, monkeypatch, kernel, expected):
+    monkeypatch.setitem(KERNELS, "varlen", kernel)
+    monkeypatch.setattr(attention, "_unable", lambda *_: None)
+    monkeypatch.setattr(attention, "_no_varlen", lambda: None)
+    monkeypatch.setattr(check, "KERNELS", (("varlen", "bfloat16"),))
+    found = verdicts(check.attention(replace(place, unable={})))
+    shapes = [verdict for claim, verdict in found.items() if "groups of" in claim]
+    gradients = [verdict for claim, verdict in found.items() if claim.endswith("gradients")]
+    assert set(shapes) == set(gradients) == {expected}
+    leaks = [verdict for claim, verdict in found.items() if claim.endswith("leak test")]
+    assert set(leaks) == {"not met" if kernel is unpacked else "met"}
+
+
+def test_a_kernel_that_gives_no_numbers_or_faults_is_not_met(place, monkeypatch):
+    def nothing(query: Any, *_: Any) -> torch.Tensor:
+        return query.transpose(1, 2) * torch.nan
+
+    def fault(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(check, "KERNELS", (("documents", "float32"),))
+    small = replace(place, sizes=replace(TOY, tiny=()))
+    for kernel in (nothing, fault):
+        monkeypatch.setitem(KERNELS, "documents", kernel)
+        lines = list(check.attention(small))
+        assert {line.verdict for line in lines} == {"not met"} and len(lines) == 2
+    assert "illegal memory access" in lines[0].found
+
+
+# --- 2. steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_gives_equal_losses_and_shifted_ones_are_noticed(place, monkeypatch):
+    monkeypatch.setattr(check, "WORKER_RUNS", (("bfloat16", 1),))
+    (line,) = check.steps(place)
+    assert line.verdict == "met", line.found
+    assert "in 3 steps" in line.found
+    run = place.work / "bfloat16 on cpu"
+    real = check.losses(run)
+    assert check.same_losses("-", real, check.losses(place.work / "bfloat16 on the CPU"), 0.02).verdict == "met"
+    assert check.same_losses("-", [*real[1:], real[-1]], real, 0.02).verdict == "not met"
+    assert check.same_losses("-", real[:-1], real, 0.02).verdict == "not met"
+    assert check.same_losses("-", [], [], 0.02).verdict == "not met"
+    assert check.same_losses("-", [real[0], float("nan")], real[:2], 0.02).verdict == "not met"
+
+
+def test_a_worker_that_fails_is_not_met_with_its_reason(place, monkeypatch):
+    monkeypatch.setattr(check, "WORKER_RUNS", (("float32", 0),))
+    monkeypatch.setattr(InProcess, "job", lambda *_, **__: {})  # no checkpoint is made
+    (line,) = check.steps(replace(place, sizes=replace(TOY, tiny_sequence=8)))
+    assert line.verdict == "not met"
+    assert "on cpu: " in line.found and "tiny" in line.found
+
+
+# --- 3 and 4. speed ---------------------------------------------------------------------------------------------------
+
+
+def canned(place: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """A place whose measurements are as estimated, and ``changes`` of single runs: trainer, compile, liger, plain."""
+    given = check.subject(place, 0)
+    plain = {
+        "tokens_per_second": 989e12 * 0.3 / given.flops["6N"], "losses": [6.0, 5.0], "attention": "varlen",
+        "allocated": check._estimated_bytes(given.recipe(place), given.spec), "reserved": 10,
+    }  # fmt: skip
+    less = check._estimated_bytes(given.recipe(place, activation_checkpointing=True), given.spec)
+
+    def answer(name: str, job: dict[str, Any]) -> dict[str, Any]:
+        if name == "hf_trainer":
+            kind, found = "trainer", {**plain, "tokens_per_second": plain["tokens_per_second"] / 2}
+            del found["attention"], found["losses"]
+        else:
+            model = job["document"]["model"]
+            kind = next((kind for kind in ("activation_checkpointing", "compile") if model.get(kind)), "plain")
+            kind = "liger" if model["liger"] == "on" else kind
+            found = {**plain, "allocated": less} if kind == "activation_checkpointing" else plain
+        change = changes.get(kind, {})
+        if isinstance(change, Exception):
+            raise change
+        return {**found, **change}
+
+    monkeypatch.setattr(Canned, "answers", staticmethod(answer), raising=False)
+    fields = {
+        name: getattr(place, name) for name in ("device", "budget", "work", "sizes", "gpu", "gpu_bytes", "unable")
+    }
+    return Canned(**fields)
+
+
+def speed_verdicts(place: Any) -> dict[str, str]:
+    speeds = check.Speeds(place)
+    return verdicts(check.liger(place, speeds)) | verdicts(check.speed(place, speeds))
+
+
+def test_what_is_as_estimated_is_met(place, monkeypatch):
+    found = speed_verdicts(canned(place, monkeypatch))
+    assert {claim for claim, verdict in found.items() if verdict == "skipped"} == {
+        f"toy, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")
+    }
+    assert "not met" not in found.values()
+    assert len(found) == 3 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("run", "change", "claim"),
+    [
+        ("plain", {"allocated": 1}, "toy: peak memory as estimated"),
+        ("plain", {"tokens_per_second": 1.0}, "toy: tokens/s as estimated at 30% MFU (6N)"),
+        ("trainer", {"tokens_per_second": 1e30}, "toy: tokens/s beside HF Trainer's"),
+        ("compile", {"losses": [6.0, 5.1]}, "toy, compile on: losses of the steps"),
+        ("compile", {"tokens_per_second": 1.0}, "toy, compile on: tokens/s"),
+        ("activation_checkpointing", {"allocated": 10**12}, "toy, activation_checkpointing on: peak memory"),
+        ("liger", {"losses": [5.0, 4.0]}, "toy, Liger on and off: losses of the steps"),
+        ("liger", {"allocated": 10**12}, "toy, Liger on and off: peak memory"),
+    ],
+)
+def test_what_is_not_as_claimed_is_not_met(place, monkeypatch, run, change, claim):
+    with_liger = replace(place, unable={})
+    assert speed_verdicts(canned(with_liger, monkeypatch))[claim] == "met"
+    assert speed_verdicts(canned(with_liger, monkeypatch, **{run: change}))[claim] == "not met"
+
+
+def test_an_estimate_that_is_wrong_is_noticed(place, monkeypatch):
+    honest = canned(place, monkeypatch)
+    parts = check.memory_parts
+    monkeypatch.setattr(check, "memory_parts", lambda *given: [*parts(*given), *parts(*given)])
+    assert speed_verdicts(honest)["toy: peak memory as estimated"] == "not met"
+
+
+def test_a_peer_without_memory_is_skipped_and_our_own_run_without_it_is_not_met(place, monkeypatch):
+    full = check.Failed("OutOfMemoryError: CUDA out of memory")
+    found = speed_verdicts(canned(place, monkeypatch, trainer=full))
+    assert found["toy: tokens/s beside HF Trainer's"] == "skipped"
+    found = speed_verdicts(canned(place, monkeypatch, plain=full))
+    assert found["toy: peak memory as estimated"] == "not met"
+
+
+def test_a_gpu_whose_peak_is_not_known_has_no_mfu(place, monkeypatch):
+    unknown = canned(replace(place, gpu="Some GPU"), monkeypatch)
+    speeds = check.Speeds(unknown)
+    assert verdicts(check.speed(unknown, speeds))["toy: tokens/s as estimated at 30% MFU (6N)"] == "skipped"
+    assert check._speed_cells(speeds.rows[0])[4:6] == ["", ""]
+
+
+def test_real_runs_of_the_trainer_and_of_hugging_face_are_measured(place):
+    outside = check.Place(device="cpu", budget=place.budget, work=place.work, sizes=TOY, gpu=H100)
+    speeds, given = check.Speeds(outside), check.subject(outside, 0)
+    ours, theirs = speeds.ours(given), speeds.trainer(given)
+    assert len(ours["losses"]) == TOY.steps
+    assert speeds.ours(given) is ours  # not run twice
+    assert [row.what for row in speeds.rows] == ["smolconv", "HF Trainer"]
+    assert all(found["tokens_per_second"] > 0 and found["allocated"] > 0 for found in (ours, theirs))
+
+
+# --- time, report, exit codes -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_started_when_there_is_no_time(place, monkeypatch):
+    late = check.Place(
+        device="cpu", budget=check.Budget(seconds=5, clock=lambda: 0.0), work=place.work, sizes=TOY, gpu=H100
+    )
+    monkeypatch.setattr(subprocess, "Popen", None)
+    report = check.Report(place.work / "out" / "gpu.md", ["a machine"])
+    assert check.check(late, report) == 0
+    assert {line.verdict for line in report.lines} == {"skipped"}
+    assert set(report.sections) == set(check.TITLES)
+    assert "5 s are left, and it takes about 20 s" in report.path.read_text()
+
+
+def test_a_process_that_hangs_is_ended(place, tmp_path):
+    outside = check.Place(device="cpu", budget=check.Budget(seconds=1.0), work=tmp_path, sizes=TOY)
+    with pytest.raises(check.OutOfTime):
+        outside.processes([[sys.executable, "-c", "import time; time.sleep(600)"]], True, 0.1)
+
+
+def test_a_process_that_dies_is_a_failure_with_its_last_line(place, tmp_path, monkeypatch):
+    script = tmp_path / "dies.py"
+    script.write_text("import os, sys; print('CUDA error', flush=True); os.abort()")
+    monkeypatch.setattr(check, "JOBS", script)
+    outside = check.Place(device="cpu", budget=check.Budget(seconds=1000), work=tmp_path, sizes=TOY)
+    with pytest.raises(check.Failed, match=r"ended with -6: CUDA error"):
+        outside.job("kernel_errors", 1)
+
+
+def test_the_file_has_every_line_from_the_moment_it_is_known(tmp_path):
+    report = check.Report(tmp_path / "gpu.md", ["GPU X, driver 1"])
+    report.add(check.TITLES[0], check.within("a | b", 0.5, 1.0))
+    killed_here = report.path.read_text()
+    assert "| a \\| b | 0.5 | at most 1 | met |" in killed_here
+    assert "was not ended" in killed_here and "1 met, 0 not met, 0 skipped." in killed_here and "GPU X" in killed_here
+    report.add(check.TITLES[3], check.skipped("c", "no time"))
+    report.speeds.append(
+        check.Speed(
+            model="m", what="smolconv", batch="2 x 8 x 2048", tokens_per_second=123456.7,
+            mfu={"6N": 0.3, "nanotron": None}, allocated=5 * 10**9, reserved=6 * 10**9,
+        )
+    )  # fmt: skip
+    report.ended = True
+    report.write()
+    ended = report.path.read_text()
+    assert "was not ended" not in ended and "1 met, 0 not met, 1 skipped." in ended
+    assert "| m | smolconv | 2 x 8 x 2048 | 123,457 | 30.0% |  | 5.00 | 6.00 |  |" in ended
+    assert ended.index("## 1. ") < ended.index("## 4. ")
+
+
+@pytest.mark.parametrize(("found", "code"), [(0.5, 0), (2.0, 1), (float("nan"), 1)])
+def test_the_exit_code_says_whether_something_was_not_met(place, monkeypatch, found, code):
+    monkeypatch.setattr(check, "attention", lambda _: iter([check.within("x", found, 1.0)]))
+    for name in ("steps", "liger", "speed"):
+        monkeypatch.setattr(check, name, lambda *_: iter([check.skipped("y", "why")]))
+    assert check.check(place, check.Report(place.work / "gpu.md", [])) == code
+
+
+def test_without_a_gpu_one_line_is_said_and_nothing_written(tmp_path):
+    output = tmp_path / "results" / "gpu.md"
+    ended = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--output", str(output), "--work", str(tmp_path)],
+        check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 5
+    assert ended.stdout == "" and len(ended.stderr.strip().splitlines()) == 1 and "GPU" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
