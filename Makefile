@@ -53,8 +53,9 @@ test-matrix: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
 
-gpu-check: $(VENV)/installed
-	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/gpu_check.py
+# In the environment that has torch for the GPU: PYTHON, not .venv; nothing is installed.
+gpu-check:
+	@env -u OMP_NUM_THREADS $(PYTHON) benchmarks/gpu_check.py
 
 test-transformers4: $(V4)/installed
 	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \

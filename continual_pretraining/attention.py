@@ -10,7 +10,6 @@ Importing this module registers the attention with transformers, under ``ATTENTI
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,7 +173,11 @@ def _unable(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _no_flash() -> str | None:
-    return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401, PLC0415
+    except ImportError:  # also for an installation that was built for another torch
+        return "flash-attn is not installed"
+    return None
 
 
 def _no_varlen() -> str | None:

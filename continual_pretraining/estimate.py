@@ -349,6 +349,8 @@ def _reduction_part(given: _Engine) -> Part:
     beside = b * given.largest if given.largest > bucket else 0
     if given.sums_on_parameters:
         size = _FP32 * (bucket + together)
+    elif given.world_size == 1 and given.stage < 2:
+        size = 0  # the trainer leaves out what would be a copy for nobody
     elif given.stage == 0:
         size = (b + cast) * _flattened_together(given.parameters.values())
     elif given.stage == 1:

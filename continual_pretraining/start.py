@@ -115,7 +115,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     progress = source.progress
     if (wanted.learning_rate or wanted.data) and progress is None:
         raise UsageError(
-            f"start.learning_rate and start.data go on from the source's progress, and {recipe.model.source} has none.\n"
+            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
             "Set both to false to begin at step 1 with the first samples."
         )
     step = progress.step if wanted.learning_rate and progress is not None else 0

@@ -7,6 +7,7 @@ A test may have some Python run in it before, which breaks a part on purpose.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import json
 import os
@@ -106,6 +107,7 @@ def _fork(asked: Mapping[str, Any], rank: int) -> int:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(asked["ranks"]), LOCAL_WORLD_SIZE=str(asked["ranks"]),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(asked["port"]),
         )  # fmt: skip
+        faulthandler.dump_traceback_later(SECONDS - 20)  # a hang shows in the log where it is
         sys.argv = ["worker", asked["run"], "--resume", asked["resume"]]
         exec(asked["before"], {})
         from continual_pretraining import worker  # noqa: PLC0415

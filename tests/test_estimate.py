@@ -175,16 +175,18 @@ def test_state_by_stage_and_dtype(dtype, stage, offload, whole, split):
 
 
 def test_offloading_moves_masters_and_moments_to_the_host():
-    """ZeRO-2 of 8 ranks, several micro-batches: 4 + 8, 4 gradients, 2 on the way back, 2 sums of gradients."""
-    given = recipe(parallelism__zero_stage=2, parallelism__offload="optimizer")
+    """ZeRO-2 of 8 ranks, one micro-batch each: 4 + 8, 4 gradients, 2 on the way back."""
+    given = recipe(parallelism__zero_stage=2, parallelism__offload="optimizer", parallelism__global_batch_sequences=8)
     found = memory_parts(given, SMOLLM2_135M, 8)
-    assert sum(part.bytes for part in found if part.where == "host") == 20 * (N_135M // 8)
+    assert sum(part.bytes for part in found if part.where == "host") == 18 * (N_135M // 8)
     assert not any(part.name == "Adam's moments" and part.where == "gpu" for part in found)
 
 
 def test_two_groups_below_deepspeeds_bucket_are_copied_together_and_large_ones_are_not():
-    assert parts(recipe())["reduction buffers (gpu)"] == 4 * N_135M
-    assert "reduction buffers (gpu)" not in parts(recipe(), SMOLLM3)  # one group alone is more than 5e8 elements
+    assert parts(recipe(), world_size=2)["reduction buffers (gpu)"] == 4 * N_135M
+    # One group alone is more than 5e8 elements.
+    assert "reduction buffers (gpu)" not in parts(recipe(), SMOLLM3, world_size=2)
+    assert "reduction buffers (gpu)" not in parts(recipe())  # one rank reduces nothing
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -247,14 +249,15 @@ RECIPES = st.builds(
     lambda stage, dtype, checkpointing, micro, offload: recipe(
         model__dtype=dtype, model__activation_checkpointing=checkpointing, parallelism__zero_stage=stage,
         parallelism__micro_batch_sequences=micro, parallelism__global_batch_sequences=64,
-        parallelism__offload=offload if stage else "none",
+        # In bf16 below ZeRO-3 an offloaded run cannot accumulate: see engine_config.
+        parallelism__offload=offload if stage == 3 or dtype == "float32" else "none",
     ),
     st.integers(1, 3), st.sampled_from(["bfloat16", "float32"]), st.booleans(), st.sampled_from([1, 2, 4]),
     st.sampled_from(["none", "optimizer"]),
 )  # fmt: skip
 
 
-@given(RECIPES, st.sampled_from([1, 2, 4, 8]))
+@given(RECIPES, st.sampled_from([2, 4, 8]))  # one rank alone reduces nothing
 def test_more_ranks_never_need_more_memory_each(given, ranks):
     assert gpu_bytes(given, SMOLLM2_135M, 2 * ranks) <= gpu_bytes(given, SMOLLM2_135M, ranks)
 
@@ -266,7 +269,7 @@ def test_larger_micro_batches_and_models_need_more(given, ranks):
     assert gpu_bytes(given, SMOLLM3, ranks) > gpu_bytes(given, SMOLLM2_135M, ranks)
 
 
-@given(RECIPES)
+@given(RECIPES.filter(lambda each: each.parallelism.zero_stage == 3 or each.model.dtype == "float32"))
 def test_offloading_never_needs_more_of_the_gpu(given):
     moved = {"none": "optimizer", "optimizer": "none"}[given.parallelism.offload]
     other = given.model_copy(update={"parallelism": given.parallelism.model_copy(update={"offload": moved})})
@@ -422,7 +425,10 @@ def test_a_source_without_a_whole_window_is_warned_of():
 
 
 def test_everything_is_shown_and_goes_through_json():
-    given = recipe(parallelism__zero_stage=2, parallelism__offload="optimizer")
+    given = recipe(
+        parallelism__zero_stage=2, parallelism__offload="optimizer", parallelism__global_batch_sequences=8,
+        schedule__train_steps=72_000, checkpoints__every_steps=10,
+    )  # fmt: skip
     found = estimate(given, SMOLLM2_135M, 8, tokens_per_source={"web": 10**8})
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert document["schema"] == 1 and document["parameters"] == N_135M
