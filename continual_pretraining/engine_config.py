@@ -34,13 +34,8 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             "DeepSpeed would sum the gradients in bfloat16 on the host.\n"
             "Choose zero_stage 3, offload: none, or as many ranks as the step has micro-batches."
         )
-    stage = given.zero_stage
-    if bf16 and stage == 2 and given.offload == "none" and world_size == 1:
-        # One rank has nothing to divide, and stage 2 converts and copies all gradients several times: a step's work
-        # beside the model takes 3.4 s of one core for 135M, and 1.3 s at stage 1, which loads and saves the same files.
-        stage = 1
     zero: dict[str, Any] = {
-        "stage": stage,
+        "stage": given.zero_stage,
         "reduce_bucket_size": _BUCKET_ELEMENTS,
         "allgather_bucket_size": _BUCKET_ELEMENTS,
         "contiguous_gradients": True,

@@ -36,7 +36,8 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     """
     if config.get("attention_dropout"):
         raise UnsupportedModel(
-            f"config.json: attention_dropout is {config['attention_dropout']}; smolconv trains without dropout."
+            f"config.json: attention_dropout is {config['attention_dropout']}; smolconv trains without dropout.\n"
+            "Set attention_dropout to 0 in config.json."
         )
     dtype = getattr(torch, model.dtype)
     spec = spec_from_hf(config)
