@@ -275,7 +275,8 @@ def _commit() -> str:
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
     try:
-        changed = " with changes" if git("status", "--porcelain", "--", "smolconv", "commands", "continual_pretraining").strip() else ""
+        code = ("smolconv", "commands", "continual_pretraining")
+        changed = " with changes" if git("status", "--porcelain", "--", *code).strip() else ""
         return git("rev-parse", "--short", "HEAD").strip() + changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
