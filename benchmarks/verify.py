@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import REPOSITORY, Run, machine_lines, markdown_table, remove, run, say
+from common import REPOSITORY, Run, machine_lines, markdown_table, remove, run, say, warm
 
 SMOLCONV = str(Path(sys.executable).with_name("smolconv"))
 _FORWARD = """
@@ -40,12 +40,17 @@ def main() -> int:
         for target, options in ((hf, []), (nanotron, ["--layout", "nanotron", "--tp", "2"])):
             say(f"making {target}")
             run([sys.executable, str(script), given.size, str(target), *options])
-        say("smolconv verify")
-        ours = run([SMOLCONV, "verify", str(nanotron), str(hf), "--length", str(given.length), "--json"])
         theirs = []
         for turn in (1, 2):
             say(f"transformers, forward {turn}")
+            warm(hf)
             theirs.append(run([sys.executable, "-c", _FORWARD, str(hf), str(given.length)]))
+            say(f"  {theirs[-1].seconds:.1f} s")
+        say("smolconv verify")
+        warm(hf)
+        warm(nanotron)
+        ours = run([SMOLCONV, "verify", str(nanotron), str(hf), "--length", str(given.length), "--json"])
+        say(f"  {ours.seconds:.1f} s")
         remove(hf)
     text = "\n".join(rendered(given.size, given.length, machine, ours, theirs)) + "\n"
     print(text)
