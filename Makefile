@@ -76,6 +76,7 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/zero.py --big-pairs 3
+	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/train.py
 
