@@ -166,12 +166,11 @@ def main() -> int:
         rates = measure(sides, rounds)
         picks = measure({name: blend(weights, clock) for name, weights in MIXTURES.items()}, rounds)
 
-    claimed = [name for name in rates if name.startswith("micro-batches")]
     verdicts = []
     for what, values, limit in (
         (
-            f"At least 50 M tokens/s, steps of {STEP_SEQUENCES} sequences",
-            [rates[name] for name in claimed],
+            "At least 50 M tokens/s, every row below",
+            list(rates.values()),
             TOKENS_LIMIT,
         ),
         ("At least 1 M choices/s of the blend", list(picks.values()), PICKS_LIMIT),
@@ -191,8 +190,8 @@ def main() -> int:
         "## Claims", "", *verdicts, "",
         f"## Rows, in steps of {STEP_SEQUENCES} sequences where nothing else is said", "",
         *markdown_table(["", "M tokens/s"], [[name, spread(values, 0)] for name, values in rates.items()]), "",
-        "Training takes all micro-batches of a step from one read, so their size matters little. A step of a single",
-        "row shows what a step costs beside its tokens.", "",
+        "Training takes all micro-batches of a step from one read, and small steps together. Steps of one row show",
+        "what a step costs beside its tokens.", "",
         "## Choosing sources", "",
         f"`Blend.skip` over {PICKS / 1e6:.0f} M samples from the beginning, as resuming without a stored position "
         "does.", "",

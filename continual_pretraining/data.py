@@ -16,21 +16,21 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from continual_pretraining.blending import Blend
 from continual_pretraining.token_files import IGNORED_LABEL, Batch, Row, RowReader, TokenFile, TokenFolder, Wanted
 from smolconv.checkpoint import DataStage
-from smolconv.errors import UsageError
+from smolconv.errors import SmolconvError, UsageError
 
 if TYPE_CHECKING:
     from continual_pretraining.recipe import Data, Source, Stage
 
 __all__ = [
     "BEGINNING", "Batch", "Row", "StepData", "TokenFile", "TokenFolder", "TrainingData", "evaluation_batches",
-    "position_from_stages", "stages_of",
+    "open_folders", "open_held_out", "position_from_stages", "stages_of",
 ]  # fmt: skip
 
 Position = Mapping[str, Any]
@@ -38,6 +38,8 @@ Position = Mapping[str, Any]
 BEGINNING: Position = {"step": 0, "stages": []}
 #: Steps that are prepared ahead of the one that trains.
 _PREPARED_STEPS = 2
+#: Small steps of so many tokens are read at once: a read has costs of its own, whatever its size.
+_TOKENS_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,11 @@ class TrainingData:
     ``position`` is that of the last step done, or ``BEGINNING``. Without one, reading a step replays the blend from
     step 1 on, at some 6 to 11 million samples a second (``benchmarks/results/data.md``): minutes for 2 billion.
 
+    ``folders`` are what ``open_folders`` gave, which is called without them: many ranks that all open thousands of
+    files would keep a shared file system from its work.
+
     Raises ``UsageError`` where the recipe contradicts itself, the folders or the position, and what
-    ``TokenFolder.open`` raises. Folders of stages that the position has left behind are not opened.
+    ``TokenFolder.open`` raises.
     """
 
     def __init__(
@@ -74,8 +79,8 @@ class TrainingData:
         rank: int,
         world_size: int,
         position: Position | None = None,
+        folders: Mapping[str, TokenFolder] | None = None,
     ) -> None:
-        check_sources(data)
         micro_batches, rest = divmod(global_batch_sequences, micro_batch_sequences)
         if rest or micro_batches % world_size:
             raise UsageError(
@@ -88,19 +93,13 @@ class TrainingData:
         self.global_batch_sequences, self.micro_batch_sequences = global_batch_sequences, micro_batch_sequences
         self._position = position
         self._reader = _reader(data, vocab_size)
-        self._folders: dict[str, TokenFolder] = {}
-        names = [stage.name for stage in data.stages]
-        left = position["stages"][-1]["name"] if position and position["stages"] else None
-        for stage in data.stages[names.index(left) if left in names else 0 :]:
-            for source, name in zip(stage.sources, stage.names):
-                if _plain(source.path) not in self._folders:
-                    self._folders[_plain(source.path)] = _open(source.path, name, data, vocab_size)
+        self._folders = open_folders(data, position, vocab_size) if folders is None else folders
         self._prefetching: weakref.WeakSet[_Prefetched] = weakref.WeakSet()
 
     @property
     def folders(self) -> Mapping[str, TokenFolder]:
         """By path, those of the stages that are still to be read."""
-        return dict(self._folders)
+        return self._folders
 
     def steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
         """The steps in order. A thread prepares the next ones meanwhile; its errors are raised here."""
@@ -111,15 +110,34 @@ class TrainingData:
     def read_steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
         """The same in the caller's own thread."""
         place = _Place(self.data, self.global_batch_sequences, first_step, self._position)
-        for step in range(first_step, last_step + 1):
+        together = max(1, _TOKENS_TOGETHER // (self.global_batch_sequences * self.data.sequence_length))
+        step = first_step
+        while step <= last_step:
             place.enter(step)
-            stage, offsets, counts = place.stage, place.offsets, place.blend.counts
-            chosen = place.blend.take(self.global_batch_sequences)
-            batches = self._micro_batches(stage, chosen, [a + b for a, b in zip(offsets, counts)])
-            position = place.position(step)
+            end = min(step + together, place.next_stage_start(otherwise=last_step + 1), last_step + 1)
+            yield from self._read(place.stage, [self._chosen(place, each) for each in range(step, end)])
+            step = end
+
+    def _chosen(self, place: _Place, step: int) -> _Chosen:
+        starts = [offset + count for offset, count in zip(place.offsets, place.blend.counts)]
+        return _Chosen(step, place.blend.take(self.global_batch_sequences), starts, place.position(step))
+
+    def _read(self, stage: Stage, steps: Sequence[_Chosen]) -> Iterator[StepData]:
+        try:
+            batches = self._micro_batches(stage, np.concatenate([each.sources for each in steps]), steps[0].starts)
+        except SmolconvError:
+            if len(steps) == 1:
+                raise
+            # Those before the step with the bad row are whole.
+            for each in steps:
+                yield from self._read(stage, [each])
+            return
+        own = len(batches) // len(steps)
+        for number, each in enumerate(steps):
             yield StepData(
-                step=step, stage=stage.name, micro_batches=batches, tokens=_tokens(position), position=position
-            )
+                step=each.step, stage=stage.name, micro_batches=batches[number * own : (number + 1) * own],
+                tokens=_tokens(each.position), position=each.position,
+            )  # fmt: skip
 
     def epochs(self, last_step: int) -> dict[str, float]:
         """How often each source's folder will have been read when ``last_step`` is done, by the shares of the stages.
@@ -160,8 +178,16 @@ class TrainingData:
             samples = starts[number] + np.flatnonzero(mine)
             if len(rows):
                 wanted.append(Wanted(self._folders[_plain(source.path)], rows, samples))
-        count = self.global_batch_sequences // self.world_size
-        return list(_cut(self._reader.read(wanted, count), size))
+        return list(_cut(self._reader.read(wanted, len(chosen) // self.world_size), size))
+
+
+class _Chosen(NamedTuple):
+    """A step's samples, before they are read."""
+
+    step: int
+    sources: np.ndarray[Any, Any]  #: of all ranks, by number in the stage
+    starts: list[int]  #: each source's first sample
+    position: dict[str, Any]  #: after the step
 
 
 class _Place:
@@ -196,6 +222,12 @@ class _Place:
         self.blend = Blend([source.weight for source in stage.sources], counts)
         self.history.append({})
         self._record()
+
+    def next_stage_start(self, otherwise: int) -> int:
+        """The first step that the current stage does not make."""
+        return min(
+            (each.start_step for each in self.data.stages if each.start_step > self.stage.start_step), default=otherwise
+        )
 
     def read_before(self, path: str) -> int:
         """Samples of a folder that the stages before read, in windows of the recipe's length."""
@@ -239,6 +271,27 @@ class _Place:
                     "Put them back, or add a stage of another name that starts at the next step."
                 )
         return record
+
+
+def open_folders(data: Data, position: Position | None, vocab_size: int | None) -> dict[str, TokenFolder]:
+    """By path, the folders of the stages that the position has not left behind. One rank's serve all.
+
+    Raises as ``TrainingData`` does.
+    """
+    check_sources(data)
+    names = [stage.name for stage in data.stages]
+    left = position["stages"][-1]["name"] if position and position["stages"] else None
+    folders: dict[str, TokenFolder] = {}
+    for stage in data.stages[names.index(left) if left in names else 0 :]:
+        for source, name in zip(stage.sources, stage.names):
+            if _plain(source.path) not in folders:
+                folders[_plain(source.path)] = _open(source.path, name, data, vocab_size)
+    return folders
+
+
+def open_held_out(source: Source, data: Data, vocab_size: int | None) -> TokenFolder:
+    """A source of the evaluation, named as its losses are. Raises what ``TokenFolder.open`` does."""
+    return _open(source.path, source.name or _plain(source.path).rpartition("/")[2], data, vocab_size)
 
 
 def check_sources(data: Data) -> None:
@@ -367,7 +420,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
 
 
 def evaluation_batches(
-    source: Source,
+    folder: TokenFolder,
     data: Data,
     sequences: int,
     micro_batch_sequences: int,
@@ -380,7 +433,6 @@ def evaluation_batches(
     Every rank gets equally many batches, since a forward pass under ZeRO-3 takes all ranks: where none is left, the
     last one comes again with all labels -100 and no ``rows``.
     """
-    folder = _open(source.path, source.name or _plain(source.path).rpartition("/")[2], data, vocab_size)
     reader = _reader(data, vocab_size)
     starts = range(0, min(sequences, folder.windows), micro_batch_sequences)
     for turn in range(-(-len(starts) // world_size)):

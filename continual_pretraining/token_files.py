@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """One ``.ds`` file with what lies beside it, checked against each other. Its arrays are mapped on first use."""
+    """One ``.ds`` file with what lies beside it, checked against each other. Arrays are mapped when they are used."""
 
     path: Path
     token_size: int  #: bytes
@@ -70,13 +70,17 @@ class TokenFile:
     documents: int | None  #: entries of the index; None without one
     has_loss: bool
 
-    @cached_property
+    @property
     def ids(self) -> Ids:
         return _mapped(self.path, f"<u{self.token_size}", self.tokens)
 
-    @cached_property
+    @property
     def ends(self) -> NDArray[np.uint64]:
         """The index. Raises ``MissingFile`` without one, ``CorruptFile`` when it does not ascend."""
+        return _mapped(self._checked_index, "<u8", self.documents or 0)
+
+    @cached_property
+    def _checked_index(self) -> Path:
         path = _beside(self.path, "index")
         if self.documents is None:
             raise MissingFile(
@@ -95,9 +99,9 @@ class TokenFile:
                     f"({ends[at - 1] if at else 0}).\nEnds of documents ascend.\n{_TOKENISE_AGAIN}"
                 )
             last = int(chunk[-1])
-        return ends
+        return path
 
-    @cached_property
+    @property
     def losses(self) -> NDArray[np.uint8]:
         """A byte a token: 0 where it is not to be predicted."""
         assert self.has_loss
@@ -473,8 +477,13 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
 
+@lru_cache(maxsize=256)
 def _mapped(path: Path, dtype: str, count: int) -> NDArray[Any]:
-    """A file as a read-only array. An empty file cannot be mapped."""
+    """A file as a read-only array. An empty file cannot be mapped.
+
+    Only the latest are kept: each map holds a file descriptor, and a folder may have more files than a process may
+    open.
+    """
     if count == 0:
         return np.empty(0, dtype)
     # A plain array over the map: slices of numpy's memmap class cost several times as much.

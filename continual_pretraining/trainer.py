@@ -17,7 +17,16 @@ from typing import Any
 
 import torch
 
-from continual_pretraining.data import Batch, StepData, TrainingData, evaluation_batches, stages_of
+from continual_pretraining.data import (
+    Batch,
+    StepData,
+    TokenFolder,
+    TrainingData,
+    evaluation_batches,
+    open_folders,
+    open_held_out,
+    stages_of,
+)
 from continual_pretraining.engine_config import engine_config
 from continual_pretraining.estimate import FORMULA, flops_per_token
 from continual_pretraining.gate import check_first_loss
@@ -25,7 +34,7 @@ from continual_pretraining.metrics import StepRecord, Watch
 from continual_pretraining.model import build_model, check_no_leak
 from continual_pretraining.optimizer import set_hyperparameters, set_learning_rate, torch_groups
 from continual_pretraining.ranks import Ranks
-from continual_pretraining.recipe import Recipe, Source
+from continual_pretraining.recipe import Recipe
 from continual_pretraining.run_checkpoints import RunState, latest
 from continual_pretraining.saving import restore_random, save_run
 from continual_pretraining.schedule import learning_rate
@@ -70,6 +79,7 @@ class Trainer:
         self._load()
         self.watch: Watch | None = None
         self.data: TrainingData | None = None
+        self.held_out: Sequence[TokenFolder] = ()
         self.step_began = 0.0
 
     # --- the engine ---
@@ -152,11 +162,12 @@ class Trainer:
             self.watch = self._watch(first)
         try:
             self.check_start()
+            folders, self.held_out = ranks.from_first(self._open_data)
             self.data = TrainingData(
                 recipe.data, global_batch_sequences=recipe.global_batch_sequences,
                 micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=self.spec.vocab_size,
                 rank=ranks.rank, world_size=ranks.world_size,
-                position=None if self.start.position is None else dict(self.start.position),
+                position=self.start.position, folders=folders,
             )  # fmt: skip
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
@@ -169,6 +180,12 @@ class Trainer:
                 self.data.close()
             if self.watch is not None:
                 self.watch.close()
+
+    def _open_data(self) -> tuple[Mapping[str, TokenFolder], Sequence[TokenFolder]]:
+        recipe, vocab_size = self.recipe, self.spec.vocab_size
+        sources = [] if recipe.evaluation is None else recipe.evaluation.sources
+        held_out = [open_held_out(source, recipe.data, vocab_size) for source in sources]
+        return open_folders(recipe.data, self.start.position, vocab_size), held_out
 
     def _step(self, data: StepData) -> None:
         recipe, step = self.recipe, data.step
@@ -273,12 +290,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> bool:
         """Mean loss of every held-out source, and whether a rank was asked to stop meanwhile."""
-        assert self.recipe.evaluation is not None
         self.engine.eval()
         found: dict[str, float] = {}
-        for source in self.recipe.evaluation.sources:
+        for folder in self.held_out:
             total, targets = 0.0, 0
-            for batch in self._held_out(source):
+            for batch in self._batches_of(folder):
                 with torch.no_grad():
                     loss_sum, count = self._forward(batch)
                 total, targets = total + float(loss_sum), targets + int(count)
@@ -286,16 +302,16 @@ class Trainer:
                     self.engine.train()
                     return True
             total, counted = self.ranks.sums([total, targets])
-            found[source.name or Path(source.path).name] = total / max(counted, 1.0)
+            found[folder.name] = total / max(counted, 1.0)
         self.engine.train()
         if self.watch is not None:
             self.watch.evaluation(step, found)
         return False
 
-    def _held_out(self, source: Source) -> Iterator[Batch]:
+    def _batches_of(self, folder: TokenFolder) -> Iterator[Batch]:
         assert self.recipe.evaluation is not None
         return evaluation_batches(
-            source, self.recipe.data, self.recipe.evaluation.sequences,
+            folder, self.recipe.data, self.recipe.evaluation.sequences,
             self.recipe.parallelism.micro_batch_sequences, self.ranks.rank, self.ranks.world_size, self.spec.vocab_size,
         )  # fmt: skip
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +29,8 @@ from continual_pretraining.data import (
     TokenFolder,
     TrainingData,
     evaluation_batches,
+    open_folders,
+    open_held_out,
     position_from_stages,
     stages_of,
 )
@@ -103,10 +108,12 @@ def copy_of(folder: str, tmp_path: Path, name: str | None = None) -> Path:
     return Path(shutil.copytree(ORACLE / folder, tmp_path / (name or folder)))
 
 
-def write_tokens(folder: Path, tokens: Sequence[int], ends: Sequence[int], dtype: str = "<u2") -> Path:
+def write_tokens(
+    folder: Path, tokens: Sequence[int], ends: Sequence[int], dtype: str = "<u2", name: str = "0.ds"
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    np.array(tokens, dtype).tofile(folder / "0.ds")
-    np.array(ends, "<u8").tofile(folder / "0.ds.index")
+    np.array(tokens, dtype).tofile(folder / name)
+    np.array(ends, "<u8").tofile(folder / f"{name}.index")
     return folder
 
 
@@ -512,6 +519,55 @@ def test_close_ends_the_thread_in_the_middle() -> None:
     assert list(steps) == []
 
 
+def test_a_bad_row_is_told_in_its_own_step_though_small_steps_are_read_together(tmp_path: Path) -> None:
+    folder = copy_of("plain_2byte", tmp_path)
+    path = folder / "00000_unshuffled.ds"
+    tokens = np.fromfile(path, "<u2")
+    data = open_data(
+        recipe_data(one_stage(folder)), vocab_size=SMOLLM2_VOCABULARY, global_batch_sequences=1, micro_batch_sequences=1
+    )
+    tokens[30 * 128 + 5] = 50_000
+    tokens.tofile(path)  # after the folder was checked
+    read = []
+    with pytest.raises(CorruptFile, match="is 50000"):
+        for step in data.read_steps(1, 100):
+            read.append(step.step)
+    assert read == list(range(1, 31))
+
+
+def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    for number in range(600):
+        write_tokens(tmp_path / "many", [number % 7 + 1, 0, 3, 0], [2, 4], name=f"{number:05d}.ds")
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+from continual_pretraining.data import TrainingData
+from continual_pretraining.recipe import Data
+stages = [{{"name": "s", "sources": [{{"path": {str(tmp_path / "many")!r}}}]}}]
+data = TrainingData(
+    Data.model_validate({{"sequence_length": 3, "eos_token_id": 0, "boundaries": "index", "stages": stages}}),
+    global_batch_sequences=4, micro_batch_sequences=4, vocab_size=8, rank=0, world_size=1,
+)
+print(sum(int(step.micro_batches[0].input_ids[:, 0].sum()) for step in data.steps(1, 150)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.stdout.strip()) == ("", str(sum(number % 7 + 1 for number in range(600))))
+
+
+def test_ranks_share_what_one_of_them_opened() -> None:
+    data = recipe_data(TWO_STAGES)
+    opened = open_folders(data, None, SMOLLM2_VOCABULARY)
+    assert all(file.ids.size for folder in opened.values() for file in folder.files)
+    sent = pickle.dumps(opened)  # tables, not tokens
+    assert len(sent) < 10_000
+    mine = open_data(data, vocab_size=SMOLLM2_VOCABULARY)
+    theirs = open_data(data, vocab_size=SMOLLM2_VOCABULARY, folders=pickle.loads(sent))
+    for one, other in zip(mine.read_steps(1, 20), theirs.read_steps(1, 20)):
+        assert (one.position, one.tokens) == (other.position, other.tokens)
+        for a, b in zip(one.micro_batches, other.micro_batches):
+            assert a.rows == b.rows and (a.labels == b.labels).all()
+
+
 def test_errors_of_the_thread_are_raised_where_steps_are_taken(tmp_path: Path) -> None:
     folder = copy_of("plain_2byte", tmp_path)
     path = folder / "00000_unshuffled.ds"
@@ -745,13 +801,13 @@ def test_a_source_without_a_record_is_refused() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_reads_every_sequence_once_and_keeps_ranks_in_step(world_size: int) -> None:
     data = recipe_data(TWO_STAGES)
-    source = Source(path=str(ORACLE / "plain_2byte"))
+    folder = open_held_out(Source(path=str(ORACLE / "plain_2byte")), data, SMOLLM2_VOCABULARY)
     ranks = [
-        list(evaluation_batches(source, data, 9, 2, rank, world_size, SMOLLM2_VOCABULARY)) for rank in range(world_size)
+        list(evaluation_batches(folder, data, 9, 2, rank, world_size, SMOLLM2_VOCABULARY)) for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     real = [batch for turn in zip(*ranks) for batch in turn if batch.rows]
     assert [row.window for batch in real for row in batch.rows] == list(range(9))
     empty = [batch for turn in zip(*ranks) for batch in turn if not batch.rows]
     assert all((batch.labels == IGNORED).all() and batch.input_ids.size for batch in empty)
-    assert len(list(evaluation_batches(source, data, 10**9, 2, 0, 1, None))) == -(-327 // 2)
+    assert len(list(evaluation_batches(folder, data, 10**9, 2, 0, 1, None))) == -(-327 // 2)
