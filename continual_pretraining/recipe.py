@@ -19,6 +19,7 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
+HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -181,8 +182,14 @@ class Export(Section):
 
     formats: Annotated[tuple[Literal["hf", "nanotron"], ...], Field(min_length=1)] = ("hf",)
     verify: bool = True
-    push: str | None = None  #: owner/name on the Hub, for hf
+    push: HubRepository | None = None  #: owner/name on the Hub, for hf
     optimizer: bool = False  #: with Adam's state and the progress
+
+    @model_validator(mode="after")
+    def _pushes_what_is_written(self) -> Export:
+        if self.push is not None and "hf" not in self.formats:
+            raise ValueError(f"export.push uploads the hf format, which is not among export.formats {self.formats}")
+        return self
 
 
 class Slurm(Section):
@@ -192,7 +199,7 @@ class Slurm(Section):
     account: str | None = None
     qos: str | None = None
     time: str = "24:00:00"
-    gpus_per_node: NotNegative | None = None  #: None: ranks per node, on a machine with GPUs
+    gpus_per_node: NotNegative | None = None  #: None: ranks per node, unless options ask for GPUs; 0: train on CPUs
     cpus_per_task: Positive | None = None
     signal_seconds: Positive = 300  #: SIGUSR1 this long before the walltime: the run saves and is queued again
     requeue: bool = True
