@@ -410,9 +410,7 @@ def _special(tokenizer: Any) -> str:
 
 
 def _not_installed(missing: list[str]) -> NotInstalled:
-    # Those of Parquet and zstd are not in the extra: they are big, or rarely needed.
-    packages = " ".join(["'smolconv[data]'", *(name for name in missing if name in ("pyarrow", "zstandard"))])
-    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: pip install {packages}")
+    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: pip install 'smolconv[data]'")
 
 
 def _require_datatrove(plan: TokenizePlan) -> None:
@@ -517,9 +515,14 @@ def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
 @contextmanager
 def _input_errors(plan: TokenizePlan) -> Iterator[None]:
     """What a broken file makes the readers raise."""
+    unreadable = [EOFError, ValueError, zlib.error, gzip.BadGzipFile]  # ValueError: also JSON's and Arrow's
+    if "zstandard" in sys.modules:
+        unreadable.append(sys.modules["zstandard"].ZstdError)
     try:
         yield
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:  # ValueError: also JSON's and Arrow's
+    except (OSError, *unreadable) as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno is not None:
+            raise  # the machine's; Arrow raises the class without a number for pages that it cannot decode
         raise CorruptFile(
             f"an input could not be read: {type(error).__name__}: {error}.\nSee {plan.logs} for the file."
         ) from error

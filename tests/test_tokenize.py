@@ -22,6 +22,7 @@ import pytest
 import yaml
 from conftest import FIXTURES, Finished, files_below
 
+from continual_pretraining import tokenization
 from continual_pretraining.recipe import Data
 from continual_pretraining.token_files import RowReader, TokenFolder, Wanted
 from continual_pretraining.token_report import report_tokens
@@ -227,19 +228,42 @@ def test_every_kind_of_input_gives_the_same_documents(tokenizer: Path, tmp_path:
 
 
 @needs_datatrove
-def test_parquet_is_read_or_its_package_is_named(tokenizer: Path, tmp_path: Path) -> None:
-    source = tmp_path / "a.parquet"
-    if importlib.util.find_spec("pyarrow") is None:
-        source.write_bytes(b"PAR1")
-        with pytest.raises(NotInstalled, match=r"pip install 'smolconv\[data\]' pyarrow"):
-            tokenized(source, tmp_path / "out", tokenizer)
-        return
-    import pyarrow  # noqa: PLC0415
-    import pyarrow.parquet  # noqa: PLC0415
+def test_parquet_and_zstd_give_the_same_documents(tokenizer: Path, tmp_path: Path) -> None:
+    zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    rows = pyarrow.table({"url": ["a", "b", "c"], "content": TEXTS, "score": [0.1, 0.2, 0.3]})
+    parquet.write_table(rows.slice(0, 2), folder / "a.parquet", compression="zstd")
+    parquet.write_table(rows.slice(2), folder / "below" / "b.parquet", row_group_size=1)
+    packed = tmp_path / "a.jsonl.zst"
+    packed.write_bytes(zstandard.compress(jsonl(tmp_path / "a.jsonl", TEXTS, "content").read_bytes()))
+    for name, source in (("folder", folder), ("packed", packed)):
+        tokenized(source, tmp_path / name, tokenizer, shuffle_seed=None, text_key="content")
+        assert documents(tmp_path / name) == encoded(tokenizer, TEXTS, 0), name
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), source)
-    tokenized(source, tmp_path / "out", tokenizer, shuffle_seed=None)
-    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
+
+@needs_datatrove
+def test_a_parquet_file_with_a_damaged_page_leaves_no_output(tokenizer: Path, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": TEXTS * 100}), source, use_dictionary=False)
+    content = bytearray(source.read_bytes())
+    content[40:90] = bytes(50)
+    source.write_bytes(content)
+    with pytest.raises(CorruptFile, match="an input could not be read"):
+        tokenized(source, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_datatrove
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_what_an_input_needs_and_is_not_there_is_named(name, package, tokenizer, tmp_path, monkeypatch) -> None:
+    (tmp_path / name).write_bytes(b"PAR1")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(tokenization, "find_spec", lambda wanted: None if wanted == package else found(wanted))
+    with pytest.raises(NotInstalled, match=rf"{package}. Install it: pip install 'smolconv\[data\]'"):
+        tokenized(tmp_path / name, tmp_path / "out", tokenizer)
 
 
 GOOD = b'{"text": "fine"}\n'
@@ -256,6 +280,8 @@ GOOD = b'{"text": "fine"}\n'
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', CorruptFile, "may be corrupted"),
         ("a.jsonl.gz", gzip.compress(GOOD * 10000)[:-20], CorruptFile, "could not be read: EOFError"),
         ("a.jsonl.gz", b"no gzip at all", CorruptFile, "gzip"),
+        ("a.jsonl.zst", b"no zstd at all", CorruptFile, "ZstdError"),
+        ("a.parquet", b"PAR1 and no more", CorruptFile, "a.parquet"),
         ("a.txt", b"\xff\xfe", CorruptFile, "a.txt is not UTF-8"),
         ("a.jsonl", b'{"text": ""}\n', UsageError, "none of the 1 input files has a document"),
         ("a.jsonl", b"", UsageError, "none of the 1 input files has a document"),
