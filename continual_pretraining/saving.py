@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from continual_pretraining.ranks import Ranks
 from continual_pretraining.recipe import Recipe
-from continual_pretraining.run_checkpoints import RunState, prune, publish, step_folder
+from continual_pretraining.run_checkpoints import (
+    RunState,
+    left_behind,
+    prune,
+    publish,
+    remove_partial,
+    set_aside,
+    step_folder,
+    write_bytes,
+)
 from continual_pretraining.start import FOLDER as START
 from continual_pretraining.start import StartPoint
 from smolconv import __version__
 from smolconv.checkpoint import TrainingProgress
-from smolconv.errors import MachineError
+from smolconv.errors import CorruptFile, MachineError
 from smolconv.storage.atomic import sync_folder
 
 
@@ -25,7 +35,7 @@ class _Writer:
     """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
-    all ranks are through. Every file is put on disk before the folder gets its name.
+    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -35,15 +45,23 @@ class _Writer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+    def attempt(self, write: Callable[[], object]) -> None:
         if self.error is not None:
             return
         try:
-            self.inner.save(state_dict, path)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            write()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.error = error
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        def write() -> None:
+            self.inner.save(state_dict, path)
+            _sync_file(Path(path))
+
+        self.attempt(write)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.attempt(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
 
 
 def save_run(
@@ -54,13 +72,13 @@ def save_run(
     start: StartPoint,
     state: RunState,
     progress: TrainingProgress,
-) -> Path:
-    """Save everything the run needs to go on from ``state.step``. All ranks call this.
+    after: int,
+) -> tuple[Path, Sequence[str]]:
+    """Save everything the run needs to go on from ``state.step``, and what to tell the user. All ranks call this.
 
+    ``after`` is the step that this run saved or resumed last; steps beyond it belong to a branch that it has left.
     Raises ``MachineError`` on all ranks when any could not write; what was there before is untouched.
     """
-    import torch  # noqa: PLC0415
-
     final = step_folder(run, state.step)
     partial = final.with_name(final.name + ".partial")
     own = {
@@ -70,60 +88,110 @@ def save_run(
         "weights_only": False,
     }
     writer = _Writer(engine.checkpoint_engine)
+    if ranks.first and partial.exists():
+        # It could not be deleted before. The other ranks write into it only after DeepSpeed's first barrier.
+        writer.attempt(lambda: shutil.rmtree(partial))
     engine.checkpoint_engine = writer
+    # Rank 0 alone would copy DeepSpeed's scripts into the folder, and leave the others waiting when it could not.
+    engine._copy_recovery_script = lambda _: None
     try:
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
     finally:
         engine.checkpoint_engine = writer.inner
-    try:
-        # Nothing in these models draws random numbers while it trains; whoever adds dropout finds them here.
-        random = {"cpu": torch.get_rng_state()}
-        if ranks.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        folder = partial / "random"
-        folder.mkdir(exist_ok=True)
-        torch.save(random, folder / f"rank-{ranks.rank:05d}.pt")
+    writer.attempt(lambda: _write_random(partial, ranks))
+    if ranks.first:
+        writer.attempt(lambda: _write_documents(partial, start, state))
+    failures = [text for text in ranks.everyone(_reason(writer.error)) if text]
+    failure, notes = failures[0] if failures else None, list[str]()
+    if failure is None:
+        failure, notes = ranks.from_first(lambda: _publish_and_clean(recipe, run, state.step, after))
+    if failure is not None:
         if ranks.first:
-            _write_documents(partial, start, state)
-    except (OSError, RuntimeError) as error:
-        writer.error = writer.error or error
-    failures = [text for text in ranks.everyone(None if writer.error is None else str(writer.error)) if text]
-    if failures:
-        if ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_partial(run)
         ranks.barrier()
         raise MachineError(
-            f"step {state.step} could not be saved below {final.parent}: {failures[0].strip().splitlines()[0]}.\n"
+            f"step {state.step} could not be saved below {final.parent}: {failure}.\n"
             "The checkpoints that were there are untouched. Free some space, then go on with --resume auto."
         )
+    return final, notes
 
-    def publish_and_clean() -> list[int]:
-        for place in (partial / "random", partial):
-            sync_folder(place)
-        publish(run, state.step)
-        shutil.rmtree(run / START, ignore_errors=True)  # the run goes on from its own checkpoints now
-        return list(prune(run, recipe.checkpoints))
 
-    ranks.from_first(publish_and_clean)
-    return final
+def _reason(error: Exception | None) -> str | None:
+    return None if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _publish_and_clean(recipe: Recipe, run: Path, step: int, after: int) -> tuple[str | None, list[str]]:
+    """Why the checkpoint could not be published, and what to tell the user. Its errors are all ranks' to know.
+
+    Once it is published the checkpoint is good, so that what fails after it is only told.
+    """
+    try:
+        before = left_behind(run)
+        publish(run, step)
+    except OSError as error:
+        return _reason(error), []
+    shutil.rmtree(run / START, ignore_errors=True)  # the run goes on from its own checkpoints now
+    try:
+        set_aside(run, after=after, saved=step)
+        notes = prune(run, recipe.checkpoints)
+        if left := [name for name in left_behind(run) if name not in before]:
+            said = f"set aside, as the run went back to step {after}: {', '.join(left)}. Delete what is not needed."
+            notes.insert(0, said)
+        return None, notes
+    except OSError as error:
+        return None, [f"cleaning up after step {step} failed: {error}. The next save tries again."]
 
 
 def _write_documents(folder: Path, start: StartPoint, state: RunState) -> None:
     state.write(folder)
-    (folder / "config.json").write_text(json.dumps(dict(start.config), indent=2) + "\n")
-    for name, path in start.assets.items():
-        if name != "config.json" and Path(path).is_file():
-            shutil.copyfile(path, folder / name)
+    write_bytes(folder / "config.json", (json.dumps(dict(start.config), indent=2) + "\n").encode())
+    for name, content in start.assets.items():
+        write_bytes(folder / name, content)
+    sync_folder(folder)
+
+
+def _write_random(partial: Path, ranks: Ranks) -> None:
+    """Nothing in these models draws random numbers while it trains; whoever adds dropout finds them here."""
+    import torch  # noqa: PLC0415
+
+    random = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state()
+    path = _random_file(partial, ranks)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(random, path)
+    _sync_file(path)
+    for folder in (path.parent, partial):
+        sync_folder(folder)
 
 
 def restore_random(folder: Path, ranks: Ranks) -> None:
-    """The random state that this rank saved; nothing where another number of ranks did."""
+    """The random state that this rank saved; nothing where another number of ranks did.
+
+    Raises ``CorruptFile``: nothing draws from it yet, but a checkpoint that lost one file may have lost others.
+    """
     import torch  # noqa: PLC0415
 
-    path = folder / "random" / f"rank-{ranks.rank:05d}.pt"
+    path = _random_file(folder, ranks)
     if not path.is_file():
         return
-    random = torch.load(path, weights_only=True)
-    torch.set_rng_state(random["cpu"])
-    if ranks.device.type == "cuda" and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
+    try:
+        random = torch.load(path, weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if ranks.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    except (EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"{path}, the random state of rank {ranks.rank}, cannot be read ({_reason(error)}).\n"
+            "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH.\n"
+            "Or delete this file to go on without it."
+        ) from None
+
+
+def _random_file(folder: Path, ranks: Ranks) -> Path:
+    return folder / "random" / f"rank-{ranks.rank:05d}.pt"
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

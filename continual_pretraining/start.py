@@ -17,7 +17,15 @@ from typing import Any
 from continual_pretraining.gate import SourceLoss, source_loss
 from continual_pretraining.optimizer import Group, group_parameters
 from continual_pretraining.recipe import Recipe
-from continual_pretraining.run_checkpoints import RunState, find_resume, latest, remove_partial
+from continual_pretraining.run_checkpoints import (
+    RunState,
+    choose,
+    chosen,
+    find_resume,
+    forget,
+    latest,
+    remove_partial,
+)
 from smolconv.checkpoint import Checkpoint
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
@@ -44,7 +52,8 @@ class StartPoint:
     spikes: Mapping[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     gate: SourceLoss | None = None
-    assets: Mapping[str, str] = field(default_factory=dict)  #: tokenizer and the like, by name
+    #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
+    assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -53,13 +62,25 @@ def prepare(recipe: Recipe, run: Path, world_size: int, resume: str, device: str
 
     Raises ``UsageError`` when the recipe and the checkpoint contradict each other.
     """
-    remove_partial(run)
+    notes = remove_partial(run)
+    # What an earlier start converted, whole or not: nothing is read from it, and its space may be needed.
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
     own = find_resume(run, resume)
-    if own is None and latest(run) is not None:
-        raise UsageError(
-            f"--resume never: {run} holds checkpoints of a run already. Choose another --output, or --resume auto."
-        )
-    return _resumed(recipe, run, own, world_size) if own is not None else _fresh(recipe, run, world_size, device)
+    if own is None:
+        if latest(run) is not None:
+            raise UsageError(
+                f"--resume never: {run} holds checkpoints of a run already. Choose another --output, or --resume auto."
+            )
+        forget(run)
+        start = _fresh(recipe, run, world_size, device)
+    else:
+        state, checkpoint = _checked(recipe, own)
+        if resume != "auto":
+            choose(run, own)
+        elif chosen(run) is not None:
+            notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
+        start = _resumed(recipe, run, own, world_size, state, checkpoint)
+    return replace(start, notes=(*notes, *start.notes))
 
 
 def groups_of(recipe: Recipe, spec: ModelSpec) -> tuple[Group, ...]:
@@ -143,7 +164,8 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     return replace(start, step=step, position=position, gate=gate)
 
 
-def _resumed(recipe: Recipe, run: Path, own: Path, world_size: int) -> StartPoint:
+def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
+    """A run's checkpoint, from which this recipe may go on."""
     state = RunState.read(own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
@@ -160,6 +182,13 @@ def _resumed(recipe: Recipe, run: Path, own: Path, world_size: int) -> StartPoin
     checkpoint = with_overrides(read_checkpoint(own, ReadOptions()), recipe)
     check_model(recipe, checkpoint.spec, str(own))
     _check_same_model(recipe, checkpoint)
+    return state, checkpoint
+
+
+def _resumed(
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
+) -> StartPoint:
+    given = recipe.parallelism
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
     if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
         same = True  # one file for all ranks
@@ -222,7 +251,6 @@ def _convert(
         )
     groups.write_text(json.dumps([group.to_json(recipe.optimizer) for group in members]))
     target = place / "deepspeed"
-    shutil.rmtree(target, ignore_errors=True)
     options = ConvertOptions(
         to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
         optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
@@ -235,10 +263,10 @@ def _convert(
     )  # fmt: skip
 
 
-def _assets(checkpoint: Checkpoint) -> dict[str, str]:
+def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     skipped = ("README.md", "LICENSE")
     return {
-        name: str(path.resolve())
+        name: path.read_bytes()
         for name, path in checkpoint.assets.items()
         if name in ASSET_NAMES and name not in skipped
     }

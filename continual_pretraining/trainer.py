@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from continual_pretraining.attention import move
 from continual_pretraining.data import (
     Batch,
     StepData,
@@ -128,9 +129,9 @@ class Trainer:
         """(sum of the targets' losses, fp32; number of targets)."""
         device = self.ranks.device
         loss_sum, targets = self.engine(
-            input_ids=torch.from_numpy(batch.input_ids).to(device, non_blocking=True),
+            input_ids=move(torch.from_numpy(batch.input_ids), device),
             positions=torch.from_numpy(batch.positions),  # where documents begin is looked up on the CPU
-            labels=torch.from_numpy(batch.labels).to(device, non_blocking=True),
+            labels=move(torch.from_numpy(batch.labels), device),
         )
         return loss_sum, targets
 
@@ -334,15 +335,17 @@ class Trainer:
             last_stage_index=len(stages) - 1 if stages else None,
         )
         started = time.perf_counter()
+        after = self.start.step if self.saved_step is None else self.saved_step
         try:
-            folder = save_run(self.engine, self.ranks, self.recipe, self.run, self.start, state, progress)
+            folder, notes = save_run(self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after)
         except MachineError as error:
             if must or self.recipe.checkpoints.on_full_disk == "stop":
                 raise
             self._say(f"{error} Training goes on (checkpoints.on_full_disk: continue).", step=data.step)
             return
         self.saved_step = data.step
-        self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s", step=data.step)
+        for text in (f"saved {folder} in {time.perf_counter() - started:.1f} s", *notes):
+            self._say(text, step=data.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The weights of the forward pass, whole, on rank 0's CPU; the other ranks take part and get none."""
@@ -388,7 +391,8 @@ def _stay_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _listen(trainer: Trainer) -> None:
     """SIGTERM and SIGUSR1 ask for an end after the step; it is agreed on by all ranks.
 
-    They are heard until the process ends: a second signal must not kill a rank that is saving, or has just saved.
+    They are heard until the process ends: a second signal must not kill a rank that is saving, or has just saved. The
+    export, which looks at ``stop_asked`` once, has handlers of its own (worker.py).
     """
 
     def ask(signum: int, frame: FrameType | None) -> None:
