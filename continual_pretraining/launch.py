@@ -2,7 +2,10 @@
 
 Every rank is ``python -m continual_pretraining.worker RUN``. Locally its parent is the launcher. With torchrun,
 DeepSpeed and Slurm it is ``python -m continual_pretraining.launch RUN``, one beside each rank, because those launchers
-turn every failure into exit code 1. It keeps the log, passes signals on, and leaves ``logs/end-rank-NNNNN.json``.
+turn every failure into exit code 1. It keeps the log, passes signals on, and leaves ``logs/ends/ATTEMPT/rank-N.json``.
+
+An attempt is one start of a run. A second start that meets the first one's lock fails, in the same folder and at the
+same time, and neither may take the other's end for its own.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import json
 import os
 import pty
 import re
+import secrets
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import tty
@@ -31,6 +36,7 @@ from typing import BinaryIO
 
 from continual_pretraining import slurm
 from continual_pretraining.engine_config import accumulation_steps
+from continual_pretraining.ranks import ATTEMPT
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import load_recipe
 from smolconv.errors import Interrupted, MachineError, SmolconvError, UsageError
@@ -48,6 +54,9 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
 _LAUNCHER_PID = "SMOLCONV_LAUNCHER_PID"
+_ATTEMPT_FILE = "SMOLCONV_ATTEMPT_FILE"
+#: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
+_FAILED = "failed"
 _KILLED = "the ranks were killed by a second Ctrl-C; checkpoints are as they were."
 
 
@@ -106,7 +115,13 @@ def placement(recipe: Recipe) -> Placement:
             "node, with HOST one of them."
         )
     if given.launcher == "slurm":
-        ranks = ranks or given.slurm.gpus_per_node
+        asked = given.slurm.gpus_per_node
+        ranks = ranks or (1 if asked == 0 else asked)
+        if asked and ranks and ranks > asked:
+            raise UsageError(
+                f"{ranks} ranks per node need a GPU each, but launch.slurm.gpus_per_node is {asked}: leave it out, or "
+                "give --nproc-per-node at most that."
+            )
     placed = Placement(nodes=nodes, ranks_per_node=ranks or _gpus() or 1)
     accumulation_steps(recipe, placed.world_size)
     return placed
@@ -121,8 +136,8 @@ def launch_command(recipe: Recipe, run: Path, *, resume: str = "auto", worker: s
     if launcher == "local":
         return [sys.executable, "-m", worker, *rank]
     if launcher == "deepspeed":
-        words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_nodes", str(placed.nodes)]
-        words += ["--num_gpus", str(placed.ranks_per_node), "--master_port", str(_free_port()), "--no_local_rank"]
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", *_deepspeed_slots(recipe, placed)]
+        words += ["--master_port", str(_free_port()), "--no_local_rank"]
         words += ["--hostfile", recipe.launch.hostfile] if recipe.launch.hostfile else []
         return [*words, "--log_level", "error", "--module", *beside]
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(placed.nodes)]
@@ -132,6 +147,20 @@ def launch_command(recipe: Recipe, run: Path, *, resume: str = "auto", worker: s
     elif launcher == "torchrun":
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(recipe.launch.rendezvous), "--rdzv-id", recipe.name]
     return [*words, "-m", *beside]
+
+
+def _deepspeed_slots(recipe: Recipe, placed: Placement) -> list[str]:
+    """How many ranks, or on which GPUs: given a number, DeepSpeed's launcher forgets CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if recipe.launch.hostfile or not visible or not _gpus():
+        return ["--num_nodes", str(placed.nodes), "--num_gpus", str(placed.ranks_per_node)]
+    devices = visible.replace(" ", "").split(",")[: placed.ranks_per_node]
+    if not all(device.isdecimal() for device in devices):
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES is {visible}, but DeepSpeed's launcher knows GPUs by number only. Give numbers, or "
+            "take --launcher local or torchrun."
+        )
+    return ["--include", f"localhost:{','.join(devices)}"]
 
 
 def batch_script(recipe: Recipe, run: Path, words: Sequence[str]) -> str:
@@ -159,7 +188,7 @@ def launch(recipe: Recipe, run: Path, *, resume: str = "auto", worker: str = WOR
         return _run_launcher(recipe, run, placed, words)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     size = {"WORLD_SIZE": str(placed.world_size), "LOCAL_WORLD_SIZE": str(placed.ranks_per_node)}
-    base = {**rank_environment(recipe, placed.ranks_per_node), **meeting, **size}
+    base = {**rank_environment(recipe, placed.ranks_per_node), **meeting, **size, ATTEMPT: secrets.token_hex(4)}
     environments = {rank: {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(placed.ranks_per_node)}
     return _report(run_ranks(words, environments, run), run, placed.world_size)
 
@@ -202,6 +231,7 @@ class _Rank:
     process: subprocess.Popen[bytes]
     log: Path
     log_start: int  #: bytes of earlier starts in the log
+    attempt: str
     output: int | None = None  #: rank 0: where we read what it writes, to show it and to log it
     log_file: BinaryIO | None = None  #: rank 0: we write it; the others do so themselves
     killed: bool = False  #: by us
@@ -268,7 +298,7 @@ def run_ranks(
                     if rank.process.poll() is not None:
                         while rank.pass_through():
                             pass
-                        rank.end = _end(rank, run, told_to_stop=stopping)
+                        rank.end = _end(rank, run)
                 ends = [rank.end for rank in ranks if rank.end and rank.end.exit_code]
                 if deadline == float("inf") and (ends or abandoned(stopping)):
                     deadline = time.monotonic() + GRACE_SECONDS
@@ -306,7 +336,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str], number: int, ru
             log.close()
         else:
             os.close(theirs)
-    return _Rank(number, process, path, start, ours, None if ours is None else log)
+    return _Rank(number, process, path, start, environment.get(ATTEMPT, ""), ours, None if ours is None else log)
 
 
 def _open_output() -> tuple[int, int]:
@@ -385,7 +415,7 @@ def _kill(ranks: Sequence[_Rank]) -> None:
             rank.process.wait()
 
 
-def _end(rank: _Rank, run: Path, *, told_to_stop: bool) -> RankEnd:
+def _end(rank: _Rank, run: Path) -> RankEnd:
     """How the rank ended, from its process and the failure file that it may have left."""
     code, now = rank.process.returncode, time.time()
     if code in (0, SAVED):
@@ -393,11 +423,14 @@ def _end(rank: _Rank, run: Path, *, told_to_stop: bool) -> RankEnd:
     path = _failure_file(run, rank.number)
     try:
         failure = json.loads(path.read_text())
+        if failure["attempt"] != rank.attempt:
+            raise ValueError("another start's")
         code, now = int(failure["exit_code"]), path.stat().st_mtime
         text = f"{failure['error']}: {failure['message']}"
     except (OSError, ValueError, KeyError, TypeError):  # it had no time to write one
-        if code < 0 and told_to_stop and -code in _STOPS:
-            text = "Interrupted: stopped while it was starting or exporting; checkpoints are as they were."
+        # Whoever sent it: Slurm signals every process of a task, ours perhaps after the rank.
+        if code < 0 and -code in _STOPS:
+            text = "Interrupted: stopped by a signal while it was starting; checkpoints are as they were."
             code = Interrupted.exit_code
         elif code < 0:
             text = f"MachineError: killed by {_signal_name(-code)}."
@@ -419,11 +452,14 @@ def _signal_name(number: int) -> str:
 
 
 def _first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
-    """The failure that came first; without any, a rank that saved and stopped; None when all are done."""
+    """The failure that came first; without any, a rank that saved and stopped; None when all are done.
+
+    A start that was stopped by a signal comes first where it came first: its peers then fail for want of it.
+    """
     failed = [end for end in ends if end.exit_code not in (0, SAVED, Interrupted.exit_code)]
     saved = [end for end in ends if end.exit_code == SAVED]  # then all have: they save together
     stopped = [end for end in ends if end.exit_code == Interrupted.exit_code]
-    return min(failed or saved or stopped, key=lambda end: end.seconds, default=None)
+    return min([*failed, *stopped] if failed else saved or stopped, key=lambda end: end.seconds, default=None)
 
 
 def _report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool = False) -> int:
@@ -473,18 +509,33 @@ def _failure_file(run: Path, rank: int) -> Path:
     return run / "logs" / f"failure-rank-{rank:05d}.json"
 
 
-def _end_file(run: Path, rank: int) -> Path:
-    return run / "logs" / f"end-rank-{rank:05d}.json"
+def _ends_folder(run: Path, attempt: str) -> Path:
+    return run / "logs" / "ends" / attempt
 
 
-def _read_ends(run: Path, world_size: int, since: float = 0.0) -> list[RankEnd]:
-    """The ends that ranks left in ``RUN/logs`` after ``since``. A larger world of an earlier start is not looked at."""
+def _leave_end(folder: Path, end: RankEnd) -> bool:
+    """Write down how the rank ended, for its launcher; False when another of its attempt has failed before it."""
+    path = folder / f"rank-{end.rank:05d}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".partial").write_text(json.dumps(asdict(end)))
+        path.with_suffix(".partial").replace(path)
+        if end.exit_code not in (0, SAVED):
+            (folder / _FAILED).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # the disk may be what failed; it is said on stderr all the same
+    return True
+
+
+def _read_ends(folder: Path) -> list[RankEnd]:
+    """The ends that the ranks of one attempt left."""
     found = []
-    for rank in range(world_size):
+    for path in sorted(folder.glob("rank-*.json")):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            document = json.loads(_end_file(run, rank).read_text())
-            end = RankEnd(**{**document, "last_lines": tuple(document["last_lines"])})
-            found += [end] if end.seconds >= since else []
+            document = json.loads(path.read_text())
+            found.append(RankEnd(**{**document, "last_lines": tuple(document["last_lines"])}))
     return found
 
 
@@ -509,14 +560,19 @@ def _free_port() -> int:
 
 def _run_launcher(recipe: Recipe, run: Path, placed: Placement, words: Sequence[str]) -> int:
     """Run torchrun or DeepSpeed's launcher on this machine, and tell from the ranks' own files how it went."""
-    started = time.time()
+    attempt = secrets.token_hex(4)
     environment = {
         **rank_environment(recipe, placed.ranks_per_node),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TORCHRUN_PATIENCE_SECONDS),
         _LAUNCHER_PID: str(os.getpid()),
     }
     deepspeed = recipe.launch.launcher == "deepspeed"
-    with _signals() as (wakeup, received):
+    with tempfile.TemporaryDirectory() as private, _signals() as (wakeup, received):
+        told = Path(private) / "attempt"
+        if deepspeed or placed.nodes == 1:
+            words = [*words, "--attempt", attempt]
+        else:  # each node has a launcher of its own: the ranks tell it what they have in common
+            environment[_ATTEMPT_FILE] = str(told)
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
             preexec_fn=_die_with_us(signal.SIGTERM),  # noqa: PLW1509
@@ -535,11 +591,13 @@ def _run_launcher(recipe: Recipe, run: Path, placed: Placement, words: Sequence[
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     raise Interrupted(_KILLED)
+        if told.exists():
+            attempt = told.read_text()
     # DeepSpeed's front end may be gone before its ranks have ended, for which its launcher gives them 30 seconds.
     patience = time.monotonic() + 40
     while deepspeed and _group_lives(process.pid) and time.monotonic() < patience:
         time.sleep(0.1)
-    return _outcome(_read_ends(run, placed.world_size, started), run, placed.world_size, process.returncode)
+    return _outcome(_read_ends(_ends_folder(run, attempt)), run, placed.world_size, process.returncode)
 
 
 def _group_lives(group: int) -> bool:
@@ -557,29 +615,36 @@ def _outcome(ends: Sequence[RankEnd], run: Path, world_size: int, status: int) -
     return _report(ends, run, world_size, shown=True)
 
 
-def _beside_a_rank(run: Path, resume: str, worker: str) -> int:
+def _meeting_point() -> str:
+    """What all ranks of a start have in common, and no other start at the same time: where they meet."""
+    return f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
+
+
+def _beside_a_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     """Run the one rank that the environment names, as torchrun, DeepSpeed or Slurm has set it."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]  # the latter is DeepSpeed's
     launcher = int(os.environ.get(_LAUNCHER_PID, "0"))
     _die_with(os.getppid())
-    _end_file(run, rank).unlink(missing_ok=True)
+    if _ATTEMPT_FILE in os.environ:
+        Path(os.environ[_ATTEMPT_FILE]).write_text(attempt)
     recipe = load_recipe(run / "recipe.resolved.yaml")
+    folder, leads = _ends_folder(run, attempt), os.environ["LOCAL_RANK"] == "0"
 
     def abandoned(stopping: bool) -> bool:
         if launcher and not _lives(launcher):
             return True
-        return stopping and any(end.exit_code not in (0, SAVED) for end in _read_ends(run, world_size))
+        # One rank of a node looks, and torchrun ends the node's others when that one ends. Once it has told its ranks
+        # to stop, torchrun waits for each of them, so each looks for itself. os.path: an error is no "yes".
+        return (leads or stopping) and os.path.exists(folder / _FAILED)
 
-    environment = {**rank_environment(recipe, int(local_world_size)), "LOCAL_WORLD_SIZE": local_world_size}
+    own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
+    environment = {**rank_environment(recipe, int(local_world_size)), **own}
     words = [sys.executable, "-m", worker, str(run), "--resume", resume]
     ends = run_ranks(words, {rank: environment}, run, abandoned=abandoned)
     if not ends:  # we had to kill it, so another has the reason
         return SmolconvError.exit_code
-    first = not any(end.exit_code not in (0, SAVED) for end in _read_ends(run, world_size))
-    partial = _end_file(run, rank).with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(ends[0])))
-    partial.replace(_end_file(run, rank))
+    first = _leave_end(folder, ends[0])
     if ends[0].exit_code == SAVED:
         return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
     return _report(ends, run, world_size) if first else ends[0].exit_code
@@ -612,12 +677,14 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--worker", default=WORKER, help=argparse.SUPPRESS)
+    parser.add_argument("--attempt", help="what the files of this start are told apart by from another's")
     parser.add_argument("--outcome", type=int, metavar="STATUS", help="say how ranks ended whose launcher left STATUS")
     parser.add_argument("--world-size", type=int, default=1, help="for --outcome")
     given = parser.parse_args()
+    attempt = given.attempt or _meeting_point()
     if given.outcome is not None:
-        return _outcome(_read_ends(given.run, given.world_size), given.run, given.world_size, given.outcome)
-    return _beside_a_rank(given.run, given.resume, given.worker)
+        return _outcome(_read_ends(_ends_folder(given.run, attempt)), given.run, given.world_size, given.outcome)
+    return _beside_a_rank(given.run, given.resume, given.worker, attempt)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from smolconv import __version__
 from smolconv.errors import MachineError, NotInstalled, UsageError
 
 FOLDER = "slurm"
+_OPTION_FOR_GPUS = re.compile(r"--gpus|-G|--gres[= ]\S*gpu")
 
 
 def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: int, torchrun: Sequence[str]) -> str:
@@ -23,6 +24,9 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
     ``torchrun`` starts one node's ranks, without the words that differ between nodes; they are written into it.
     """
     given, nodes = recipe.launch.slurm, recipe.launch.nodes
+    gpus = given.gpus_per_node
+    if gpus is None and not any(_OPTION_FOR_GPUS.match(option) for option in given.options):
+        gpus = ranks_per_node
     logs = run / "logs" / "slurm-%j.log"
     options = [
         f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', recipe.name)}",
@@ -31,7 +35,7 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
         f"--time={given.time}",
         *(f"--{name}={value}" for name, value in [
             ("partition", given.partition), ("account", given.account), ("qos", given.qos),
-            ("cpus-per-task", given.cpus_per_task), ("gpus-per-node", given.gpus_per_node or None),
+            ("cpus-per-task", given.cpus_per_task), ("gpus-per-node", gpus or None),
         ] if value is not None),
         f'--output="{logs}"',
         "--open-mode=append",
@@ -54,7 +58,7 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
     where = ["--node-rank", '"$SLURM_NODEID"', "--master-addr", '"$MASTER_ADDR"', "--master-port", '"$MASTER_PORT"']
     task = f"""
     trap "" USR1
-    {_lines([*words[: at + 2], *where, *words[at + 2 :]])}
+    {_lines([*words[: at + 2], *where, *words[at + 2 :], "--attempt", '"$ATTEMPT"'])}
 """
     outcome = _join([*module, "--world-size", str(world_size), "--outcome"])
     cpus = ' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if given.cpus_per_task else ""
@@ -82,25 +86,34 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
             if once
             else [],
         ),
-        "# How the ranks of an earlier start ended must not be taken for how these did.",
-        f"rm -f {_join([str(run / 'logs')])}/end-rank-*.json",
+        "# How the ranks of another job or an earlier start ended must not be taken for how these did.",
+        'export ATTEMPT="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
         "",
         "# One task a node. Its script is in single quotes: the number of a node is known only to the task on it.",
         "# USR1 is for the ranks. torchrun would end by it, and inherits from the task that it is ignored.",
         "# torchrun's own patience with ranks that save before they stop is 30 seconds.",
         "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600",
-        f"srun{cpus} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
+        "# SBATCH_EXPORT=NONE would otherwise be for the tasks too, which need what is exported above.",
+        f"srun --export=ALL{cpus} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
         "status=$?",
         "",
         "# torchrun tells success from failure only. The ranks' own code: 0 done, 75 saved and stopped, else failed.",
-        f'{outcome} "$status"',
+        f'{outcome} "$status" --attempt "$ATTEMPT"',
         "status=$?",
     ]
     if given.requeue:
         parts += [
             "",
-            "# Saved before the walltime: back into the queue, to go on. Nothing else is queued again.",
-            'if [ "$status" -eq 75 ]; then',
+            "# Saved before the walltime: back into the queue, to go on. A signal in the start (130) loses nothing and",
+            "# does the same, but not twice in a row: a start that takes too long would be repeated for ever.",
+            "# Nothing else is queued again.",
+            f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
+            'if [ "$status" -eq 130 ] && [ -e "$started" ]; then',
+            '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
+            'elif [ "$status" -eq 130 ] && touch "$started"; then',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            'elif [ "$status" -eq 75 ]; then',
+            '    rm -f "$started"',
             '    scontrol requeue "$SLURM_JOB_ID"',
             "fi",
         ]
@@ -121,9 +134,11 @@ def submit(script: str, run: Path) -> int:
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     number = done.stdout.strip().partition(";")[0]  # with several clusters: number;cluster
     if done.returncode or not number.isdigit():
-        raise MachineError(
-            f"sbatch did not take the job: {(done.stderr or done.stdout).strip()}\nThe script is kept: {path}"
-        )
+        said = (done.stderr or done.stdout).strip()
+        # "Requested node configuration is not available", "Invalid generic resource (gres) specification"
+        no_gpus = "--gpus-per-node" in script and re.search("configuration|gres", said)
+        hint = "\nTo train on nodes without GPUs: --set launch.slurm.gpus_per_node=0." if no_gpus else ""
+        raise MachineError(f"sbatch did not take the job: {said}{hint}\nThe script is kept: {path}")
     path.replace(folder / f"job-{number}.sh")
     return int(number)
 

@@ -7,22 +7,35 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from continual_pretraining.ranks import Elsewhere, Ranks, join_ranks
+from continual_pretraining.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
+from continual_pretraining.recipe import Export, Recipe
 from continual_pretraining.recipe_file import load_recipe
 from smolconv.errors import OutputLocked, SmolconvError
 
+if TYPE_CHECKING:
+    from continual_pretraining.trainer import Trainer
+
 RECIPE = "recipe.resolved.yaml"
+#: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
+_LOCK_PATIENCE_SECONDS = 180.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
-    ranks = join_ranks(recipe.parallelism.threads)
+    ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
     from continual_pretraining.engine_config import engine_config  # noqa: PLC0415
     from continual_pretraining.start import prepare  # noqa: PLC0415
 
@@ -38,32 +51,92 @@ def run_rank(run: Path, resume: str) -> None:
     if start.step < recipe.schedule.train_steps:
         trainer.train()
     if recipe.export is not None:
-        from continual_pretraining.export import export_run  # noqa: PLC0415
-
-        export = recipe.export
-        weights = trainer.weights() if export.verify else None
-        _say(ranks, *ranks.from_first(lambda: export_run(export, run, newest_checkpoint(run), weights)))
+        _export(recipe.export, run, trainer, newest_checkpoint(run))
     ranks.barrier()
     if ranks.first:
         os.close(lock)
 
 
+def _asks_for_gpus(recipe: Recipe) -> bool | None:
+    """Whether the launch has asked for GPUs; None for launchers that take what the node has."""
+    return recipe.launch.slurm.gpus_per_node != 0 if recipe.launch.launcher == "slurm" else None
+
+
+def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
+    """Rank 0 exports, and the others wait for it.
+
+    Raises ``StoppedBySignal`` on rank 0, and ``Elsewhere`` on the others: all is saved, and the next start exports.
+    """
+    from continual_pretraining.export import export_run  # noqa: PLC0415
+    from continual_pretraining.trainer import StoppedBySignal  # noqa: PLC0415
+
+    weights = trainer.weights() if export.verify else None
+
+    def make() -> list[str]:
+        try:
+            with _ended_by_signals():
+                if trainer.stop_asked:  # after the last step had looked
+                    raise KeyboardInterrupt
+                return export_run(export, run, checkpoint, weights)
+        except KeyboardInterrupt:
+            raise StoppedBySignal(
+                "stopped by a signal in the export; all steps are saved. The next start exports again."
+            ) from None
+
+    if not trainer.ranks.first:
+        _ignore_signals()
+    _say(trainer.ranks, *trainer.ranks.from_first(make))
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 do what Ctrl-C does, once. They are ignored from then on: what is left is to close."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        _ignore_signals()
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        _ignore_signals()
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def lock_run(run: Path) -> int:
     """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
 
+    A job that Slurm has queued again waits for three minutes: its earlier start may have died with its node.
     Raises ``OutputLocked``. A file system without locks gives none.
     """
+    patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    deadline, told = time.monotonic() + patience, False
     descriptor = os.open(run / "run.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(descriptor)
-            raise OutputLocked(
-                f"another process trains in {run} (it holds {run / 'run.lock'}).\n"
-                "Wait for it to end, or choose another --output."
-            ) from None
-    return descriptor
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return descriptor
+        else:
+            return descriptor
+        if time.monotonic() >= deadline:
+            break
+        if not told:
+            print(f"waits up to {patience:.0f} s for {run / 'run.lock'}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1.0)
+    os.close(descriptor)
+    raise OutputLocked(
+        f"another process trains in {run} (it holds {run / 'run.lock'}).\n"
+        "Wait for it to end, or choose another --output."
+    )
 
 
 def _say(ranks: Ranks, *lines: str) -> None:
@@ -114,6 +187,7 @@ def _record(run: Path, rank: int, error: BaseException, code: int) -> None:
         logs = run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         document = {"rank": rank, "exit_code": code, "error": type(error).__name__, "message": str(error)}
+        document["attempt"] = os.environ.get(ATTEMPT, "")
         (logs / f"failure-rank-{rank:05d}.json").write_text(json.dumps(document) + "\n")
     except OSError:
         pass  # the disk may be what failed; the message is printed all the same

@@ -78,6 +78,7 @@ def _do(what: str, run: Path, rank: int) -> None:
         time.sleep(1000)
     if what == "fail":
         document = {"rank": rank, "exit_code": 6, "error": "TrainingStopped", "message": "the loss is nan"}
+        document["attempt"] = os.environ.get("SMOLCONV_ATTEMPT", "")
         (run / "logs" / f"failure-rank-{rank:05d}.json").write_text(json.dumps(document))
         os._exit(6)
 

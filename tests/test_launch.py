@@ -1,4 +1,7 @@
-"""Launchers, with real processes and real torchrun; tests/fake_worker.py stands in for training."""
+"""Launchers, with real processes and real torchrun; tests/fake_worker.py stands in for training.
+
+The last part is about the real worker, where launchers rely on it.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,24 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import forked_worker
 import pytest
+from conftest import FIXTURES
+from training import recipe_document, token_folder
 
+from continual_pretraining import worker
 from continual_pretraining.launch import launch_command, placement, read_hostfile
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe
-from smolconv.errors import UsageError
+from smolconv.errors import OutputLocked, UsageError
 
 TESTS = Path(__file__).parent
 #: Runs a recipe with the fake worker, as continue-train does with the real one.
@@ -120,6 +129,10 @@ def alive(pid: int) -> bool:
         return False
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +189,16 @@ def test_a_rank_that_cannot_end_is_killed_after_the_others_failure(tmp_path):
     code, stderr = launched.end()
     assert code == 4 and "rank 0 of 2 failed first" in stderr
     assert not any(alive(pid) for pid in pids)
+
+
+def test_a_failure_file_of_another_start_at_the_same_time_is_not_believed(tmp_path):
+    launched = Launched(recipe(rank=1, do="hang", steps=10_000), tmp_path / "run")
+    pids = launched.begun()
+    of_other = '{"rank": 1, "exit_code": 6, "error": "Other", "message": "another start", "attempt": "another"}'
+    (launched.run / "logs" / "failure-rank-00001.json").write_text(of_other)
+    os.kill(pids[1], signal.SIGKILL)
+    code, stderr = launched.end()
+    assert code == 4 and "rank 1 of 2 failed first: MachineError: killed by SIGKILL" in stderr
 
 
 def test_a_failure_file_of_an_earlier_start_is_not_believed(tmp_path):
@@ -249,6 +272,41 @@ def test_a_signal_before_a_rank_listens_is_an_interruption_and_not_a_failed_mach
     launched.process.send_signal(signal.SIGTERM)
     code, stderr = launched.end()
     assert code == 130 and "while it was starting" in stderr
+
+
+def starts_slowly(tmp_path: Path, then: str) -> dict[str, str]:
+    """An environment in which ranks run ``then`` instead of what they are; ``slow-N`` in the run says that they are."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import os, signal, sys, time\n"
+        "if 'fake_worker' in ' '.join(sys.orig_argv[:3]) and 'RANK' in os.environ:\n"
+        "    rank = int(os.environ['RANK'])\n"
+        f"{textwrap.indent(then, '    ')}\n"
+        "    open(sys.orig_argv[3] + f'/slow-{rank}', 'w').close(); time.sleep(60)\n"
+    )
+    return {"FAKE": "{}", "PYTHONPATH": f"{slow}:{TESTS}:{TESTS.parent}"}
+
+
+def test_an_interrupted_start_is_not_taken_for_the_failure_that_it_causes(tmp_path):
+    """A rank whose peer has been ended by the signal fails in a collective, a moment before the signal ends it too."""
+    run = tmp_path / "run"
+    then = "if rank == 1: signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(70)))"
+    launched = Launched(recipe(launch={"environment": starts_slowly(tmp_path, then)}), run)
+    wait_until(lambda: len(list(run.glob("slow-*"))) == 2)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end()[0] == 130
+
+
+def test_usr1_that_reaches_a_starting_rank_before_its_launcher_is_an_interruption(tmp_path):
+    """Slurm sends it to every process of a task, in any order."""
+    run = tmp_path / "run"
+    then = "(open(sys.orig_argv[3] + f'/pid-{rank}', 'w').write(str(os.getpid())))"
+    launched = Launched(recipe(launch={"environment": starts_slowly(tmp_path, then)}), run)
+    wait_until(lambda: len(list(run.glob("slow-*"))) == 2)
+    os.kill(int((run / "pid-1").read_text()), signal.SIGUSR1)
+    code, stderr = launched.end()
+    assert code == 130, stderr
 
 
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
@@ -327,6 +385,35 @@ def test_ranks_of_torchrun_and_deepspeed_do_not_outlive_a_launcher_that_is_kille
     wait_until(lambda: not any(map(alive, pids)), seconds=20)
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_a_second_start_that_fails_does_not_end_the_first_ones_save(tmp_path, launcher):
+    run = tmp_path / "run"
+    first = Launched(recipe(launch={"launcher": launcher}, steps=10_000, nap=3.0), run)
+    pids = first.begun()
+    second = Launched(recipe(launch={"launcher": launcher}, rank=0, do="fail", step=1), run)
+    assert second.end()[0] == 6
+    for pid in pids:
+        os.kill(parent(pid), signal.SIGUSR1)  # as Slurm does: to the process beside each rank
+    code, stderr = first.end()
+    assert code == 75, stderr
+    for rank in (0, 1):
+        assert "after ['SIGUSR1']" in first.log(rank), "a SIGTERM would come before the end by SIGKILL"
+
+
+def test_two_starts_over_two_nodes_are_told_apart(tmp_path):
+    """Each node has a launcher of its own, which learns from its ranks which start they belong to."""
+    first = two_nodes(tmp_path, steps=10_000, nap=3.0)
+    for node in first:
+        node.begun()
+    second = two_nodes(tmp_path, rank=0, do="fail", step=1)
+    assert all(node.end()[0] not in (0, 75) for node in second)
+    for node in first:
+        node.process.send_signal(signal.SIGTERM)
+    ends = [node.end() for node in first]
+    assert [code for code, _ in ends] == [75, 75], ends
+    assert all("after ['SIGTERM']" in first[0].log(rank) for rank in range(4))
+
+
 def test_deepspeed_starts_the_ranks_of_this_machine(tmp_path):
     launched = Launched(recipe(launch={"launcher": "deepspeed"}, gloo=True), tmp_path / "run")
     code, stderr = launched.end()
@@ -358,6 +445,33 @@ def test_a_rank_that_dies_on_one_torchrun_node_ends_both(tmp_path):
     ends = [node.end() for node in nodes]
     assert 6 in [code for code, _ in ends] and 0 not in [code for code, _ in ends], ends
     assert any("rank 3 of 4 failed first: TrainingStopped: the loss is nan" in stderr for _, stderr in ends)
+
+
+def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
+    """Nothing but the run's folder tells it: NCCL would wait for ten minutes, and torchrun sees its own node only."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(steps=10_000)))
+
+    def node(number: int, fake: dict[str, Any]) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "RANK": str(number), "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+        }  # fmt: skip
+        (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(**fake)))
+        words = ["continual_pretraining.launch", str(run), "--worker", "fake_worker", "--attempt", "one"]
+        process = subprocess.Popen([sys.executable, "-m", *words], env=environment, stderr=subprocess.PIPE)
+        wait_until((run / f"begun-{number}").exists)
+        return process
+
+    hanging = node(0, {"steps": 10_000, "nap": 0.1})
+    failing = node(1, {"rank": 1, "do": "fail"})
+    assert failing.wait(60) == 6
+    assert hanging.wait(60) == 0
+    log = (run / "logs" / "rank-00000.log").read_text()
+    assert "after ['SIGTERM']" in log, "told to stop, it saved; one in a collective would be killed"
+    assert b"TrainingStopped" in failing.communicate()[1]
+    hanging.communicate()
 
 
 # --- what cannot be placed --------------------------------------------------------------------------------------------
@@ -412,3 +526,142 @@ def test_deepspeeds_own_parser_understands_our_words(tmp_path):
     assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), True)
     assert (given.user_script, given.user_args) == ("continual_pretraining.launch", ["/run", "--resume", "auto"])
     assert fetch_hostfile(given.hostfile) == read_hostfile(hosts)
+
+
+def test_deepspeeds_launcher_is_given_the_gpus_that_are_visible(monkeypatch):
+    from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion  # noqa: PLC0415
+
+    given = recipe(launch={"launcher": "deepspeed", "ranks_per_node": 2})
+    monkeypatch.setattr("continual_pretraining.launch._gpus", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,7")
+    words = launch_command(given, Path("/run"))
+    parsed = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
+    assert (parsed.num_nodes, parsed.num_gpus) == (-1, -1)  # either excludes --include
+    assert parse_inclusion_exclusion({"localhost": 8}, parsed.include, parsed.exclude) == {"localhost": [4, 5]}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3c,GPU-12ab")
+    with pytest.raises(UsageError, match="by number only"):
+        launch_command(given, Path("/run"))
+
+
+# --- the real worker, where launchers rely on it ----------------------------------------------------------------------
+
+#: Python that runs before a forked worker: this file's own facts about it.
+RANK = "import os, signal, sys\nfrom pathlib import Path\nrank, run = int(os.environ['RANK']), Path(sys.argv[1])\n"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, Any]:
+    """Two steps of a tiny model, and its export."""
+    source = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
+    return recipe_document(
+        source, token_folder(tmp_path_factory.mktemp("data") / "tokens"), schedule={"train_steps": 2},
+        export={"formats": ["hf"], "verify": True},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps_done", [False, True], ids=["after its last step", "in a start of its own"])
+def test_a_signal_in_the_export_ends_all_ranks_with_75_and_the_next_start_exports(tmp_path, small, steps_done):
+    run = tmp_path / "run"
+    if steps_done:
+        assert forked_worker.work({**small, "export": None}, run, ranks=2).code == 0
+    signals = RANK + (
+        "(run / f'pid-{rank}').write_text(str(os.getpid()))\n"
+        "import continual_pretraining.export as export\n"
+        "def compared(target, weights):\n"
+        "    assert target.is_dir()\n"
+        "    for number in (signal.SIGTERM, signal.SIGUSR1):\n"
+        "        for other in (1, 0):\n"
+        "            os.kill(int((run / f'pid-{other}').read_text()), number)\n"
+        "    raise AssertionError('not ended')\n"
+        "export._compared = compared\n"
+    )
+    ended = forked_worker.work(small, run, ranks=2, before=signals)
+    assert ended.code == 75, ended.log
+    assert "StoppedBySignal" in ended.message and "export" in ended.message
+    again = forked_worker.work(small, run, ranks=2)
+    assert again.code == 0, again.log
+    assert (run / "export" / "hf" / "model.safetensors").is_file()
+
+
+def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, small):
+    signals = RANK + (
+        "import continual_pretraining.trainer as trainer\n"
+        "save = trainer.save_run\n"
+        "def save_run(*given):\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return save(*given)\n"
+        "trainer.save_run = save_run\n"
+    )
+    ended = forked_worker.work(small, tmp_path / "run", ranks=2, before=signals)
+    assert ended.code == 75, ended.log
+    assert not (tmp_path / "run" / "export" / "hf").exists()
+
+
+def test_a_node_whose_gpus_cannot_be_used_is_named_and_does_not_train_on_its_cpus(tmp_path, small):
+    with_driver = "import continual_pretraining.ranks as r\nfrom pathlib import Path\nr._NVIDIA = Path('/dev/null')"
+    ended = forked_worker.work(small, tmp_path / "run", before=with_driver)
+    assert ended.code == 4 and ended.failure["error"] == "MachineError"
+    assert socket.gethostname() in ended.message and "/dev/null is there" in ended.message
+    on_purpose = "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = ''\n" + with_driver
+    assert forked_worker.work(small, tmp_path / "run", before=on_purpose).code == 0
+
+
+@pytest.mark.parametrize(("gpus", "code"), [(None, 4), (2, 4), (0, 0)])
+def test_a_slurm_job_that_asked_for_gpus_does_not_train_without_them(tmp_path, small, gpus, code):
+    launch = {"launcher": "slurm", "slurm": {"gpus_per_node": gpus}}
+    ended = forked_worker.work({**small, "launch": launch}, tmp_path / "run")
+    assert ended.code == code, ended.log
+    assert code == 0 or "the job asks for GPUs" in ended.message
+
+
+def test_ranks_that_see_different_devices_end_instead_of_waiting_for_each_other(tmp_path, small):
+    rank_1_sees_some = RANK + (
+        "import torch\ntorch.cuda.is_available = lambda: rank == 1\ntorch.cuda.device_count = lambda: 2 * rank\n"
+    )
+    ended = forked_worker.work(small, tmp_path / "run", ranks=2, before=rank_1_sees_some)
+    host = socket.gethostname()
+    assert ended.code == 4 and ended.failure["error"] == "MachineError"
+    assert f"1 with a GPU on {host}" in ended.message and f"1 without on {host}" in ended.message
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so(tmp_path, small):
+    one_gpu = "import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 1\n"
+    ended = forked_worker.work(small, tmp_path / "run", ranks=2, before=one_gpu)
+    assert ended.code == 4 and ended.failure["rank"] == 1
+    assert "2 ranks run on it, but it has 1 GPU" in ended.message
+
+
+def test_ranks_that_do_not_meet_are_a_failed_machine(tmp_path, small):
+    alone = "import datetime, os\nimport continual_pretraining.ranks as r\nos.environ['WORLD_SIZE'] = '2'\n"
+    patience = "r._TRAINING_PATIENCE = datetime.timedelta(seconds=2)\n"
+    ended = forked_worker.work(small, tmp_path / "run", before=alone + patience)
+    assert ended.code == 4 and "127.0.0.1" in ended.message, ended.log
+
+
+def test_training_waits_for_half_an_hour_and_the_export_for_twelve(tmp_path, small):
+    """By torch's own record of what its groups were made with."""
+    says = RANK + (
+        "import continual_pretraining.worker as worker, torch.distributed as dist, torch\n"
+        "join = worker.join_ranks\n"
+        "def joined(*given, **more):\n"
+        "    ranks = join(*given, **more)\n"
+        "    made = [group._get_backend(torch.device('cpu')).options._timeout for group in (dist.group.WORLD,\n"
+        "            ranks.patient)]\n"
+        "    (run / 'timeouts').write_text(' '.join(str(timeout) for timeout in made))\n"
+        "    return ranks\n"
+        "worker.join_ranks = joined\n"
+    )
+    assert forked_worker.work(small, tmp_path / "run", before=says).code == 0
+    assert (tmp_path / "run" / "timeouts").read_text() == "0:30:00 12:00:00"
+
+
+def test_a_job_that_slurm_has_queued_again_waits_for_the_lock_of_the_node_that_it_ran_on(tmp_path, monkeypatch):
+    held = worker.lock_run(tmp_path)
+    with pytest.raises(OutputLocked):
+        worker.lock_run(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(OutputLocked):
+        worker.lock_run(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    threading.Timer(1.0, os.close, [held]).start()
+    os.close(worker.lock_run(tmp_path))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import FIXTURES, command, environment
 from slurm_cluster import SlurmCluster, missing, slurm_cluster
-from test_launch import LAUNCHER, TESTS, recipe, wait_until
+from test_launch import LAUNCHER, TESTS, recipe, starts_slowly, wait_until
 from training import recipe_document, token_folder
 
 from continual_pretraining.launch import batch_script, launch_command
@@ -26,7 +26,9 @@ RUN = Path("/runs/a run")
 
 
 def slurm_recipe(*, slurm: dict[str, Any] | None = None, ranks_per_node: int | None = 2, **fake: Any) -> Recipe:
-    launch = {"launcher": "slurm", "nodes": 2, "ranks_per_node": ranks_per_node, "slurm": slurm or {}}
+    """For CPUs, as the cluster of the tests has no GPUs."""
+    launch = {"launcher": "slurm", "nodes": 2, "ranks_per_node": ranks_per_node}
+    launch["slurm"] = {"gpus_per_node": 0, **(slurm or {})}
     environment = {"FAKE": json.dumps({"gloo": True, **fake}), "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     return recipe(launch={**launch, "environment": environment})
 
@@ -54,12 +56,40 @@ def test_the_recipes_fields_are_in_the_script_and_bash_can_read_it():
         "--exclusive", "--mail-type=END",
     ]  # fmt: skip
     assert "\nmodule load cuda\nsource /venvs/it's/bin/activate\n" in text
-    assert 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK"' in text, "since 22.05 srun does not take it from the job"
+    assert 'srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK"' in text, (
+        "since 22.05 srun does not take it from the job"
+    )
 
 
 def test_what_the_recipe_leaves_out_is_left_to_the_cluster():
     text = script(slurm_recipe())
     assert not re.search("partition|account|qos|cpus-per-task|gpus", text)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "asked"),
+    [
+        ({"gpus_per_node": None}, ["--gpus-per-node=2"]),
+        ({"gpus_per_node": 0}, []),
+        ({"gpus_per_node": 4}, ["--gpus-per-node=4"]),
+        ({"gpus_per_node": None, "options": ["--gres=gpu:h100:2"]}, ["--gres=gpu:h100:2"]),
+        ({"gpus_per_node": None, "options": ["-G 4"]}, ["-G 4"]),
+        ({"gpus_per_node": None, "options": ["--gres=tmpdisk:1"]}, ["--gpus-per-node=2", "--gres=tmpdisk:1"]),
+    ],
+)
+def test_a_job_asks_for_a_gpu_for_each_rank_unless_told_otherwise(slurm, asked):
+    text = script(slurm_recipe(slurm=slurm))
+    assert re.findall(r"^#SBATCH (.*(?:gpu|gres|-G).*)$", text, re.MULTILINE) == asked
+
+
+def test_more_ranks_than_gpus_on_a_node_are_refused():
+    with pytest.raises(UsageError, match=r"4 ranks per node.*gpus_per_node is 2"):
+        script(slurm_recipe(slurm={"gpus_per_node": 2}, ranks_per_node=4))
+
+
+def test_tasks_get_the_jobs_environment_whatever_sbatch_was_told():
+    """SBATCH_EXPORT=NONE is inherited by srun, and would take MASTER_ADDR and what setup did from the tasks."""
+    assert "\nsrun --export=ALL " in script(slurm_recipe())
 
 
 def test_without_requeue_the_job_is_never_queued_again():
@@ -82,7 +112,7 @@ def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(tmp_path, re
     """The script is run by bash with programs that say what they were given, in place of Slurm's."""
     for name in ("srun", "scontrol"):
         program = tmp_path / name
-        program.write_text('#!/bin/bash\n[ "$0" = "${0%srun}" ] && echo host1 && exit\nSLURM_NODEID=1 exec "${@:2}"\n')
+        program.write_text('#!/bin/bash\n[ "$0" = "${0%srun}" ] && echo host1 && exit\nSLURM_NODEID=1 exec "${@:3}"\n')
         program.chmod(0o755)
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nprintf "<%s>" "$@"; echo\n')
@@ -112,7 +142,7 @@ class Job:
 
     def __init__(self, cluster: SlurmCluster, run: Path, given: Recipe) -> None:
         self.cluster, self.run = cluster, run
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.resolved.yaml").write_text(dump_recipe(given))
         done = subprocess.run(
             [sys.executable, "-c", LAUNCHER, str(run), "auto"], capture_output=True, text=True, check=False,
@@ -202,6 +232,71 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, tmp_path):
     assert cluster.job(job.number)["Restarts"] == "0"
 
 
+def starting_slowly(tmp_path: Path) -> Recipe:
+    """Ranks sleep before they listen to signals; ``slow-N`` in the run says that they do."""
+    given = slurm_recipe()
+    environment = {"FAKE": '{"gloo": true}', **starts_slowly(tmp_path, "pass")}
+    return given.model_copy(update={"launch": given.launch.model_copy(update={"environment": environment})})
+
+
+@pytest.mark.slurm
+def test_a_job_that_is_signalled_in_its_start_is_queued_again_once(cluster, tmp_path):
+    job = Job(cluster, tmp_path / "run", starting_slowly(tmp_path))
+    for restarts in ("0", "1"):
+        wait_until(lambda: len(list(job.run.glob("slow-*"))) == 4, seconds=120)
+        for slow in job.run.glob("slow-*"):
+            slow.unlink()
+        assert cluster.job(job.number)["Restarts"] == restarts
+        cluster.run("scancel", "--signal=USR1", str(job.number))
+        if restarts == "0":
+            wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", seconds=60)
+            cluster.wait(job.number, "PENDING")
+            cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+5")
+    assert job.end() == ("FAILED", "130:0"), job.log()
+    assert "a second time in a row" in job.log()
+
+
+@pytest.mark.slurm
+def test_a_job_that_is_cancelled_in_its_start_is_not_queued_again(cluster, tmp_path):
+    job = Job(cluster, tmp_path / "run", starting_slowly(tmp_path))
+    wait_until(lambda: len(list(job.run.glob("slow-*"))) == 4, seconds=120)
+    cluster.run("scancel", str(job.number))
+    assert job.end()[0] == "CANCELLED"
+    wait_until(lambda: "Interrupted" in job.log(), seconds=30)
+    assert cluster.job(job.number)["Restarts"] == "0"
+    assert job.end()[0] == "CANCELLED"
+
+
+@pytest.mark.slurm
+def test_a_second_job_of_the_same_run_does_not_end_the_first_ones_save(cluster, tmp_path):
+    """Both nodes are the first job's; the second's ranks run beside it, as on a cluster with room."""
+    shared = {"options": ["--oversubscribe", "--ntasks=2", "--mem=0"], "cpus_per_task": 1}
+    first = Job(cluster, tmp_path / "run", slurm_recipe(slurm=shared, steps=10_000, nap=3.0))
+    first.begun()
+    for begun in first.run.glob("begun-*"):
+        begun.unlink()
+    second = Job(cluster, tmp_path / "run", slurm_recipe(slurm=shared, rank=0, do="fail", step=1))
+    assert second.end() == ("FAILED", "6:0"), second.log()
+    cluster.run("scancel", "--signal=USR1", str(first.number))
+    wait_until(lambda: cluster.job(first.number)["Restarts"] == "1", seconds=60)
+    told = [re.search(r"saved step \d+ after (.*)", first.rank_log(rank)) for rank in range(4)]
+    assert all(found and "SIGUSR1" in found[1] and "SIGTERM" not in found[1] for found in told), told
+    cluster.run("scancel", str(first.number))
+    assert first.end()[0] == "CANCELLED"
+
+
+@pytest.mark.slurm
+def test_a_cluster_without_gpus_says_what_to_change(cluster, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(slurm_recipe(slurm={"gpus_per_node": None})))
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(run), "auto"], capture_output=True, text=True, check=False,
+        env={**cluster.environment, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+    )  # fmt: skip
+    assert done.returncode != 0 and "launch.slurm.gpus_per_node=0" in done.stderr
+
+
 @pytest.mark.slurm
 def test_a_failing_rank_on_the_second_node_ends_the_job_and_its_message_is_in_the_log(cluster, tmp_path):
     job = Job(cluster, tmp_path / "run", slurm_recipe(steps=100_000, rank=3, do="fail", nap=0.01))
@@ -255,7 +350,8 @@ def test_training_over_two_nodes_gives_the_losses_of_training_on_one(cluster, tm
     def losses(run: str) -> list[float]:
         return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
-    number = int(continue_train("nodes", "--launcher", "slurm", "--nnodes", 2, "--nproc-per-node", 1).split()[-1])
+    slurm = ("--launcher", "slurm", "--set", "launch.slurm.gpus_per_node=0")
+    number = int(continue_train("nodes", *slurm, "--nnodes", 2, "--nproc-per-node", 1).split()[-1])
     assert cluster.wait(number, "COMPLETED", "FAILED") == "COMPLETED"
     continue_train("here", "--nproc-per-node", 2)
     assert len(losses("nodes")) == 6
