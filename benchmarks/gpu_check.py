@@ -1,8 +1,9 @@
 """What only a GPU can show, unattended, in eight minutes on one: ``make gpu-check``.
 
-Kernels and steps beside the CPU's, Liger, and speed and memory beside Hugging Face's Trainer and our own estimate, each
-with its tolerance and verdict. Weights and tokens are random; no network is needed, and nothing is installed: what is
-not there is skipped and said. Everything that computes runs in a process of its own (``gpu_jobs.py``, and the worker).
+Kernels and steps beside the CPU's, Liger and an export after it, and speed and memory beside Hugging Face's Trainer and
+our own estimate, each with its tolerance and verdict. Weights and tokens are random; no network is needed, and nothing
+is installed: what is not there is skipped and said. Everything that computes runs in a process of its own
+(``gpu_jobs.py``, and the worker).
 
 Exit codes: 0 everything that ran was met, 1 something was not, 5 there is no GPU (nothing is written then).
 """
@@ -51,6 +52,9 @@ MODEL_LOSS = {"bfloat16": 1e-2, "float32": 1e-5}
 MODEL_GRADIENTS = {"bfloat16": 5e-2, "float32": 1e-3}
 #: Of a step's loss, in nats. bfloat16 is that of the start gate.
 STEP_LOSS = {"bfloat16": 2e-2, "float32": 1e-4}
+#: Of the bytes that a long document's scores in float32 would take. Queries, keys, values, the output and their
+#: gradients are 0.2 of them, counted; a kernel that writes scores takes 1 at least.
+SCORES = 0.5
 #: Of the estimate's memory, either way.
 MEMORY = 0.15
 #: The estimate's tokens/s, at its assumed utilisation, may be off by this factor.
@@ -98,6 +102,7 @@ class Sizes:
     heads: tuple[tuple[int, int], ...] = ((9, 3), (16, 4))  #: the 135M's and SmolLM3's: groups of 3 and of 4
     head_sizes: tuple[int, ...] = (64, 128)
     lengths: tuple[int, ...] = (64, 1, 2048, 3, 511, 2, 1024, 17, 129)
+    long_length: int = 8192
     tiny: tuple[Mapping[str, Any], ...] = ()
     tiny_lengths: tuple[int, ...] = (64, 1, 500, 3, 211, 2, 17)
     tiny_steps: int = 10
@@ -322,6 +327,25 @@ def attention(place: Place) -> Iterator[Line]:
             yield _attention_line(of_shape, errors, ATTENTION[dtype])
         for config, errors in zip(sizes.tiny, found["models"]):
             yield from _model_lines(f"{config['model_type']}, {claim}", errors, dtype)
+    yield from _long_document(place)
+
+
+def _long_document(place: Place) -> Iterator[Line]:
+    """What writes no scores in 16 bits may write them in float32."""
+    length, (heads, kv_heads), head_size = place.sizes.long_length, place.sizes.heads[-1], place.sizes.head_sizes[-1]
+    claims = [f"{what}, float32: memory of a document of {length}" for what in ("documents", "the start gate's source")]
+    try:
+        source, _ = tiny_source(place)
+        found = place.job(
+            "long_document", 15, heads=heads, kv_heads=kv_heads, head_size=head_size, length=length,
+            folder=str(source), device=place.device,
+        )  # fmt: skip
+    except Failed as error:
+        yield from (failed(claim, error) for claim in claims)
+        return
+    taken = {"attention": heads, "source": place.sizes.tiny[0]["num_attention_heads"]}
+    for claim, (name, of) in zip(claims, taken.items()):
+        yield within(claim, found[name] / (4 * of * length**2), SCORES, unit=" of its scores")
 
 
 def _attention_line(claim: str, errors: Mapping[str, Any], limit: float) -> Line:
@@ -347,25 +371,19 @@ def _model_lines(claim: str, found: Mapping[str, Any], dtype: str) -> Iterator[L
 
 def steps(place: Place) -> Iterator[Line]:
     """The worker's own runs from one checkpoint, on the device and on the CPU."""
-    config = place.sizes.tiny[0]
     claims = [f"ZeRO-{stage}, {dtype}: losses of the worker's steps" for dtype, stage in WORKER_RUNS]
-    source, tokens = place.work / "tiny", place.work / "tiny-tokens"
     try:
-        token_folder(tokens, config["vocab_size"], 40_000, longest=place.sizes.tiny_sequence // 2)
-        place.job("tiny_checkpoint", 8, config=config, folder=str(source))
+        source, tokens = tiny_source(place)
         runs: dict[tuple[str, str], tuple[Path, int, str]] = {}
         for device in (place.device, "the CPU"):
             folders = {
                 dtype: worker_run(
-                    recipe_document(
-                        str(source), tokens, place.sizes.tiny_sequence, place.sizes.tiny_steps, micro_batch=1,
-                        accumulation=4, dtype=dtype, zero_stage=stage, peak_lr=3e-3, threads=place.sizes.cpu_threads,
-                    ),
+                    tiny_document(place, source, tokens, dtype=dtype, zero_stage=stage),
                     place.work / f"{dtype} on {device}",
                 )
                 for dtype, stage in WORKER_RUNS
-            }  # fmt: skip
-            commands = [[sys.executable, "-m", "continual_pretraining.worker", str(run)] for run in folders.values()]
+            }
+            commands = [worker_command(run) for run in folders.values()]
             # One after the other on the GPU, which may be one that takes a single process.
             together = [commands] if device == "the CPU" else [[command] for command in commands]
             ends = [end for some in together for end in place.processes(some, device == place.device, 25)]
@@ -381,6 +399,27 @@ def steps(place: Place) -> Iterator[Line]:
         else:
             found, expected = (losses(run) for run, _, _ in both.values())
             yield same_losses(claim, found, expected, STEP_LOSS[dtype])
+
+
+def tiny_source(place: Place) -> tuple[Path, Path]:
+    """The first of the tiny models as a Hugging Face folder, and tokens for it; made when first asked for."""
+    source, tokens, config = place.work / "tiny", place.work / "tiny-tokens", place.sizes.tiny[0]
+    if not tokens.is_dir():
+        token_folder(tokens, config["vocab_size"], 40_000, longest=place.sizes.tiny_sequence // 2)
+    if not source.is_dir():
+        place.job("tiny_checkpoint", 8, config=config, folder=str(source))
+    return source, tokens
+
+
+def tiny_document(place: Place, source: Path, tokens: Path, **fields: Any) -> dict[str, Any]:
+    return recipe_document(
+        str(source), tokens, place.sizes.tiny_sequence, place.sizes.tiny_steps, micro_batch=1, accumulation=4,
+        peak_lr=3e-3, threads=place.sizes.cpu_threads, **fields,
+    )  # fmt: skip
+
+
+def worker_command(run: Path) -> list[str]:
+    return [sys.executable, "-m", "continual_pretraining.worker", str(run)]
 
 
 def worker_run(document: Mapping[str, Any], folder: Path) -> Path:
@@ -537,12 +576,14 @@ def _switch(value: object) -> str:
 
 
 def liger(place: Place, speeds: Speeds) -> Iterator[Line]:
-    """Liger's kernels on and off, on the first of the models."""
+    """An export after training with Liger's kernels; then these on and off, on the first of the models."""
     given = subject(place, 0)
     claims = [f"{given.name}, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")]
+    export = "an export after training with Liger, verified on the CPU"
     if "liger" in place.unable:
-        yield from (skipped(claim, place.unable["liger"]) for claim in claims)
+        yield from (skipped(claim, place.unable["liger"]) for claim in (export, *claims))
         return
+    yield exported(place, export)
     try:
         off, on = speeds.ours(given), speeds.ours(given, liger="on")
     except Failed as error:
@@ -551,6 +592,18 @@ def liger(place: Place, speeds: Speeds) -> Iterator[Line]:
     yield same_losses(claims[0], on["losses"], off["losses"], STEP_LOSS["bfloat16"])
     yield at_least(claims[1], on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
     yield within(claims[2], on["allocated"] / off["allocated"], 1.0, unit=" of that without")
+
+
+def exported(place: Place, claim: str, liger: str = "on") -> Line:
+    """A run of the worker, whose first rank verifies what it has written with transformers, in the same process."""
+    try:
+        document = tiny_document(place, *tiny_source(place), liger=liger)
+        run = worker_run({**document, "export": {"formats": ["hf"]}}, place.work / f"export with Liger {liger}")
+        code, said = place.processes([worker_command(run)], True, 30)[0]
+    except Failed as error:
+        return failed(claim, error)
+    written = code == 0 and (run / "export" / "hf").is_dir()
+    return Line(claim=claim, found=said, limit="exit code 0", verdict="met" if written else "not met")
 
 
 def speed(place: Place, speeds: Speeds) -> Iterator[Line]:
@@ -568,9 +621,11 @@ def speed(place: Place, speeds: Speeds) -> Iterator[Line]:
             memory = "OutOfMemory" in str(error)
             yield skipped(claim, f"out of memory: {error}") if memory else failed(claim, error)
     for given in reversed(subjects):
-        yield from _switched_on(speeds, given, "activation_checkpointing", 35)
-    for given in subjects:
-        yield from _switched_on(speeds, given, "compile", 60)
+        yield from _checkpointed(speeds, given)
+    yield from _compiled(speeds, subjects[0])
+    yield from _compiled(speeds, subjects[0], activation_checkpointing=True)
+    for given in subjects[1:]:
+        yield from _compiled(speeds, given)
 
 
 def _beside_estimate(place: Place, speeds: Speeds, given: Subject) -> Iterator[Line]:
@@ -600,20 +655,34 @@ def _estimated_bytes(document: Mapping[str, Any], spec: ModelSpec) -> int:
     return sum(part.bytes for part in parts if part.where == "gpu" and part.name != OUTSIDE_ALLOCATOR)
 
 
-def _switched_on(speeds: Speeds, given: Subject, name: str, seconds: float) -> Iterator[Line]:
-    claim = f"{given.name}, {name} on"
+def _checkpointed(speeds: Speeds, given: Subject) -> Iterator[Line]:
+    claim = f"{given.name}, activation_checkpointing on"
     try:
-        off, on = speeds.ours(given), speeds.ours(given, seconds, **{name: True})
+        off, on = speeds.ours(given), speeds.ours(given, activation_checkpointing=True)
     except Failed as error:
         yield failed(claim, error)
         return
     yield same_losses(f"{claim}: losses of the steps", on["losses"], off["losses"], STEP_LOSS["bfloat16"])
-    if name == "compile":
-        yield at_least(f"{claim}: tokens/s", on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
-        return
     yield within(f"{claim}: peak memory", on["allocated"] / off["allocated"], 1.0, unit=" of that without")
-    expected = _estimated_bytes(given.recipe(speeds.place, **{name: True}), given.spec)
+    expected = _estimated_bytes(given.recipe(speeds.place, activation_checkpointing=True), given.spec)
     yield memory_as_estimated(f"{claim}: peak memory as estimated", on["allocated"], expected)
+
+
+def _compiled(speeds: Speeds, given: Subject, **model: Any) -> Iterator[Line]:
+    """compile on, beside the same without it; ``model`` is on in both."""
+    claim = ", ".join([given.name, *(f"{name} {_switch(value)}" for name, value in model.items()), "compile on"])
+    try:
+        off, on = speeds.ours(given, **model), speeds.ours(given, 60, **model, compile=True)
+    except Failed as error:
+        yield failed(claim, error)
+        return
+    yield same_losses(f"{claim}: losses of the steps", on["losses"], off["losses"], STEP_LOSS["bfloat16"])
+    # Layers that torch leaves as they are would pass everything else.
+    graphs = on["graphs"]
+    yield Line(
+        claim=f"{claim}: graphs", found=str(graphs), limit="at least 1", verdict="met" if graphs else "not met"
+    )  # fmt: skip
+    yield at_least(f"{claim}: tokens/s", on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -627,7 +696,8 @@ TITLES = (
 )
 NOTES = {
     TITLES[0]: "Expected: each document alone, float32, on the CPU, from the same numbers. Error: the worst document's "
-    "(of whole models: parameter's) root mean square error by that of the expected values.",
+    "(of whole models: parameter's) root mean square error by that of the expected values. Memory: the allocator's "
+    "peak, by the bytes of all scores.",
     TITLES[1]: "One checkpoint, recipe and data, run by the worker on both; differences of a step's loss, in nats.",
     TITLES[3]: "tokens/s: the median step after the first ones. Batch: accumulation x micro-batch x sequence. "
     "smolconv: ZeRO-1 on one GPU, bf16 weights, fp32 masters and gradient sums, documents masked. HF Trainer: fp32 "

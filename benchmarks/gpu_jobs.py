@@ -25,9 +25,12 @@ import torch
 
 from continual_pretraining import recipe
 from continual_pretraining.attention import KERNELS, choose_attention, pack
+from continual_pretraining.data import Batch
+from continual_pretraining.gate import source_loss
 from continual_pretraining.model import build_model, check_no_leak
 from smolconv.errors import SmolconvError, TrainingStopped
 from smolconv.spec import spec_from_hf, spec_to_hf
+from smolconv.verify.hf import FolderWeights, TransformersSide
 
 #: A document whose own values are this much smaller than all are is compared with this share of theirs: the gradients
 #: of a document of one token are exactly zero.
@@ -147,6 +150,30 @@ def _worst(errors: Sequence[float]) -> float:
     return max(errors) if all(math.isfinite(error) for error in errors) else math.inf
 
 
+def long_document(
+    *, heads: int, kv_heads: int, head_size: int, length: int, folder: str, device: str
+) -> dict[str, int]:
+    """Bytes at the fullest of one document in float32: "attention" with its backward pass, and the start gate's
+    "source", the Hugging Face ``folder``.
+    """
+    place = torch.device(device)
+    packing = pack(torch.arange(length)[None], place, KERNELS["documents"], by_length=True)
+    given = [
+        torch.randn(1, each, length, head_size, device=place, requires_grad=True)
+        for each in (heads, kv_heads, kv_heads)
+    ]
+    packing.kernel(*given, packing, head_size**-0.5).sum().backward()
+    found = {"attention": _peak_bytes(place)["allocated"]}
+    del given
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    side = TransformersSide(FolderWeights(Path(folder)), torch.float32, device)
+    row = np.arange(length)[None]
+    tokens = row % side.vocab_size
+    source_loss(side, Batch(input_ids=tokens, positions=row, labels=np.roll(tokens, -1), rows=()))
+    return {**found, "source": _peak_bytes(place)["allocated"]}
+
+
 # --- the whole model --------------------------------------------------------------------------------------------------
 
 
@@ -248,9 +275,17 @@ def train(*, document: Mapping[str, Any], config: Mapping[str, Any], run: str, w
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[warmup_steps:]),
         "losses": [line["loss"] for line in lines],
         "attention": trainer.model.attention,
+        "graphs": _graphs(),
         "allocated_at_start": at_start,
         **_peak_bytes(ranks.device),
     }
+
+
+def _graphs() -> int:
+    """How many torch.compile made in this process."""
+    from torch._dynamo.utils import counters  # noqa: PLC0415
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def hf_trainer(
@@ -296,7 +331,8 @@ def _peak_bytes(device: torch.device) -> dict[str, int]:
 
 
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (machine, kernel_errors, tiny_checkpoint, train, hf_trainer)
+    function.__name__: function
+    for function in (machine, kernel_errors, long_document, tiny_checkpoint, train, hf_trainer)
 }
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from smolconv.errors import NotInstalled, UsageError
 
@@ -59,14 +58,21 @@ def pack(positions: torch.Tensor, device: torch.device, kernel: Kernel, *, by_le
     if by_length and len(known[0]) > 1:
         # The tokens are moved once a forward pass, so that no layer gathers them. The rest of the model looks at one
         # token at a time, and the loss is a sum: neither minds the order.
-        order = torch.from_numpy(np.argsort(np.repeat(lengths, lengths), kind="stable")).to(device)
+        order = move(torch.from_numpy(np.argsort(np.repeat(lengths, lengths), kind="stable")), device)
     return Packing(
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)).to(device),
+        cu_seqlens=move(torch.from_numpy(bounds.astype(np.int32)), device),
         max_length=int(lengths.max()),
         order=order,
         groups=tuple(zip(known[0].tolist(), known[1].tolist())),
         kernel=kernel,
     )
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. On the way to a GPU it is pinned: the CPU would otherwise wait until it is there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def packed_attention(
@@ -79,12 +85,8 @@ def packed_attention(
     return packing.kernel(query, key, value, packing, scaling or query.shape[-1] ** -0.5), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Instead of a dense mask of T x T."""
-
-
+# And no mask for it: transformers then makes none, and does not look for documents in the positions, on the GPU.
 AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -99,6 +101,10 @@ def attend_by_document(
     """
     given = query.dtype
     query, key, value = (tensor[0].to(multiplied_dtype(tensor)) for tensor in (query, key, value))
+    if query.is_cuda and query.dtype == torch.float32:
+        # In float32 no kernel on GPUs takes fewer key/value heads but the one that writes all scores: 69 GB for 16
+        # heads and a document of 32,768 tokens.
+        key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
     sizes = [length * count for length, count in packing.groups]
     parts = []
     # split, and not slices: its backward is one copy, where each slice's fills a whole tensor with zeros first.

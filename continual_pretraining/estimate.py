@@ -381,7 +381,9 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     log-sum, and the four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows.
     """
     b, fused = _bytes_of(recipe), recipe.model.liger == "on"
-    hidden, inner, query, kv = spec.hidden_size, spec.intermediate_size, spec.query_rows, spec.kv_rows
+    hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
+    # In float32, attention on a GPU is given the keys and values of every query head.
+    kv = query if b == _FP32 else spec.kv_rows
     positions = recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length
     norm = 2 * b * hidden if fused else (_FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + _FP32 * spec.num_heads

@@ -6,15 +6,19 @@ Shapes use: B rows, S tokens of a row, T = B·S, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, LlamaForCausalLM, SmolLM3ForCausalLM
 
 from continual_pretraining import recipe
-from continual_pretraining.attention import ATTENTION, KERNELS, choose_attention, multiplied_dtype, pack
+from continual_pretraining.attention import ATTENTION, KERNELS, choose_attention, move, multiplied_dtype, pack
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
 from smolconv.spec import spec_from_hf, spec_to_hf
 
@@ -23,6 +27,9 @@ IGNORED = -100
 #: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
 #: given more rows, since every round adds to a gradient of [V, E].
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+#: Of one function, in torch.compile. torch's 8 would be used up by what comes before the first step: with and without
+#: rotation, the leak test, the start gate, and each held-out source's last batch.
+MAX_GRAPHS = 64
 
 
 def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> torch.nn.Module:
@@ -63,14 +70,15 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
         for module in built.model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = _Float32Linear
-    if _wants_liger(model.liger, device):
-        _use_liger(built, spec.architecture)
-    if model.activation_checkpointing:
+    liger = _wanted_liger(model.liger, device, spec.architecture)
+    if liger is not None:
+        _use_liger(built, spec.architecture, liger)
+    if model.compile:
+        _compile(built, checkpointed=model.activation_checkpointing)
+    elif model.activation_checkpointing:
         # v4's name, and v5's
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
-    if model.compile:
-        _compile(built)
+        enable(_CHECKPOINTING)
     return built.train()
 
 
@@ -101,7 +109,7 @@ class TrainingForward:
                 )
         device = input_ids.device
         packing = pack(positions, device, self.attend, by_length=self.attention == "documents")
-        tokens, places, targets = (x.to(device).reshape(1, -1) for x in (input_ids, positions, labels))
+        tokens, places, targets = (move(x, device).reshape(1, -1) for x in (input_ids, positions, labels))
         if packing.order is not None:
             tokens, places, targets = (x[:, packing.order] for x in (tokens, places, targets))
         hidden = self.model(  # type: ignore[attr-defined]
@@ -128,6 +136,8 @@ class TrainingSmolLM3(TrainingForward, SmolLM3ForCausalLM):  # type: ignore[misc
 
 
 _CLASSES: dict[str, Any] = {"llama": TrainingLlama, "smollm3": TrainingSmolLM3}
+#: torch.utils.checkpoint's options. Nothing in a layer is random.
+_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -213,43 +223,85 @@ def _chunked_cross_entropy(
 # --- faster, where it can be had --------------------------------------------------------------------------------------
 
 
-def _wants_liger(asked: str, device: str) -> bool:
-    if asked == "off" or (asked == "auto" and not device.startswith("cuda")):
-        return False
-    try:
-        import liger_kernel.transformers  # noqa: F401, PLC0415
-    except ImportError as error:
-        if asked == "auto":
-            return False
-        raise NotInstalled(
-            "model.liger is on, but liger-kernel is not installed.\nInstall it (pip install liger-kernel), or set "
-            "model.liger to auto."
-        ) from error
-    if not device.startswith("cuda"):
-        raise UsageError(f"model.liger is on, but Liger's kernels run on GPUs, and this run is on {device}.")
-    return True
+def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
+    """liger_kernel.transformers for a recipe's ``model.liger``; None where it is to be left out.
 
-
-def _use_liger(built: Any, architecture: str) -> None:
-    """Liger's RMSNorm, rotary embedding, SwiGLU and its loss from hidden states. Rotary embedding is replaced in
-    transformers' module, for the whole process.
+    "auto" goes on without it, and warns where it is installed. Raises ``NotInstalled`` and ``UsageError`` for "on".
     """
-    import liger_kernel.transformers as liger  # noqa: PLC0415
+    on_gpu = device.startswith("cuda")
+    if asked == "off" or (asked == "auto" and not on_gpu):
+        return None
+    try:
+        import liger_kernel.transformers as liger  # noqa: PLC0415
 
-    patch = getattr(liger, f"apply_liger_kernel_to_{architecture}", None)
-    if patch is None:
-        raise NotInstalled(f"the installed liger-kernel does not know {architecture}: upgrade it (0.6.3 or later).")
-    patch(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=built)
+        getattr(liger, _patch_name(architecture))  # imported only now, and with it what it expects of transformers
+    except (ImportError, AttributeError, RuntimeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel"
+        why = str(error).partition("\n")[0].rstrip(".")
+        found = "is not installed" if missing else f"cannot be used for {architecture} here: {why}"
+        advice = (
+            "Install it (pip install liger-kernel)" if missing else "Install what it needs, or another release of it"
+        )
+        if asked == "on":
+            raise NotInstalled(
+                f"model.liger is on, but liger-kernel {found}.\n{advice}, or set model.liger to auto."
+            ) from error
+        if not missing:
+            warnings.warn(
+                f"training goes on without Liger: liger-kernel {found}. {advice}, or set model.liger to off.",
+                stacklevel=2,
+            )
+        return None
+    if not on_gpu:
+        raise UsageError(f"model.liger is on, but Liger's kernels run on GPUs, and this run is on {device}.")
+    return liger
+
+
+def _patch_name(architecture: str) -> str:
+    return f"apply_liger_kernel_to_{architecture}"
+
+
+def _use_liger(built: Any, architecture: str, liger: Any) -> None:
+    """Liger's RMSNorm, rotary embedding, SwiGLU and its loss from hidden states.
+
+    Liger replaces the first three in transformers' module for the whole process, besides those of ``built``. The module
+    gets its own back, since an export is verified in this process on the CPU, which Triton refuses. What rotates has no
+    other place than the module, so it chooses by where its tensors are.
+    """
+    modeling = sys.modules[type(built.model).__module__]
+    before = dict(vars(modeling))
+    try:
+        getattr(liger, _patch_name(architecture))(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=built
+        )
+        fused = modeling.apply_rotary_pos_emb
+    finally:
+        vars(modeling).update(before)
+    modeling.apply_rotary_pos_emb = _on_gpus(fused, modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
     built.lm_head.fused = liger.LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
     ).forward  # not the module itself, which would become a part of the head
 
 
-def _compile(built: Any) -> None:
+def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def chosen(query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return (fused if query.is_cuda else plain)(query, *rest, **options)
+
+    return chosen
+
+
+def _compile(built: Any, *, checkpointed: bool) -> None:
     """Each layer in place, which keeps the names. Attention stays outside: every packing would be compiled anew."""
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MAX_GRAPHS)
     built.attend = torch.compiler.disable(built.attend)
     for layer in built.model.layers:
-        layer.compile()
+        # One graph for each number of tokens: a run has few. Otherwise the leak test's would make the steps' dynamic.
+        layer.compile(dynamic=False)
+        if checkpointed:
+            # Outside of what is compiled. transformers' own has been inside since v5: attention breaks off the graph
+            # there, and torch then leaves the whole layer uncompiled without a word.
+            layer._compiled_call_impl = functools.partial(checkpoint, layer._compiled_call_impl, **_CHECKPOINTING)
 
 
 class _Float32Linear(torch.nn.Linear):  # type: ignore[misc]

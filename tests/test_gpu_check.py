@@ -30,7 +30,7 @@ SMOLLM3 = check._tiny(
     no_rope_layer_interval=4,
 )  # fmt: skip
 TOY = check.Sizes(
-    heads=((3, 1), (4, 1)), head_sizes=(8,), lengths=(5, 1, 33, 2), tiny=(LLAMA, SMOLLM3), tiny_lengths=(20, 1, 30, 13),
+    heads=((3, 1), (4, 1)), head_sizes=(8,), lengths=(5, 1, 33, 2), long_length=64, tiny=(LLAMA, SMOLLM3), tiny_lengths=(20, 1, 30, 13),
     tiny_steps=3, tiny_sequence=32, cpu_threads=1, models=(("toy", LLAMA, 64),), micro_batches=(2, 1), steps=4,
     warmup_steps=2,
 )  # fmt: skip
@@ -74,7 +74,7 @@ def verdicts(lines: Iterator[Any]) -> dict[str, str]:
 def test_a_correct_kernel_is_met_and_one_that_is_not_there_is_skipped(place):
     found = verdicts(check.attention(place))
     assert found["flash, bfloat16"] == found["varlen, bfloat16"] == "skipped"
-    ran = {claim: verdict for claim, verdict in found.items() if "documents" in claim}
+    ran = {claim: verdict for claim, verdict in found.items() if "documents" in claim and "memory" not in claim}
     assert set(ran.values()) == {"met"}
     assert "documents, bfloat16: 3 heads in groups of 3, head size 8" in ran
     assert "smollm3, documents, float32: leak test" in ran
@@ -126,12 +126,35 @@ def test_a_kernel_that_gives_no_numbers_or_faults_is_not_met(place, monkeypatch)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(check, "KERNELS", (("documents", "float32"),))
+    monkeypatch.setattr(check, "_long_document", lambda _: iter([]))
     small = replace(place, sizes=replace(TOY, tiny=()))
     for kernel in (nothing, fault):
         monkeypatch.setitem(KERNELS, "documents", kernel)
         lines = list(check.attention(small))
         assert {line.verdict for line in lines} == {"not met"} and len(lines) == 2
     assert "illegal memory access" in lines[0].found
+
+
+def test_a_long_document_is_led_through_attention_and_through_the_gate(place):
+    source, _ = check.tiny_source(place)
+    sizes = {"heads": 4, "kv_heads": 1, "head_size": 8, "length": 64}
+    found = jobs.long_document(**sizes, folder=str(source), device="cpu")
+    assert found["attention"] > 0 and found["source"] > 0  # on a CPU, all that the process has held
+
+
+@pytest.mark.parametrize(
+    ("of_scores", "expected"),
+    [
+        ({"attention": 0.2, "source": 0.2}, ["met", "met"]),
+        ({"attention": 2.0, "source": 0.2}, ["not met", "met"]),
+        ({"attention": 0.2, "source": 1.0}, ["met", "not met"]),
+    ],
+)
+def test_scores_that_are_written_are_noticed_by_their_memory(place, monkeypatch, of_scores, expected):
+    heads = {"attention": 4, "source": 6}  # of the shape, and of the tiny llama
+    found = {name: share * 4 * heads[name] * 64**2 for name, share in of_scores.items()}
+    monkeypatch.setattr(InProcess, "job", lambda *_, **__: found)
+    assert [line.verdict for line in check._long_document(place)] == expected
 
 
 # --- 2. steps ---------------------------------------------------------------------------------------------------------
@@ -159,15 +182,30 @@ def test_a_worker_that_fails_is_not_met_with_its_reason(place, monkeypatch):
     assert "on cpu: " in line.found and "tiny" in line.found
 
 
+# --- 3. Liger ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_met_when_it_was_written_and_verified(place):
+    line = check.exported(place, "an export", liger="off")
+    assert line.verdict == "met", line.found
+    assert "equal to the engine's" in line.found
+
+
+def test_an_export_of_a_run_that_ends_is_not_met_with_its_reason(place):
+    line = check.exported(place, "an export")
+    assert line.verdict == "not met"
+    assert "liger" in line.found
+
+
 # --- 3 and 4. speed ---------------------------------------------------------------------------------------------------
 
 
 def canned(place: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
-    """A place whose measurements are as estimated, and ``changes`` of single runs: trainer, compile, liger, plain."""
+    """A place whose measurements are as estimated, and ``changes`` of single runs: trainer, liger, plain, compile, ..."""
     given = check.subject(place, 0)
     plain = {
         "tokens_per_second": 989e12 * 0.3 / given.flops["6N"], "losses": [6.0, 5.0], "attention": "varlen",
-        "allocated": check._estimated_bytes(given.recipe(place), given.spec), "reserved": 10,
+        "allocated": check._estimated_bytes(given.recipe(place), given.spec), "reserved": 10, "graphs": 0,
     }  # fmt: skip
     less = check._estimated_bytes(given.recipe(place, activation_checkpointing=True), given.spec)
 
@@ -177,15 +215,17 @@ def canned(place: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
             del found["attention"], found["losses"]
         else:
             model = job["document"]["model"]
-            kind = next((kind for kind in ("activation_checkpointing", "compile") if model.get(kind)), "plain")
-            kind = "liger" if model["liger"] == "on" else kind
-            found = {**plain, "allocated": less} if kind == "activation_checkpointing" else plain
+            switched = [kind for kind in ("activation_checkpointing", "compile") if model.get(kind)]
+            kind = "liger" if model["liger"] == "on" else " and ".join(switched) or "plain"
+            found = {**plain, "graphs": 5 if "compile" in switched else 0}
+            found["allocated"] = less if "activation_checkpointing" in switched else plain["allocated"]
         change = changes.get(kind, {})
         if isinstance(change, Exception):
             raise change
         return {**found, **change}
 
     monkeypatch.setattr(Canned, "answers", staticmethod(answer), raising=False)
+    monkeypatch.setattr(check, "exported", lambda _, claim: check.Line(claim=claim, found="exported", verdict="met"))
     fields = {
         name: getattr(place, name) for name in ("device", "budget", "work", "sizes", "gpu", "gpu_bytes", "unable")
     }
@@ -200,10 +240,11 @@ def speed_verdicts(place: Any) -> dict[str, str]:
 def test_what_is_as_estimated_is_met(place, monkeypatch):
     found = speed_verdicts(canned(place, monkeypatch))
     assert {claim for claim, verdict in found.items() if verdict == "skipped"} == {
-        f"toy, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")
+        "an export after training with Liger, verified on the CPU",
+        *(f"toy, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")),
     }
     assert "not met" not in found.values()
-    assert len(found) == 3 + 3 + 3 + 2
+    assert len(found) == 4 + 3 + 3 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -214,6 +255,12 @@ def test_what_is_as_estimated_is_met(place, monkeypatch):
         ("trainer", {"tokens_per_second": 1e30}, "toy: tokens/s beside HF Trainer's"),
         ("compile", {"losses": [6.0, 5.1]}, "toy, compile on: losses of the steps"),
         ("compile", {"tokens_per_second": 1.0}, "toy, compile on: tokens/s"),
+        ("compile", {"graphs": 0}, "toy, compile on: graphs"),
+        (
+            "activation_checkpointing and compile",
+            {"graphs": 0},
+            "toy, activation_checkpointing on, compile on: graphs",
+        ),
         ("activation_checkpointing", {"allocated": 10**12}, "toy, activation_checkpointing on: peak memory"),
         ("liger", {"losses": [5.0, 4.0]}, "toy, Liger on and off: losses of the steps"),
         ("liger", {"allocated": 10**12}, "toy, Liger on and off: peak memory"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import itertools
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -22,9 +25,13 @@ from real_deepspeed import Group, Job, continue_with_deepspeed, plain_adamw
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_model_worker import Packed, packed
+from transformers import masking_utils
 
 from continual_pretraining import attention, model, recipe
 from continual_pretraining.attention import attend_by_document, choose_attention, pack
+from continual_pretraining.data import Batch
+from continual_pretraining.estimate import memory_parts
+from continual_pretraining.gate import source_loss
 from continual_pretraining.model import SummedCrossEntropy, build_model, check_no_leak
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
 from smolconv.spec import parameter_shapes, spec_from_hf
@@ -300,12 +307,65 @@ def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_t
     assert counted == [1, 2]
 
 
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The inputs' sizes of every graph that torch.compile makes from now on. The graphs run as they are: no compiler."""
+    from torch._dynamo.backends.debugging import aot_eager  # noqa: PLC0415
+
+    graphs: list[list[Any]] = []
+
+    def backend(graph: Any, inputs: Sequence[Any]) -> Any:
+        found = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        graphs.append([size for value in found if isinstance(value, torch.Tensor) for size in value.shape])
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept activations", "activation checkpointing"])
+def test_layers_are_compiled_and_give_the_same(monkeypatch, plain, checkpointing):
+    """transformers 5 checkpoints inside a layer, and torch then leaves the layer uncompiled without saying so."""
+    graphs, calls, as_it_is = compiled_graphs(monkeypatch), [], training(plain)
+
+    def attend(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        return attend_by_document(*given)
+
+    monkeypatch.setitem(attention.KERNELS, "documents", attend)
+    built = training(plain, compile=True, activation_checkpointing=checkpointing)
+    for lengths in ([7, 20, 5], [9, 23], [4] * 8):
+        given = batch([lengths])
+        (loss, gradients), (expected, theirs) = run(built, given), run(as_it_is, given)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert noise(gradients, theirs) < MAX_NOISE
+    assert len(calls) == 3 * len(built.model.layers) * (2 if checkpointing else 1)  # computed again
+    # Before attention and after it, with rotation and without; other lengths of documents need no other ones.
+    assert 2 <= len(graphs) <= 5
+
+
+def test_what_comes_before_the_first_step_makes_its_graphs_neither_dynamic_nor_too_many(monkeypatch):
+    """The leak test, the gate, and last batches of held-out sources have other numbers of tokens."""
+    graphs, plain = compiled_graphs(monkeypatch), hf_models.smollm3()
+    built = training(plain, compile=True)
+    check_no_leak(built, VOCABULARY, 24, "cpu")
+    for_one_length = len(graphs)
+    for tokens in (32, 30, 28, 26, 20):
+        with torch.no_grad():
+            built(**batch([[tokens]])._asdict())
+    before = len(graphs)
+    run(built, batch([[40, 8]]))
+    assert len(graphs) - before == for_one_length > 2  # nothing is left uncompiled
+    assert {type(size) for graph in graphs for size in graph} == {int}
+
+
 @pytest.mark.slow
-def test_compiled_layers_keep_their_names_and_give_the_same_loss(plain):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept activations", "activation checkpointing"])
+def test_compiled_layers_keep_their_names_and_give_the_same_loss(plain, checkpointing):
     losses = {}
     for compiled in (False, True):
         torch.compiler.reset()
-        built = training(plain, compile=compiled)
+        built = training(plain, compile=compiled, activation_checkpointing=checkpointing)
         for lengths in ([[7, 20, 5]], [[9, 23]], [[4] * 8]):
             losses[compiled, str(lengths)] = run(built, batch(lengths))[0].item()
     assert list(built.state_dict()) == list(plain.state_dict())
@@ -396,6 +456,99 @@ def test_transformers_own_packing_builds_the_dense_mask_that_we_do_not(plain):
     with LargestTensor() as largest:
         plain(input_ids=given.input_ids, position_ids=given.positions, use_cache=False)
     assert largest.elements >= 512 * 512
+
+
+class AskedNumbers(TorchDispatchMode):
+    """Operations that give Python a number or a truth: on a GPU, the CPU waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_never_waits_for_the_device(monkeypatch, plain):
+    """transformers would look for documents in the positions; it is given the very attention that needs no mask."""
+
+    def looked(*_: Any) -> None:
+        raise AssertionError("transformers looks for documents")
+
+    built = training(plain)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked, raising=False)
+    with AskedNumbers() as mode:
+        loss, targets = built(**batch([[7, 20, 5], [9, 9, 14]])._asdict())
+        (loss / targets).backward()
+    assert mode.asked == []
+    with mode:
+        loss.item()
+    assert len(mode.asked) == 1
+
+
+def test_transformers_makes_no_mask_for_our_attention(plain):
+    """Whatever it would make is refused by ``packed_attention``, too."""
+    built, given = training(plain), batch([[7, 25]])
+    seen = []
+    built.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(options["attention_mask"]), with_kwargs=True
+    )
+    run(built, given)
+    assert seen == [None]
+
+
+def test_copies_to_a_gpu_are_pinned_and_not_waited_for():
+    asked = []
+    pinned = SimpleNamespace(to=lambda device, non_blocking: asked.append((device, non_blocking)))
+    gpu = torch.device("cuda", 1)
+    attention.move(SimpleNamespace(is_cuda=False, pin_memory=lambda: pinned), gpu)
+    attention.move(SimpleNamespace(is_cuda=True, to=pinned.to), gpu)  # there already: nothing to pin
+    assert asked == [(gpu, True)] * 2
+    here = torch.arange(3)
+    assert attention.move(here, torch.device("cpu")) is here
+
+
+class AsOnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [torch.Tensor, AsOnGpu], ids=["CPU", "GPU"])
+def test_float32_on_a_gpu_is_given_whole_heads_so_that_scores_are_never_written(monkeypatch, kind, dtype):
+    """torch's kernels for GPUs that write no scores share heads in 16 bits only."""
+    monkeypatch.setattr(attention, "_cpu_multiplies_bfloat16", lambda: True)
+    calls, original = [], functional.scaled_dot_product_attention
+
+    def spy(query: Any, key: Any, value: Any, *, enable_gqa: bool = False, **options: Any) -> torch.Tensor:
+        calls.append(([tensor.shape[1] for tensor in (query, key, value)], enable_gqa))
+        return original(query, key, value, enable_gqa=enable_gqa, **options)
+
+    packing = pack(batch([[5, 5]]).positions, torch.device("cpu"), attend_by_document, by_length=True)
+    given = [torch.randn(1, heads, 10, 16).to(dtype) for heads in (8, 2, 2)]
+    expected = attend_by_document(*given, packing, 0.25)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    found = attend_by_document(*(tensor.as_subclass(kind) for tensor in given), packing, 0.25)
+    assert calls == [([8, 8, 8], False) if kind is AsOnGpu and dtype == torch.float32 else ([8, 2, 2], True)]
+    assert (found - expected).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_estimate_counts_the_heads_that_float32_is_given_on_a_gpu():
+    def activations(kv_heads: int, dtype: str) -> int:
+        given = recipe.Recipe(
+            name="-", model={"source": "-", "dtype": dtype}, schedule={"train_steps": 1, "peak_lr": 1e-4},
+            data={"sequence_length": 8, "eos_token_id": 0, "stages": [{"name": "-", "sources": [{"path": "-"}]}]},
+            parallelism={"global_batch_sequences": 1},
+        )  # fmt: skip
+        spec = spec_from_hf(hf_models.llama(num_key_value_heads=kv_heads).config.to_dict())
+        return next(part.bytes for part in memory_parts(given, spec, 1) if part.name == "activations")
+
+    assert activations(2, "float32") == activations(8, "float32")
+    # 4 layers, 8 positions, keys and values of 6 heads of 4 numbers
+    assert activations(8, "bfloat16") - activations(2, "bfloat16") == 4 * 8 * 2 * 6 * 4 * 2
 
 
 def reference_kernel(
@@ -518,35 +671,145 @@ def test_liger_is_refused_where_it_is_not_and_left_out_when_not_asked_for():
     assert build_model(config, recipe.Model(source="-"), "cpu").lm_head.fused is None
 
 
-def test_ligers_functions_are_called_as_they_document(monkeypatch, plain):
-    """A module with the signatures of liger-kernel 0.8.2 stands in for it."""
-    patched = []
+def modeling_of(plain: torch.nn.Module) -> ModuleType:
+    """transformers' module: LlamaRMSNorm, LlamaMLP, apply_rotary_pos_emb, ..."""
+    return importlib.import_module(type(plain).__module__)
 
-    class FusedLoss(torch.nn.Module):
-        def __init__(self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
-                     softcap=None, return_z_loss=False, accum_dtype=None):  # fmt: skip
-            super().__init__()
-            self.options = {"ignore_index": ignore_index, "reduction": reduction}
 
-        def forward(self, lin_weight, _input, target, bias=None):
-            return functional.cross_entropy((_input @ lin_weight.t()).float(), target, **self.options)
+def refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+
+class OnGpusOnly(torch.nn.Module):
+    """As Liger's modules are on a CPU."""
+
+    forward = refused
+
+
+class FusedLoss(torch.nn.Module):
+    """In torch, with Liger's signature."""
+
+    def __init__(self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
+                 softcap=None, return_z_loss=False, accum_dtype=None):  # fmt: skip
+        super().__init__()
+        self.options = {"ignore_index": ignore_index, "reduction": reduction}
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        return functional.cross_entropy((_input @ lin_weight.t()).float(), target, **self.options)
+
+
+def fused_rotation(query: Any, *_: Any, **__: Any) -> Any:
+    return "Liger's" if query.is_cuda else refused()
+
+
+def fake_liger(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> list[dict[str, Any]]:
+    """A module with the signatures and side effects of liger-kernel 0.8.5; the options that it is called with.
+
+    It replaces three names in transformers' module, and binds methods to what the given model already holds. Those
+    compute in torch here, where Liger's would need a GPU.
+    """
+    modeling, name = modeling_of(plain), type(plain).__name__.removesuffix("ForCausalLM")
+    calls: list[dict[str, Any]] = []
+    for each in ("apply_rotary_pos_emb", f"{name}RMSNorm", f"{name}MLP"):
+        monkeypatch.setattr(modeling, each, getattr(modeling, each))  # what the test leaves is put right
+    own = {kind: getattr(modeling, f"{name}{kind}").forward for kind in ("RMSNorm", "MLP")}
 
     def apply(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None):
-        patched.append((rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model))
+        assert rope and rms_norm and swiglu and not cross_entropy and not fused_linear_cross_entropy
+        calls.append({"model": model})
+        modeling.apply_rotary_pos_emb = fused_rotation
+        setattr(modeling, f"{name}RMSNorm", OnGpusOnly)
+        setattr(modeling, f"{name}MLP", OnGpusOnly)
+        for module in model.model.modules():
+            for kind, forward in own.items():
+                if type(module).__name__ == f"{name}{kind}":
+                    module.__dict__["forward"] = forward.__get__(module)
 
-    liger, transformers = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
-    transformers.LigerFusedLinearCrossEntropyLoss = FusedLoss
-    transformers.apply_liger_kernel_to_llama = transformers.apply_liger_kernel_to_smollm3 = apply
-    liger.transformers = transformers
+    liger, inside = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    inside.LigerFusedLinearCrossEntropyLoss = FusedLoss
+    setattr(inside, f"apply_liger_kernel_to_{plain.config.model_type}", apply)
+    liger.transformers = inside
     monkeypatch.setitem(sys.modules, "liger_kernel", liger)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", inside)
+    return calls
+
+
+def with_liger(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> Any:
+    """Ours on the CPU, with Liger's functions as on a GPU."""
+    chosen = model._wanted_liger
+    monkeypatch.setattr(model, "_wanted_liger", lambda asked, device, architecture: chosen("on", "cuda", architecture))
+    return training(plain)
+
+
+def test_ligers_functions_are_called_as_they_document(monkeypatch, plain):
+    calls = fake_liger(monkeypatch, plain)
     with pytest.raises(UsageError, match="kernels run on GPUs"):
         training(plain, liger="on")
-    monkeypatch.setattr(model, "_wants_liger", lambda asked, device: True)
-    built, given = training(plain), batch([[7, 25]])
-    assert patched == [(True, False, False, True, True, built)]
+    built, given = with_liger(monkeypatch, plain), batch([[7, 25]])
+    assert calls == [{"model": built}]
     assert list(built.state_dict()) == list(plain.state_dict())
+    assert "forward" in vars(built.model.norm) and "forward" in vars(built.model.layers[0].mlp)
     assert run(built, given)[0].item() == pytest.approx(plain_loss(plain, given).item(), rel=1e-6)
+
+
+def test_transformers_computes_on_the_cpu_as_before_in_a_process_that_trains_with_liger(monkeypatch, plain):
+    """An export is verified there, by transformers on the CPU."""
+    fake_liger(monkeypatch, plain)
+    tokens = batch([[32]]).input_ids
+    expected = plain(input_ids=tokens, use_cache=False).logits
+    with_liger(monkeypatch, plain)
+    again = type(plain)(plain.config).eval()
+    again.load_state_dict(plain.state_dict())
+    for theirs in (plain, again):
+        assert torch.equal(theirs(input_ids=tokens, use_cache=False).logits, expected)
+
+
+def test_liger_rotates_on_gpus_alone_however_many_models_were_built(monkeypatch, plain):
+    fake_liger(monkeypatch, plain)
+    modeling = modeling_of(plain)
+    given = [torch.randn(1, 2, 3, 4) for _ in range(2)] + [torch.randn(1, 3, 4) for _ in range(2)]
+    expected = modeling.apply_rotary_pos_emb(*given)
+    for _ in range(2):
+        with_liger(monkeypatch, plain)
+        assert modeling.apply_rotary_pos_emb(SimpleNamespace(is_cuda=True), 0, 0, 0) == "Liger's"
+        assert all(map(torch.equal, modeling.apply_rotary_pos_emb(*given), expected))
+
+
+def incompatible(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> None:
+    """Liger imports what it expects of transformers when one of its functions is asked for, and not before."""
+    fake_liger(monkeypatch, plain)
+    inside = ModuleType("liger_kernel.transformers")
+
+    def lazily(name: str) -> Any:
+        raise ImportError("liger-kernel requires transformers >= 9, got this one")
+
+    inside.__getattr__ = lazily
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", inside)
+    monkeypatch.setattr(sys.modules["liger_kernel"], "transformers", inside)
+
+
+def without_this_architecture(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> None:
+    """As liger-kernel before 0.6.3 is for SmolLM3."""
+    fake_liger(monkeypatch, plain)
+    delattr(sys.modules["liger_kernel.transformers"], f"apply_liger_kernel_to_{plain.config.model_type}")
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [(incompatible, "requires transformers >= 9"), (without_this_architecture, "has no attribute")],
+)
+def test_liger_that_cannot_be_used_ends_no_run_that_only_likes_to_have_it(monkeypatch, plain, installed, says):
+    installed(monkeypatch, plain)
+    architecture = plain.config.model_type
+    with pytest.warns(UserWarning, match=f"goes on without Liger.*{architecture}.*{says}"):
+        assert model._wanted_liger("auto", "cuda:0", architecture) is None
+    with pytest.raises(NotInstalled, match=f"model.liger is on, but liger-kernel cannot be used.*{says}"):
+        model._wanted_liger("on", "cuda:0", architecture)
+
+
+def test_liger_that_is_not_installed_is_left_out_without_a_word(recwarn):
+    assert model._wanted_liger("auto", "cuda:0", "llama") is None
+    assert not recwarn.list
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------------
@@ -611,6 +874,46 @@ def test_leak_test_refuses_a_model_that_attends_to_nothing(plain):
     built.attend = lambda query, key, value, packing, scale: torch.zeros_like(query).transpose(1, 2)
     with pytest.raises(TrainingStopped, match="do not see the ones before them"):
         check_no_leak(built, VOCABULARY, 32, "cpu")
+
+
+# --- the start gate ---------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A source of two layers that computes nothing; every tensor that it makes is watched."""
+
+    title, num_layers, vocab_size, max_positions = "watched", 2, 4, 8
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        tensor = torch.zeros(shape)
+        self.made.append(weakref.ref(tensor))
+        return tensor
+
+    def begin(self, runs: Sequence[Any]) -> None:
+        for each in runs:
+            each.hidden = self._new(1, each.tokens.shape[1], 3)
+
+    def advance(self, layer: int, runs: Sequence[Any]) -> None:
+        self.begin(runs)
+
+    def finish(self, runs: Sequence[Any]) -> None:
+        self.begin(runs)
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._new(stop - start, 3)
+
+
+def test_the_gate_gives_back_what_it_took_of_a_gpu(monkeypatch):
+    side, held = Watched(), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append([ref() for ref in side.made]))
+    row = np.array([[0, 1, 2, 0, 1]])
+    found = source_loss(side, Batch(input_ids=row, positions=row, labels=row, rows=()))
+    assert found.loss == pytest.approx(np.log(4))  # all are alike
+    assert len(side.made) > 3
+    assert held == [[None] * len(side.made)]
 
 
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from smolconv.errors import CorruptFile, MissingFile, SmolconvError, UsageError
 from smolconv.layouts.nanotron import read_native_model
 from smolconv.layouts.registry import read_checkpoint
+from smolconv.verify import hf
 from smolconv.verify.forward import Run, Side
 from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide
 from smolconv.verify.inputs import Rows, choose_rows, shipped_text
@@ -183,6 +185,42 @@ def test_weights_in_archives_of_torch_are_the_same(archives, tmp_path):
     expected = whole_forward(tmp_path, "sdpa", None)
     assert torch.equal(logits(on_tensors(tmp_path), TOKENS), expected)
     assert torch.equal(logits(on_folder(tmp_path), TOKENS), expected)
+
+
+def given_to_sdpa(monkeypatch: pytest.MonkeyPatch, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+    """What ``work`` gives, and of every call of torch's attention: heads, whether torch shares them, mask, causal."""
+    calls, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_mask=None, enable_gqa=False, **options: Any):
+        calls.append(([x.shape[1] for x in (q, k, v)], enable_gqa, attn_mask is None, options["is_causal"]))
+        return original(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        return work(), calls
+
+
+@pytest.mark.parametrize("positions", [None, PACKED], ids=["one document", "packed"])
+@pytest.mark.parametrize("model", ["smollm2-tiny", "smollm3-tiny"])
+def test_on_a_gpu_transformers_is_given_whole_heads_so_that_scores_are_never_written(monkeypatch, model, positions):
+    """torch's kernels for GPUs that write no scores share heads in 16 bits only. The same function, here on the CPU."""
+    folder, chosen = NANOTRON / model / "expected_hf", hf._attention
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "_attention", lambda run, device: chosen(run, "cuda:0"))
+        found, calls = given_to_sdpa(monkeypatch, lambda: logits(on_folder(folder), TOKENS, positions))
+    config = on_folder(folder)._model("sdpa").config
+    assert config.num_key_value_heads < config.num_attention_heads
+    whole = ([config.num_attention_heads] * 3, False)
+    assert calls == [(*whole, positions is None, positions is None)] * config.num_hidden_layers
+    assert apart(found, whole_forward(folder, "sdpa", positions)) <= MAX_LOGITS_DIFFERENCE
+
+
+@pytest.mark.parametrize("positions", [torch.arange(24).expand(2, 24), PACKED], ids=["one document", "packed"])
+def test_on_a_cpu_transformers_is_left_as_it_is_and_eager_attention_everywhere(positions):
+    """Its results stay bitwise its own."""
+    runs = [Run(tokens=TOKENS, positions=positions, attention=attention) for attention in ATTENTION]
+    assert [hf._attention(run, "cpu") for run in runs] == ATTENTION
+    assert hf._attention(runs[1], "cuda") == "eager"
 
 
 def test_rope_scaling_is_heeded_by_transformers_side_and_not_by_nanotrons(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smolconv.checkpoint import Checkpoint, row_slice
@@ -19,6 +20,8 @@ from smolconv.verify.forward import Run, embedding_rows, to_torch
 if TYPE_CHECKING:
     import torch
 
+#: transformers' sdpa attention on a GPU, under this name: see ``_sdpa_on_gpus``.
+_ON_GPUS = "smolconv_sdpa_on_gpus"
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 #: What is watched in a block, by the end of its module path.
 _WATCHED = (
@@ -122,6 +125,35 @@ class CanonicalWeights:
         return embedding_rows(tensor, tokens, getattr(torch, tensor.dtype))
 
 
+def _attention(run: Run, device: str) -> str:
+    """The attention implementation that transformers is given for ``run``."""
+    # With a mask, which only packed documents need, transformers repeats keys and values by itself.
+    if run.attention != "sdpa" or run.packed or not device.startswith("cuda"):
+        return run.attention
+    from transformers import AttentionInterface  # noqa: PLC0415
+
+    # No mask is registered under this name, so transformers makes none: v4 would, of T x T, for any positions.
+    AttentionInterface.register(_ON_GPUS, _sdpa_on_gpus)
+    return _ON_GPUS
+
+
+def _sdpa_on_gpus(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' own function, which is given as many key/value heads as query heads.
+
+    Given fewer, it leaves them to torch, whose only kernel for that in float32 on GPUs writes all scores: 69 GB for 16
+    heads and a document of 32,768 tokens.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
+
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+    whole = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # the module, but for num_key_value_groups
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(whole, query, key, value, attention_mask, **options)
+    return output
+
+
 class _Reached(Exception):
     """The model has come to its first block: these are the arguments that it calls blocks with."""
 
@@ -168,7 +200,7 @@ class TransformersSide:
         for run in runs:
             run.hidden = self.weights.looked_up(_EMBEDDING, run.tokens).to(self.dtype).to(self.device)
             run.observe("model.embed_tokens", run.hidden)
-            model = self._model(run.attention)
+            model = self._model(_attention(run, self.device))
             hook = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
             try:
                 # Positions that restart, no mask and no cache: transformers then separates documents by itself.
@@ -189,7 +221,7 @@ class TransformersSide:
         wanted = self._model("sdpa").model.layers[layer].state_dict()
         tensors = {name: self._loaded(prefix + name, empty) for name, empty in wanted.items()}
         for run in runs:
-            block = self._model(run.attention).model.layers[layer]
+            block = self._model(_attention(run, self.device)).model.layers[layer]
             block.load_state_dict(tensors, strict=True, assign=True)
             hooks = list(self._watch(block, prefix, run))
             with torch.inference_mode():
@@ -223,7 +255,7 @@ class TransformersSide:
 
         weight = self._loaded(_NORM, self._model("sdpa").model.norm.weight)
         for run in runs:
-            norm = self._model(run.attention).model.norm
+            norm = self._model(_attention(run, self.device)).model.norm
             norm.load_state_dict({"weight": weight}, assign=True)
             with torch.inference_mode():
                 run.hidden = norm(run.hidden)
