@@ -18,7 +18,7 @@ import termios
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,15 @@ def test_a_failure_file_of_an_earlier_start_is_not_believed(tmp_path):
     assert launched.log(1).startswith("a line of an earlier start\n"), "logs are kept"
 
 
+@pytest.fixture
+def hangups_end() -> Iterator[None]:
+    """Also where the tests themselves were started by nohup, which a run would inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_end")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, signum):
     run = tmp_path / "run"
