@@ -3,6 +3,7 @@
     python benchmarks/train.py                    5 rounds, writes benchmarks/results/training.md
     python benchmarks/train.py --quick            1 round of few steps, printed only
     python benchmarks/train.py --rows 1,packed    one micro-batch a step, and attention over packed rows
+    python benchmarks/train.py --no-emulated      without sides whose bf16 this processor emulates: minutes a step
     python benchmarks/train.py --model DIR        a checkpoint of your own, in Hugging Face's layout
 
 Random weights at the shapes of SmolLM2-135M, and random tokens in datatrove's files, are made in a temporary folder.
@@ -163,8 +164,10 @@ class Bench:
     steps: int
     limit: float
     rounds: int
+    length: int
     bf16: bool
     processor: bool
+    emulated: bool  #: whether sides take part whose bf16 the processor has no instructions for
 
     def environment(self) -> dict[str, str]:
         """All sides have the same threads; nothing is looked up on the network."""
@@ -179,6 +182,7 @@ class Bench:
     def table(self, title: str, sides: Sequence[Side], *, accumulate: int, length: int, rounds: int) -> Table:
         """Measure every side in turns. A side that a processor must emulate takes part in one round."""
         say(title)
+        sides = [side for side in sides if self.bf16 or self.emulated or not side.slow_without_bf16()]
         results: dict[Side, list[Result]] = {side: [] for side in sides}
         tokens = accumulate * length
 
@@ -239,7 +243,11 @@ def one_micro_batch(bench: Bench) -> Table:
         # Where bf16 is emulated, a user of Trainer would take fp32.
         sides += [] if bench.bf16 else [DEEPSPEED_FLOAT32[1], DEEPSPEED_FLOAT32[2]]
     return bench.table(
-        f"One micro-batch of 1 x {LENGTH} tokens a step", sides, accumulate=1, length=LENGTH, rounds=bench.rounds
+        f"One micro-batch of 1 x {bench.length} tokens a step",
+        sides,
+        accumulate=1,
+        length=bench.length,
+        rounds=bench.rounds,
     )
 
 
@@ -250,7 +258,7 @@ def four_micro_batches(bench: Bench) -> Table:
     if is_installed("accelerate"):
         sides.append(DEEPSPEED[1] if bench.bf16 else DEEPSPEED_FLOAT32[1])
     return bench.table(
-        f"Four micro-batches of 1 x {LENGTH} tokens a step", sides, accumulate=4, length=LENGTH,
+        f"Four micro-batches of 1 x {bench.length} tokens a step", sides, accumulate=4, length=bench.length,
         rounds=min(bench.rounds, 3),
     )  # fmt: skip
 
@@ -291,7 +299,12 @@ def render(findings: Findings, bench: Bench) -> str:
             "The processor multiplies bfloat16"
             if findings.bf16
             else "The processor has no instructions for bfloat16: torch emulates its products, smolconv computes them "
-            "in fp32 and keeps bf16 weights. Sides in emulated bf16 run once; the same sides in fp32 stand beside them"
+            "in fp32 and keeps bf16 weights. "
+            + (
+                "Sides in emulated bf16 run once; the same sides in fp32 stand beside them"
+                if bench.emulated
+                else "Sides that would emulate it, for minutes a step, are left out; the same in fp32 stand for them"
+            )
         ),
         f"- Every run is a fresh process that trains on the same rows in the same order; the first {bench.warmup} "
         f"steps are not timed (fewer where a step takes seconds), then up to {bench.steps} are, until "
@@ -363,7 +376,7 @@ def _range(values: Sequence[float]) -> str:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def make_tokens(folder: Path) -> None:
+def make_tokens(folder: Path, length: int) -> None:
     """Random tokens in datatrove's files, without an EOS but at the end: every row is one document."""
     code = (
         "import sys, numpy as np; from pathlib import Path; folder, count, vocabulary = Path(sys.argv[1]), "
@@ -373,7 +386,7 @@ def make_tokens(folder: Path) -> None:
         "(folder / f'{name}.metadata').write_text(f'random|2\\n{count}\\n{count} T')"
     )
     folder.mkdir()
-    count = str(_ROWS_OF_TOKENS * (LENGTH + 1))
+    count = str(_ROWS_OF_TOKENS * (length + 1))
     # Its own process: a benchmark that held numpy would hand its size down to those that it measures.
     subprocess.run([sys.executable, "-c", code, str(folder), count, str(_VOCABULARY)], check=True)
 
@@ -396,6 +409,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=8, help="seconds of timed steps that are enough")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
+    parser.add_argument("--length", type=int, default=LENGTH, help="of the rows that are not packed")
+    parser.add_argument("--no-emulated", action="store_true", help="leave out sides whose bf16 this processor emulates")
     parser.add_argument("--quick", action="store_true", help="1 round of 1 + 1 steps; printed only without --output")
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(REPOSITORY)}")
     given = parser.parse_args()
@@ -428,7 +443,9 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="smolconv-bench-", dir=parent))
     bench = Bench(
         work=work, model=(given.model or work / "model").resolve(), threads=given.threads, warmup=given.warmup,
-        steps=given.steps, limit=given.limit, rounds=given.rounds, bf16=bf16, processor=given.clock == "processor",
+        steps=given.steps, limit=given.limit, rounds=given.rounds, length=given.length, bf16=bf16,
+        processor=given.clock == "processor",
+        emulated=not given.no_emulated,
     )  # fmt: skip
 
     def write() -> None:
@@ -438,7 +455,7 @@ def main() -> int:
 
     began = time.monotonic()
     try:
-        make_tokens(work / "tokens")
+        make_tokens(work / "tokens", given.length)
         if given.model is None:
             script = Path(__file__).with_name("random_checkpoint.py")
             run([sys.executable, str(script), "135m", str(work / "model")], bench.environment())
