@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from continual_pretraining.start import StartPoint
 from smolconv import __version__
 from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import CorruptFile, MachineError
-from smolconv.storage.atomic import sync_folder
+from smolconv.storage.atomic import sync_file, sync_folder
 
 
 class _Writer:
@@ -56,7 +55,7 @@ class _Writer:
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
         def write() -> None:
             self.inner.save(state_dict, path)
-            _sync_file(Path(path))
+            sync_file(Path(path))
 
         self.attempt(write)
 
@@ -160,7 +159,7 @@ def _write_random(partial: Path, ranks: Ranks) -> None:
     path = _random_file(partial, ranks)
     path.parent.mkdir(exist_ok=True)
     torch.save(random, path)
-    _sync_file(path)
+    sync_file(path)
     for folder in (path.parent, partial):
         sync_folder(folder)
 
@@ -190,8 +189,3 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
 
 def _random_file(folder: Path, ranks: Ranks) -> Path:
     return folder / "random" / f"rank-{ranks.rank:05d}.pt"
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

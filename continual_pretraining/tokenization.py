@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, NotInstalled, UsageError
-from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested
+from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
 #: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
 KINDS = {"jsonl": ("orjson",), "parquet": ("pyarrow",), "txt": ()}
@@ -487,7 +487,7 @@ def _finish(plan: TokenizePlan, folder: OutputFolder) -> TokenizeResult:
         )
     written = TokenFolder.open(folder.partial, 1, vocab_size=plan.vocab_size)
     for path in folder.partial.iterdir():
-        _sync(path)
+        sync_file(path)
     folder.publish()
     return TokenizeResult(
         files=names, documents=written.documents or 0, tokens=written.tokens, seconds=0.0, warnings=warnings
@@ -564,11 +564,3 @@ def _quiet(log: Path | None) -> Iterator[None]:
         for descriptor, original in zip((1, 2), kept):
             os.dup2(original, descriptor)
             os.close(original)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

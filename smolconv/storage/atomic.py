@@ -257,6 +257,15 @@ def require_space(target: Path, needed_bytes: int) -> None:
         )
 
 
+def sync_file(path: Path) -> None:
+    """Put a file's content on disk. Raises ``OSError``, which is then the only news of what could not be written."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's own entries on disk. Some file systems cannot, and need not."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
