@@ -40,6 +40,9 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "allgather_bucket_size": _BUCKET_ELEMENTS,
         "contiguous_gradients": True,
     }
+    if given.zero_stage in (1, 2):
+        # Its way to "scatter" sums every bucket over all ranks just the same, but first copies it slice by slice.
+        zero["reduce_scatter"] = False
     if given.zero_stage == 3:
         zero.update(stage3_prefetch_bucket_size=_BUCKET_ELEMENTS, stage3_param_persistence_threshold=100_000)
     if given.offload != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections import Counter
@@ -116,6 +117,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // max(1, local_size)))
+        _keep_freed_memory()
     import deepspeed  # noqa: PLC0415
     import deepspeed.ops  # noqa: PLC0415
 
@@ -141,6 +143,21 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         patient=patient,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse what a step has freed, as torch does on GPUs, instead of giving it back to the kernel.
+
+    By default every large tensor is mapped anew, and the kernel fills its pages with zeros: a quarter of a ZeRO-2 step
+    of 512 tokens, measured. Without glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
 
 
 def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
