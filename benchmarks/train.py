@@ -71,6 +71,11 @@ OURS = {
     1: Side(title="smolconv, ZeRO-1", name="smolconv"),
     2: Side(title="smolconv, ZeRO-2", name="smolconv", stage=2),
 }
+#: Where bf16 is emulated, users take fp32: the same engine beside peers of the same dtype.
+OURS_FLOAT32 = {
+    stage: Side(title=f"smolconv, ZeRO-{stage}, fp32", name="smolconv", stage=stage, dtype="float32")
+    for stage in (1, 2)
+}
 PLAIN = Side(title="plain loop, no masters", name="plain")
 MASTERS = Side(title="plain loop, fp32 masters", name="plain_masters")
 FLOAT32 = Side(title="plain loop, all in fp32", name="plain", dtype="float32")
@@ -235,13 +240,15 @@ class Bench:
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
+def _unless(bf16: bool, sides: Mapping[int, Side]) -> list[Side]:
+    return [] if bf16 else list(sides.values())
+
+
 def one_micro_batch(bench: Bench) -> Table:
     """A step is a micro-batch of one row."""
-    sides = [OURS[1], OURS[2], PLAIN, MASTERS, FLOAT32]
+    sides = [OURS[1], OURS[2], *_unless(bench.bf16, OURS_FLOAT32), PLAIN, MASTERS, FLOAT32]
     if is_installed("accelerate"):
-        sides += [TRAINER, DEEPSPEED[1], DEEPSPEED[2]]
-        # Where bf16 is emulated, a user of Trainer would take fp32.
-        sides += [] if bench.bf16 else [DEEPSPEED_FLOAT32[1], DEEPSPEED_FLOAT32[2]]
+        sides += [TRAINER, DEEPSPEED[1], DEEPSPEED[2], *_unless(bench.bf16, DEEPSPEED_FLOAT32)]
     return bench.table(
         f"One micro-batch of 1 x {bench.length} tokens a step",
         sides,
@@ -254,7 +261,7 @@ def one_micro_batch(bench: Bench) -> Table:
 def four_micro_batches(bench: Bench) -> Table:
     """A step is four of them: gradients are summed, in fp32 where a side can."""
     sides = [OURS[1], OURS[2]]
-    sides += [PLAIN, MASTERS] if bench.bf16 else [FLOAT32]
+    sides += [PLAIN, MASTERS] if bench.bf16 else [OURS_FLOAT32[1], FLOAT32]
     if is_installed("accelerate"):
         sides.append(DEEPSPEED[1] if bench.bf16 else DEEPSPEED_FLOAT32[1])
     return bench.table(
@@ -311,8 +318,8 @@ def render(findings: Findings, bench: Bench) -> str:
         f"{bench.limit:.0f} s are full. Cells are median (min..max) of runs, in {clock}; sides take turns",
         "- Peak RSS is the largest `ru_maxrss` of a side's runs, with start-up, in MB of 10^6 bytes",
         "- smolconv: the worker as `continue-train` starts it, with its data, metrics, agreement of ranks and "
-        "checks, clipping to 1.0; bf16 weights, fp32 masters and accumulation. Its start gate is off, and nothing is "
-        "saved",
+        "checks, clipping to 1.0; bf16 weights, fp32 masters and accumulation unless fp32 is said. Its start gate is "
+        "off, and nothing is saved. Claims compare it with peers of the same dtype",
         "- Plain loops: transformers' model with its own loss, `torch.optim.AdamW(fused=True)`, clipping to 1.0. "
         "Without masters, weights, gradients and moments are bf16. With them, the model is bf16, and gradients are "
         "copied to fp32, summed, clipped and applied there, then copied back",
@@ -334,7 +341,7 @@ def render(findings: Findings, bench: Bench) -> str:
 
 
 def _claims(findings: Findings, bench: Bench) -> list[str]:
-    """Against the fastest form of each peer that ran; one that was not measured says so."""
+    """Against every form of a peer that ran, in the same dtype; one that was not measured says so."""
     lines = []
 
     def claim(text: str, table: Table | None, pairs: Sequence[tuple[Side, Side]], limit: float) -> None:
@@ -353,12 +360,12 @@ def _claims(findings: Findings, bench: Bench) -> list[str]:
     for table, name in ((findings.one, "one micro-batch a step"), (findings.four, "four micro-batches a step")):
         claim(
             f"At least {OF_MASTERS_LIMIT} of a plain loop with fp32 masters, {name}", table,
-            [(OURS[1], MASTERS), (OURS[1], FLOAT32)] if not findings.bf16 else [(OURS[1], MASTERS)], OF_MASTERS_LIMIT,
+            [(OURS[1], MASTERS), (OURS_FLOAT32[1], FLOAT32)], OF_MASTERS_LIMIT,
         )  # fmt: skip
     for stage in (1, 2):
         claim(
             f"At least {OF_DEEPSPEED_LIMIT} x HF Trainer + DeepSpeed at ZeRO-{stage}", findings.one,
-            [(OURS[stage], DEEPSPEED[stage]), (OURS[stage], DEEPSPEED_FLOAT32[stage])], OF_DEEPSPEED_LIMIT,
+            [(OURS[stage], DEEPSPEED[stage]), (OURS_FLOAT32[stage], DEEPSPEED_FLOAT32[stage])], OF_DEEPSPEED_LIMIT,
         )  # fmt: skip
     claim(
         f"Rows of {DOCUMENT_TOKENS}-token documents at {PACKED_LENGTH}: at least {OF_DENSE_MASK_LIMIT} x a dense mask",
@@ -366,6 +373,8 @@ def _claims(findings: Findings, bench: Bench) -> list[str]:
     )  # fmt: skip
     if findings.one is not None and (ratio := findings.one.ratio(OURS[1], PLAIN)):
         lines.append(f"- Beside the plain loop without masters (no claim): {ratio:.2f}")
+    if not findings.bf16 and findings.one is not None and (ratio := findings.one.ratio(OURS[1], FLOAT32)):
+        lines.append(f"- smolconv in bf16 beside the plain loop all in fp32 (no claim): {ratio:.2f}")
     return lines
 
 
