@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from test_mappings import interleave
 from smolconv.errors import DigestMismatch, MissingFile, NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.huggingface import read_huggingface
 from smolconv.spec import spec_from_hf
+from smolconv.storage import output
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3, BF16 = (NANOTRON / name for name in ("smollm2-tiny", "smollm3-tiny", "smollm3-tiny-bf16"))
@@ -242,6 +244,45 @@ def test_shards_are_packed_in_order_up_to_the_size_asked_for(tmp_path):
     sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in held.values()]
     assert max(sizes) <= 10_000
     assert set(held) == {f"model-{i + 1:05d}-of-{len(held):05d}.safetensors" for i in range(len(held))}
+
+
+@pytest.mark.parametrize("limit", [2_000, 5_000, 10_000, 50_000])
+def test_shards_are_as_few_as_packing_in_order_allows_and_the_largest_is_as_small_as_it_can_be(limit, tmp_path):
+    source = saved(llama(), tmp_path / "hf")
+    convert(source, tmp_path / "out", "hf", max_shard_bytes=limit)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    sizes = {name: tensor.nbytes for name, tensor in hf_weights(source).items()}
+    held = [[sizes[name] for name in index if index[name] == file] for file in sorted(set(index.values()))]
+
+    def files(bound: int) -> int:
+        """Packed one after the other: no order-keeping split into fewer files has none above ``bound``."""
+        count, room = 0, 0
+        for size in (sizes[name] for name in index):
+            if size > room:
+                count, room = count + 1, bound
+            room -= size
+        return count
+
+    assert len(held) == files(limit)
+    largest = max(map(sum, held))
+    assert largest <= max(limit, *sizes.values())
+    assert largest == max(sizes.values()) or files(largest - 1) > len(held)
+
+
+@pytest.mark.parametrize("room", ["all of it", "none"])
+def test_output_larger_than_the_memory_to_cache_it_is_dropped_from_the_cache_and_is_the_same(
+    room, tmp_path, monkeypatch
+):
+    source = saved(llama(), tmp_path / "hf")
+    advised = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (advised.append(given[1:]), real(*given)))
+    monkeypatch.setattr(output, "_bytes_to_cache", lambda: 0 if room == "none" else 10**9)
+    monkeypatch.setattr(output, "_WRITEBACK_BYTES", 1_000)
+    convert(source, tmp_path / "out", "hf")
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert ((0, size, os.POSIX_FADV_DONTNEED) in advised) == (room == "none")
+    assert list(differences(hf_weights(tmp_path / "out"), hf_weights(source))) == []
 
 
 def test_resharded_and_joined_again_the_weights_file_holds_the_same_tensors(tmp_path):

@@ -314,11 +314,26 @@ def _sharded(
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
-    """Pack tensors into files in order, none larger than ``max_shard_bytes`` unless one tensor is."""
+    """Pack tensors into files in order, none larger than ``max_shard_bytes`` unless one tensor is.
+
+    As few files as that allows, and those as even as they can be: a worker writes each, and they end together.
+    """
+    count = len(_packed(tensors, max_shard_bytes))
+    low, high = 1, max_shard_bytes
+    while low < high:  # for the smallest limit that needs no more files
+        middle = (low + high) // 2
+        if len(_packed(tensors, middle)) > count:
+            low = middle + 1
+        else:
+            high = middle
+    return _packed(tensors, high)
+
+
+def _packed(tensors: Mapping[str, LazyTensor], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)

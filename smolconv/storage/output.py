@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import zlib
 from collections import deque
@@ -136,6 +137,7 @@ class _Engine:
     ) -> None:  # fmt: skip
         self.folder, self.journal, self.digest, self.chunk_bytes = folder, journal, digest, chunk_bytes
         self.progress = progress
+        self.keep_cached = total_bytes(files) < _bytes_to_cache()
         self.waiting = deque(_OpenFile(file) for file in files)
         self.begun: list[_OpenFile] = []
         self.finished: deque[_OpenFile] = deque()
@@ -258,7 +260,7 @@ class _Engine:
             with opened.write_lock:
                 _pwrite(descriptor, data, at)
             if at + len(data) - behind >= _WRITEBACK_BYTES:
-                _begin_writeback(descriptor, behind, at + len(data))
+                _begin_writeback(descriptor, behind if self.keep_cached else 0, at + len(data))
                 behind = at + len(data)
             self.progress(len(data))
         return WrittenTensor(digest=_digest_text(hasher), crc=crc, nonfinite=nonfinite)
@@ -296,6 +298,8 @@ class _Engine:
                     opened = self.finished.popleft()
                 assert opened.descriptor is not None
                 os.fsync(opened.descriptor)
+                if not self.keep_cached:
+                    _begin_writeback(opened.descriptor, 0, opened.plan.size)  # all is written: this drops the rest
                 os.close(opened.descriptor)
                 opened.descriptor = None
                 if opened.plan.check is not None:
@@ -306,13 +310,27 @@ class _Engine:
 
 
 def _begin_writeback(descriptor: int, start: int, stop: int) -> None:
-    """Have the disk begin with what was written, while the rest is still being copied.
+    """Have the disk begin with what was written, while the rest is still being copied, and drop what it has by now.
 
     The kernel would wait for a tenth of the memory to be dirty, or for fsync. Pages on their way to the disk are not
-    dropped by this, only clean ones would be.
+    dropped by this, only clean ones are: of a range that was written just now, next to none.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def _bytes_to_cache() -> int:
+    """How much output may stay in the page cache: an eighth of the memory, or what nothing uses, if that is more.
+
+    For more, the kernel must find other pages to evict, which costs it as much time as the copying itself does, and
+    costs other programs what they had there. Where the system does not tell, everything stays.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            sizes = {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
+        return max(sizes["MemTotal"] // 8, sizes["MemFree"])
+    except (OSError, LookupError, ValueError):
+        return sys.maxsize
 
 
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
