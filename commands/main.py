@@ -17,6 +17,7 @@ from commands import (  # noqa: F401  (they register themselves)
     convert,
     data,
     diff,
+    doctor,
     import_gguf,
     inspect,
     plot,
