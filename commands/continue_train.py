@@ -65,7 +65,8 @@ def continue_train(
 
     options = {
         "launch.launcher": launcher, "launch.ranks_per_node": nproc_per_node, "launch.nodes": nnodes,
-        "launch.hostfile": hostfile, "output": output,
+        # Quoted: a file's name may be a number, or hold what YAML takes for a comment.
+        "launch.hostfile": hostfile and json.dumps(str(hostfile)), "output": output and json.dumps(str(output)),
     }  # fmt: skip
     given = load_recipe(
         recipe, [*(set_ or []), *(f"{name}={value}" for name, value in options.items() if value is not None)]
@@ -94,7 +95,8 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
-    plan = estimate(recipe, _spec(recipe), world_size, tokens_per_source=tokens)
+    spec, first_step = _start(recipe, run, resume)
+    plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     launcher, words = recipe.launch.launcher, launch_command(recipe, run, resume=resume)
     script = batch_script(recipe, run, words) if launcher == "slurm" else None
     if as_json:
@@ -125,8 +127,9 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.warn(problems)
 
 
-def _spec(recipe: Recipe) -> ModelSpec:
-    """Of the source, from headers alone, with the recipe's own rope theta and context."""
+def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
+    """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
+    from continual_pretraining.run_checkpoints import RunState, find_resume  # noqa: PLC0415
     from continual_pretraining.start import check_model, with_overrides  # noqa: PLC0415
     from smolconv.hub import open_source  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
@@ -134,9 +137,14 @@ def _spec(recipe: Recipe) -> ModelSpec:
 
     model = recipe.model
     read = ReadOptions(config=Path(model.config) if model.config else None, step=model.step)
-    spec = with_overrides(read_checkpoint(open_source(model.source, headers_only=True), read), recipe).spec
+    source = read_checkpoint(open_source(model.source, headers_only=True), read)
+    spec = with_overrides(source, recipe).spec
     check_model(recipe, spec, model.source)
-    return spec
+    own = find_resume(run, resume)
+    if own is not None:
+        return spec, RunState.read(own).step + 1
+    goes_on = recipe.start.learning_rate and source.progress is not None
+    return spec, source.progress.step + 1 if goes_on and source.progress is not None else 1
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

@@ -348,23 +348,40 @@ def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> 
             "start.data: the source has no record of its data.\nOnly a nanotron checkpoint, or one that was converted "
             "from it with its progress, knows its place.\nSet start.data: false to begin with the data's first samples."
         )
-    names = {_plain(source.path): name for stage in data.stages for source, name in zip(stage.sources, stage.names)}
+    names = {
+        _recorded_as(source): (source.path, name)
+        for stage in data.stages
+        for source, name in zip(stage.sources, stage.names)
+    }
     goes_on = next((stage for stage in data.stages if stage.name == stages[-1].name), None)
     history = [_recorded(stage, names) for stage in (stages[:-1] if goes_on else stages)]
+    known = {path for path, _ in names.values()}
     if goes_on:
         history.append(_continued(stages[-1], goes_on, data.sequence_length))
-    elif not any(_plain(source["path"]) in names for stage in history for source in stage["sources"]):
+        first = max((stage for stage in data.stages if stage.start_step <= step + 1), key=lambda each: each.start_step)
+        if first.start_step < goes_on.start_step:
+            raise UsageError(
+                f"start.data: the source is in stage {goes_on.name!r}, which the recipe begins at step "
+                f"{goes_on.start_step}; training would begin at step {step + 1}, in stage {first.name!r}.\n"
+                "Set start.learning_rate: true to go on at the source's step, or start.data: false."
+            )
+    elif not any(source["path"] in known for stage in history for source in stage["sources"]):
         consumed = sorted({source["path"] for stage in history for source in stage["sources"]})
         raise UsageError(
             f"start.data: the source's last stage is {stages[-1].name!r} and it read {consumed}, but the recipe has "
             f"the stages {[stage.name for stage in data.stages]} and reads {sorted(names)}.\n"
             "Going on needs the name of the stage, or at least one folder, by the same path.\n"
-            "Give the recipe's stage or folders the source's names, or set start.data: false."
+            "Give the recipe's stage the source's name, give its sources recorded_as, or set start.data: false."
         )
     return {"step": step, "stages": history}
 
 
-def _recorded(stage: DataStage, names: Mapping[str, str]) -> dict[str, Any]:
+def _recorded_as(source: Source) -> str:
+    """The folder's name in the record of a checkpoint that another program trained."""
+    return _plain(source.recorded_as or source.path)
+
+
+def _recorded(stage: DataStage, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     length = stage.sequence_length or 4096  # as nanotron reads a missing one
     tokens = stage.consumed_tokens_per_dataset_folder or {}
     if stage.consumed_train_samples * length != sum(tokens.values()):
@@ -373,10 +390,10 @@ def _recorded(stage: DataStage, names: Mapping[str, str]) -> dict[str, Any]:
             f"{length} tokens, but its folders sum up to {sum(tokens.values())} tokens.\n"
             "What is not counted by folder would be read twice.\nSet start.data: false to begin with the first samples."
         )
-    sources = [
-        {"path": path, "name": names.get(_plain(path), path), "weight": None, "samples": count // length}
-        for path, count in tokens.items()
-    ]
+    sources = []
+    for recorded, count in tokens.items():
+        path, name = names.get(_plain(recorded), (recorded, recorded))
+        sources.append({"path": path, "name": name, "weight": None, "samples": count // length})
     return {
         "name": stage.name, "start_step": stage.start_training_step, "sequence_length": length, "sources": sources,
     }  # fmt: skip
@@ -392,14 +409,14 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
         )
     consumed = stage.consumed_tokens_per_dataset_folder or {}
     recorded = {_plain(path): tokens // length for path, tokens in consumed.items()}
-    paths = [_plain(source.path) for source in now.sources]
+    paths = [_recorded_as(source) for source in now.sources]
     missing = [path for path in paths if recorded and path not in recorded]
     unknown = [path for path, samples in recorded.items() if samples and path not in paths]
     if missing or unknown:
         raise UsageError(
             f"start.data: the source's stage {stage.name!r} did not read {missing or 'other folders'}"
             f" and read {unknown or 'no others'}.\nA stage goes on with the folders that it began with, by path.\n"
-            "Make the paths in the recipe the source's (links will do), or give the recipe's stage another name."
+            "Give each source of the recipe the source's name for it (recorded_as), or its stage another name."
         )
     blend = Blend([source.weight for source in now.sources])
     blend.skip(stage.consumed_train_samples)

@@ -91,8 +91,9 @@ class Estimate:
     sequence_length: int
     tokens_per_step: int
     accumulation_steps: int
-    train_steps: int
-    tokens: int
+    first_step: int  #: later than 1 where a run, or the source's schedule, goes on
+    train_steps: int  #: the last step
+    tokens: int  #: from the first step to the last
     flops_per_token: Mapping[str, float]  #: by formula
     mfu: float  #: assumed, by the 6N formula
     mfu_nanotron: float  #: the same speed by nanotron's formula
@@ -117,12 +118,16 @@ class Estimate:
         return sum(part.bytes for part in self.memory if part.where == "host")
 
     @property
+    def steps(self) -> int:
+        return max(0, self.train_steps - self.first_step + 1)
+
+    @property
     def steps_per_day(self) -> float:
         return _DAY / self.seconds_per_step
 
     @property
     def days(self) -> float:
-        return self.train_steps * self.seconds_per_step / _DAY
+        return self.steps * self.seconds_per_step / _DAY
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -135,10 +140,13 @@ def estimate(
     spec: ModelSpec,
     world_size: int,
     *,
+    first_step: int = 1,
     tokens_per_source: Mapping[str, int] | None = None,
     mfu: float = 0.3,
 ) -> Estimate:
     """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
+
+    ``first_step`` is the one that training begins with: time, tokens and checkpoints are counted from it.
 
     Raises ``UsageError`` when the recipe cannot be divided among ``world_size`` ranks.
     """
@@ -151,7 +159,8 @@ def estimate(
     tokens_per_second = world_size * peak * 1e12 * mfu / by_6n
     seconds_per_step = recipe.tokens_per_step / tokens_per_second
     memory = memory_parts(recipe, spec, world_size)
-    sources = source_uses(recipe, tokens_per_source or {})
+    sources = source_uses(recipe, tokens_per_source or {}, first_step)
+    steps = max(0, recipe.schedule.train_steps - first_step + 1)
     save_seconds = recipe.checkpoints.every_steps * seconds_per_step
     return Estimate(
         name=recipe.name,
@@ -160,8 +169,9 @@ def estimate(
         sequence_length=length,
         tokens_per_step=recipe.tokens_per_step,
         accumulation_steps=accumulation,
+        first_step=first_step,
         train_steps=recipe.schedule.train_steps,
-        tokens=recipe.schedule.train_steps * recipe.tokens_per_step,
+        tokens=steps * recipe.tokens_per_step,
         flops_per_token={"6N": by_6n, "nanotron": by_nanotron},
         mfu=mfu,
         mfu_nanotron=mfu * by_nanotron / by_6n,
@@ -169,12 +179,12 @@ def estimate(
         tokens_per_second=tokens_per_second,
         seconds_per_step=seconds_per_step,
         memory=memory,
-        disk=disk_use(recipe, spec),
+        disk=disk_use(recipe, spec, first_step),
         save_seconds=save_seconds,
         learning_rates=_learning_rates(recipe),
         learning_rate_curve=_learning_rate_curve(recipe.schedule),
         sources=sources,
-        warnings=tuple(_warnings(recipe, memory, sources, save_seconds, tokens_per_source or {})),
+        warnings=tuple(_warnings(recipe, memory, sources, steps, save_seconds, tokens_per_source or {})),
     )
 
 
@@ -413,14 +423,14 @@ def _bytes_of(recipe: Recipe) -> int:
 # --- disk, data, learning rate ----------------------------------------------------------------------------------------
 
 
-def disk_use(recipe: Recipe, spec: ModelSpec) -> Disk:
+def disk_use(recipe: Recipe, spec: ModelSpec, first_step: int = 1) -> Disk:
     """Sizes of DeepSpeed's checkpoints, whatever the number of ranks: padding and metadata are left out."""
     n, b, policy = parameter_count(spec), _bytes_of(recipe), recipe.checkpoints
     stage, steps = recipe.parallelism.zero_stage, recipe.schedule.train_steps
     masters = _FP32 * n if stage or b < _FP32 else 0  # ZeRO-0 in fp32 trains the weights themselves
     weights = b * n if stage < 3 else 0  # ZeRO-3 saves the masters alone
     size = weights + masters + 2 * _FP32 * n
-    regular = steps // policy.every_steps
+    regular = steps // policy.every_steps - (first_step - 1) // policy.every_steps
     saves = regular + (steps % policy.every_steps > 0)
     newest = saves if policy.keep is None else min(policy.keep, saves)
     kept = newest
@@ -437,14 +447,19 @@ def disk_use(recipe: Recipe, spec: ModelSpec) -> Disk:
     )
 
 
-def source_uses(recipe: Recipe, tokens_per_source: Mapping[str, int]) -> tuple[SourceUse, ...]:
-    """By stage and source. An epoch is the input tokens of a source's whole windows of S + 1 tokens."""
+def source_uses(
+    recipe: Recipe, tokens_per_source: Mapping[str, int], first_step: int = 1
+) -> tuple[SourceUse, ...]:  # fmt: skip
+    """By stage and source, from ``first_step`` on. An epoch is the input tokens of a source's whole windows."""
     stages, steps, length = recipe.data.stages, recipe.schedule.train_steps, recipe.data.sequence_length
     ends = [*(stage.start_step for stage in stages[1:]), steps + 1]
     found = []
     for stage, end in zip(stages, ends):
+        begin = max(stage.start_step, first_step)
+        if begin >= end:
+            continue
         for name, weight in zip(stage.names, stage.weights):
-            wanted = round((end - stage.start_step) * recipe.tokens_per_step * weight)
+            wanted = round((end - begin) * recipe.tokens_per_step * weight)
             epoch = tokens_per_source.get(name, 0) // (length + 1) * length
             found.append(
                 SourceUse(stage=stage.name, source=name, tokens=wanted, epochs=wanted / epoch if epoch else None)
@@ -472,6 +487,7 @@ def _warnings(
     recipe: Recipe,
     memory: Sequence[Part],
     sources: Sequence[SourceUse],
+    steps: int,
     save_seconds: float,
     tokens_per_source: Mapping[str, int],
 ) -> Iterable[str]:
@@ -490,7 +506,7 @@ def _warnings(
             yield f"source {name} has {tokens_per_source[name]} tokens, less than one window of sequence_length + 1."
     if save_seconds > MAX_SAVE_SECONDS:
         yield f"checkpoints are {save_seconds / 3600:.1f} hours apart; a failure costs half of that on average."
-    if save_seconds < MIN_SAVE_SECONDS and schedule.train_steps / every * save_seconds > _LONG_RUN_SECONDS:
+    if save_seconds < MIN_SAVE_SECONDS and steps / every * save_seconds > _LONG_RUN_SECONDS:
         yield f"checkpoints are {save_seconds / 60:.1f} minutes apart; much of the run may go into writing them."
     yield from notes(schedule)
 
@@ -504,7 +520,8 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
     gpus = f"{given.world_size} GPU{'s' if given.world_size > 1 else ''} of {given.peak_tflops:g} TFLOPS"
     run = [
         ("parameters", f"{given.parameters:,}"),
-        ("tokens", f"{given.tokens:,} = {given.train_steps:,} steps x {given.tokens_per_step:,}"),
+        ("tokens", f"{given.tokens:,} = {given.steps:,} steps x {given.tokens_per_step:,}"),
+        *([("steps", f"{given.first_step:,} to {given.train_steps:,}")] if given.first_step > 1 else []),
         ("a step of a rank", f"{given.accumulation_steps} micro-batches"),
         ("FLOPs per token", ", ".join(f"{flops:.3g} ({name})" for name, flops in given.flops_per_token.items())),
     ]

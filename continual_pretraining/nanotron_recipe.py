@@ -238,13 +238,13 @@ class _Translator:
 
     def _sources(self, at: str, to: str, stage: str) -> list[dict[str, Any]]:
         # nanotron reads the local copy where one is named.
-        folders = self.take(f"{at}.dataset_read_path", f"{to}.*.path")
-        if folders is not None:
-            self.drop(f"{at}.dataset_folder", "dataset_read_path is where the data were read from")
+        folders = _listed(self.take(f"{at}.dataset_read_path", f"{to}.*.path"))
+        if folders:
+            # By which its checkpoints count what was read.
+            recorded = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.recorded_as"))
         else:
-            folders = self.take(f"{at}.dataset_folder", f"{to}.*.path")
-        if isinstance(folders, str):
-            folders = [folders]
+            folders = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.path"))
+            recorded = folders
         if not folders:
             placeholder = f"data/{re.sub(r'[^A-Za-z0-9._-]+', '-', stage)}"
             other = self.drop(f"{at}.hf_dataset_or_datasets", "tokenise it first: smolconv tokenize")
@@ -260,13 +260,16 @@ class _Translator:
             raise UsageError(f"{self.path}: {at} has {len(folders)} folders and {len(weights)} weights.")
         if any(str(folder).startswith("s3:") for folder in folders):
             self.notes.append(f"stage {stage!r} reads from s3, which is not read here: copy the token files to a disk.")
+        if len(recorded) != len(folders):
+            recorded = folders
         sources = []
-        for folder, weight, name in zip(folders, weights, _names(folders)):
+        for folder, of_record, weight, name in zip(folders, recorded, weights, _names(folders)):
             if not weight:
                 self.notes.append(f"stage {stage!r}: {folder} has weight 0 and was left out.")
                 continue
             plain = str(folder).rstrip("/").rpartition("/")[2] == name
-            sources.append({"path": str(folder), "weight": weight} | ({} if plain else {"name": name}))
+            source = {"path": str(folder), "weight": weight} | ({} if plain else {"name": name})
+            sources.append(source | ({} if of_record == folder else {"recorded_as": str(of_record)}))
         return sources
 
     def _eos(self, given: int | None) -> int:
@@ -368,6 +371,11 @@ class _Translator:
         }
         split = ", ".join(f"{kind} {size}" for kind, size in others.items() if size > 1)
         zero_stage = self.take("optimizer.zero_stage", "parallelism.zero_stage", 0)
+        if not zero_stage:
+            zero_stage = 1
+            self.notes.append(
+                "parallelism.zero_stage is 1, which sums gradients in float32 as nanotron does; DeepSpeed's 0 does not"
+            )
         if split:
             self.notes.append(
                 f"{split} is lost: every rank holds whole layers and whole sequences. Raise parallelism.zero_stage, "
@@ -378,6 +386,10 @@ class _Translator:
             "micro_batch_sequences": micro,
             "global_batch_sequences": dp * micro * accumulation,
         }
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _leaves(value: Any, at: str = "") -> Iterable[tuple[str, Any]]:

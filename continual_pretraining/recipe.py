@@ -7,9 +7,11 @@ steps. A sequence is a row of ``data.sequence_length`` input tokens; sizes of ba
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -22,6 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
@@ -55,6 +58,17 @@ class Source(Section):
     path: str
     weight: PositiveFloat = 1.0  #: shares are normalised to a sum of 1 within their stage
     name: str | None = None  #: in metrics; None: the folder's name
+    recorded_as: str | None = None  #: by start.data's source checkpoint, as s3://...; None: by this path
+
+
+def _names(sources: Sequence[Source]) -> tuple[str, ...]:
+    return tuple(source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two sources are named {twice[0]!r}: give one of them another name")
 
 
 class Stage(Section):
@@ -72,13 +86,11 @@ class Stage(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(source.name or source.path.rstrip("/").rpartition("/")[2] for source in self.sources)
+        return _names(self.sources)
 
     @model_validator(mode="after")
     def _told_apart(self) -> Stage:
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named {twice[0]!r}: give one of them another name")
+        _check_names(self.names)
         return self
 
 
@@ -120,9 +132,19 @@ class Optimizer(Section):
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes matched from the start of canonical names
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  #: 0: no clipping
+
+    @field_validator("no_decay")
+    @classmethod
+    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
 
 
 class Parallelism(Section):
@@ -175,6 +197,11 @@ class Evaluation(Section):
     every_steps: Positive
     sequences: Positive = 64  #: of each source, from its beginning
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Evaluation:
+        _check_names(_names(self.sources))
+        return self
 
 
 class Export(Section):

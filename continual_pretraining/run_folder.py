@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ from typing import Any
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe, load_recipe
 from continual_pretraining.run_checkpoints import FOLDER, find_resume, latest
-from smolconv.errors import UsageError
+from smolconv.errors import OutputLocked, UsageError
 
 RECIPE = "recipe.resolved.yaml"
+LOCK = "run.lock"  #: held by rank 0 for as long as it trains
 #: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
 #: others would go on as something that neither recipe describes.
 _DECIDING = (
@@ -83,12 +86,34 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
-    """Write ``recipe.resolved.yaml`` as a whole; every node of a torchrun run does, at the same time."""
+    """Write ``recipe.resolved.yaml`` as a whole; every node of a torchrun run does, at the same time.
+
+    Raises ``OutputLocked`` when another process trains in the folder by another recipe: its ranks read this file.
+    """
     run.mkdir(parents=True, exist_ok=True)
     path, text = run / RECIPE, dump_recipe(recipe)
+    if path.is_file() and path.read_text(encoding="utf-8") != text and _is_trained(run):
+        raise OutputLocked(
+            f"another process trains in {run} (it holds {run / LOCK}), by another recipe.\n"
+            "Wait for it to end, or choose another --output."
+        )
     partial = run / f"{RECIPE}.{socket.gethostname()}-{os.getpid()}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _is_trained(run: Path) -> bool:
+    try:
+        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _fields(recipe: Recipe) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from continual_pretraining.run_checkpoints import (
     latest,
     remove_partial,
 )
-from smolconv.checkpoint import Checkpoint
+from smolconv.checkpoint import Checkpoint, LazyTensor, Slot
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
 from smolconv.hub import is_hub_uri, open_source
@@ -107,7 +107,7 @@ def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     changes: dict[str, Any] = {}
     if recipe.model.rope_theta is not None:
         changes["rope_theta"] = recipe.model.rope_theta
-        if checkpoint.spec.rope_scaling is not None:
+        if checkpoint.spec.rope_scaling is not None and recipe.model.rope_theta != checkpoint.spec.rope_theta:
             raise UsageError(
                 f"model.rope_theta {recipe.model.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
                 f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
@@ -153,7 +153,8 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     gate = None
     if wanted.gate:
         batch = first_micro_batch(recipe, checkpoint.spec, step, position)
-        gate = source_loss(_side(checkpoint, folder, read, device), batch)
+        masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
+        gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
         if not math.isfinite(gate.loss):
             raise TrainingStopped(
                 f"the source model's own loss is {gate.loss} on the first micro-batch ({gate.forward}): "
@@ -272,12 +273,18 @@ def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
-def _side(checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str) -> Any:
+def _side(
+    checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
+) -> Any:  # fmt: skip
+    """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
     from smolconv.verify.compare import Stored, VerifyOptions, side_of  # noqa: PLC0415
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
-    stored = None if spec_differences(own.spec, checkpoint.spec) else Stored(folder=folder, options=read)
+    stored = None if masters or spec_differences(own.spec, checkpoint.spec) else Stored(folder=folder, options=read)
+    if masters:
+        parameters = {**checkpoint.tensors[Slot.PARAMETER], **masters}
+        checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, Slot.PARAMETER: parameters})
     return side_of(checkpoint, stored, VerifyOptions(device=device))
 
 
@@ -300,4 +307,6 @@ def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[s
     from continual_pretraining.data import position_from_stages  # noqa: PLC0415
 
     assert source.progress is not None
-    return position_from_stages(source.progress.stages, recipe.data, step)
+    stages, last = source.progress.stages, source.progress.last_stage_index
+    # nanotron lists the stages that are still to come, too.
+    return position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)

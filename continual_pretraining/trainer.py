@@ -45,6 +45,9 @@ from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
 from smolconv.spec import ModelSpec, spec_from_hf
 
+#: How many micro-batches without a finite loss an error lists.
+_NAMED_MICRO_BATCHES = 8
+
 
 class StoppedBySignal(SmolconvError):
     """SIGTERM or SIGUSR1 arrived; everything is saved."""
@@ -115,6 +118,8 @@ class Trainer:
         self.engine.micro_steps = self.start.step * self.engine.gradient_accumulation_steps()
         self.engine.global_samples = self.start.step * self.recipe.global_batch_sequences
         set_hyperparameters(self.engine.optimizer.param_groups, self.groups, self.recipe.optimizer)
+        if hasattr(self.engine.optimizer, "clip_grad"):  # ZeRO 1 and 2 load the checkpoint's
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
         if self.start.resumed:
             restore_random(Path(self.start.folder) / self.start.tag, self.ranks)
 
@@ -159,10 +164,8 @@ class Trainer:
     def train(self) -> None:
         """Every step that is left. Raises ``TrainingStopped`` and ``StoppedBySignal``."""
         recipe, ranks, first = self.recipe, self.ranks, self.start.step + 1
-        if ranks.first:
-            self.watch = self._watch(first)
         try:
-            self.check_start()
+            # First what a recipe gets wrong: opening the metrics drops the lines of steps that come again.
             folders, self.held_out = ranks.from_first(self._open_data)
             self.data = TrainingData(
                 recipe.data, global_batch_sequences=recipe.global_batch_sequences,
@@ -170,6 +173,9 @@ class Trainer:
                 rank=ranks.rank, world_size=ranks.world_size,
                 position=self.start.position, folders=folders,
             )  # fmt: skip
+            if ranks.first:
+                self.watch = self._watch(first)
+            self.check_start()
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
                 self._evaluate(self.start.step)  # what the run is to better
@@ -257,6 +263,8 @@ class Trainer:
                 if not math.isfinite(loss)
             ]
             named = [line for lines in self.ranks.everyone(bad) for line in lines]
+            if len(named) > _NAMED_MICRO_BATCHES:
+                named[_NAMED_MICRO_BATCHES:] = [f"and {len(named) - _NAMED_MICRO_BATCHES} more"]
             raise TrainingStopped(
                 f"the loss of step {data.step} is not finite. It came from\n  " + "\n  ".join(named) + "\n"
                 "Nothing was changed by this step. Look at these documents, or lower the learning rate."
@@ -329,7 +337,7 @@ class Trainer:
         stages = stages_of(data.position)
         progress = TrainingProgress(
             step=data.step,
-            consumed_samples=data.step * self.recipe.global_batch_sequences,
+            consumed_samples=sum(stage.consumed_train_samples for stage in stages),
             consumed_tokens=sum(data.tokens.values()),
             stages=stages,
             last_stage_index=len(stages) - 1 if stages else None,

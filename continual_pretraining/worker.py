@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 from continual_pretraining.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
 from continual_pretraining.recipe import Export, Recipe
 from continual_pretraining.recipe_file import load_recipe
+from continual_pretraining.run_folder import LOCK, RECIPE
 from smolconv.errors import OutputLocked, SmolconvError
 
 if TYPE_CHECKING:
     from continual_pretraining.trainer import Trainer
 
-RECIPE = "recipe.resolved.yaml"
 #: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
 _LOCK_PATIENCE_SECONDS = 180.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -117,7 +117,7 @@ def lock_run(run: Path) -> int:
     """
     patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
     deadline, told = time.monotonic() + patience, False
-    descriptor = os.open(run / "run.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,13 +129,12 @@ def lock_run(run: Path) -> int:
         if time.monotonic() >= deadline:
             break
         if not told:
-            print(f"waits up to {patience:.0f} s for {run / 'run.lock'}", file=sys.stderr, flush=True)
+            print(f"waits up to {patience:.0f} s for {run / LOCK}", file=sys.stderr, flush=True)
             told = True
         time.sleep(1.0)
     os.close(descriptor)
     raise OutputLocked(
-        f"another process trains in {run} (it holds {run / 'run.lock'}).\n"
-        "Wait for it to end, or choose another --output."
+        f"another process trains in {run} (it holds {run / LOCK}).\nWait for it to end, or choose another --output."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from training import recipe_document, token_folder
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe
 from continual_pretraining.run_folder import changes, check_run, write_recipe
-from smolconv.errors import MissingFile, UsageError
+from smolconv.errors import MissingFile, OutputLocked, UsageError
 
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 
@@ -173,3 +174,31 @@ def test_the_resolved_recipe_is_written_as_a_whole(tmp_path):
     write_recipe(recipe(), tmp_path)
     write_recipe(recipe(seed=3), tmp_path)
     assert files_below(tmp_path) == {"recipe.resolved.yaml": dump_recipe(recipe(seed=3)).encode()}
+
+
+def test_another_recipe_does_not_replace_that_of_a_run_that_trains(tmp_path):
+    """Its ranks, and Slurm's next start of it, read the file."""
+    write_recipe(recipe(), tmp_path)
+    before = (tmp_path / "recipe.resolved.yaml").read_text()
+    with open(tmp_path / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputLocked, match=r"run\.lock"):
+            write_recipe(recipe(seed=3), tmp_path)
+        assert (tmp_path / "recipe.resolved.yaml").read_text() == before
+        write_recipe(recipe(), tmp_path)  # the same one: another node of the same start
+    write_recipe(recipe(seed=3), tmp_path)
+    assert (tmp_path / "recipe.resolved.yaml").read_text() != before
+
+
+@pytest.mark.parametrize("name", ["run #2", "1e3", "a: b"])
+def test_a_runs_folder_may_have_any_name(name, tmp_path, recipe_file):
+    done = run_cli("continue-train", recipe_file, "--output", name, "--dry-run", "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(tmp_path / name)
+
+
+def test_a_dry_run_that_goes_on_counts_from_the_sources_step(recipe_file):
+    """The oracle has completed 3 steps."""
+    goes_on = ("--set", "start.learning_rate=true", "--set", "schedule.train_steps=13")
+    document = json.loads(continue_train(recipe_file, "--dry-run", "--json", *goes_on).stdout)
+    assert (document["estimate"]["first_step"], document["estimate"]["tokens"]) == (4, 10 * 4 * 32)

@@ -526,3 +526,22 @@ def bytes_alive() -> int:
 
 if __name__ == "__main__":
     worker(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_a_run_that_goes_on_is_counted_from_its_first_step():
+    """Time, tokens, checkpoints and the shares of stages, for steps 61 to 100 of two stages that change at 81."""
+    stages = [
+        {"name": "a", "sources": [{"path": "x"}]},
+        {"name": "b", "start_step": 81, "sources": [{"path": "x", "weight": 1}, {"path": "y", "weight": 3}]},
+    ]
+    given = recipe(data__stages=stages, schedule__train_steps=100, checkpoints__every_steps=25)
+    whole, rest = (estimate(given, SMOLLM3, 1, first_step=first) for first in (1, 61))
+    step = given.tokens_per_step
+    assert (whole.tokens, rest.tokens) == (100 * step, 40 * step)
+    assert rest.days == pytest.approx(0.4 * whole.days)
+    assert (whole.disk.saves, rest.disk.saves) == (4, 2)  # after 75 and 100
+    assert [(use.stage, use.source, use.tokens) for use in rest.sources] == [
+        ("a", "x", 20 * step), ("b", "x", 5 * step), ("b", "y", 15 * step),
+    ]  # fmt: skip
+    assert [use.stage for use in estimate(given, SMOLLM3, 1, first_step=90).sources] == ["b", "b"]
+    assert dict(render(rest))["Run"][2] == ("steps", "61 to 100")

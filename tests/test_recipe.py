@@ -364,7 +364,12 @@ def test_three_stages_of_smollm3_become_a_recipe():
     assert recipe.start.optimizer and recipe.start.learning_rate and recipe.start.data
     assert any(note.startswith("tp 2 is lost") for note in made.notes)
     assert any("s3" in note for note in made.notes)
-    assert made.dropped["data_stages.0.data.dataset.dataset_folder"].startswith("dataset_read_path")
+    # Checkpoints of that run count what was read by these names.
+    config = yaml.safe_load((PUBLISHED / "smollm3-three-stages.yaml").read_text())
+    recorded = config["data_stages"][0]["data"]["dataset"]["dataset_folder"]
+    assert [source.recorded_as for source in recipe.data.stages[0].sources] == recorded
+    assert recipe.parallelism.zero_stage == 1
+    assert any("zero_stage is 1" in note for note in made.notes)
     assert "tensor" in made.dropped["parallelism.tp"]
 
 
@@ -611,3 +616,18 @@ def test_the_page_lists_every_field_with_its_default():
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text()))
     sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('optimizer.no_decay=["("]', "'(' is no regular expression"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1"),
+        (
+            "evaluation={every_steps: 1, sources: [{path: x/val}, {path: y/val}]}",
+            "two sources are named 'val': give one of them another name",
+        ),
+    ],
+)
+def test_what_would_fail_only_in_training_is_told_with_the_recipe(override, said):
+    assert said in mistakes(SMALL, override)

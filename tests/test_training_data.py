@@ -811,3 +811,67 @@ def test_evaluation_reads_every_sequence_once_and_keeps_ranks_in_step(world_size
     empty = [batch for turn in zip(*ranks) for batch in turn if not batch.rows]
     assert all((batch.labels == IGNORED).all() and batch.input_ids.size for batch in empty)
     assert len(list(evaluation_batches(folder, data, 10**9, 2, 0, 1, None))) == -(-327 // 2)
+
+
+def test_folders_are_found_by_the_names_that_the_source_recorded() -> None:
+    """nanotron counts by ``dataset_folder``, an address, though it reads a copy on the disk."""
+    data = recipe_data(TWO_STAGES)
+    steps = list(open_data(data).read_steps(1, 13))
+    address = {str(Path(each["path"])): f"s3://bucket/{number}" for number, each in enumerate(TWO_STAGES[0]["sources"])}
+    address |= {
+        each["path"]: address.get(each["path"], f"s3://bucket/b{n}") for n, each in enumerate(TWO_STAGES[1]["sources"])
+    }
+    elsewhere = [
+        DataStage(
+            name=stage.name, start_training_step=stage.start_training_step, sequence_length=stage.sequence_length,
+            consumed_train_samples=stage.consumed_train_samples,
+            consumed_tokens_per_dataset_folder={
+                address[path]: count for path, count in (stage.consumed_tokens_per_dataset_folder or {}).items()
+            },
+        )
+        for stage in stages_of(steps[11].position)
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="recorded_as"):
+        position_from_stages(elsewhere, data, 12)
+    named = [
+        {**stage, "sources": [{**each, "recorded_as": address[each["path"]]} for each in stage["sources"]]}
+        for stage in TWO_STAGES
+    ]
+    told = recipe_data(named)
+    position = json.loads(json.dumps(position_from_stages(elsewhere, told, 12)))
+    again = next(iter(open_data(told, position=position).read_steps(13, 13)))
+    assert same(whole(again), whole(steps[12])) and again.tokens == steps[12].tokens
+
+
+def test_a_stage_that_training_would_begin_before_is_no_place_to_go_on() -> None:
+    """The source is in stage ``decay``, from step 9 on; its learning rate, and so its step, are not taken over."""
+    data = recipe_data(TWO_STAGES)
+    stages = stages_of(list(open_data(data).read_steps(1, 12))[-1].position)
+    with pytest.raises(UsageError, match=r"begins at step 9; training would begin at step 1, in stage 'stable'"):
+        position_from_stages(stages, data, 0)
+
+
+def test_borders_of_shuffled_chunks_within_documents_are_no_sign_of_another_eos(tmp_path: Path) -> None:
+    """Long documents: datatrove's index then mostly holds borders of chunks, where any token may be the last."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1, 300, 65 * 80)
+    tokens[700::701] = 0
+    ends = np.unique([*(np.flatnonzero(tokens == 0) + 1), *range(65, len(tokens) + 1, 65)])
+    assert 2 * len(np.flatnonzero(tokens == 0)) < len(ends)
+
+    def written(name: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        tokens.astype("<u2").tofile(folder / f"{name}.ds")
+        ends.astype("<u8").tofile(folder / f"{name}.ds.index")
+        return str(folder)
+
+    def opened(name: str, eos: int) -> None:
+        stage = {"name": "only", "sources": [{"path": written(name)}]}
+        open_data(recipe_data([stage], sequence_length=64, eos_token_id=eos)).close()
+
+    opened("000_00000_00000_chunk_shuffled", 0)
+    with pytest.raises(UsageError, match="eos_token_id 7"):
+        opened("001_00000_00000_chunk_shuffled", 7)
+    with pytest.raises(UsageError, match="without an EOS"):
+        opened("00000_00000_doc_shuffled", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -200,3 +201,39 @@ def test_a_full_disk_during_a_save_loses_nothing(policy, tokens, tmp_path):
         assert len(metrics(run)) == (STEPS if policy == "continue" else steps[-1] + 3)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_another_clipping_holds_from_the_resumed_step_on(tokens, tmp_path):
+    """DeepSpeed would load the limit that the checkpoint was saved with."""
+    run, changed = tmp_path / "run", tmp_path / "changed"
+    made = document(tokens, checkpoints={"every_steps": 2}, schedule={"train_steps": 4, "warmup_steps": 0})
+    train(made, run)
+    shutil.copytree(run, changed)
+    clipped = {**made, "optimizer": {"max_grad_norm": 1e-12}}
+    train(clipped, changed, resume=str(changed / "checkpoints/step-2"))
+    before, after = losses(run), losses(changed)
+    assert after[:3] == before[:3]  # the third step's loss is of the weights before it
+    assert after[3] != before[3]
+
+
+def test_a_start_that_fails_at_its_data_leaves_the_metrics_of_saved_steps(tokens, tmp_path):
+    run = tmp_path / "run"
+    made = document(tokens, checkpoints={"every_steps": 1}, schedule={"train_steps": 4})
+    train(made, run)
+    lines = metrics(run)
+    missing = {"every_steps": 2, "sources": [{"path": str(tmp_path / "gone")}]}
+    ranks = Ranks({**made, "evaluation": missing}, run, 1, str(run / "checkpoints/step-2"))
+    assert ranks.wait() == 3, ranks.log()
+    assert metrics(run) == lines
+
+
+def test_an_engine_in_float32_that_takes_the_masters_of_a_bf16_source_begins_with_their_loss(tokens, tmp_path):
+    """Its weights are the masters, so the gate must look at these, too."""
+    source = FIXTURES / "nanotron" / "smollm3-tiny-bf16" / "tp2-pp1-dp1-zero0"
+    made = recipe_document(
+        source, tokens, schedule={"train_steps": 1}, start={"optimizer": True}, model={"dtype": "float32"}
+    )
+    train(made, tmp_path / "run")
+    said = next(json.loads(line)["text"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines())
+    first, of_source = (float(number) for number in re.findall(r"\d+\.\d+", said))
+    assert said.startswith("start gate") and abs(first - of_source) < 1e-4
