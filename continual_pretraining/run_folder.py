@@ -13,7 +13,7 @@ from typing import Any
 
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe, load_recipe
-from continual_pretraining.run_checkpoints import FOLDER, find_resume, latest
+from continual_pretraining.run_checkpoints import FOLDER, STATE, RunState, find_resume, latest
 from smolconv.errors import OutputLocked, UsageError
 
 RECIPE = "recipe.resolved.yaml"
@@ -57,6 +57,8 @@ def changes(old: Recipe, new: Recipe) -> list[Change]:
 def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     """What the user should know before the run goes on, or begins. Writes nothing.
 
+    Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
+
     Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise,
     and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no checkpoint where ``resume`` says.
     """
@@ -72,8 +74,8 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     notes = [f"goes on from {checkpoint}"]
     if not (of_run / RECIPE).is_file():
         return notes
-    found = changes(load_recipe(of_run / RECIPE), recipe)
-    if deciding := [change for change in found if change.decides]:
+    old, step = load_recipe(of_run / RECIPE), _completed(checkpoint)
+    if deciding := [change for change in changes(_begun(old, step), _begun(recipe, step)) if change.decides]:
         raise UsageError(
             "\n".join(
                 [f"{checkpoint} was trained by another recipe ({of_run / RECIPE}):", *(f"  {c}" for c in deciding)]
@@ -82,7 +84,19 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
             f"another --output, model.source={checkpoint}, and what start.* shall carry over.\n"
             f"If only a path has moved, change it in {of_run / RECIPE} too."
         )
-    return [*notes, *(f"changed since its last start: {change}" for change in found)]
+    return [*notes, *(f"changed since its last start: {change}" for change in changes(old, recipe))]
+
+
+def _completed(checkpoint: Path) -> int | None:
+    """The step that a checkpoint was saved after; None where it does not say, which the ranks will refuse."""
+    return RunState.read(checkpoint).step if (checkpoint / STATE).is_file() else None
+
+
+def _begun(recipe: Recipe, step: int | None) -> Recipe:
+    """The recipe with the stages that have read something by ``step``: the others may still be changed."""
+    stages = recipe.data.stages
+    begun = tuple(stage for stage in stages if step is None or stage.start_step <= step) or stages[:1]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"stages": begun})})
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:

@@ -14,6 +14,7 @@ from training import recipe_document, token_folder
 
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe
+from continual_pretraining.run_checkpoints import RunState
 from continual_pretraining.run_folder import changes, check_run, write_recipe
 from smolconv.errors import MissingFile, OutputLocked, UsageError
 
@@ -202,3 +203,24 @@ def test_a_dry_run_that_goes_on_counts_from_the_sources_step(recipe_file):
     goes_on = ("--set", "start.learning_rate=true", "--set", "schedule.train_steps=13")
     document = json.loads(continue_train(recipe_file, "--dry-run", "--json", *goes_on).stdout)
     assert (document["estimate"]["first_step"], document["estimate"]["tokens"]) == (4, 10 * 4 * 32)
+
+
+def test_stages_that_have_not_begun_may_be_added_and_those_that_have_may_not(tmp_path):
+    """WSD: the decay, and its data, are decided on while the run trains."""
+
+    def staged(*stages: tuple[str, int]) -> Recipe:
+        made = [{"name": name, "start_step": at, "sources": [{"path": f"tokens/{name}"}]} for name, at in stages]
+        return recipe(data={"stages": made}, schedule={"train_steps": 8})
+
+    run = saved_run(tmp_path, staged(("stable", 1), ("later", 7)))
+    state = RunState(
+        step=4, position={}, zero_stage=1, world_size=1, dtype="float32", micro_batch_sequences=1,
+        global_batch_sequences=4, spikes={},
+    )  # fmt: skip
+    state.write(run / "checkpoints" / "step-2")
+    notes = check_run(staged(("stable", 1), ("decay", 5)), run, "auto")
+    assert any("data.stages.1.start_step: 7 -> 5" in note for note in notes)
+    check_run(staged(("stable", 1)), run, "auto")
+    for changed in (staged(("stable", 1), ("decay", 4)), staged(("other", 1), ("later", 7))):
+        with pytest.raises(UsageError, match=r"data\.stages\."):
+            check_run(changed, run, "auto")
