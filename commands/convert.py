@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,13 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Rewrite a checkpoint in another layout or topology, streaming, on a CPU."""
-    from smolconv.convert import ConvertOptions, plan_conversion, plan_to_json, run_conversion  # noqa: PLC0415
+    from smolconv.convert import (  # noqa: PLC0415
+        ConvertOptions,
+        peak_rss_bytes,
+        plan_conversion,
+        plan_to_json,
+        run_conversion,
+    )
     from smolconv.errors import UsageError  # noqa: PLC0415
     from smolconv.layouts.huggingface import parse_size  # noqa: PLC0415
 
@@ -114,9 +121,14 @@ def convert(
         from smolconv.verify.logits import require_torch  # noqa: PLC0415
 
         require_torch()
+    started = time.perf_counter()
     plan = plan_conversion(source, target, options, headers_only=dry_run)
     if dry_run:
-        console.print_json(plan_to_json(plan)) if as_json else _show_plan(plan)
+        if as_json:
+            cost = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+            console.print_json({**plan_to_json(plan), **cost})
+        else:
+            _show_plan(plan)
         return
     verifier = _verifier if verify or push else None
     with console.byte_progress(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written) as progress:

@@ -38,7 +38,7 @@ def inspect(
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
 
-    folder = open_source(source, headers_only=not check)
+    folder = open_source(source, headers_only=not check, step=step)
     checkpoint = read_checkpoint(folder, ReadOptions(config=config, step=step, check_sidecar=check))
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:

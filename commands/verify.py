@@ -127,7 +127,8 @@ def _show(report: VerifyReport, *, per_layer: bool) -> None:
         slots = ", ".join(f"{slot} {r.equal} of {r.compared} equal" for slot, r in report.optimizer.items()) or "none"
         table.add_row("optimizer", _mark(fine), console.escape("; ".join([slots, *report.optimizer_differences[:3]])))
     if logits is None:
-        table.add_row("logits", "-", "not compared")
+        left_out = "left out: not finite on either side, of tensors that are equal"
+        table.add_row("logits", "-", left_out if report.logits_left_out else "not compared")
     else:
         limit = f"limit {logits.gates['max_abs'].limit:.2g}, " if "max_abs" in logits.gates else ""
         documents = f" in {logits.documents} documents" if logits.documents > 1 else ""

@@ -227,7 +227,8 @@ def _checked(options: ConvertOptions) -> str:
     if layout is None:
         raise UsageError(f"--to {options.to}: expected one of hf, nanotron, deepspeed.")
     for name in sorted({name for names in _OWN_OPTIONS.values() for name in names}.difference(_OWN_OPTIONS[layout])):
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # 0 is a ZeRO stage, and equals False
             raise UsageError(f"--{name.replace('_', '-')} has no meaning for --to {options.to}.")
     if layout == "deepspeed":
         _deepspeed_options(options)
@@ -316,7 +317,12 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpo
         # The parameters are the master now; a second copy would only say the same. Widened weights are not the master.
         if from_master:
             tensors.pop(Slot.MASTER, None)
-    elif checkpoint.has_optimizer and not master and all(t.dtype == "float32" for t in parameters.values()):
+    elif (
+        checkpoint.has_optimizer
+        and not master
+        and all(tensor.dtype == "float32" for tensor in parameters.values())
+        and any(tensor.dtype != "float32" for tensor in changed.values())
+    ):
         # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to.
         tensors[Slot.MASTER] = parameters
     return replace(checkpoint, tensors=tensors, warnings=tuple(warnings))

@@ -284,6 +284,8 @@ def _needed_files(commit: _Commit, folder: str, step: int | None = None) -> list
 
 def _huggingface_weights(commit: _Commit, folder: str, files: frozenset[str]) -> list[str]:
     for index, single in WEIGHTS:
+        if single in files:  # as transformers chooses, and our reader
+            return [_join(folder, single)]
         if index in files:
             shards = _shards_in_index(commit, _join(folder, index))
             missing = sorted(shards - files)
@@ -296,8 +298,6 @@ def _huggingface_weights(commit: _Commit, folder: str, files: frozenset[str]) ->
                     "Choose another revision, or ask the repository's owner to upload them.",
                 )
             return [_join(folder, name) for name in (index, *shards)]
-        if single in files:
-            return [_join(folder, single)]
     return []
 
 

@@ -250,6 +250,8 @@ def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[
         config["head_dim"] = spec.head_size
     # Null is written out: transformers would fill in the class's own pad id, which may lie beyond this vocabulary.
     config.update({name: carried.get(name, base.get(name)) for name in CARRIED if name in carried or name in base})
+    if isinstance(config["pad_token_id"], int) and config["pad_token_id"] >= spec.vocab_size:
+        config["pad_token_id"] = None
     config["dtype"] = config["torch_dtype"] = dtype
     return config
 

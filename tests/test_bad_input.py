@@ -352,6 +352,14 @@ def test_an_unknown_format_lists_the_known(nanotron, refused):
     refused(nanotron, "MixedCheckpoint", "format 2.0", "1.2, 1.3, 1.4, 1.5")
 
 
+@pytest.mark.parametrize("words", [("inspect",), ("inspect", "--json")])
+def test_a_last_stage_beyond_the_stages_is_corrupt(nanotron, cli, words):
+    path = nanotron / "3/checkpoint_metadata.json"
+    metas = json.loads(path.read_text())["metas"]
+    edit_json(path, metas={**metas, "last_stage_idx": len(metas["data_stages"])})
+    assert_short_error(cli(*words, nanotron), 3, "CorruptFile", "the last stage's index is")
+
+
 def test_ranks_of_two_topologies_in_one_folder_are_refused(nanotron, refused):
     place = f"{DECODER}/0/pp_block/attn/qkv_proj"
     other = "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"
@@ -526,6 +534,7 @@ def test_a_shard_full_of_nan_is_kept_bit_for_bit_and_reported(nanotron, cli, tmp
         (("--to", "nanotron", "--zero-stage", "one"), "--zero-stage"),
         (("--to", "hf", "--tp", 2), "--tp has no meaning for --to hf"),
         (("--to", "hf", "--zero-stage", 1), "--zero-stage has no meaning for --to hf"),
+        (("--to", "hf", "--zero-stage", 0), "--zero-stage has no meaning for --to hf"),
         (("--to", "gguf"), "--to gguf"),
         (("--to", "deepspeed", "--tp", 2), "--tp has no meaning for --to deepspeed"),
         (("--to", "deepspeed", "--zero-stage", 1), "--zero-stage 1 needs --world-size"),
@@ -587,6 +596,11 @@ def test_a_config_that_is_not_there_is_named(nanotron, refused, tmp_path, option
     refused(nanotron, "MissingFile", "nothing.here", to="nanotron", options=(option, tmp_path / "nothing.here"))
 
 
+@pytest.mark.parametrize("option", ["--config", "--nanotron-config"])
+def test_a_folder_given_as_a_config_is_named(nanotron, refused, tmp_path, option):
+    refused(nanotron, "MissingFile", str(tmp_path), "is a folder", to="nanotron", options=(option, tmp_path))
+
+
 # --- Targets ---
 
 
@@ -622,6 +636,17 @@ def test_a_target_in_the_source_or_around_it_is_refused(hf, cli, tmp_path, place
     done = cli("convert", hf, tmp_path / place, "--to", "nanotron", "--overwrite")
     assert_short_error(done, 2, "UsageError", "Choose a target outside the source")
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "inner/..", "/here"])
+def test_the_folder_that_the_command_runs_in_or_one_around_it_is_not_replaced(cli, tmp_path, name):
+    here = tmp_path / "around/here"
+    (here / "inner").mkdir(parents=True)
+    (here / "mine.txt").write_text("mine")
+    done = cli("convert", TP2, here if name == "/here" else name, "--to", "hf", "--overwrite", cwd=here)
+    assert_short_error(done, 2, "UsageError", "Choose another target")
+    assert files_below(tmp_path) == {"around/here/mine.txt": b"mine"}
+    assert os.listdir(tmp_path) == ["around"]
 
 
 def test_a_partial_folder_of_someone_else_is_not_touched(hf, cli, tmp_path):
@@ -818,6 +843,12 @@ def test_json_is_one_document_and_all_of_stdout(cli, tmp_path, words):
     done = cli(*words, "--json", cwd=tmp_path)
     document = json.loads(done.stdout)
     assert (done.code in (0, 1), document["schema"]) == (True, 1)
+
+
+def test_a_dry_run_says_its_time_and_memory_as_a_conversion_does(cli, tmp_path):
+    done = cli("convert", TP2, tmp_path / "out", "--to", "hf", "--dry-run", "--json")
+    document = json.loads(done.stdout)
+    assert document["seconds"] > 0 and document["peak_rss_bytes"] > 0
 
 
 def test_warnings_of_a_json_conversion_go_to_stderr_and_into_the_document(cli, tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
+from commands.inspect import inspect
 from smolconv import errors
 from smolconv.errors import (
     BadCheckpoint,
@@ -275,6 +276,16 @@ def test_bin_is_taken_where_there_is_no_safetensors_model(hub: FakeHub, client: 
     assert contents(client.fetch(f"hf://{repo}")) == wanted
 
 
+@pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
+def test_a_single_file_is_taken_without_the_index_beside_it(
+    hub: FakeHub, client: Client, repo: str, single: str
+) -> None:
+    wanted = {**SMALL_FILES, single: safetensors(2_000)}
+    index = json.dumps({"weight_map": {"a": f"one-{single}"}}).encode()
+    hub.commit(repo, {**wanted, f"{single}.index.json": index, f"one-{single}": safetensors(9)})
+    assert contents(client.fetch(f"hf://{repo}")) == wanted
+
+
 def test_only_the_shards_that_the_index_names_are_downloaded(hub: FakeHub, client: Client, repo: str) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[1]}}).encode()
@@ -350,6 +361,19 @@ def test_a_nanotron_run_is_its_newest_step(hub: FakeHub, client: Client, repo: s
     hub.commit(repo, {**steps, "latest.txt": b"20\n", "README.md": b"# Checkpoints"})
     expected = {path: content for path, content in steps.items() if path.startswith("20/")}
     assert contents(client.fetch(f"hf://{repo}")) == {**expected, "latest.txt": b"20\n"}
+
+
+def test_inspect_fetches_the_step_that_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def fetch(_: HubSource, **options: object) -> Path:
+        asked.append(options["step"])
+        raise MissingFile("seen")
+
+    monkeypatch.setattr("smolconv.hub.fetch_source", fetch)
+    with pytest.raises(MissingFile, match="seen"):
+        inspect("hf://owner/name", step=10)
+    assert asked == [10]
 
 
 def test_a_nanotron_step_is_taken_whole(hub: FakeHub, client: Client, repo: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from nanotron_folders import (
 )
 from safetensors.torch import load_file
 
-from smolconv.errors import UsageError
+from smolconv.checkpoint import MOMENTS
+from smolconv.errors import NameMismatch, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import pipeline_ranks, zero1_slices
@@ -273,6 +275,14 @@ def test_without_optimizer_no_state_is_written_and_progress_is_kept(tmp_path):
     assert (metadata["last_train_step"], metadata["consumed_train_samples"]) == (3, 12)
 
 
+def test_without_scheduler_files_the_note_says_both_switches(tmp_path):
+    result = convert(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "out", "nanotron", optimizer=False)
+    assert not (tmp_path / "out/3/lr_scheduler").exists()
+    assert "resume in nanotron with checkpoints.load_optimizer and checkpoints.load_lr_scheduler false." in (
+        result.warnings
+    )
+
+
 @pytest.mark.parametrize("run", NAMED, ids=topology_id)
 def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_stored(run):
     config = yaml.safe_load((step_folder(run) / "config.yaml").read_text())
@@ -288,6 +298,44 @@ def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_store
 def test_topology_is_read_from_the_files(run):
     found = read_nanotron(run).topology
     assert {"tp": found.tp, "pp": found.pp, "dp": found.dp, "zero_stage": found.zero_stage} == topology_of(run)
+
+
+def without_state(run: Path, target: Path, *, every: bool = True) -> Path:
+    """The run as nanotron saves it before the first step, when Adam holds nothing; else without one parameter's."""
+    shutil.copytree(run, target)
+    for path in (step_folder(target) / "optimizer").glob("*.pt"):
+        document = torch.load(path, weights_only=True)
+        for found in (document["state"], document["names"]):
+            found.clear() if every else found.pop(0)
+        torch.save(document, path)
+    return target
+
+
+@pytest.mark.parametrize("run", NAMED, ids=topology_id)
+def test_before_the_first_step_there_is_no_adam_but_progress_its_schedule_and_masters(run, tmp_path):
+    whole, found = read_nanotron(run), read_nanotron(without_state(run, tmp_path / "run"))
+    assert (found.optimizer, found.topology, found.progress) == (None, whole.topology, whole.progress)
+    assert found.progress.scheduler is not None
+    assert found.tensors.keys() == whole.tensors.keys() - set(MOMENTS)
+    result = convert(tmp_path / "run", tmp_path / "hf", "hf")
+    convert(run, tmp_path / "expected", "hf", optimizer=False)
+    assert list(differences(hf_weights(tmp_path / "hf"), hf_weights(tmp_path / "expected"))) == []
+    assert any("no Adam state" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("run", NAMED, ids=topology_id)
+def test_adam_state_that_only_some_parameters_have_is_refused(run, tmp_path):
+    with pytest.raises(NameMismatch):
+        read_nanotron(without_state(run, tmp_path / "run", every=False))
+
+
+def test_a_pipeline_rank_without_adam_state_is_refused(tmp_path):
+    run = SMOLLM2 / "tp1-pp2-dp1-zero0"
+    empty = next((without_state(run, tmp_path / "empty") / "3/optimizer").glob("*pp-1-of-2*.pt"))
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(empty, tmp_path / "run/3/optimizer")
+    with pytest.raises(NameMismatch):
+        read_nanotron(tmp_path / "run")
 
 
 def test_groups_are_by_hyperparameters_and_canonical_name():

@@ -19,6 +19,7 @@ from nanotron_folders import differences, run_differences, shards, states, step_
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_mappings import interleave
+from transformers import AutoModelForCausalLM
 
 from smolconv.errors import DigestMismatch, MissingFile, NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.huggingface import read_huggingface
@@ -232,6 +233,23 @@ def test_every_form_of_a_hugging_face_checkpoint_is_read(write, tmp_path):
     write(weights, tmp_path / "form")
     convert(tmp_path / "form", tmp_path / "out", "hf")
     assert list(differences(hf_weights(tmp_path / "out"), weights)) == []
+
+
+@pytest.mark.parametrize(
+    "form", [(as_one_safetensors, as_safetensors_with_an_index), (as_one_pickle, as_pickles_with_an_index)]
+)
+def test_a_single_file_goes_before_an_index_as_in_transformers(form, tmp_path):
+    source, (as_one, with_an_index) = saved(llama(), tmp_path / "hf"), form
+    weights = hf_weights(source)
+    (tmp_path / "both").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "both")
+    as_one(weights, tmp_path / "both")
+    with_an_index({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, tmp_path / "both")
+    result = convert(tmp_path / "both", tmp_path / "out", "hf")
+    assert list(differences(hf_weights(tmp_path / "out"), weights)) == []
+    assert any("index.json was ignored" in warning for warning in result.warnings)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "both").state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in weights.items())
 
 
 def test_shards_are_packed_in_order_up_to_the_size_asked_for(tmp_path):
@@ -585,6 +603,12 @@ def test_through_a_rounded_hugging_face_model_the_fp32_run_comes_back(tmp_path):
     convert(expected, tmp_path / "hf", "hf", dtype="bfloat16")
     convert(tmp_path / "hf", tmp_path / "back", "nanotron", **topology_of(expected), dtype="float32")
     assert run_differences(tmp_path / "back", expected) == []
+
+
+def test_casting_that_changes_no_dtype_makes_no_master(tmp_path):
+    run = SMOLLM3 / "tp1-pp2-dp1-zero0"
+    convert(run, tmp_path / "out", "nanotron", **topology_of(run), cast_from="weights")
+    assert run_differences(tmp_path / "out", run) == []
 
 
 def test_casting_from_the_master_rounds_the_master(tmp_path):

@@ -22,7 +22,7 @@ from test_round_trips import as_interleaved
 
 from smolconv.checkpoint import LazyTensor, join, row_slice
 from smolconv.convert import ConversionPlan
-from smolconv.errors import ParityFailed, UsageError
+from smolconv.errors import ParityFailed, UnsupportedModel, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.mappings import smollm2
@@ -504,6 +504,49 @@ def test_the_same_nan_on_both_sides_is_no_difference_of_tensors():
     assert compare_tensors(weights, weights).passed
 
 
+POISONED = ["model.embed_tokens.weight", *(LAYER.format(4, part) for part in PARTS), "model.norm.weight"]
+
+
+def poisoned_with(value: float, name: str) -> Callable[[Weights], None]:
+    def edit(weights: Weights) -> None:
+        weights[name].view(-1)[9] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", POISONED)
+def test_a_model_that_is_not_finite_is_converted_and_is_the_same_as_itself(value, name, tmp_path):
+    source = edited(HF, tmp_path / "hf", poisoned_with(value, name))
+    result = convert(source, tmp_path / "run", "nanotron", verifier=verified)
+    assert result.verification["passed"] and result.verification["first_divergence"] is None
+    report = verify(source, tmp_path / "run")
+    assert report.passed and report.logits is None and "left out" in report.reason
+
+
+@pytest.mark.parametrize("fields", [{"rope_theta": 12345.0}, {"rms_norm_eps": 1e-5}], ids=["theta", "eps"])
+@pytest.mark.parametrize("name", [POISONED[0], POISONED[-2]])
+def test_another_function_of_the_same_tensors_that_are_not_finite_still_fails(name, fields, tmp_path):
+    source = edited(HF, tmp_path / "hf", poisoned_with(torch.nan, name))
+    report = verify(source, with_config(source, tmp_path / "planted", **fields))
+    assert report.tensors.passed and report.spec_differences and not report.passed
+
+
+def test_an_error_of_the_mapping_before_what_is_not_finite_is_still_caught_by_logits(tmp_path, monkeypatch):
+    source = edited(HF, tmp_path / "hf", poisoned_with(torch.nan, LAYER.format(4, "mlp.down_proj")))
+    monkeypatch.setattr(smollm3_mapping, "mlp_rules", swapped_gate_and_up(smollm3_mapping.mlp_rules))
+    convert(source, tmp_path / "run", "nanotron", optimizer=False)
+    report = verify(source, tmp_path / "run")
+    assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
+    assert report.first_divergence == "model.layers.0.mlp"
+
+
+def test_tensors_that_differ_fail_where_neither_side_is_finite(tmp_path):
+    name = LAYER.format(4, "mlp.down_proj")
+    a, b = (edited(HF, tmp_path / str(value), poisoned_with(value, name)) for value in (torch.nan, torch.inf))
+    assert tiers(verify(a, b)) == {"spec": True, "tensors": False, "logits": False}
+
+
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
 
@@ -566,6 +609,7 @@ def test_an_optimizer_on_one_side_only_is_caught(tmp_path):
     report = verify(NATIVE, tmp_path / "weights", optimizer=True, logits=False)
     assert "only A has an optimizer" in report.optimizer_differences
     assert not report.passed
+    assert "74 are missing and 0 unexpected; first model.embed_tokens.weight" in report.reason
 
 
 # --- tokens and gates ------------------------------------------------------------------------------------------------
@@ -652,6 +696,42 @@ def test_rope_scaling_that_nanotron_would_ignore_does_not_verify(cli, tmp_path):
     # Without the field nanotron's model is what it would run, and passes.
     plain = with_config(source, tmp_path / "plain", **{**rope(1e4, {"rope_type": "default"}), "rope_scaling": None})
     assert convert(plain, tmp_path / "as trained", "nanotron", verifier=verified).verification["passed"]
+
+
+def with_tokenizer(source: Path, target: Path, size: int) -> Path:
+    """A copy of a folder with a tokenizer whose ids go up to ``size``: bytes are the last 256."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: size - 256 + i for i, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    shutil.copytree(source, target)
+    made.save(str(target / "tokenizer.json"))
+    return target
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_does_not_stop_verification(tmp_path):
+    source = with_tokenizer(HF, tmp_path / "hf", 456)
+    assert convert(source, tmp_path / "out", "nanotron", verifier=verified).verification["passed"]
+    report = verify(source, tmp_path / "out")
+    assert report.passed and "random tokens" in report.logits.tokens_from
+
+
+@pytest.mark.parametrize("fields", [{"pad_token_id": 255}, {}], ids=["trimmed", "left out"])
+def test_a_padding_id_beyond_the_vocabulary_is_written_as_none(fields, tmp_path):
+    run = with_config(NATIVE, tmp_path / "run", **fields)
+    if not fields:
+        path = step_folder(run) / "model_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token_id"}))
+    assert convert(run, tmp_path / "out", "hf", vocab_size=250, verifier=verified).verification["passed"]
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] is None
+    assert verify(tmp_path / "out", tmp_path / "out").passed
+
+
+def test_an_activation_that_no_forward_knows_is_refused_by_name(tmp_path):
+    run = with_config(NATIVE, tmp_path / "run", hidden_act="unheard_of")
+    with pytest.raises(UnsupportedModel, match="unheard_of"):
+        verify(run, run)
 
 
 def corrupting(pattern: str) -> Callable[[ConversionPlan, Path], Mapping[str, Any]]:

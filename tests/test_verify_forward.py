@@ -170,6 +170,30 @@ def test_weights_in_shards_are_the_same(tmp_path):
     assert torch.equal(logits(on_folder(tmp_path / "shards"), TOKENS), whole_forward(tmp_path / "shards", "sdpa", None))
 
 
+def test_of_a_single_file_and_an_index_beside_it_the_file_is_read_as_transformers_does(tmp_path):
+    source = saved(llama(), tmp_path / "hf")
+    expected = whole_forward(source, "sdpa", None)
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert torch.equal(whole_forward(source, "sdpa", None), expected)
+    assert torch.equal(logits(on_folder(source), TOKENS), expected)
+
+
+def test_a_padding_id_beyond_the_vocabulary_stops_no_forward(tmp_path):
+    source = saved(llama(), tmp_path / "hf")
+    expected = whole_forward(source, "sdpa", None)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    assert torch.equal(logits(on_folder(source), TOKENS), expected)
+    assert torch.equal(logits(on_tensors(source), TOKENS), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh", "silu"])
+def test_our_forward_knows_the_activations_of_transformers(activation, tmp_path):
+    source = saved(llama(hidden_act=activation), tmp_path / "hf")
+    convert(source, tmp_path / "run", "nanotron")
+    assert apart(logits(native(tmp_path / "run"), TOKENS), whole_forward(source, "sdpa", None)) < 2e-5
+
+
 @pytest.mark.parametrize("archives", [1, 2], ids=["one archive", "two archives"])
 def test_weights_in_archives_of_torch_are_the_same(archives, tmp_path):
     model = llama(tie_word_embeddings=False)
@@ -423,6 +447,12 @@ def test_the_shipped_text_says_nothing_twice_and_is_of_many_scripts():
     assert scripts >= {"LATIN", "CYRILLIC", "GREEK", "ARABIC", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL"}
 
 
+def test_where_the_tokenizer_is_of_another_vocabulary_the_shipped_text_gives_way_to_random_tokens(tokenizer):
+    rows = choose(tokenizer=tokenizer, vocab_size=20)
+    assert np.array_equal(rows.tokens, choose(vocab_size=20).tokens)
+    assert "random tokens" in rows.where and "20 entries" in rows.where
+
+
 def test_a_text_of_ones_own_is_read_once(tokenizer, tmp_path):
     (tmp_path / "text").write_text("Grüße!", encoding="utf-8")
     rows = choose(tokenizer=tokenizer, text=tmp_path / "text")
@@ -515,7 +545,7 @@ WRONG_TEXTS: dict[str, tuple[Callable[[Path], dict[str, object]], type[SmolconvE
     "no file": (lambda folder: {"text": folder / "none.txt"}, MissingFile, r"none\.txt"),
     "not UTF-8": (saved_text(b"\xff\xfe\xff"), UsageError, "UTF-8"),
     "empty": (saved_text(b""), UsageError, "0 tokens"),
-    "another vocabulary": (lambda folder: {"vocab_size": 20}, UsageError, "20 entries"),
+    "another vocabulary": (lambda folder: {**saved_text(b"ab")(folder), "vocab_size": 20}, UsageError, "20 entries"),
 }
 
 

@@ -61,6 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
+    except IsADirectoryError:
+        raise MissingFile(f"{path} is a folder; a JSON file was expected. Name the file itself.") from None
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is not valid JSON ({error}). Copy the file again.") from None
     if not isinstance(value, dict):

@@ -96,6 +96,11 @@ def check_progress(progress: TrainingProgress, where: object) -> TrainingProgres
         _check_counts({f"the tokens of {folder}": count for folder, count in (folders or {}).items()}, where)
         _check_counts(counts | {name: count for name, count in known.items() if count is not None}, where)
     _check_counts(counts | {name: count for name, count in known.items() if count is not None}, where)
+    if progress.stages and (progress.last_stage_index or 0) >= len(progress.stages):
+        raise CorruptFile(
+            f"{where}: the last stage's index is {progress.last_stage_index}; there are {len(progress.stages)} stages, "
+            "counted from 0."
+        )
     return progress
 
 

@@ -80,6 +80,9 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
         origin.update(sidecar.origin)
         files = (*files, *sidecar.files)
+    ignored = next((f"{name}.index.json" for name in _WEIGHTS if folder / name in files), None)
+    if ignored is not None and (folder / ignored).is_file():
+        warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
     if (folder / "latest").is_file():
         warnings = (
             *warnings,
@@ -108,10 +111,10 @@ def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The weight files, and what they hold by name."""
     for stem in _WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
+        if single.is_file():  # transformers, too, looks for an index only where there is no single file
+            return (single,), _tensors_of(single)
         if index.is_file():
             return _indexed(folder, index)
-        if single.is_file():
-            return (single,), _tensors_of(single)
     shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     there = f"{shards[0]} and {len(shards) - 1} more are there, but no index" if shards else "no weights are there"
     raise MissingFile(

@@ -35,6 +35,12 @@ class OutputFolder:
     """``DST`` while it is being made. Use as a context manager; ``publish`` ends it well."""
 
     def __init__(self, target: Path, plan_digest: str, *, resume: bool, overwrite: bool) -> None:
+        here = Path.cwd()
+        if target.name == ".." or target.resolve() in (here, *here.parents):
+            raise UsageError(
+                f"{target} is the folder that this command runs in, or one around it, which is not replaced.\n"
+                "Choose another target, or run from another folder."
+            )
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
         self.plan_digest, self.resume, self.overwrite = plan_digest, resume, overwrite

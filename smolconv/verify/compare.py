@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
-from smolconv.errors import UsageError
+from smolconv.errors import UnsupportedModel, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.nanotron import read_native_model
 from smolconv.layouts.registry import read_checkpoint
@@ -62,6 +62,7 @@ class VerifyReport:
     optimizer: Mapping[str, TensorReport] | None
     optimizer_differences: tuple[str, ...]
     logits: LogitsReport | None
+    logits_left_out: bool = False  #: not finite on either side, as NaN or infinity in equal tensors makes them
 
     @property
     def passed(self) -> bool:
@@ -88,15 +89,11 @@ class VerifyReport:
         if self.spec_differences:
             return f"specs differ: {self.spec_differences[0]}"
         if not self.tensors.passed:
-            unequal = self.tensors.compared - self.tensors.equal
-            return (
-                f"{unequal} of {self.tensors.compared} tensors differ, {len(self.tensors.missing)} are missing and "
-                f"{len(self.tensors.unexpected)} unexpected; first {self.first_divergence}"
-            )
+            return f"{_counted(self.tensors)}; first {self.first_divergence}"
         for slot, report in (self.optimizer or {}).items():
             if not report.passed:
-                unequal = report.compared - report.equal
-                return f"{slot}: {unequal} of {report.compared} tensors differ, first {report.first}"
+                first = report.first or (*report.missing, *report.unexpected)[0]
+                return f"{slot}: {_counted(report)}; first {first}"
         if self.optimizer_differences:
             return f"optimizers differ: {self.optimizer_differences[0]}"
         if self.logits is not None and not self.logits.passed:
@@ -108,6 +105,8 @@ class VerifyReport:
             said.append(f"optimizer equal in {', '.join(self.optimizer) or 'steps and groups'}")
         if self.logits is not None:
             said.append(f"logits max abs {self.logits.max_abs:.2g} over {self.logits.positions} positions")
+        if self.logits_left_out:
+            said.append("logits left out: not finite on either side")
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +115,7 @@ class VerifyReport:
         layers = [] if logits is None else logits.pop("layers")
         gates = {} if logits is None else logits.pop("gates")
         if logits is not None:
-            logits.pop("first_divergence")
+            del logits["first_divergence"], logits["comparable"]
         document = {
             "schema": 1,
             "passed": self.passed,
@@ -133,6 +132,13 @@ class VerifyReport:
             "gates": gates,
         }  # fmt: skip
         return {name: _plain_json(value) for name, value in document.items()}
+
+
+def _counted(report: TensorReport) -> str:
+    return (
+        f"{report.compared - report.equal} of {report.compared} tensors differ, {len(report.missing)} are missing and "
+        f"{len(report.unexpected)} unexpected"
+    )
 
 
 def _plain_json(value: Any) -> Any:
@@ -180,12 +186,14 @@ def verify_checkpoints(
             logits = compare_logits(
                 sides[0], sides[1], rows, compute=options.compute, gates=options.gates, engines=engines
             )
+    left_out = logits is not None and not logits.comparable and tensors.passed
     return VerifyReport(
         spec_differences=tuple(differences),
         tensors=tensors,
         optimizer=optimizer,
         optimizer_differences=tuple(state_differences),
-        logits=logits,
+        logits=None if left_out else logits,
+        logits_left_out=left_out,
     )
 
 
@@ -196,10 +204,16 @@ def side_of(checkpoint: Checkpoint, stored: Stored | None, options: VerifyOption
     it was stored: transformers on the canonical tensors.
     """
     import torch  # noqa: PLC0415
+    from transformers.activations import ACT2FN  # noqa: PLC0415
 
     from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide  # noqa: PLC0415
     from smolconv.verify.native import NanotronSide  # noqa: PLC0415
 
+    if checkpoint.spec.activation not in ACT2FN:
+        raise UnsupportedModel(
+            f"hidden_act is {checkpoint.spec.activation!r}, which transformers does not know: no forward can run.\n"
+            "Compare with verify --tensors-only, or convert without --verify."
+        )
     dtype = getattr(torch, options.compute)
     if stored is not None and checkpoint.layout == "nanotron" and options.engine != "transformers":
         return NanotronSide(read_native_model(stored.folder, stored.options), dtype, options.device)

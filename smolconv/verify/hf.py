@@ -55,16 +55,17 @@ class FolderWeights:
         self._files: Mapping[str, Path] | None = None
         for stem in ("model.safetensors", "pytorch_model.bin"):
             index, self._single = folder / f"{stem}.index.json", folder / stem
+            if self._single.is_file():  # transformers takes it, whether an index lies beside it or not
+                return
             if index.is_file():
                 self._files = {n: folder / file for n, file in json.loads(index.read_text())["weight_map"].items()}
-                return
-            if self._single.is_file():
                 return
 
     def config(self) -> Any:
         import transformers  # noqa: PLC0415
 
-        return transformers.AutoConfig.from_pretrained(self.folder)
+        # As below: a padding id beyond the vocabulary plays no part in a forward pass.
+        return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None)
 
     def _read(self, name: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         path = self._single if self._files is None else self._files[name]

@@ -51,22 +51,18 @@ def choose_rows(
 ) -> Rows:
     """Ids from ``tokens``, else a text through the tokenizer, else random ones; ``where`` of the result says which.
 
+    Random ones also stand in for the shipped text where the tokenizer is not of this vocabulary.
     Raises ``UsageError`` for ids beyond the vocabulary and for words that do not fit.
     """
     length = max(2, min(length, max_positions))
     if tokens is not None:
         ids, where = _loaded(tokens)[:length], str(tokens)
-    elif tokenizer is not None:
-        content = _read(text) if text is not None else shipped_text()
-        # Another vocabulary may need more text than there is: it begins anew.
-        ids = _encoded(content, tokenizer)
-        where = str(text) if text is not None else "the text that ships with smolconv"
-        ids = np.resize(ids, length) if len(ids) and text is None else ids[:length]
     elif text is not None:
-        raise UsageError("--text needs a tokenizer.json in A or B; give ids with --tokens FILE.npy instead.")
+        if tokenizer is None:
+            raise UsageError("--text needs a tokenizer.json in A or B; give ids with --tokens FILE.npy instead.")
+        ids, where = _encoded(_read(text), tokenizer)[:length], str(text)
     else:
-        ids = np.random.default_rng(_SEED).integers(0, vocab_size, length)
-        where = "random tokens, since neither side has a tokenizer"
+        ids, where = _of_our_own(vocab_size, tokenizer, length)
     if len(ids) < 2:
         raise UsageError(f"{where} gives {len(ids)} tokens; at least 2 are needed.")
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
@@ -75,6 +71,18 @@ def choose_rows(
     if not 1 <= documents <= len(ids):
         raise UsageError(f"--documents {documents}: a row of {len(ids)} tokens can hold 1 to {len(ids)}.")
     return Rows(tokens=ids[None, :], where=where, spans=_spans(len(ids), documents))
+
+
+def _of_our_own(vocab_size: int, tokenizer: Path | None, length: int) -> tuple[NDArray[np.int64], str]:
+    why = "neither side has a tokenizer"
+    if tokenizer is not None:
+        ids = _encoded(shipped_text(), tokenizer)
+        # Another vocabulary may need more text than there is: it begins anew.
+        ids = np.resize(ids, length) if len(ids) else ids
+        if (ids < vocab_size).all():
+            return ids, "the text that ships with smolconv"
+        why = f"the tokenizer gives token {ids.max()}, but the smaller vocabulary has {vocab_size} entries"
+    return np.random.default_rng(_SEED).integers(0, vocab_size, length), f"random tokens, since {why}"
 
 
 def shipped_text() -> str:

@@ -62,6 +62,8 @@ class LogitsReport:
     #: max_abs, floor (NaN where it was not measured), kl, nll_a, nll_b of every position
     by_position: Mapping[str, tuple[float, ...]]
     first_divergence: str | None
+    #: False when neither side's logits are finite, and no module that is finite in A told them apart
+    comparable: bool
 
     @property
     def passed(self) -> bool:
@@ -227,6 +229,7 @@ def _judged(
         gates[name] = Gate(limit=5e-3, value=kl, passed=kl <= 5e-3)
     listed = layers.listed()
     diverged = [each["module"] for each in listed if each["diverged"] and each["module"].rsplit(".", 1)[-1] in _MODULES]
+    parted = any(each["diverged"] and math.isfinite(each["scale"] + each["floor"]) for each in listed)
     passed = all(gate.passed for gate in gates.values())
     return LogitsReport(
         positions=int(rows.tokens.size),
@@ -245,6 +248,7 @@ def _judged(
             "kl": tuple(found.kl.tolist()), "nll_a": tuple(found.nll_a.tolist()), "nll_b": tuple(found.nll_b.tolist()),
         },
         first_divergence=None if passed else (diverged[0] if diverged else "lm_head"),
+        comparable=found.finite_a or found.finite_b or parted,
     )  # fmt: skip
 
 

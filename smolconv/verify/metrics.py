@@ -5,6 +5,7 @@ All sums are kept per position, in float64. Shapes: N positions, C a chunk of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ class Distances:
     nll_a: torch.Tensor  #: of the next token; NaN where there is none
     nll_b: torch.Tensor
     std: float  #: of all of A's logits
+    finite_a: bool  #: all logits
+    finite_b: bool
 
 
 class Walk:
@@ -52,7 +55,7 @@ class Walk:
         self.mass, self.excess, self.shift = filled(0), filled(0), filled(0)
         self.mass_b, self.moved = filled(0), filled(0)
         self.target_a, self.target_b = filled(torch.nan), filled(torch.nan)
-        self.total, self.squares = 0.0, 0.0
+        self.total, self.squares, self.total_b = 0.0, 0.0, 0.0
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """The next chunk of both, [N, C] in float32."""
@@ -64,6 +67,7 @@ class Walk:
         self.sum_abs += size.sum(1, dtype=torch.float64)
         self.total += float(a.sum(dtype=torch.float64))
         self.squares += float((a * a).sum(dtype=torch.float64))
+        self.total_b += float(b.sum(dtype=torch.float64))
         two, (top_b, index_b) = a.topk(min(2, a.shape[1]), dim=1).values, b.max(1)
         index = a.argmax(1)  # of equal logits the first, as in b; topk takes any
         best, runner = two[:, 0].double(), two[:, -1].double() if two.shape[1] > 1 else self.second.new_full(
@@ -121,4 +125,6 @@ class Walk:
             nll_a=log_total_a - self.target_a,
             nll_b=log_total_b - self.target_b,
             std=max(self.squares / count - mean * mean, 0.0) ** 0.5,
+            finite_a=math.isfinite(self.total),
+            finite_b=math.isfinite(self.total_b),
         )

@@ -126,10 +126,10 @@ class NanotronSide:
         return weight * scaled.to(hidden.dtype)
 
     def _activated(self, gate: torch.Tensor) -> torch.Tensor:
-        import torch  # noqa: PLC0415
+        from transformers.activations import ACT2FN  # noqa: PLC0415
 
-        functions = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
-        return functions[self.activation](gate)
+        activated: torch.Tensor = ACT2FN[self.activation](gate)
+        return activated
 
     def _rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """nanotron rotates by the index in the row, whether documents begin in it or not."""

@@ -139,7 +139,13 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         for slot, found in state.slots.items():
             if found:
                 tensors[slot] = table.to_canonical(found, f"{step_folder}/optimizer ({slot.value})")
-        optimizer = _canonical_optimizer(state, table)
+        if state.hyperparameters:
+            optimizer = _canonical_optimizer(state, table)
+        else:
+            warnings.append(
+                "the optimizer's files hold no Adam state, as nanotron saves it before the first step "
+                "(checkpoints.save_initial_state): there is none to carry."
+            )
         scheduler = _read_scheduler(step_folder / "lr_scheduler", table, spec, weights, warnings)
         topology = state.topology
     elif has_state:

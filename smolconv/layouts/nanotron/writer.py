@@ -108,16 +108,16 @@ class _Writer:
         self.layout = {slot: self._layout_tensors(slot) for slot in Slot if checkpoint.tensors.get(slot)}
 
     def plan(self) -> PlannedOutput:
-        with_optimizer = self.checkpoint.has_optimizer
+        with_optimizer, scheduler = self.checkpoint.has_optimizer, self._scheduler()
         files = [
             *self._weights(),
             *(self._optimizer() if with_optimizer else []),
-            *self._scheduler(),
+            *scheduler,
             *self._random(),
             *self._documents(),
         ]
-        if not with_optimizer or self.config is None:
-            switches = (("load_optimizer", not with_optimizer), ("load_lr_scheduler", self.config is None))
+        if not with_optimizer or not scheduler:
+            switches = (("load_optimizer", not with_optimizer), ("load_lr_scheduler", not scheduler))
             off = " and ".join(f"checkpoints.{name}" for name, missing in switches if missing)
             self.warnings.append(f"resume in nanotron with {off} false.")
         return PlannedOutput(files=tuple(files), warnings=tuple(self.warnings))
@@ -344,8 +344,9 @@ class _Writer:
 
     def _training_config(self) -> dict[str, Any] | None:
         given = self.options.config
-        if given is not None and not given.exists():
-            raise MissingFile(f"--nanotron-config {given} is not there. Name a training config of nanotron.")
+        if given is not None and (given.is_dir() or not given.exists()):
+            found = "is a folder" if given.is_dir() else "is not there"
+            raise MissingFile(f"--nanotron-config {given} {found}. Name a training config of nanotron.")
         original = given.read_bytes() if given is not None else self.checkpoint.origin.get("config.yaml")
         if original is None:
             return None
@@ -445,7 +446,7 @@ class _Writer:
             "custom_metas": json.loads(original).get("custom_metas") if original else None,
             "metas": {
                 "consumed_train_samples": samples, "consumed_tokens_total": tokens, "last_train_step": progress.step,
-                "last_stage_idx": 0 if progress.last_stage_index is None else progress.last_stage_index,
+                "last_stage_idx": (progress.last_stage_index or 0) if progress.stages else 0,
                 "data_stages": stages,
             },
         }  # fmt: skip
