@@ -257,6 +257,33 @@ def test_model_files_of_two_steps_are_noticed(broken, refused, name):
     refused(source, MixedCheckpoint, other.name, "step 2", "step 3", "copy all of one")
 
 
+@pytest.mark.parametrize(("field", "what"), [("step", "Adam's steps"), ("lr", "parameter groups or hyperparameters")])
+@pytest.mark.parametrize("options", [{}, {"optimizer": False}], ids=["with Adam", "weights only"])
+@pytest.mark.parametrize("name", [AUTOTP, "autotp2-zero3-ws4"])
+def test_tensor_parallel_ranks_of_two_steps_or_rates_are_noticed(broken, refused, name, options, field, what):
+    source = broken(name)
+
+    def change(file: dict[str, Any]) -> None:
+        state = file["optimizer_state_dict"]
+        adam = state.get("base_optimizer_state") or state["optimizer_state_dict"]
+        if field == "step":
+            for state in adam["state"].values():
+                state["step"] += 1
+        else:
+            adam["param_groups"][0]["lr"] *= 2
+
+    for path in source.tag.glob("*mp_rank_01_optim_states.pt"):
+        edit(path, change)
+    refused(source, MixedCheckpoint, "tensor-parallel rank 1", what, "copy all of one", **options)
+
+
+def test_a_universal_parameter_of_another_step_than_its_group_is_noticed(broken, refused):
+    source = broken(UNIVERSAL)
+    path = source.tag / "zero" / PROJECTION / "step.pt"
+    save(load(path) + 1, path)
+    refused(source, MixedCheckpoint, PROJECTION, "4 steps", "copy all of one", "--no-optimizer")
+
+
 def test_model_files_beside_a_universal_folder_of_another_run_are_noticed(broken, refused):
     source = broken(UNIVERSAL)
     swapped = [source.tag / "zero" / f"model.layers.{layer}.input_layernorm.weight/fp32.pt" for layer in (0, 1)]
@@ -514,6 +541,25 @@ def test_a_world_size_that_is_no_number_is_a_corrupt_file(broken, refused, name,
     source = broken(name)
     edit(model_file(source.tag), lambda document: document.update(dp_world_size=ranks))
     refused(source, CorruptFile, "mp_rank_00_model_states.pt", "dp_world_size")
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": False}], ids=["with Adam", "weights only"])
+def test_a_list_in_the_client_state_that_holds_itself_is_a_corrupt_file(broken, refused, options):
+    source, endless = broken(ZERO1), []
+    endless.append(endless)
+    edit(model_file(source.tag), lambda document: document.update(history=endless))
+    refused(source, CorruptFile, "holds itself", **options)
+
+
+@pytest.mark.parametrize("paddings", [[], [[0]]])
+def test_alignment_paddings_of_fewer_groups_are_a_corrupt_file(broken, refused, paddings):
+    source = broken("zero2-fp32-ws3")
+    for rank in range(3):
+        edit(
+            optimizer_file(source.tag, rank),
+            lambda file: file["optimizer_state_dict"].update(param_alignment_paddings=paddings),
+        )
+    refused(source, CorruptFile, "param_alignment_paddings", f"{len(paddings)} groups, but there are 4")
 
 
 def test_names_of_zero_0_that_are_fewer_than_its_numbers_end_in_one_of_our_errors(broken):

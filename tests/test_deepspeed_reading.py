@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, convert, hf_weights
-from deepspeed_folders import CASES, Case, case, edit, load, model_file, optimizer_file, rename_parameters
+from deepspeed_folders import CASES, Case, case, edit, load, model_file, optimizer_file, rename_parameters, save
 from nanotron_folders import differences
 from safetensors.torch import load_file
 
-from smolconv.checkpoint import Checkpoint
+from smolconv.checkpoint import Checkpoint, Stored
 from smolconv.errors import MissingFile, MixedCheckpoint, UsageError
 from smolconv.inspection import inspect_checkpoint
 from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.deepspeed.documents import read_optimizer_document
+from smolconv.layouts.deepspeed.matching import Unnamed, name_by_order
 from smolconv.layouts.registry import read_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -206,6 +208,106 @@ def test_round_robin_order_is_that_of_param_shapes(name, tmp_path):
     assert any("round_robin_gradients" in warning for warning in read(permuted).warnings)
 
 
+def test_round_robin_groups_are_as_they_were_given_though_that_is_not_the_models_order(tmp_path):
+    permuted = case("zero2-roundrobin-ws2").copied(tmp_path)
+    shapes = load(model_file(permuted.tag))["param_shapes"][1]
+    module = list(load(model_file(permuted.tag))["module"])
+    given = sorted(shapes, key=module.index, reverse=True)
+    dealt = [*given[0::2], *given[1::2]]
+
+    def lay(slices: list[torch.Tensor]) -> list[torch.Tensor]:
+        flat = torch.cat([piece.data for piece in slices]).split([shape.numel() for shape in shapes.values()])
+        parts = dict(zip(shapes, flat))
+        return [piece.clone() for piece in torch.cat([parts[name] for name in dealt]).chunk(2)]
+
+    edit(model_file(permuted.tag),
+         lambda document: document["param_shapes"].__setitem__(1, {name: shapes[name] for name in dealt}))  # fmt: skip
+    files = [optimizer_file(permuted.tag, rank) for rank in range(2)]
+    contents = [load(path) for path in files]
+    states = [content["optimizer_state_dict"] for content in contents]
+    holders = [(([state["base_optimizer_state"]["state"][1] for state in states]), key) for key in MOMENTS]
+    for places, key in [*holders, ([state["single_partition_of_fp32_groups"] for state in states], 1)]:
+        for place, piece in zip(places, lay([place[key] for place in places])):
+            place[key] = piece
+    for path, content in zip(files, contents):
+        save(content, path)
+    assert wrong(permuted, tmp_path) == []
+    assert list(read(permuted).optimizer.groups[1].names) == given
+
+
+def in_order_of_the_module(folder: Path) -> Case:
+    """ZeRO-0 in fp32 with a group for each parameter, as a learning rate of its own would want."""
+    changed = case("zero0-fp32-ws2").copied(folder)
+    names = [name for group in changed.meta["param_group_names"] for name in group]
+
+    def change(document: dict[str, Any]) -> None:
+        adam = document["optimizer"]
+        numbers = [names.index(name) for name in document["module"] if name in names]
+        adam["state"] = {new: adam["state"][old] for new, old in enumerate(numbers)}
+        adam["param_groups"] = [{**adam["param_groups"][0], "params": [new]} for new in range(len(numbers))]
+
+    edit(model_file(changed.tag), change)
+    return changed
+
+
+def test_zero_0_with_a_group_for_each_parameter_in_the_models_order_is_read(tmp_path):
+    zero0 = in_order_of_the_module(tmp_path)
+    assert wrong(zero0, tmp_path) == []
+    assert any("taken to follow each other" in warning for warning in read(zero0).warnings)
+
+
+def test_zero_0_with_many_groups_that_fit_in_many_ways_is_given_up_soon(tmp_path):
+    shapes = {f"layer.{i}": (8,) if i == 0 else (4,) for i in range(40)}
+    module = {
+        name: Stored(path=tmp_path, offset=i, shape=shape, dtype="float32")
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    entries = {i: Unnamed(shape=shape, master=None) for i, shape in enumerate(shapes.values())}
+    assert name_by_order(module, module, [[i] for i in range(40)], entries) == dict(enumerate(shapes))
+    assert name_by_order(module, module, [[i] for i in reversed(range(40))], entries) is None
+
+
+def fused(folder: Path, name: str) -> Case:
+    """ZeRO-0 with masters and moments flat, as FP16_Optimizer keeps them for one of DeepSpeed's fused Adams."""
+    changed = case(name).copied(folder)
+
+    def change(document: dict[str, Any]) -> None:
+        state = document["optimizer"]
+        adam = state["optimizer_state_dict"]
+        kept, flats = {}, []
+        for g, (group, masters) in enumerate(zip(adam["param_groups"], state.pop("fp32_groups"))):
+            own = [adam["state"][index] for index in group["params"]]
+            flats.append(torch.cat([master.data.flatten() for master in masters]))
+            kept[g] = {key: torch.cat([one[key].flatten() for one in own]) for key in MOMENTS}
+            kept[g]["step"], group["params"] = own[0]["step"], [g]
+        adam["state"] = kept
+        state.update(fp32_groups_flat=flats, clip_grad=1.0)
+
+    edit(model_file(changed.tag), change)
+    return changed
+
+
+@pytest.mark.parametrize("name", ["zero0-bf16", "zero0-bf16-frozen"])
+def test_zero_0_of_a_fused_adam_is_cut_where_the_rounded_masters_are_the_weights(name, tmp_path):
+    flat = fused(tmp_path, name)
+    assert wrong(flat, tmp_path) == []
+    checkpoint = read(flat)
+    assert [list(group.names) for group in checkpoint.optimizer.groups] == flat.meta["param_group_names"]
+    assert sorted(checkpoint.frozen) == sorted(flat.meta["frozen"])
+    assert not read(flat, optimizer=False).has_optimizer
+
+
+def test_zero_0_of_a_fused_adam_whose_masters_fit_no_weights_gives_the_weights_alone(tmp_path):
+    other = fused(tmp_path, "zero0-bf16")
+    edit(model_file(other.tag), lambda document: document["optimizer"]["fp32_groups_flat"][0].neg_())
+    checkpoint = read(other)
+    assert not checkpoint.has_optimizer
+    assert any("left out" in warning for warning in checkpoint.warnings)
+    convert(other.checkpoint, tmp_path / "hf", "hf", config=other.config)
+    expected = {name: tensor.bfloat16() for name, tensor in other.engine("fp32").items()}
+    assert list(differences(hf_weights(tmp_path / "hf"), expected)) == []
+
+
 @pytest.mark.parametrize("name", ["autotp2-zero1-bf16", "autotp2-zero3-ws4"])
 def test_shards_of_autotp_are_joined_on_the_dimension_that_was_cut(name, tmp_path):
     cut = case(name)
@@ -229,6 +331,41 @@ def test_sub_groups_are_joined_to_the_groups_that_the_optimizer_had(tmp_path):
     assert len(flat) == len(cut.meta["optimizer_state_step"]) > len(cut.meta["param_group_names"])
     assert wrong(cut, tmp_path) == []
     assert len(read(cut).optimizer.groups) == len(cut.meta["param_group_names"])
+
+
+def with_frozen_groups(folder: Path) -> Case:
+    """Groups that are wholly frozen come first, so many that there are as many groups as sub-groups."""
+    changed = case("zero3-bf16-subgroups-ws3-uneven").copied(folder)
+
+    def change(file: dict[str, Any]) -> None:
+        state = file["optimizer_state_dict"]
+        groups = state["optimizer_state_dict"]["param_groups"]
+        missing = len(state["fp32_flat_groups"]) - len(groups)
+        groups[:0] = [{**groups[0], "lr": 0.5, "params": []} for _ in range(missing)]
+
+    for rank in range(3):
+        edit(optimizer_file(changed.tag, rank), change)
+    return changed
+
+
+def test_sub_groups_are_joined_though_frozen_groups_make_them_as_many_as_the_groups(tmp_path):
+    frozen = with_frozen_groups(tmp_path)
+    assert wrong(frozen, tmp_path) == []
+    names = [list(group.names) for group in read(frozen).optimizer.groups]
+    assert [group for group in names if group] == frozen.meta["param_group_names"]
+    assert not names[0]
+
+
+@pytest.mark.parametrize(("stage", "kept"), [(3, True), (2, False)])
+def test_a_group_that_is_wholly_frozen_stays_where_zero_3_counts_it_and_only_there(stage, kept, tmp_path):
+    frozen = with_frozen_groups(tmp_path)
+    before = read(frozen).optimizer.groups
+    convert(frozen.checkpoint, tmp_path / "ds", "deepspeed", config=frozen.config, zero_stage=stage, world_size=2)
+    (tag,) = (tmp_path / "ds").glob("global_step*")
+    document = read_optimizer_document(optimizer_file(tag, 0), with_adam=True)
+    assert (document.members[0] == (), document.groups[0]["lr"] == 0.5) == (kept, kept)
+    again = read_checkpoint(tmp_path / "ds").optimizer.groups
+    assert [group.names for group in again] == [group.names for group in before if group.names or kept]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("universal-from-zero2-ws3", dict), ("universal-from-zero3-ws3-uneven", torch.Tensor)])  # fmt: skip
@@ -439,6 +576,16 @@ def test_client_state_travels_and_a_tensor_in_it_is_warned_about(tmp_path):
     assert carried["client_state"] == {name: stored[name] for name in names}
     assert carried["lr_scheduler"] == stored["lr_scheduler"]
     assert any("client_state" in warning and "rng" in warning for warning in result.warnings)
+
+
+def test_model_files_may_hold_a_set_as_those_of_deepspeed_before_0_17_do(tmp_path):
+    older = case("zero1-bf16-ws3-uneven").copied(tmp_path)
+    edit(
+        model_file(older.tag),
+        lambda document: document.update(sparse_tensor_module_names=set(), languages={"en", "de"}),
+    )
+    assert wrong(older, tmp_path) == []
+    assert any("languages cannot be carried" in warning for warning in read(older).warnings)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module._orig_mod."])

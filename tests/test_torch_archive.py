@@ -249,6 +249,13 @@ def test_a_tensor_with_python_attributes_is_read_without_them(tmp_path):
     assert_same(read_torch_archive(path), tensor)
 
 
+@pytest.mark.parametrize("value", [set(), {"a", 3, None, (1, "b")}], ids=["empty", "filled"])
+def test_a_set_is_read_as_a_frozen_one(tmp_path, value):
+    found = read_torch_archive(save_with_torch(tmp_path / "a.pt", {"names": value}))
+    assert found == {"names": value}
+    assert type(found["names"]) is frozenset
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -756,6 +763,10 @@ INVALID: dict[str, bytes] = {
     "arguments that are no tuple": b"\x80\x02ctorch\nSize\n]R.",
     "a size of text": b"\x80\x02ctorch\nSize\n" + text("a") + b"\x85\x85R.",
     "a negative size": b"\x80\x02ctorch\nSize\nJ\xff\xff\xff\xff\x85\x85R.",
+    "a set of text": b"\x80\x02c__builtin__\nset\n" + text("abc") + b"\x85R.",
+    "a set of a list that holds itself": b"\x80\x02c__builtin__\nset\n]q\x00h\x00a\x85R.",
+    "a set of sets": b"\x80\x02c__builtin__\nset\nq\x00]h\x00]\x85Ra\x85R.",
+    "a set of nested tuples": (b"\x80\x02c__builtin__\nset\n]" + b"K\x01\x85" + b"q\x00h\x00\x86" * 200 + b"a\x85R."),
     "a tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
     "a persistent id that is not a storage": b"\x80\x02K\x01Q.",
     "more memo indices than memory": b"\x80\x02}r\xff\xff\xff\xffh\x00.",

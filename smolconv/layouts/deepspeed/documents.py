@@ -177,6 +177,7 @@ class OptimizerDocument:
 
     path: Path
     zero_stage: int
+    bf16_optimizer: bool  #: ``BF16_Optimizer``, which is a ZeRO-1 that does not say so
     ranks: int
     masters: tuple[Stored, ...]  #: one flat tensor a group (ZeRO 1 and 2) or a sub-group (ZeRO-3)
     states: Mapping[int, AdamState] | None  #: by the same indices; None when they were not asked for
@@ -195,8 +196,8 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
         ranks = max(ranks) if isinstance(ranks, list) else ranks
         if not is_count(ranks) or ranks == 0:
             raise CorruptFile(f"{path}: partition_count is {ranks!r:.60}; the number of ranks was expected.")
-        # BF16_Optimizer is a ZeRO-1 that does not say so.
-        stage = _stage(state["zero_stage"], path) if "zero_stage" in state else 1
+        bf16_optimizer = "zero_stage" not in state
+        stage = 1 if bf16_optimizer else _stage(state["zero_stage"], path)
         masters = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
         masters = tuple(stored(tensor, f"{path}: flat group {i}") for i, tensor in enumerate(masters))
         base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
@@ -207,9 +208,14 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
         else:
             states, groups = base["state"], base["param_groups"]
         paddings = state.get("param_alignment_paddings")
+        if paddings is not None and len(paddings) != len(masters):
+            raise CorruptFile(
+                f"{path}: param_alignment_paddings has {len(paddings)} groups, but there are {len(masters)}."
+            )
         return OptimizerDocument(
             path=path,
             zero_stage=stage,
+            bf16_optimizer=bf16_optimizer,
             ranks=ranks,
             masters=masters,
             states=adam_states(states, groups, path) if with_adam else None,

@@ -63,7 +63,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     if groups is not None:
         found = _from_file(groups, trained, known)
     elif known is not None:
-        found = [group for group in known.groups if group.names]
+        found = list(known.groups)
     elif own.get("groups"):  # the run's own, though its Adam state was left behind
         found = [
             ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
@@ -76,6 +76,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
             f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
             f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
         )
+    if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
+        found = [group for group in found if group.names]
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
         if any("lr" not in group.hyperparameters for group in found):
             warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
 from smolconv.checkpoint import LazyTensor, Stored, cast, equal, flat_slice
+
+#: Comparisons after which the search for an order is given up: what is left are many equal shapes, told by nothing.
+_MOST_COMPARISONS = 300_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,44 +32,82 @@ def name_by_order(
 
     DeepSpeed writes no ``param_shapes`` for ZeRO-0. What is known: each group follows the module's order, shapes agree,
     and where there are masters, the module's weights are their rounded values. Names that no entry takes are frozen.
+    Where the groups one after the other are the module's own order, that is taken, though others may fit too.
     """
-    names: list[str] = []
-    places: set[int] = set()
-    for name, tensor in module.items():
-        if tensor.numel and tensor.offset not in places:  # a tied head is the embedding's second name
-            places.add(tensor.offset)
-            names.append(name)
 
-    def fits(name: str, entry: Unnamed) -> bool:
+    @cache
+    def fits(name: str, group: int, place: int) -> bool:
+        entry = entries[groups[group][place]]
         if entry.shape not in (None, weights[name].shape):
             return False
         return entry.master is None or starts_alike(weights[name], entry.master)
 
+    names = _own_names(module)
+    places = _places_by_order(dict.fromkeys(names, 1), list(map(len, groups)), fits)
+    return None if places is None else {groups[g][place]: name for name, (g, place) in places.items()}
+
+
+def place_by_order(
+    weights: Mapping[str, LazyTensor], module: Mapping[str, Stored], flats: Sequence[LazyTensor]
+) -> dict[str, tuple[int, int]] | None:
+    """(group, offset) of each parameter in the groups' flat masters, in the module's order; None as above."""
+
+    @cache
+    def fits(name: str, group: int, place: int) -> bool:
+        weight = weights[name]
+        return starts_alike(weight, flat_slice(flats[group], place, place + weight.numel, weight.shape))
+
+    sizes = {name: weights[name].numel for name in _own_names(module)}
+    return _places_by_order(sizes, [flat.numel for flat in flats], fits)
+
+
+def _own_names(module: Mapping[str, Stored]) -> list[str]:
+    """Without a tied head, which is the embedding's second name, and what is empty."""
+    first = {tensor.offset: name for name, tensor in reversed([*module.items()]) if tensor.numel}
+    return [name for name, tensor in module.items() if first.get(tensor.offset) == name]
+
+
+def _places_by_order(
+    sizes: Mapping[str, int], ends: Sequence[int], fits: Callable[[str, int, int], bool]
+) -> dict[str, tuple[int, int]] | None:
+    """(group, place) of each name, where groups are filled up to their ends by names in order, each of its size."""
+    total = list(accumulate(sizes.values()))
+    spare, comparisons = (total[-1] if total else 0) - sum(ends), 0
+    if not spare:  # perhaps the groups, one after the other, are in order
+        stops = list(accumulate(ends))
+        places = {}
+        for name, stop in zip(sizes, total):
+            group = bisect_left(stops, stop)
+            places[name] = (group, stop - sizes[name] - (stops[group] - ends[group]))
+        if all(place >= 0 and fits(name, group, place) for name, (group, place) in places.items()):
+            return places
     # After each name: how far each group may have come, in how many ways (2 stands for more), and by which last step.
-    start = (0,) * len(groups)
-    may_skip = sum(map(len, groups)) < len(names)
+    start = (0,) * len(ends)
     levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]]] = [{start: (1, start, None)}]
-    for name in names:
+    for stop, (name, size) in zip(total, sizes.items()):
+        comparisons += len(levels[-1]) * len(ends)
+        if comparisons > _MOST_COMPARISONS:
+            return None
         reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]] = {}
         for before, (ways, _, _) in levels[-1].items():
-            steps: list[tuple[tuple[int, ...], int | None]] = [(before, None)] if may_skip else []
-            for g, group in enumerate(groups):
-                if before[g] < len(group) and fits(name, entries[group[before[g]]]):
-                    steps.append(((*before[:g], before[g] + 1, *before[g + 1 :]), g))
+            steps: list[tuple[tuple[int, ...], int | None]] = [(before, None)] if stop - sum(before) <= spare else []
+            for g, place in enumerate(before):
+                if place + size <= ends[g] and fits(name, g, place):
+                    steps.append(((*before[:g], place + size, *before[g + 1 :]), g))
             for after, chosen in steps:
                 known = reached.get(after, (0, before, chosen))[0]
                 reached[after] = (min(2, known + ways), before, chosen)
         levels.append(reached)
-    position = tuple(map(len, groups))
+    position = tuple(ends)
     if levels[-1].get(position, (0,))[0] != 1:
         return None
-    found: dict[int, str] = {}
-    for name, level in zip(reversed(names), reversed(levels)):
+    found: dict[str, tuple[int, int]] = {}
+    for name, level in zip(reversed([*sizes]), reversed(levels)):
         _, before, last = level[position]
         if last is not None:
-            found[groups[last][before[last]]] = name
+            found[name] = (last, before[last])
         position = before
-    return found
+    return dict(reversed(found.items()))
 
 
 def starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:

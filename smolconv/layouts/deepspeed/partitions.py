@@ -80,6 +80,15 @@ def join_group(
     return [flat_slice(flat, start, start + size, shape) for start, size, shape in zip(starts, sizes, shapes)]
 
 
+def undealt(names: Sequence[str], ranks: int) -> tuple[str, ...]:
+    """A group as it was given to the optimizer, from the order in which ``round_robin_gradients`` lays it out flat.
+
+    The parameters are dealt to the ranks like cards, and each rank's lie one after the other.
+    """
+    places = [place for rank in range(ranks) for place in range(rank, len(names), ranks)]
+    return tuple(name for _, name in sorted(zip(places, names)))
+
+
 def piece_numel(numel: int, ranks: int) -> int:
     """Elements of each rank's piece of one ZeRO-3 parameter, padding included."""
     return -(-numel // ranks)

@@ -44,6 +44,7 @@ from smolconv.errors import (
 )
 from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
 from smolconv.layouts.deepspeed.documents import (
+    AdamState,
     ModelDocument,
     OptimizerDocument,
     UniversalDocument,
@@ -58,8 +59,8 @@ from smolconv.layouts.deepspeed.documents import (
     stored,
 )
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
-from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, starts_alike
-from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups, piece_numel
+from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, place_by_order, starts_alike
+from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups, piece_numel, undealt
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
@@ -80,6 +81,7 @@ class _Found:
         default_factory=lambda: {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
     )
     steps: dict[str, float] = field(default_factory=dict)
+    flat_steps: Mapping[int, float] = field(default_factory=dict)  #: by flat tensor, also where no state was asked for
     groups: tuple[ParameterGroup, ...] = ()
 
 
@@ -94,7 +96,10 @@ def read_deepspeed(
     ``BadCheckpoint`` and its kind for anything missing, contradictory or unsupported.
     """
     tag = find_tag_folder(folder, options.step)
-    return _Reader(folder, tag, options, base).read()
+    try:
+        return _Reader(folder, tag, options, base).read()
+    except RecursionError:
+        raise CorruptFile(f"{tag}: a value in its files holds itself or is nested too deeply to be read.") from None
 
 
 class _Reader:
@@ -139,15 +144,6 @@ class _Reader:
             if kept:
                 tensors[slot] = self.table.to_canonical(kept, f"{self.tag} ({slot.value})", all_needed=False)
         optimizer = None
-        if self.first.round_robin and self.stage in (1, 2):
-            order = {name: index for index, name in enumerate(self.shapes)}
-            state.groups = tuple(
-                replace(group, names=tuple(sorted(group.names, key=order.__getitem__))) for group in state.groups
-            )
-            self.warnings.append(
-                "the run had round_robin_gradients: its groups are carried in the model's order, and what is written "
-                "from them loads into a run without it."
-            )
         if self.options.optimizer and state.steps:
             optimizer = OptimizerState(steps=state.steps, groups=state.groups)
         kept_documents = self._source_documents(state.groups)
@@ -268,8 +264,16 @@ class _Reader:
             found.slots[slot][name] = tensor
             if step is not None:
                 found.steps[name] = step
+        found.flat_steps = first.steps
+        dealt = model.round_robin and first.zero_stage != 3 and not first.bf16_optimizer
+        if dealt and tp == 0:
+            self.warnings.append(
+                "the run had round_robin_gradients: its groups are carried in the order in which they were given to "
+                "the optimizer, and what is written from them loads into a run without it."
+            )
         found.groups = tuple(
-            ParameterGroup(names=tuple(names), hyperparameters=values) for names, values in zip(model.groups, groups)
+            ParameterGroup(names=undealt(tuple(names), self.ranks) if dealt else tuple(names), hyperparameters=values)
+            for names, values in zip(model.groups, groups)
         )
         self._compare_with_module(model, documents, found)
 
@@ -449,6 +453,9 @@ class _Reader:
         state = model.optimizer
         assert state is not None
         path = model.path
+        if "fp32_groups_flat" in state:
+            self._read_fused_zero0(model, found)
+            return
         with understood(f"{path} (optimizer)"):
             masters: list[Stored] = []
             inner = state
@@ -456,11 +463,7 @@ class _Reader:
                 inner = state["optimizer_state_dict"]
                 masters = [stored(t, f"{path}: a master") for group in state["fp32_groups"] for t in group]
             groups = inner["param_groups"]
-            try:
-                states = adam_states(inner["state"], groups, path) if self.options.optimizer else {}
-            except UnsupportedModel as error:
-                self._leave_out(error)
-                states = {}
+            states = self._zero0_states(inner, path)
             if not states and not masters:
                 return
             indices = [list(group["params"]) for group in groups]
@@ -494,6 +497,16 @@ class _Reader:
                 )
                 return
             names = named
+            taken = set(names.values())
+            if (
+                not masters
+                and len(groups) > 1
+                and [names[i] for i in numbers] == [name for name in model.module if name in taken]
+            ):
+                self.warnings.append(
+                    f"ZeRO-0 stores Adam's state without names: its {len(groups)} groups were taken to follow each "
+                    "other in the model's order, as their shapes do."
+                )
         for index, name in names.items():
             if masters and (master := entries[index].master) is not None:
                 found.slots[Slot.MASTER][name] = master
@@ -505,6 +518,46 @@ class _Reader:
             # What has no state after a step is frozen, though it was given to the optimizer.
             ParameterGroup(names=tuple(names[i] for i in group if i in states or not states), hyperparameters=hyper)
             for group, hyper in zip(indices, values)
+        )
+
+    def _zero0_states(self, adam: Mapping[str, Any], path: Path) -> dict[int, AdamState]:
+        try:
+            return adam_states(adam["state"], adam["param_groups"], path) if self.options.optimizer else {}
+        except UnsupportedModel as error:
+            self._leave_out(error)
+            return {}
+
+    def _read_fused_zero0(self, model: ModelDocument, found: _Found) -> None:
+        """``FP16_Optimizer``, around one of DeepSpeed's fused Adams: each group flat and unpadded, without names."""
+        path = model.path
+        with understood(f"{path} (optimizer)"):
+            state: Mapping[str, Any] = model.optimizer or {}
+            flats = [stored(tensor, f"{path}: flat group {i}") for i, tensor in enumerate(state["fp32_groups_flat"])]
+            groups = state["optimizer_state_dict"]["param_groups"]
+            states = self._zero0_states(state["optimizer_state_dict"], path)
+            values = [hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)]
+            adam = [states.get(index) for group in groups for index in group["params"]]
+        if not len(adam) == len(groups) == len(flats):
+            raise CorruptFile(f"{path}: {len(groups)} groups have {len(adam)} states and {len(flats)} flat masters.")
+        if any(t.numel != flat.numel for own, flat in zip(adam, flats) if own for t in own.moments.values()):
+            raise CorruptFile(f"{path}: Adam's flat moments are not of the length of their masters.")
+        places = place_by_order(found.weights, model.module, flats)
+        if places is None:
+            self.warnings.append(
+                "ZeRO-0 stores Adam's state without names, and its flat masters fit the parameters in no way or in "
+                "more than one: it was left out."
+            )
+            return
+        for name, (g, start) in places.items():
+            weight, own = found.weights[name], adam[g]
+            tensors = {Slot.MASTER: flats[g], **(own.moments if own else {})}
+            for slot, flat in tensors.items():
+                found.slots[slot][name] = flat_slice(flat, start, start + weight.numel, weight.shape)
+            if own:
+                found.steps[name] = own.step
+        found.groups = tuple(
+            ParameterGroup(names=tuple(name for name, (g, _) in places.items() if g == index), hyperparameters=hyper)
+            for index, hyper in enumerate(values)
         )
 
     # --- universal ---
@@ -589,6 +642,12 @@ class _Reader:
                 if name not in found.steps and step is None:
                     raise CorruptFile(f"{self.tag}: Adam's step of {name} is nowhere. {_WITHOUT.capitalize()}.")
                 found.steps.setdefault(name, 0.0 if step is None else step)
+            if group and (other := next((n for n in group if found.steps[n] != found.steps[group[0]]), None)):
+                raise MixedCheckpoint(
+                    f"{self.tag}: Adam has made {found.steps[other]:g} steps with {other}, but "
+                    f"{found.steps[group[0]]:g} with {group[0]} of the same group.\n"
+                    f"Files of two checkpoints are mixed: copy all of one, or {_WITHOUT}."
+                )
         found.groups = tuple(
             ParameterGroup(names=tuple(group), hyperparameters=values) for group, values in zip(groups, common.groups)
         )
@@ -742,6 +801,14 @@ def _join_tensor_parallel(found: Sequence[_Found], shapes: Mapping[str, tuple[in
     if len(found) == 1:
         return found[0]
     first = found[0]
+    for rank, other in enumerate(found):
+        same_steps = (other.steps, other.flat_steps) == (first.steps, first.flat_steps)
+        if not same_steps or other.groups != first.groups:
+            what = "parameter groups or hyperparameters" if same_steps else "Adam's steps"
+            raise MixedCheckpoint(
+                f"{where}: the optimizer files of tensor-parallel rank {rank} hold other {what} than those of rank 0.\n"
+                "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
+            )
     aliases = {"lm_head.weight": shapes.get("model.embed_tokens.weight", ())}
 
     def joined(by_rank: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
@@ -784,7 +851,7 @@ def _whole_groups(
     groups: Sequence[Mapping[str, tuple[int, ...]]], members: Sequence[Sequence[int]]
 ) -> tuple[Mapping[str, tuple[int, ...]], ...]:
     """ZeRO-3 lists ``param_shapes`` by sub-group; joined to the optimizer's groups, which name their sub-groups."""
-    if len(groups) == len(members) or sorted(i for group in members for i in group) != list(range(len(groups))):
+    if sorted(i for group in members for i in group) != list(range(len(groups))):
         return tuple(groups)
     return tuple({name: shape for i in group for name, shape in groups[i].items()} for group in members)
 

@@ -285,6 +285,7 @@ class _Writer:
         return [
             (g, [group.names[i] for i in members])
             for g, group in enumerate(self.groups)
+            if group.names
             for members in sub_groups(
                 [self._shape_numel(name) for name in group.names],
                 self.ranks,
