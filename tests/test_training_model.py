@@ -400,11 +400,8 @@ def test_cross_entropy_of_some_rows_at_a_time_is_that_of_all(monkeypatch, rows, 
     labels = torch.randint(0, 300, (41,))
     labels[[0, 3, 7, 40]] = -100
     head, results = SummedCrossEntropy(16, 300, bias=False), []
-    for ours in (True, False):
-        h, w = (
-            x.to(dtype if ours else torch.float32).clone().requires_grad_()
-            for x in (hidden.to(dtype), weight.to(dtype))
-        )
+    for ours, computed in ((True, dtype), (False, torch.float32), (False, dtype)):
+        h, w = (x.to(computed).clone().requires_grad_() for x in (hidden.to(dtype), weight.to(dtype)))
         with LargestTensor() as largest:
             if ours:
                 head.weight = torch.nn.Parameter(w.detach())
@@ -412,12 +409,15 @@ def test_cross_entropy_of_some_rows_at_a_time_is_that_of_all(monkeypatch, rows, 
                 with torch.no_grad():
                     assert head(h, labels) == loss
             else:
-                loss = functional.cross_entropy(h @ w.t(), labels, reduction="sum")
+                loss = functional.cross_entropy((h @ w.t()).float(), labels, reduction="sum")
             (loss * 0.25).backward()
         assert (largest.elements < 41 * 300) == (ours and rows < 41)
         results.append((loss.detach(), h.grad, w.grad))
-    for found, expected in zip(*results):
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    for found, expected, torchs in zip(*results):
+        # A processor that multiplies bf16 rounds the logits to it, here by up to 0.03 of 16: torch's own way shows what
+        # that costs (1.06e-2 of the largest gradient, on an Intel Xeon with AMX). Others compute them in fp32.
+        rounding = (torchs - expected).abs().max()
+        assert (found - expected).abs().max() <= max(tolerance * expected.abs().max(), 1.1 * rounding)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
