@@ -143,8 +143,8 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     own = find_resume(run, resume)
     if own is not None:
         return spec, RunState.read(own).step + 1
-    goes_on = recipe.start.learning_rate and source.progress is not None
-    return spec, source.progress.step + 1 if goes_on and source.progress is not None else 1
+    progress = source.progress if recipe.start.learning_rate else None
+    return spec, 1 if progress is None else progress.step + 1
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

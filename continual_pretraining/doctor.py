@@ -7,7 +7,6 @@ that was built for another torch. What is wanted is read from smolconv's own met
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from continual_pretraining.ranks import NVIDIA
 from smolconv import __version__
 
 #: The extra that each command needs besides the base installation; None: nothing.
@@ -110,9 +110,9 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove does: seconds."""
     wanted = {command: _wanted(extra) for command, extra in EXTRAS.items()}
-    names = sorted({name for needs in wanted.values() for name in needs})
+    versions = {name: version for needs in wanted.values() for name, version in needs.items()}
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        packages = dict(zip(names, pool.map(lambda name: _package(name, _all_wanted(name, wanted)), names)))
+        packages = dict(zip(versions, pool.map(_package, versions, versions.values())))
         faster = list(pool.map(lambda name: _package(name, ""), _FASTER))
     commands = {}
     for command, needs in wanted.items():
@@ -150,10 +150,6 @@ def _wanted(extra: str | None) -> dict[str, str]:
         else:
             found[match[1]] = match[3].strip()
     return found
-
-
-def _all_wanted(name: str, wanted: Mapping[str, Mapping[str, str]]) -> str:
-    return next(needs[name] for needs in wanted.values() if name in needs)
 
 
 def _package(name: str, wanted: str) -> Package:
@@ -260,10 +256,9 @@ def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str,
     return found
 
 
-@functools.cache
 def has_nvidia() -> bool:
     """Whether NVIDIA's driver is loaded, whatever torch says."""
-    return Path("/dev/nvidiactl").exists()
+    return NVIDIA.exists()
 
 
 def _stale_locks() -> list[Path]:

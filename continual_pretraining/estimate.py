@@ -119,7 +119,7 @@ class Estimate:
 
     @property
     def steps(self) -> int:
-        return max(0, self.train_steps - self.first_step + 1)
+        return self.tokens // self.tokens_per_step
 
     @property
     def steps_per_day(self) -> float:

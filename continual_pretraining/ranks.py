@@ -27,7 +27,7 @@ _PATIENCE = timedelta(hours=12)
 #: For everything else: a rank that hangs, but lives, must not hold the others' GPUs for longer. DeepSpeed makes groups
 #: of its own beside ours, with torch's default: 10 minutes for NCCL, 30 for gloo.
 _TRAINING_PATIENCE = timedelta(minutes=30)
-_NVIDIA = Path("/dev/nvidiactl")  #: there where NVIDIA's driver is loaded, whether or not it works
+NVIDIA = Path("/dev/nvidiactl")  #: there where NVIDIA's driver is loaded, whether or not it works
 
 
 class Elsewhere(SmolconvError):
@@ -173,8 +173,8 @@ def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
             )
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-    if expected or (expected is None and _NVIDIA.exists() and not hidden):
-        why = "the job asks for GPUs" if expected else f"{_NVIDIA} is there"
+    if expected or (expected is None and NVIDIA.exists() and not hidden):
+        why = "the job asks for GPUs" if expected else f"{NVIDIA} is there"
         build = "" if torch.version.cuda or torch.version.hip else ", which was built for CPUs only"
         raise MachineError(
             f"{node}: {why}, but torch {torch.__version__}{build} sees none.\n"

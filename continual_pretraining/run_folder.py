@@ -107,27 +107,41 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     path, text = run / RECIPE, dump_recipe(recipe)
     if path.is_file() and path.read_text(encoding="utf-8") != text and _is_trained(run):
-        raise OutputLocked(
-            f"another process trains in {run} (it holds {run / LOCK}), by another recipe.\n"
-            "Wait for it to end, or choose another --output."
-        )
+        raise trained_elsewhere(run, ", by another recipe")
     partial = run / f"{RECIPE}.{socket.gethostname()}-{os.getpid()}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
+def held_elsewhere(lock: int) -> bool:
+    """Whether another process holds the open lock file; it is ours from now on where none does.
+
+    A file system without locks has nobody hold them.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
+
+
+def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
+    """The error for a folder in which another process trains; ``how`` says more of that."""
+    return OutputLocked(
+        f"another process trains in {run} (it holds {run / LOCK}){how}.\n"
+        "Wait for it to end, or choose another --output."
+    )
+
+
 def _is_trained(run: Path) -> bool:
     try:
-        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        return held_elsewhere(lock)
     finally:
-        os.close(descriptor)
-    return False
+        os.close(lock)
 
 
 def _fields(recipe: Recipe) -> Iterator[tuple[str, Any]]:

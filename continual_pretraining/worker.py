@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import json
 import os
 import signal
@@ -21,8 +19,8 @@ from typing import TYPE_CHECKING
 from continual_pretraining.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
 from continual_pretraining.recipe import Export, Recipe
 from continual_pretraining.recipe_file import load_recipe
-from continual_pretraining.run_folder import LOCK, RECIPE
-from smolconv.errors import OutputLocked, SmolconvError
+from continual_pretraining.run_folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
+from smolconv.errors import SmolconvError
 
 if TYPE_CHECKING:
     from continual_pretraining.trainer import Trainer
@@ -118,24 +116,15 @@ def lock_run(run: Path) -> int:
     patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
     deadline, told = time.monotonic() + patience, False
     descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return descriptor
-        else:
-            return descriptor
+    while held_elsewhere(descriptor):
         if time.monotonic() >= deadline:
-            break
+            os.close(descriptor)
+            raise trained_elsewhere(run)
         if not told:
             print(f"waits up to {patience:.0f} s for {run / LOCK}", file=sys.stderr, flush=True)
             told = True
         time.sleep(1.0)
-    os.close(descriptor)
-    raise OutputLocked(
-        f"another process trains in {run} (it holds {run / LOCK}).\nWait for it to end, or choose another --output."
-    )
+    return descriptor
 
 
 def _say(ranks: Ranks, *lines: str) -> None:

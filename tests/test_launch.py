@@ -607,7 +607,7 @@ def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, small)
 
 
 def test_a_node_whose_gpus_cannot_be_used_is_named_and_does_not_train_on_its_cpus(tmp_path, small):
-    with_driver = "import continual_pretraining.ranks as r\nfrom pathlib import Path\nr._NVIDIA = Path('/dev/null')"
+    with_driver = "import continual_pretraining.ranks as r\nfrom pathlib import Path\nr.NVIDIA = Path('/dev/null')"
     ended = forked_worker.work(small, tmp_path / "run", before=with_driver)
     assert ended.code == 4 and ended.failure["error"] == "MachineError"
     assert socket.gethostname() in ended.message and "/dev/null is there" in ended.message
