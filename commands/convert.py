@@ -84,6 +84,9 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Prove the result before it gets its name; exit 1 if not.")
     ] = False,
+    check_source: Annotated[
+        bool, typer.Option("--check-source", help="Read all of SRC and compare every digest recorded for it.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is whole.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Threads that copy. Default: up to 4.")] = None,
@@ -134,7 +137,7 @@ def convert(
     with console.byte_progress(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written) as progress:
         result = run_conversion(
             plan, resume=resume, overwrite=overwrite, workers=workers, max_memory_bytes=memory, progress=progress,
-            verifier=verifier,
+            verifier=verifier, check_source=check_source,
         )  # fmt: skip
     console.warn(result.warnings)
     summary = result.to_json()
@@ -151,11 +154,21 @@ def convert(
         f"{plan.source.layout} -> {plan.layout}: {plan.tensors} tensors, {console.size(plan.bytes_written)} in "
         f"{result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
     )
+    console.say(_checked_line(result.source_check))
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
     console.line(str(target))
     if "pushed" in summary:
         console.line(summary["pushed"])
+
+
+def _checked_line(check: Mapping[str, Any]) -> str:
+    """What is known of the source's bytes."""
+    checked, unchecked, bare = check["checked"], len(check["unchecked"]), len(check["without_digest"])
+    parts = [f"{checked} recorded digest{' holds' if checked == 1 else 's hold'}"] if checked else []
+    parts += [f"{unchecked} not compared"] if unchecked else []
+    parts += [f"{bare} file{' has' if bare == 1 else 's have'} none to compare with"] if bare else []
+    return f"source: {', '.join(parts)}"
 
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:

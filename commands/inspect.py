@@ -26,7 +26,7 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor by its canonical name.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Re-read all bytes and compare the manifest's digests.")
+        bool, typer.Option("--check", help="Re-read all bytes and compare every digest recorded for them.")
     ] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
     from smolconv.hub import open_source  # noqa: PLC0415
-    from smolconv.inspection import check_digests, inspect_checkpoint  # noqa: PLC0415
+    from smolconv.inspection import check_checkpoint, inspect_checkpoint  # noqa: PLC0415
     from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
     from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
 
@@ -42,7 +42,11 @@ def inspect(
     checkpoint = read_checkpoint(folder, ReadOptions(config=config, step=step, check_sidecar=check))
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:
-        document["checked"] = check_digests(folder)
+        from smolconv.convert import default_workers  # noqa: PLC0415
+
+        found = check_checkpoint(checkpoint, workers=default_workers())
+        document["checked"] = found.checked
+        document["unchecked"] = [{"path": str(path), "reason": reason} for path, reason in found.unchecked.items()]
     if as_json:
         console.print_json(document)
         return
@@ -73,7 +77,7 @@ def _show(document: dict[str, Any], source: str) -> None:
     if document["frozen"]:
         rows.append(("frozen", f"{len(document['frozen'])} parameters: {_some(document['frozen'])}"))
     if "checked" in document:
-        rows.append(("digests", f"{document['checked']} tensors are as they were written"))
+        rows.append(("digests", _digests(document)))
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", console.escape(value))
@@ -86,6 +90,17 @@ def _show(document: dict[str, Any], source: str) -> None:
         for tensor in document["tensors"]:
             listing.add_row(tensor["name"], tensor["slot"], tensor["dtype"], console.escape(str(tensor["shape"])))
         console.out.print(listing)
+
+
+def _digests(document: dict[str, Any]) -> str:
+    checked, bare = document["checked"], document["unchecked"]
+    told = f"{checked} recorded digest{' holds' if checked == 1 else 's hold'}" if checked else "none was recorded"
+    if not bare:
+        return told
+    by_reason: dict[str, list[str]] = {}
+    for entry in bare:
+        by_reason.setdefault(entry["reason"], []).append(Path(entry["path"]).name)
+    return told + "".join(f"; NOT CHECKED: {_some(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def _ranges(layers: list[int]) -> str:

@@ -16,7 +16,7 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
+from smolconv.files import FileState, note
 from smolconv.spec import VOCABULARY, ModelSpec
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -131,8 +132,10 @@ class Stored(LazyTensor):
     dtype: str
 
     def read(self, start: int, stop: int, out: Raw) -> None:
-        item = DTYPE_BYTES[self.dtype]
-        _pread(self.path, self.offset + start * item, as_bytes(out))
+        offset, view = self.offset + start * DTYPE_BYTES[self.dtype], as_bytes(out)
+        _pread(self.path, offset, view)
+        if _thread.observer is not None:
+            _thread.observer(self.path, offset, view)
 
     def leaves(self) -> Iterator[Stored]:
         yield self
@@ -559,10 +562,15 @@ def _cast_raw(raw: Raw, source: str, target: str) -> Raw:
     return narrow
 
 
+#: Told of every range that is read of a file: path, offset in bytes, the bytes.
+ReadObserver = Callable[[Path, int, memoryview], None]
+
+
 class _ThreadState(threading.local):
-    """One thread's open files (newest last) and idle scratch buffers."""
+    """One thread's open files (newest last) and idle scratch buffers, and who watches what it reads."""
 
     def __init__(self) -> None:
+        self.observer: ReadObserver | None = None
         self.files: OrderedDict[Path, int] = OrderedDict()
         self.buffers: list[NDArray[np.uint8]] = []
 
@@ -583,6 +591,7 @@ def _pread(path: Path, offset: int, view: memoryview) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise MissingFile(f"{path} is gone. It was there when the conversion was planned; start again.") from None
+        note(path, descriptor)
         _thread.files[path] = descriptor
         if len(_thread.files) > _OPEN_FILES:
             os.close(_thread.files.popitem(last=False)[1])
@@ -608,6 +617,16 @@ def close_thread_files() -> None:
     """Close the files that the calling thread keeps open for reading."""
     while _thread.files:
         os.close(_thread.files.popitem()[1])
+
+
+@contextmanager
+def observed(observer: ReadObserver | None) -> Iterator[None]:
+    """Inside, the observer is told of what this thread reads of files."""
+    outer, _thread.observer = _thread.observer, observer
+    try:
+        yield
+    finally:
+        _thread.observer = outer
 
 
 @contextmanager
@@ -717,6 +736,7 @@ class Checkpoint:
     documents: Mapping[str, bytes] = field(default_factory=dict)  #: assets that a reader made (GGUF)
     origin: Mapping[str, bytes] = field(default_factory=dict)  #: the source's own documents, verbatim, by name
     files: tuple[Path, ...] = ()  #: every file that was recognised
+    opened: Mapping[Path, FileState] = field(default_factory=dict)  #: what was opened, as it was at that moment
     warnings: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()  #: parameters that the optimizer does not train
 

@@ -30,6 +30,7 @@ from smolconv.checkpoint import (
     without_padding,
 )
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
+from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub import open_source
 from smolconv.layouts.base import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
@@ -37,8 +38,9 @@ from smolconv.layouts.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
-from smolconv.storage.manifest import MANIFEST, make_manifest
-from smolconv.storage.output import WrittenTensor, total_bytes, write_files
+from smolconv.storage.integrity import SourceCheck, SourceReport
+from smolconv.storage.manifest import MANIFEST, make_manifest, source_seals
+from smolconv.storage.output import PlannedFile, WrittenTensor, total_bytes, write_files
 
 #: What a user may ask for with --to; "hf" is a synonym.
 TARGETS: Mapping[str, str] = {
@@ -85,6 +87,7 @@ class ConversionPlan:
     layout: str
     options: ConvertOptions
     output: PlannedOutput
+    files: Mapping[Path, FileState]  #: every file of the source, as it was when it was opened
     digest: str
 
     @property
@@ -112,6 +115,7 @@ class ConversionResult:
     plan: ConversionPlan
     seconds: float
     warnings: tuple[str, ...]
+    source_check: Mapping[str, Any]  #: as ``--json`` has it: checked, unchecked, without_digest
     verification: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class ConversionResult:
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "warnings": list(self.warnings),
+            "source_check": dict(self.source_check),
             "verification": self.verification,
         }
 
@@ -202,6 +207,7 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
                 config=options.nanotron_config,
             ),
         )
+    files = {**states_of(leaf.path for leaf in _sources(output)), **checkpoint.opened}
     return ConversionPlan(
         uri=uri,
         source=checkpoint,
@@ -210,7 +216,8 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
         layout=layout,
         options=options,
         output=output,
-        digest=_plan_digest(output, options),
+        files=files,
+        digest=_plan_digest(output, options, files),
     )
 
 
@@ -364,8 +371,13 @@ def run_conversion(
     max_memory_bytes: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     verifier: Verifier | None = None,
+    check_source: bool = False,
 ) -> ConversionResult:
     """Carry the plan out. ``progress`` is called with bytes as they are written.
+
+    Digests that were recorded for the source are compared with what is read of it; with ``check_source`` all of its
+    bytes are read for that. Raises ``DigestMismatch`` where one no longer holds, ``SourceChanged`` when a file of the
+    source changed meanwhile; nothing appears under the target's name then.
 
     ``verifier`` looks at the written folder before it gets its name; when its result has ``passed`` false the folder is
     kept as ``DST.failed`` and ``ParityFailed`` is raised. Raises ``MachineError`` and ``UsageError`` before writing.
@@ -374,25 +386,41 @@ def run_conversion(
     refuse_existing(plan.target, overwrite)
     workers = workers or default_workers()
     chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
+    sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), ASSET_NAMES)
+    check = SourceCheck(sealed.seals, plan.source.root)
     with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite) as folder:
-        done = sum(file.size for file in plan.output.files if str(file.path) in folder.done)
-        require_space(plan.target, plan.bytes_written - done)
-        progress(done)
+        done = [file for file in plan.output.files if str(file.path) in folder.done]
+        # What an earlier attempt read of the source was not compared to the end.
+        read_again = {seal.path for seal in sealed.seals} if check_source else {leaf.path for leaf in _leaves(done)}
+        require_space(plan.target, plan.bytes_written - total_bytes(done))
+        progress(total_bytes(done))
         written = write_files(
             plan.output.files, folder.partial, folder, workers=workers, digest=plan.options.digest,
-            chunk_bytes=chunk_bytes, progress=progress,
+            chunk_bytes=chunk_bytes, progress=progress, check=check,
         )  # fmt: skip
-        warnings = (*plan.warnings, *_nonfinite(plan, written))
+        report = check.finish(read_again, workers)
+        require_unchanged(plan.files, "while it was being converted")
+        source_check = {
+            "checked": report.checked,
+            "unchecked": [f"{seal.path.name}: {seal.what}" for seal in report.unchecked],
+            "without_digest": [str(path) for path in sealed.unsealed],
+        }
+        warnings = (*plan.warnings, *sealed.warnings, *_unchecked(report), *_nonfinite(plan, written))
         for path, make in plan.output.late.items():
             folder.write(path, make(written))
         manifest = make_manifest(
+            folder.partial,
             plan.output.files,
+            plan.output.late,
             written,
+            digest=plan.options.digest,
             versions=_versions(),
-            source={"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
+            source={
+                "uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": source_check,
+            },
             plan_digest=plan.digest,
             warnings=warnings,
-        )
+        )  # fmt: skip
         folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
         verification = None if verifier is None else _verified(plan, folder.partial, verifier)
         if verification is not None and not verification["passed"]:
@@ -402,10 +430,23 @@ def run_conversion(
                 f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
                 f"It is kept as {failed}."
             )
+        require_unchanged(plan.files, "while it was being converted")
         folder.publish()
     return ConversionResult(
-        plan=plan, seconds=time.perf_counter() - started, warnings=warnings, verification=verification
-    )
+        plan=plan, seconds=time.perf_counter() - started, warnings=warnings, source_check=source_check,
+        verification=verification,
+    )  # fmt: skip
+
+
+def _unchecked(report: SourceReport) -> list[str]:
+    if not report.unchecked:
+        return []
+    names = [f"{seal.path.name}: {seal.what}" for seal in report.unchecked]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"{len(names)} digests of the source were not compared, as only parts of their bytes, or not in order, were "
+        f"read ({shown}). --check-source reads them whole."
+    ]
 
 
 def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mapping[str, Any]:
@@ -444,10 +485,14 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
 
 
 def _sources(output: PlannedOutput) -> list[Stored]:
-    return [leaf for file in output.files for tensor in file.tensors for leaf in tensor.source.leaves()]
+    return _leaves(output.files)
 
 
-def _plan_digest(output: PlannedOutput, options: ConvertOptions) -> str:
+def _leaves(files: Sequence[PlannedFile]) -> list[Stored]:
+    return [leaf for file in files for tensor in file.tensors for leaf in tensor.source.leaves()]
+
+
+def _plan_digest(output: PlannedOutput, options: ConvertOptions, sources: Mapping[Path, FileState]) -> str:
     """A digest of everything that decides the output: files, offsets, expressions, and the sources' sizes and times."""
     hasher = xxhash.xxh3_128()
     hasher.update(json.dumps([__version__, asdict(options)], default=str, sort_keys=True).encode())
@@ -457,9 +502,8 @@ def _plan_digest(output: PlannedOutput, options: ConvertOptions) -> str:
             hasher.update(f"{offset}\0".encode() + data)
         for tensor in file.tensors:
             hasher.update(f"{tensor.name}\0{tensor.slot}\0{tensor.offset}\0{tensor.source!r}\0".encode())
-    for path in sorted({leaf.path for leaf in _sources(output)}):
-        stat = path.stat()
-        hasher.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    for path, state in sorted(sources.items()):  # without the inode: a file system may number anew when it is mounted
+        hasher.update(f"{path}\0{state.size}\0{state.mtime_ns}\0{state.ctime_ns}\0".encode())
     return str(hasher.hexdigest())
 
 

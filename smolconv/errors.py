@@ -60,6 +60,10 @@ class MixedCheckpoint(BadCheckpoint):
     """Files of different formats, steps or topologies lie in one checkpoint."""
 
 
+class SourceChanged(BadCheckpoint):
+    """A file of the source was written to, replaced or removed while it was being read."""
+
+
 class DigestMismatch(BadCheckpoint):
     """Stored bytes no longer have the digest that was recorded for them."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile
 from smolconv.spec import ModelSpec, parameter_shapes, spec_differences
-from smolconv.storage.manifest import check_manifest, read_manifest
+from smolconv.storage.integrity import refuse_seals
+from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, read_manifest, source_seals
+from smolconv.storage.torch_archive import is_torch_archive
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
@@ -63,18 +66,48 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict
     return document
 
 
-def check_digests(folder: Path) -> int:
-    """Re-read every tensor below ``folder`` and compare it with the manifest; returns how many were compared.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What ``inspect --check`` has compared."""
 
-    Raises ``DigestMismatch``; ``CorruptFile`` when there is no manifest to compare with.
+    checked: int  #: digests that hold: of tensors, of records of torch archives, of files
+    unchecked: Mapping[Path, str]  #: files for which nobody recorded a digest, and why
+
+
+def check_checkpoint(checkpoint: Checkpoint, workers: int = 1) -> Checked:
+    """Re-read all bytes and compare them with every digest that was recorded for them.
+
+    Raises ``DigestMismatch``, also for files that the manifest lists and that are gone, and ``CorruptFile`` for a
+    manifest that lists nothing.
     """
+    tensors = [tensor for found in checkpoint.tensors.values() for tensor in found.values()]
+    manifest = find_manifest(checkpoint)
+    found = source_seals(checkpoint, tensors, ())
+    refuse_seals(checkpoint.root, found.seals, workers)
+    checked = len(found.seals)
+    if manifest is not None:
+        seen = set(found.seals)
+        rest = [seal for seal in manifest.seals if seal not in seen]
+        checked += check_manifest(replace(manifest, seals=tuple(rest)), workers)
+    unchecked = {
+        path: "written with --digest none" if manifest is not None and path in manifest.without_digest
+        else "a torch archive without checksums" if is_torch_archive(path)
+        else f"not listed in {MANIFEST}" if manifest is not None
+        else f"no {MANIFEST} lists it, and its format holds no checksums"
+        for path in found.unsealed
+    }  # fmt: skip
+    return Checked(checked=checked, unchecked=unchecked)
+
+
+def check_digests(folder: Path) -> int:
+    """Re-read what the manifest in ``folder`` lists; returns how many digests were compared. Raises as above."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise CorruptFile(
             f"{folder} has no smolconv_manifest.json, so there are no digests to compare.\n"
             "Only folders that smolconv wrote have one."
         )
-    return check_manifest(folder, manifest)
+    return check_manifest(manifest)
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:

@@ -396,6 +396,7 @@ def test_a_sidecar_whose_weights_were_changed_is_not_used(with_state, refused, c
     weights["model.norm.weight"][0] += 1
     save_file(weights, with_state / "model.safetensors")
     refused(with_state, "DigestMismatch", "model.norm.weight", "--no-optimizer", to="nanotron")
+    (with_state / "smolconv_manifest.json").unlink()
     assert cli("convert", with_state, tmp_path / "weights", "--to", "nanotron", "--no-optimizer").code == 0
 
 

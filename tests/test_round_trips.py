@@ -75,6 +75,9 @@ def test_the_sidecar_is_refused_when_the_weights_are_others(tmp_path):
     other = edited(tmp_path / "hf", tmp_path / "trained", lambda t: t["model.norm.weight"][3].mul_(1.5))
     with pytest.raises(DigestMismatch, match=r"model\.norm\.weight"):
         convert(other, tmp_path / "back", "nanotron")
+    with pytest.raises(DigestMismatch, match=r"delete smolconv_manifest\.json"):
+        convert(other, tmp_path / "back", "nanotron", optimizer=False)
+    (other / "smolconv_manifest.json").unlink()
     convert(other, tmp_path / "back", "nanotron", optimizer=False)
     assert not (tmp_path / "back/3/optimizer").exists()
 

@@ -13,6 +13,7 @@ from typing import Any
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, LazyTensor, Stored, equal
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
+from smolconv.files import read_bytes
 from smolconv.spec import spec_to_hf
 from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive import (
@@ -58,7 +59,7 @@ class PlannedOutput:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ``MissingFile``, or ``CorruptFile`` for anything else."""
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_bytes(path))
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
     except IsADirectoryError:

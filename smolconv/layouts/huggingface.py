@@ -26,6 +26,7 @@ from smolconv.checkpoint import (
     TrainingProgress,
 )
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingShard, NameMismatch, UnsupportedModel
+from smolconv.files import read_bytes
 from smolconv.layouts.base import (
     ASSET_NAMES,
     PlannedOutput,
@@ -190,7 +191,7 @@ def _read_sidecar(
     progress = _progress_from_json(state.get("progress"), home / "state.json")
     source = home / "source"
     documents = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
-    origin = {path.name: path.read_bytes() for path in documents}
+    origin = {path.name: read_bytes(path) for path in documents}
     for name in ("model_config.json", "checkpoint_metadata.json"):
         if name in origin:
             check_config(read_json(source / name), source / name)
@@ -240,7 +241,8 @@ def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[s
         if known is None or digest_tensor(tensor) != known:
             raise DigestMismatch(
                 f"{folder}: {name} is not the weight that {SIDECAR}/ was written with, so its Adam state does not "
-                "belong to this model.\nPass --no-optimizer for the weights only, or convert again from the source."
+                "belong to this model.\nConvert again from the source. If the weights were trained on, pass "
+                "--no-optimizer for the weights only, and delete smolconv_manifest.json, which lists the old ones."
             )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint, close_thread_files
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
+from smolconv.files import noting_files
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
 from smolconv.layouts.huggingface import is_huggingface, read_huggingface
@@ -44,6 +46,12 @@ def _hint(path: Path) -> str:
 
 def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
     """Read a checkpoint of any layout, headers only. Raises ``BadCheckpoint`` and its kind."""
+    with noting_files() as opened:
+        checkpoint = _read(folder, options)
+    return replace(checkpoint, opened=dict(opened))
+
+
+def _read(folder: Path, options: ReadOptions) -> Checkpoint:
     layout = detect_layout(folder)
     if options.base is not None and layout != "deepspeed":
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout}.")

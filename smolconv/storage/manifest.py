@@ -1,91 +1,249 @@
-"""``smolconv_manifest.json``: what was written from what, and a digest for every tensor's stored bytes."""
+"""``smolconv_manifest.json``: what was written from what, and a digest for every byte of it.
+
+Each tensor has a digest of its stored bytes, each file one of what is left of it: a header, a pickle, a zip directory,
+or all of a file without tensors.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smolconv.checkpoint import Stored
-from smolconv.errors import CorruptFile, DigestMismatch
-from smolconv.storage.output import PlannedFile, WrittenTensor, digest_tensor
+from smolconv.checkpoint import Checkpoint, LazyTensor
+from smolconv.errors import CorruptFile
+from smolconv.files import read_bytes
+from smolconv.storage.integrity import (
+    RECORDED_BY_US,
+    Seal,
+    archive_seals,
+    digest_text,
+    new_hasher,
+    refuse,
+    refuse_seals,
+)
+from smolconv.storage.output import PlannedFile, WrittenTensor
 
 MANIFEST = "smolconv_manifest.json"
 SCHEMA = 1
 
 
 def make_manifest(
+    folder: Path,
     files: Sequence[PlannedFile],
+    late: Iterable[str],
     written: Mapping[str, Sequence[WrittenTensor]],
     *,
+    digest: str,
     versions: Mapping[str, str],
     source: Mapping[str, Any],
     plan_digest: str,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """The manifest as plain JSON types; digests are of the bytes as stored."""
+    """The manifest of what lies in ``folder``, as plain JSON types.
+
+    ``late`` are files that were written beside the planned ones; ``digest`` is xxh3, sha256 or none.
+    """
+    tensors: list[dict[str, Any]] = [
+        {
+            "file": str(file.path), "name": tensor.name, "slot": tensor.slot, "dtype": tensor.source.dtype,
+            "shape": list(tensor.source.shape), "offset": tensor.offset, "bytes": tensor.source.nbytes,
+            "digest": found.digest,
+        }
+        for file in files
+        for tensor, found in zip(file.tensors, written[str(file.path)])
+        if tensor.slot is not None
+    ]  # fmt: skip
+    inside: dict[str, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        inside.setdefault(tensor["file"], []).append((tensor["offset"], tensor["bytes"]))
     return {
         "schema": SCHEMA,
         "tool": "smolconv",
         "versions": dict(versions),
         "source": dict(source),
         "plan_digest": plan_digest,
-        "files": [{"path": str(file.path), "bytes": file.size} for file in files],
-        "tensors": [
-            {
-                "file": str(file.path), "name": tensor.name, "slot": tensor.slot, "dtype": tensor.source.dtype,
-                "shape": list(tensor.source.shape), "offset": tensor.offset, "bytes": tensor.source.nbytes,
-                "digest": found.digest,
-            }
-            for file in files
-            for tensor, found in zip(file.tensors, written[str(file.path)])
-            if tensor.slot is not None
+        "files": [
+            {"path": path, **_file_entry(folder / path, inside.get(path, ()), digest)}
+            for path in (*(str(file.path) for file in files), *late)
         ],
+        "tensors": tensors,
         "warnings": list(warnings),
-    }  # fmt: skip
+    }
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in ``folder``, or None. Raises ``CorruptFile`` when it cannot be read."""
+def _file_entry(path: Path, tensors: Iterable[tuple[int, int]], digest: str) -> dict[str, Any]:
+    size, hasher = path.stat().st_size, new_hasher(digest)
+    if hasher is not None:
+        with open(path, "rb") as file:
+            for offset, nbytes in _outside(tensors, size):
+                file.seek(offset)
+                while nbytes and (data := file.read(min(nbytes, 1 << 20))):
+                    hasher.update(data)
+                    nbytes -= len(data)
+    return {"bytes": size, "digest": digest_text(hasher)}
+
+
+def _outside(tensors: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:
+    """The ranges of a file that no tensor covers: (offset, bytes)."""
+    found, at = [], 0
+    for offset, nbytes in sorted(tensors):
+        if offset > at:
+            found.append((at, offset - at))
+        at = max(at, offset + nbytes)
+    if at < size:
+        found.append((at, size - at))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A manifest that was read, and the folder that it speaks of."""
+
+    folder: Path
+    files: Mapping[Path, int]  #: every file that it lists, with its size in bytes
+    seals: tuple[Seal, ...]  #: those that have a digest
+    without_digest: tuple[Path, ...]  #: files that were written with --digest none, or by an early version
+
+
+def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest that lists files of ``checkpoint``: in its folder, the one around it, or its step's. None without.
+
+    Raises ``CorruptFile`` for one that cannot be read or lists nothing.
+    """
+    root, files = checkpoint.root, {*checkpoint.files, *checkpoint.opened}
+    steps = {root / path.relative_to(root).parts[0] for path in files if root in path.parent.parents}
+    for folder in (root, root.parent, *sorted(steps | {path.parent for path in files if path.parent == root.parent})):
+        manifest = read_manifest(folder)
+        if manifest is not None and (folder == root or not files.isdisjoint(manifest.files)):
+            return manifest
+    return None
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in ``folder``, or None. Raises ``CorruptFile`` when it cannot be read, or lists nothing."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {manifest['schema']}, this version reads {SCHEMA}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}.") from None
-    return dict(manifest)
+        document = json.loads(read_bytes(path))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {document['schema']!r:.40}, this version reads {SCHEMA}")
+        return _parsed(folder, document)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFile(
+            f"{path} cannot be read ({type(error).__name__}: {error!s:.200}).\n"
+            "The list of files and digests that smolconv writes beside a checkpoint was expected.\n"
+            "Copy it again from where the checkpoint was written. Without the file nothing can be compared."
+        ) from None
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """Re-read every tensor and compare digests; returns how many were compared.
+def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
+    files: dict[Path, int] = {}
+    digests: dict[Path, str | None] = {}
+    for entry in document["files"]:
+        name, size, digest = entry["path"], entry["bytes"], entry.get("digest")
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts or "\0" in name or not inner.parts or not _is_count(size):
+            raise ValueError(f"it lists {name!r:.80} of {size!r:.40} bytes")
+        if folder / inner in files:
+            raise ValueError(f"it lists {name!r:.80} twice")
+        files[folder / inner], digests[folder / inner] = size, digest
+    if not files:
+        raise ValueError("it lists no files")
+    seals: list[Seal] = []
+    inside: dict[Path, list[tuple[int, int]]] = {}
+    bare: dict[Path, None] = {}
+    for entry in document["tensors"]:
+        path, offset, nbytes, digest = folder / entry["file"], entry["offset"], entry["bytes"], entry["digest"]
+        if not _is_count(offset) or not _is_count(nbytes) or offset + nbytes > files[path]:
+            raise ValueError(f"it places {entry['name']!r:.80} outside its file")
+        inside.setdefault(path, []).append((offset, nbytes))
+        if digest is None:
+            bare[path] = None
+        else:
+            what = f"{entry['name']} ({entry['slot']})"
+            seals.append(Seal(path=path, ranges=((offset, nbytes),), digest=_digest(digest), what=what))
+    for path, digest in digests.items():
+        if digest is None:
+            bare[path] = None
+        else:
+            ranges = _outside(inside.get(path, ()), files[path])
+            what = "all but the tensors" if path in inside else "the content"
+            seals.append(Seal(path=path, ranges=ranges, digest=_digest(digest), what=what))
+    return Manifest(folder=folder, files=files, seals=tuple(seals), without_digest=tuple(bare))
 
-    Raises ``DigestMismatch`` naming the first tensors that differ, and files that are gone or of another size.
-    """
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _digest(text: str) -> str:
+    new_hasher(text.partition(":")[0])  # raises for an unknown algorithm
+    return text
+
+
+def size_problems(manifest: Manifest, paths: Iterable[Path]) -> list[str]:
+    """Which of the files that the manifest lists are gone or of another size."""
     problems = []
-    for file in manifest["files"]:
-        path = folder / file["path"]
+    for path in paths:
         size = path.stat().st_size if path.is_file() else None
-        if size != file["bytes"]:
-            problems.append(f"{file['path']} has {'gone' if size is None else f'{size} bytes'}, was {file['bytes']}")
-    compared = 0
-    for entry in [] if problems else manifest["tensors"]:
-        if entry["digest"] is None:
-            continue
-        stored = Stored(
-            path=folder / entry["file"], offset=entry["offset"], shape=tuple(entry["shape"]), dtype=entry["dtype"]
-        )
-        algorithm = "sha256" if entry["digest"].startswith("sha256:") else "xxh3"
-        compared += 1
-        if digest_tensor(stored, algorithm) != entry["digest"]:
-            problems.append(f"{entry['name']} ({entry['slot']}) in {entry['file']}")
-    if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:5])
-        raise DigestMismatch(
-            f"{folder}: {len(problems)} of the manifest's entries no longer hold:\n{shown}\n"
-            "The checkpoint was changed after smolconv wrote it: convert it again from its source."
-        )
-    return compared
+        if size != manifest.files[path]:
+            told = "is gone" if size is None else f"has {size} bytes"
+            problems.append(f"{path.relative_to(manifest.folder)} {told}, was {manifest.files[path]} bytes")
+    return problems
+
+
+def check_manifest(manifest: Manifest, workers: int = 1) -> int:
+    """Re-read everything and compare digests; returns how many were compared.
+
+    Raises ``DigestMismatch`` naming the first that differ, and files that are gone or of another size.
+    """
+    refuse(manifest.folder, size_problems(manifest, manifest.files), RECORDED_BY_US)
+    refuse_seals(manifest.folder, manifest.seals, workers)
+    return len(manifest.seals)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSeals:
+    """Every digest that was recorded for the files of a source, whoever recorded it."""
+
+    seals: tuple[Seal, ...]
+    unsealed: tuple[Path, ...]  #: files for which nobody did
+    warnings: tuple[str, ...] = ()
+
+
+def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], documents: Iterable[str]) -> SourceSeals:
+    """The seals of all files that ``checkpoint`` was read from and of those below ``tensors``.
+
+    ``documents`` are names of files that people edit, such as README.md: a change of those is a warning. Raises
+    ``DigestMismatch`` when a file is not of the size that the source's manifest lists, or is not listed there.
+    """
+    leaves = {leaf.path for tensor in tensors for leaf in tensor.leaves()}
+    paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
+    seals, warnings, edited = archive_seals(paths), list[str](), set(documents)
+    manifest = find_manifest(checkpoint)
+    if manifest is not None:
+        where, listed = manifest.folder, set(manifest.files)
+        unlisted = [path for path in sorted(leaves) if where in path.parents and path not in listed]
+        problems = [f"{path.relative_to(where)} is not listed there" for path in unlisted if path.name not in edited]
+        problems += size_problems(manifest, [path for path in paths if path in listed and path.name not in edited])
+        refuse(where / MANIFEST, problems, RECORDED_BY_US)
+        if gone := [path.relative_to(where).as_posix() for path in manifest.files if not path.is_file()]:
+            warnings.append(f"{len(gone)} files that {MANIFEST} lists are gone: {', '.join(gone[:5])}.")
+        for seal in manifest.seals:
+            if seal.path.name in edited and seal.path.is_file():
+                if size_problems(manifest, [seal.path]) or seal.differs():
+                    warnings.append(f"{seal.path.name} was changed after smolconv wrote {where}.")
+            elif seal.path in paths:
+                seals.append(seal)
+    sealed = {seal.path for seal in seals}
+    return SourceSeals(
+        seals=tuple(seals), warnings=tuple(warnings),
+        unsealed=tuple(path for path in paths if path not in sealed and path.name not in (*edited, MANIFEST)),
+    )  # fmt: skip

@@ -7,19 +7,17 @@ while others are still being written, and a file counts as done only once it is 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
-import xxhash
+from zlib_ng.zlib_ng import crc32
 
 from smolconv.checkpoint import (
     CHUNK_BYTES,
@@ -29,9 +27,11 @@ from smolconv.checkpoint import (
     Zeros,
     as_bytes,
     close_thread_files,
+    observed,
     raw_dtype,
     scratch,
 )
+from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
 from smolconv.storage.torch_archive import crc_of_zeros
 
 #: A worker has this much written before the disk is asked to begin with it.
@@ -96,15 +96,17 @@ def write_files(
     digest: str = "xxh3",
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int], None] = lambda _: None,
+    check: SourceCheck | None = None,
 ) -> dict[str, Sequence[WrittenTensor]]:
     """Write ``files`` below ``folder`` with ``workers`` threads; returns what was found, by file.
 
-    Files that the journal has are kept as they are. The first error stops all workers and is raised.
+    Files that the journal has are kept as they are. ``check`` sees what is read. The first error stops all workers and
+    is raised.
     """
     todo = [file for file in files if str(file.path) not in journal.done]
     for parent in sorted({(folder / file.path).parent for file in todo}):
         parent.mkdir(parents=True, exist_ok=True)
-    _Engine(todo, folder, journal, digest, chunk_bytes, progress).run(workers)
+    _Engine(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
     return {str(file.path): journal.done[str(file.path)] for file in files}
 
 
@@ -133,8 +135,9 @@ class _Abandoned(Exception):
 class _Engine:
     def __init__(
         self, files: Sequence[PlannedFile], folder: Path, journal: Journal, digest: str, chunk_bytes: int,
-        progress: Callable[[int], None],
+        progress: Callable[[int], None], check: SourceCheck | None,
     ) -> None:  # fmt: skip
+        self.check = check
         self.folder, self.journal, self.digest, self.chunk_bytes = folder, journal, digest, chunk_bytes
         self.progress = progress
         self.keep_cached = total_bytes(files) < _bytes_to_cache()
@@ -195,7 +198,8 @@ class _Engine:
 
     def _work(self) -> None:
         try:
-            with scratch(self.chunk_bytes, raw_dtype("uint8")) as buffer:
+            observer = None if self.check is None else self.check.observer()
+            with scratch(self.chunk_bytes, raw_dtype("uint8")) as buffer, observed(observer):
                 opened = None
                 while (task := self._next_task(opened)) is not None:
                     opened, index = task
@@ -236,7 +240,7 @@ class _Engine:
         descriptor, with_crc = opened.descriptor, opened.plan.finish is not None
         assert descriptor is not None
         source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
-        hasher = _hasher(self.digest)
+        hasher = new_hasher(self.digest)
         if isinstance(source, Zeros):
             self.progress(source.nbytes)  # a hole in the file: nothing to write
             return WrittenTensor(
@@ -255,7 +259,7 @@ class _Engine:
                 hasher.update(data)
                 nonfinite = nonfinite or has_nonfinite(view, source.dtype)
             if with_crc:
-                crc = zlib.crc32(data, crc)
+                crc = crc32(data, crc)
             at = tensor.offset + start * item
             with opened.write_lock:
                 _pwrite(descriptor, data, at)
@@ -263,12 +267,14 @@ class _Engine:
                 _begin_writeback(descriptor, behind if self.keep_cached else 0, at + len(data))
                 behind = at + len(data)
             self.progress(len(data))
-        return WrittenTensor(digest=_digest_text(hasher), crc=crc, nonfinite=nonfinite)
+        return WrittenTensor(digest=digest_text(hasher), crc=crc, nonfinite=nonfinite)
 
     def _copied_in_kernel(self, descriptor: int, tensor: PlannedTensor) -> bool:
         extents = tensor.source.extents()
         if extents is None or not hasattr(os, "copy_file_range"):
             return False
+        if self.check is not None and any(self.check.watches(extent.path) for extent in extents):
+            return False  # the kernel would not compare them
         at = tensor.offset
         for extent in extents:
             with open(extent.path, "rb") as source:
@@ -339,36 +345,24 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-def _hasher(digest: str) -> Any:
-    if digest == "none":
-        return None
-    return hashlib.sha256() if digest == "sha256" else xxhash.xxh3_128()
-
-
-def _digest_text(hasher: Any) -> str | None:
-    if hasher is None:
-        return None
-    return f"{'sha256' if hasher.name == 'sha256' else 'xxh3-128'}:{hasher.hexdigest()}"
-
-
 @lru_cache(maxsize=1024)
 def digest_of_zeros(nbytes: int, digest: str) -> str | None:
     """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
-    hasher, block = _hasher(digest), bytes(CHUNK_BYTES)
+    hasher, block = new_hasher(digest), bytes(CHUNK_BYTES)
     if hasher is not None:
         for start in range(0, nbytes, CHUNK_BYTES):
             hasher.update(block[: min(CHUNK_BYTES, nbytes - start)])
-    return _digest_text(hasher)
+    return digest_text(hasher)
 
 
 def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
     """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
-    hasher = _hasher(algorithm)
+    hasher = new_hasher(algorithm)
     for start, stop in tensor.chunks():
         with scratch(stop - start, raw_dtype(tensor.dtype)) as view:
             tensor.read(start, stop, view)
             hasher.update(as_bytes(view))
-    text = _digest_text(hasher)
+    text = digest_text(hasher)
     assert text is not None
     return text
 

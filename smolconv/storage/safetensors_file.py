@@ -16,6 +16,7 @@ from typing import Any
 
 from smolconv.checkpoint import DTYPE_BYTES, LazyTensor, Stored
 from smolconv.errors import CorruptFile, MissingFile
+from smolconv.files import note
 from smolconv.storage.output import PlannedFile, PlannedTensor
 
 _CODES = {
@@ -46,6 +47,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     try:
         # One read is a whole header for most files; each more is a round trip on a network file system.
         with open(path, "rb", buffering=0) as file:
+            note(path, file.fileno())
             size = os.fstat(file.fileno()).st_size
             first = os.pread(file.fileno(), _FIRST_READ_BYTES, 0)
             if len(first) < 8:

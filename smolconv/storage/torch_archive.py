@@ -11,14 +11,11 @@ holds the bytes of one storage, which several tensors may view. The layout follo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import pickle
 import pickletools
 import struct
-import zipfile
-import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what pickle.Unpickler itself uses
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,8 +26,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
+from zlib_ng.zlib_ng import crc32
+
 from smolconv.checkpoint import DTYPE_BYTES
 from smolconv.errors import CorruptFile, MachineError, MissingFile, SmolconvError, UnsafePickle
+from smolconv.files import note
+from smolconv.storage.zip_directory import (
+    DIRECTORY_ENTRY,
+    DIRECTORY_SIGNATURE,
+    END,
+    END64,
+    END64_SIGNATURE,
+    END_SIGNATURE,
+    LOCAL_HEADER,
+    LOCAL_SIGNATURE,
+    LOCATOR64,
+    LOCATOR64_SIGNATURE,
+    SATURATED_16,
+    SATURATED_32,
+    ZipDirectory,
+    ZipRecord,
+    read_zip_directory,
+)
 
 #: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor, so this is room for millions.
 MAX_PICKLE_BYTES = 1 << 30
@@ -204,6 +221,20 @@ def read_torch_archive(
         return _Unpickler(archive, archive.read_pickle(), allow).load()
 
 
+def is_torch_archive(path: Path) -> bool:
+    """Whether a file begins as one, and is no safetensors file, whose first bytes are a length."""
+    if path.suffix == ".safetensors":
+        return False
+    with _opened(path) as file:
+        return file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE
+
+
+def read_archive_records(path: Path) -> list[ArchiveRecord]:
+    """Every record of an archive: where its bytes lie, and their checksum. Raises as ``read_torch_archive`` does."""
+    with _opened(path) as file:
+        return _open_archive(path, file).records()
+
+
 def read_pickle_bytes(path: Path) -> bytes:
     """The archive's pickle as it is. Two files with the same say the same, but for where their tensors' bytes lie.
 
@@ -217,6 +248,7 @@ def read_pickle_bytes(path: Path) -> bytes:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
+            note(path, file.fileno())
             yield file
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFile(
@@ -269,7 +301,7 @@ def plan_torch_archive(stem: str, obj: object) -> ArchivePlan:
         cursor = piece_offset + len(piece)
         storage = content if isinstance(content, Storage) else None
         nbytes = content.nbytes if isinstance(content, Storage) else len(content)
-        crc = 0 if isinstance(content, Storage) else zlib.crc32(content)
+        crc = 0 if isinstance(content, Storage) else crc32(content)
         path = f"{stem}/{name}".encode()
         piece += _local_header(path, cursor, nbytes, crc)
         data_offset = piece_offset + len(piece)
@@ -306,7 +338,7 @@ def crc32_combine(crc_a: int, crc_b: int, length_b: int) -> int:
 @lru_cache(maxsize=1024)
 def crc_of_zeros(nbytes: int) -> int:
     """The CRC-32 of that many zero bytes, without looking at them."""
-    crc, power, length = 0, zlib.crc32(b"\0"), 1  # power is the CRC of length zeros
+    crc, power, length = 0, crc32(b"\0"), 1  # power is the CRC of length zeros
     while nbytes:
         if nbytes & 1:
             crc = crc32_combine(crc, power, length)
@@ -343,15 +375,10 @@ def _shift_by_bytes(count: int) -> int:
 
 # --- The zip container: APPNOTE.TXT 6.3.10, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT ---
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_CRC_OFFSET = 14
-_DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
 _NAMES_ARE_UTF8 = 0x0800
-_ENCRYPTED = 0x0001
+_STORED = 0
 _FIRST_OF_JANUARY_1980 = 0x0021  # the earliest date that a zip can hold
-_SATURATED_16 = 0xFFFF  # a field that holds this has its value in the zip64 extra field or record
-_SATURATED_32 = 0xFFFFFFFF
 
 
 def _local_header(name: bytes, cursor: int, nbytes: int, crc: int) -> bytes:
@@ -361,16 +388,16 @@ def _local_header(name: bytes, cursor: int, nbytes: int, crc: int) -> bytes:
     the byte: its zip64 field counts the header's own offset, too. We leave that out, as the standard has no place
     for it in a local header, and pad by as much more.
     """
-    zip64 = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= _SATURATED_32 else b""
+    zip64 = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= SATURATED_32 else b""
     torch_zip64_bytes = len(zip64)
-    if cursor >= _SATURATED_32:
+    if cursor >= SATURATED_32:
         torch_zip64_bytes += 8 if zip64 else 12
-    start = cursor + _LOCAL_HEADER.size + len(name) + torch_zip64_bytes + 4
-    padding = start + -start % ALIGNMENT_BYTES - (cursor + _LOCAL_HEADER.size + len(name) + len(zip64) + 4)
+    start = cursor + LOCAL_HEADER.size + len(name) + torch_zip64_bytes + 4
+    padding = start + -start % ALIGNMENT_BYTES - (cursor + LOCAL_HEADER.size + len(name) + len(zip64) + 4)
     extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    size = min(nbytes, _SATURATED_32)
-    fixed = (_version_needed(nbytes, 0), _NAMES_ARE_UTF8, zipfile.ZIP_STORED, 0, _FIRST_OF_JANUARY_1980)
-    return _LOCAL_HEADER.pack(_LOCAL_SIGNATURE, *fixed, crc, size, size, len(name), len(extra)) + name + extra
+    size = min(nbytes, SATURATED_32)
+    fixed = (_version_needed(nbytes, 0), _NAMES_ARE_UTF8, _STORED, 0, _FIRST_OF_JANUARY_1980)
+    return LOCAL_HEADER.pack(LOCAL_SIGNATURE, *fixed, crc, size, size, len(name), len(extra)) + name + extra
 
 
 def _gap_bytes(header_offset: int, nbytes: int) -> int:
@@ -381,37 +408,37 @@ def _gap_bytes(header_offset: int, nbytes: int) -> int:
     """
     if not nbytes:
         return 0
-    return 24 if header_offset >= _SATURATED_32 or nbytes >= _SATURATED_32 else 16
+    return 24 if header_offset >= SATURATED_32 or nbytes >= SATURATED_32 else 16
 
 
 def _version_needed(nbytes: int, header_offset: int) -> int:
-    return 45 if nbytes >= _SATURATED_32 or header_offset >= _SATURATED_32 else 20
+    return 45 if nbytes >= SATURATED_32 or header_offset >= SATURATED_32 else 20
 
 
 def _directory_entry(record: _Record, crc: int) -> bytes:
     saturated = [
-        *([record.nbytes, record.nbytes] if record.nbytes >= _SATURATED_32 else []),
-        *([record.header_offset] if record.header_offset >= _SATURATED_32 else []),
+        *([record.nbytes, record.nbytes] if record.nbytes >= SATURATED_32 else []),
+        *([record.header_offset] if record.header_offset >= SATURATED_32 else []),
     ]
     zip64 = struct.pack(f"<2H{len(saturated)}Q", 1, 8 * len(saturated), *saturated) if saturated else b""
     needed = _version_needed(record.nbytes, record.header_offset)
-    fixed = (needed, needed, _NAMES_ARE_UTF8, zipfile.ZIP_STORED, 0, _FIRST_OF_JANUARY_1980)
-    size = min(record.nbytes, _SATURATED_32)
-    offset = min(record.header_offset, _SATURATED_32)
-    entry = _DIRECTORY_ENTRY.pack(
-        b"PK\x01\x02", *fixed, crc, size, size, len(record.name), len(zip64), 0, 0, 0, 0, offset
+    fixed = (needed, needed, _NAMES_ARE_UTF8, _STORED, 0, _FIRST_OF_JANUARY_1980)
+    size = min(record.nbytes, SATURATED_32)
+    offset = min(record.header_offset, SATURATED_32)
+    entry = DIRECTORY_ENTRY.pack(
+        DIRECTORY_SIGNATURE, *fixed, crc, size, size, len(record.name), len(zip64), 0, 0, 0, 0, offset
     )
     return entry + record.name + zip64
 
 
 def _end_of_directory(count: int, nbytes: int, offset: int) -> bytes:
     zip64 = b""
-    if count >= _SATURATED_16 or nbytes >= _SATURATED_32 or offset >= _SATURATED_32:
-        zip64 = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, nbytes, offset)
-        zip64 += struct.pack("<4sIQI", b"PK\x06\x07", 0, offset + nbytes, 1)
-    count = min(count, _SATURATED_16)
-    nbytes, offset = min(nbytes, _SATURATED_32), min(offset, _SATURATED_32)
-    return zip64 + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, nbytes, offset, 0)
+    if count >= SATURATED_16 or nbytes >= SATURATED_32 or offset >= SATURATED_32:
+        zip64 = END64.pack(END64_SIGNATURE, END64.size - 12, 45, 45, 0, 0, count, count, nbytes, offset)
+        zip64 += LOCATOR64.pack(LOCATOR64_SIGNATURE, 0, offset + nbytes, 1)
+    count = min(count, SATURATED_16)
+    nbytes, offset = min(nbytes, SATURATED_32), min(offset, SATURATED_32)
+    return zip64 + END.pack(END_SIGNATURE, 0, 0, count, count, nbytes, offset, 0)
 
 
 _COPY_AGAIN = "Copy the file again from where it was written, and compare the sizes."
@@ -427,74 +454,81 @@ _OTHER_BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArchiveRecord:
+    """One record's bytes, and the CRC-32 that was stored for them."""
+
+    name: str  #: without the archive's folder: ``data/17``
+    offset: int  #: absolute, of its first byte in the file
+    nbytes: int
+    crc: int | None  #: None in an archive that was written without checksums
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Archive:
     """An open archive and its directory; good for as long as ``file`` is open."""
 
     path: Path
     file: BinaryIO
-    folder: str
-    entries: Mapping[str, zipfile.ZipInfo]
-    directory_offset: int
+    directory: ZipDirectory
+    entries: Mapping[str, ZipRecord]  #: by their name within the archive's folder
 
     def locate(self, record: str) -> tuple[int, int] | None:
         """The absolute offset and the length of a record's bytes, ``None`` when there is no such record."""
-        entry = self.entries.get(f"{self.folder}/{record}")
+        entry = self.entries.get(record)
         if entry is None:
             return None
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        if not entry.stored:
             raise self.damaged(
-                f"record {_shown(record)} is compressed",
+                f"record {_shown(record)} is compressed or encrypted",
                 "torch.save stores records as they are, so that they can be mapped.",
                 "Load the file with torch.load(..., weights_only=True) and save it again with torch.save.",
             )
-        if entry.flag_bits & _ENCRYPTED:
-            raise self.damaged(f"record {_shown(record)} is encrypted", "torch.save never encrypts.")
-        # The extra field differs between the directory and the local header, which holds torch's padding.
-        header = b""
-        if 0 <= entry.header_offset <= self.directory_offset:
-            header = self._read(entry.header_offset, _LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
+        try:
+            return self.directory.place(self.file.fileno(), entry), entry.nbytes
+        except ValueError as error:
             raise self.damaged(
-                f"record {_shown(record)} has no header at byte {entry.header_offset}",
-                "The zip directory promises one there.",
-            )
-        name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)[-2:]
-        offset = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if offset + entry.file_size > self.directory_offset:
-            raise self.damaged(
-                f"record {_shown(record)} ends at byte {offset + entry.file_size}, past the records' end",
-                f"All records lie before the zip directory at byte {self.directory_offset}.",
-            )
-        return offset, entry.file_size
+                f"record {_shown(record)} is not where the zip directory says ({_shown(str(error))})",
+                "Records that lie one after the other, before the directory, were expected.",
+            ) from error
+
+    def records(self) -> list[ArchiveRecord]:
+        """Every record, where it lies, and its checksum."""
+        found: list[ArchiveRecord] = []
+        for name, entry in self.entries.items():
+            place = self.locate(name)
+            assert place is not None
+            crc = entry.crc if self.directory.has_checksums else None
+            found.append(ArchiveRecord(name=name, offset=place[0], nbytes=place[1], crc=crc))
+        return found
+
+    def read_checked(self, record: str, most_bytes: int, advice: str = "") -> bytes | None:
+        """A small record's bytes, compared with its checksum; None when there is no such record."""
+        place = self.locate(record)
+        if place is None:
+            return None
+        offset, nbytes = place
+        if nbytes > most_bytes:
+            raise self.damaged(f"{record} has {nbytes} bytes", f"At most {most_bytes} were expected.{advice}")
+        data = self._read(offset, nbytes)
+        if self.directory.has_checksums and (expected := self.entries[record].crc) != crc32(data):
+            raise self.damaged(f"{record} has CRC-32 {crc32(data):08x}", f"{expected:08x} was recorded for it.")
+        return data
 
     def read_pickle(self) -> bytes:
-        place = self.locate("data.pkl")
-        if place is None:
+        advice = (
+            " It describes tensors but does not hold their data. If these are not tensors, save them in another form."
+        )
+        pickled = self.read_checked("data.pkl", MAX_PICKLE_BYTES, advice)
+        if pickled is None:
             raise self.damaged("record data.pkl is missing", "It describes the saved object.")
-        offset, nbytes = place
-        if nbytes > MAX_PICKLE_BYTES:
-            raise self.damaged(
-                f"data.pkl has {nbytes} bytes",
-                f"At most {MAX_PICKLE_BYTES} were expected: it describes tensors but does not hold their data.",
-                "If these are not tensors, save them in another form.",
-            )
-        pickled = self._read(offset, nbytes)
-        # 0 is what torch.serialization.set_crc32_options(False) leaves.
-        if (expected_crc := self.entries[f"{self.folder}/data.pkl"].CRC) not in (0, zlib.crc32(pickled)):
-            raise self.damaged(
-                f"data.pkl has CRC-32 {zlib.crc32(pickled):08x}", f"{expected_crc:08x} was recorded for it."
-            )
         return pickled
 
     def check_byte_order(self) -> None:
-        place = self.locate("byteorder")
-        if place is None:  # archives before torch 2.1 do not say; torch.load takes them for little-endian, too
-            return
-        offset, nbytes = place
-        found = self._read(offset, min(nbytes, 16))
-        if nbytes != len(b"little") or found != b"little":
+        found = self.read_checked("byteorder", 1 << 20)
+        # Archives before torch 2.1 do not say; torch.load takes them for little-endian, too.
+        if found not in (None, b"little"):
             raise self.damaged(
-                f"the byte order is {_shown(found.decode('latin-1'))}",
+                f"the byte order is {_shown(found[:16].decode('latin-1'))}",
                 "Only little-endian archives are read.",
                 "Load the file with torch.load(..., weights_only=True) on a little-endian machine and save it again.",
             )
@@ -509,37 +543,36 @@ class _Archive:
 
 def _open_archive(path: Path, file: BinaryIO) -> _Archive:
     beginning = file.read(512)
-    if not beginning.startswith(_LOCAL_SIGNATURE):
+    if not beginning.startswith(LOCAL_SIGNATURE):
         found, advice = _what_begins_with(beginning)
         raise CorruptFile(f"{path}: {found}.\nA zip archive written by torch.save was expected.\n{advice}")
     try:
-        directory = zipfile.ZipFile(file)
-        directory_offset = directory.start_dir
-        entries = {entry.filename: entry for entry in directory.infolist()}
-    # On a damaged directory zipfile also lets struct.error, ValueError, NotImplementedError and others out.
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it tried to seek before the start
-            raise
+        directory = read_zip_directory(file.fileno())
+    except ValueError as error:
         raise CorruptFile(
             f"{path}: begins like a zip archive, but its directory cannot be read ({_shown(str(error))}).\n"
-            f"A complete file was expected; this one has {file.seek(0, 2)} bytes and was probably cut short.\n"
+            "A complete file, with a directory that can be read in one way only, was expected; this one has "
+            f"{file.seek(0, 2)} bytes and was perhaps cut short.\n"
             f"{_COPY_AGAIN}"
         ) from error
-    pickles = [entry.filename for entry in directory.infolist() if entry.filename.partition("/")[2] == "data.pkl"]
-    if len(pickles) != 1 or len(entries) != len(directory.infolist()):
+    folders = {record.name.partition("/")[0] for record in directory.records}
+    entries = {record.name.partition("/")[2]: record for record in directory.records}
+    names = {record.name.lower() for record in directory.records}  # torch finds records whatever their case
+    # torch takes the folder from whichever record is first.
+    if len(folders) != 1 or "data.pkl" not in entries or "" in entries or len(names) != len(directory.records):
         raise CorruptFile(
-            f"{path}: is a zip archive, but not one of torch.save's: it has {len(entries)} differently named records, "
-            f"{len(pickles)} of them <folder>/data.pkl.\n"
-            "Exactly one data.pkl and no record twice were expected.\n"
+            f"{path}: is a zip archive, but not one of torch.save's: it has {len(directory.records)} records, of "
+            f"{len(names)} names in {len(folders)} folders.\n"
+            "Exactly one folder, with one data.pkl and no record twice, was expected.\n"
             "Check that the path is right; other zip files, such as .npz, cannot be read here."
         )
-    archive = _Archive(
-        path=path,
-        file=file,
-        folder=pickles[0].partition("/")[0],
-        entries=entries,
-        directory_offset=directory_offset,
-    )
+    if code := next((name for name in entries if name == "constants.pkl" or name.startswith("code/")), None):
+        raise UnsafePickle(
+            f"{path}: is a TorchScript archive, which holds code (record {_shown(code)}). Nothing was executed.\n"
+            "A file written by torch.save was expected.\n"
+            "Load it in a safe place and save its state_dict with torch.save."
+        )
+    archive = _Archive(path=path, file=file, directory=directory, entries=entries)
     archive.check_byte_order()
     return archive
 

@@ -42,6 +42,7 @@ from smolconv.errors import (
     ShapeMismatch,
     UnsupportedModel,
 )
+from smolconv.files import read_bytes
 from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
 from smolconv.layouts.deepspeed.documents import (
     AdamState,
@@ -730,7 +731,7 @@ class _Reader:
         folder = self.tag.parent / SOURCE_DOCUMENTS
         if folder.is_dir():
             for path in sorted(path for path in folder.iterdir() if path.is_file()):
-                kept[path.name] = path.read_bytes()
+                kept[path.name] = read_bytes(path)
                 self.read_files.append(path)
         client, dropped = {}, []
         for key, value in self.first.client_state.items():

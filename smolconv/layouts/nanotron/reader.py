@@ -35,6 +35,7 @@ from smolconv.errors import (
     ShapeMismatch,
     UnsupportedModel,
 )
+from smolconv.files import read_bytes
 from smolconv.layouts.base import ReadOptions, read_json
 from smolconv.layouts.documents import check_config, check_plain, check_progress, is_count, is_step, understood
 from smolconv.layouts.nanotron.topology import (
@@ -159,7 +160,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         optimizer=optimizer,
         progress=_progress(metadata, metadata_path, scheduler),
         assets=_assets(step_folder.parent),
-        origin={name: (step_folder / name).read_bytes() for name in _DOCUMENTS if (step_folder / name).is_file()}
+        origin={name: read_bytes(step_folder / name) for name in _DOCUMENTS if (step_folder / name).is_file()}
         | ({"model_config.json": json.dumps(config).encode()}),
         files=tuple(paths),
         warnings=tuple(warnings),
@@ -182,7 +183,7 @@ def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, A
     document = step_folder / "config.yaml"
     if not document.exists():
         raise MissingFile(f"{step_folder} holds neither model_config.json nor config.yaml. Pass one with --config.")
-    model = read_yaml(document.read_bytes(), document).get("model")
+    model = read_yaml(read_bytes(document), document).get("model")
     config = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(config, dict):
         raise CorruptFile(f"{document} has no model.model_config. Pass a model_config.json with --config.")
