@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from bisect import bisect_right
+import threading
+from bisect import bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Seal:
             raise MissingFile(f"{self.path} is gone.\nA digest of its bytes was to be compared. Put it back.") from None
         try:
             for offset, nbytes in self.ranges:
-                for data in _read(descriptor, self.path, offset, nbytes):
+                for _, data in _read(descriptor, self.path, offset, nbytes):
                     hasher.update(data)
         finally:
             os.close(descriptor)
@@ -100,13 +101,14 @@ class Seal:
         return None if found == self.digest else f"{self.what} in {self.path.name}: {found}, was {self.digest}"
 
 
-def _read(descriptor: int, path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
+def _read(descriptor: int, path: Path, offset: int, nbytes: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes of a range with the offset of each piece."""
     end = offset + nbytes
     while offset < end:
         data = os.pread(descriptor, min(_READ_BYTES, end - offset), offset)
         if not data:
             raise CorruptFile(f"{path} ends at byte {offset}; {end} were expected.\nIt is truncated: copy it again.")
-        yield data
+        yield offset, data
         offset += len(data)
 
 
@@ -165,6 +167,58 @@ class SourceReport:
     unchecked: Sequence[Seal]  #: of which only a part was read, so that nobody knows
 
 
+class _Covered:
+    """Which bytes of a range were seen, each once, and the CRC-32 of every stretch of them. Guarded by its owner."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []  # ascending
+        self.stretches: dict[int, tuple[int, int | None]] = {}  # start -> (end, CRC-32; None while it is computed)
+
+    def claim(self, first: int, last: int) -> list[tuple[int, int]]:
+        """What nobody has seen of ``first`` to ``last``; the caller has to ``settle`` it."""
+        new: list[tuple[int, int]] = []
+        at = first
+        index = max(bisect_right(self.starts, first) - 1, 0)
+        while index < len(self.starts) and self.starts[index] < last:
+            start, index = self.starts[index], index + 1
+            if start > at:
+                new.append((at, start))
+            at = max(at, self.stretches[start][0])
+        if at < last:
+            new.append((at, last))
+        for start, end in new:
+            insort(self.starts, start)
+            self.stretches[start] = (end, None)
+        return new
+
+    def settle(self, start: int, end: int, crc: int) -> None:
+        """Put in the CRC-32 of what was claimed, and join it with its neighbours."""
+        if (after := self.stretches.get(end, (end, None)))[1] is not None:
+            crc = crc32_combine(crc, after[1], after[0] - end)
+            self._drop(end)
+            end = after[0]
+        index = bisect_right(self.starts, start) - 2
+        before = self.starts[index] if index >= 0 else start
+        stop, known = self.stretches[before]
+        if stop == start and known is not None:
+            crc = crc32_combine(known, crc, end - start)
+            self._drop(start)
+            start = before
+        self.stretches[start] = (end, crc)
+
+    def _drop(self, start: int) -> None:
+        del self.stretches[start], self.starts[bisect_right(self.starts, start) - 1]
+
+    def gaps(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """What was not seen of ``begin`` to ``end``."""
+        found, at = [], begin
+        for start in self.starts:
+            if start > at:
+                found.append((at, start))
+            at = max(at, self.stretches[start][0])
+        return found + ([(at, end)] if at < end else [])
+
+
 class SourceCheck:
     """Compares what is read of files with their seals. One ``Observer`` a thread; ``finish`` once all are through."""
 
@@ -172,14 +226,15 @@ class SourceCheck:
         self.seals, self.root = seals, root
         self.done: set[int] = set()
         self.touched: set[int] = set()
-        self._observers: list[Observer] = []
+        self.covered: dict[int, _Covered] = {}
+        self.lock = threading.Lock()
         #: By file, for each kind of seal: where they begin, ascending, and their indices. A kind does not overlap.
         self.by_path: dict[Path, dict[bool, tuple[list[int], list[int]]]] = {}
         archives = {seal.path for seal in seals if seal.algorithm == "crc32"}
         for index in sorted(range(len(seals)), key=lambda index: seals[index].ranges[:1]):
             seal = seals[index]
-            whole_archive = seal.path in archives and seal.ranges[:1] and seal.ranges[0][0] == 0
-            if len(seal.ranges) == 1 and not whole_archive:  # whose records have digests of their own
+            whole = seal.algorithm != "crc32" and seal.path in archives and seal.ranges[:1] and not seal.ranges[0][0]
+            if len(seal.ranges) == 1 and not whole:  # an archive's records have digests of their own
                 kinds = self.by_path.setdefault(seal.path, {})
                 begins, indices = kinds.setdefault(seal.algorithm == "crc32", ([], []))
                 begins.append(seal.ranges[0][0])
@@ -190,9 +245,7 @@ class SourceCheck:
 
     def observer(self) -> Observer:
         """For one thread. Raises ``DigestMismatch`` from the read that completes a seal which does not hold."""
-        observer = Observer(self)
-        self._observers.append(observer)
-        return observer
+        return Observer(self)
 
     def compare(self, index: int, found: str | None) -> None:
         seal = self.seals[index]
@@ -200,8 +253,23 @@ class SourceCheck:
             refuse(self.root, [said], COPY_AGAIN if seal.algorithm == "crc32" else RECORDED_BY_US)
         self.done.add(index)
 
+    def see(self, index: int, first: int, last: int, data: memoryview) -> None:
+        """Add a range of a record, whichever thread read it, to the record's CRC-32."""
+        begin, nbytes = self.seals[index].ranges[0]
+        with self.lock:
+            covered = self.covered.setdefault(index, _Covered())
+            new = covered.claim(first, last)
+        for start, end in new:
+            crc = crc32(data[start - first : end - first])
+            with self.lock:
+                covered.settle(start, end, crc)
+        with self.lock:
+            whole = covered.stretches.get(begin)
+        if whole is not None and whole[0] == begin + nbytes and whole[1] is not None:
+            self.compare(index, f"crc32:{whole[1]:08x}")
+
     def finish(self, read_again: Collection[Path], workers: int) -> SourceReport:
-        """Put together what the threads have seen, and read what is left of seals where that is small.
+        """Read what is left of seals where that is small, once all threads are through.
 
         Of the files in ``read_again`` everything is read that was not compared yet. Raises ``DigestMismatch``.
         """
@@ -210,7 +278,7 @@ class SourceCheck:
         for index, seal in enumerate(self.seals):
             if index in self.done:
                 continue
-            if seal.algorithm == "crc32" and index in self.touched and self._patched(index, seal.path in read_again):
+            if index in self.covered and self._completed(index, seal.path in read_again):
                 continue
             if seal.path in read_again or seal.nbytes <= _SMALL_BYTES:
                 again.append(seal)
@@ -219,49 +287,29 @@ class SourceCheck:
         refuse_seals(self.root, again, workers)
         return SourceReport(checked=len(self.done) + len(again), unchecked=tuple(unchecked))
 
-    def _patched(self, index: int, everything: bool) -> bool:
-        """Join the runs of all threads, and read the gaps between them. False where those are large."""
-        seal = self.seals[index]
-        (begin, nbytes), longest = seal.ranges[0], dict[int, tuple[int, int]]()
-        for observer in self._observers:
-            for end, (start, crc) in observer.runs.get(index, {}).items():
-                if start not in longest or longest[start][0] < end:
-                    longest[start] = (end, crc)
-        starts, at, crc, gaps = sorted(longest), begin, 0, list[tuple[int, int]]()
-        pieces: list[tuple[int, int, int | None]] = []  # (start, end, CRC where it was read)
-        while at < begin + nbytes:
-            if at in longest:
-                end, found = longest[at]
-                pieces.append((at, end, found))
-            else:
-                after = bisect_right(starts, at)
-                end = starts[after] if after < len(starts) else begin + nbytes
-                pieces.append((at, end, None))
-                gaps.append((at, end - at))
-            at = end
-        if not everything and sum(size for _, size in gaps) > _SMALL_BYTES:
+    def _completed(self, index: int, however_large: bool) -> bool:
+        """Read the gaps of a record that was seen in part. False where they are large, and most of the record."""
+        seal, covered = self.seals[index], self.covered[index]
+        begin, nbytes = seal.ranges[0]
+        gaps = covered.gaps(begin, begin + nbytes)
+        if not however_large and sum(end - start for start, end in gaps) > max(_SMALL_BYTES, nbytes // 2):
             return False
         descriptor = os.open(seal.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for start, end, known in pieces:
-                if known is not None:
-                    crc = crc32_combine(crc, known, end - start)
-                else:
-                    for data in _read(descriptor, seal.path, start, end - start):
-                        crc = crc32(data, crc)
+            for start, end in gaps:
+                for at, data in _read(descriptor, seal.path, start, end - start):
+                    self.see(index, at, at + len(data), memoryview(data))
         finally:
             os.close(descriptor)
-        self.compare(index, f"crc32:{crc:08x}")
+        assert index in self.done
         return True
 
 
 class Observer:
-    """What one thread has read of sealed bytes."""
+    """What one thread reads of sealed bytes."""
 
     def __init__(self, check: SourceCheck) -> None:
         self.check = check
-        #: By seal: ranges that were read without a gap, by their end: (start, CRC-32).
-        self.runs: dict[int, dict[int, tuple[int, int]]] = {}
         self._hashers: dict[int, tuple[Any, int]] = {}  # by seal, with the byte that comes next
 
     def __call__(self, path: Path, offset: int, view: memoryview) -> None:
@@ -272,31 +320,26 @@ class Observer:
                 index, at = indices[at], at + 1
                 begin, nbytes = self.check.seals[index].ranges[0]
                 first, last = max(offset, begin), min(end, begin + nbytes)
-                if first < last and index not in self.check.done:
-                    self.check.touched.add(index)
-                    self._see(index, first, last, view[first - offset : last - offset])
+                if first >= last or index in self.check.done:
+                    continue
+                self.check.touched.add(index)
+                data = view[first - offset : last - offset]
+                if self.check.seals[index].algorithm == "crc32":
+                    self.check.see(index, first, last, data)
+                else:
+                    self._hash(index, first, last, data)
 
-    def _see(self, index: int, first: int, last: int, data: memoryview) -> None:
+    def _hash(self, index: int, first: int, last: int, data: memoryview) -> None:
+        """Digests that cannot be put together: of what this thread reads in order, from its first byte on."""
         seal = self.check.seals[index]
-        (begin, nbytes), complete = seal.ranges[0], None
-        if seal.algorithm == "crc32":
-            runs = self.runs.setdefault(index, {})
-            start, crc = runs.pop(first, (first, 0))
-            crc = crc32(data, crc)
-            if last not in runs or runs[last][0] > start:
-                runs[last] = (start, crc)
-            if (start, last) == (begin, begin + nbytes):
-                complete = f"crc32:{crc:08x}"
+        begin, nbytes = seal.ranges[0]
+        hasher, expected = self._hashers.pop(index, (None, -1))
+        if first == begin:
+            hasher, expected = new_hasher(seal.algorithm), begin
+        if first != expected:
+            return  # out of order: left to finish
+        hasher.update(data)
+        if last == begin + nbytes:
+            self.check.compare(index, digest_text(hasher))
         else:
-            hasher, expected = (
-                (new_hasher(seal.algorithm), begin) if first == begin else self._hashers.pop(index, (None, -1))
-            )
-            if first != expected:
-                return  # out of order: left to finish
-            hasher.update(data)
             self._hashers[index] = (hasher, last)
-            if last == begin + nbytes:
-                complete = digest_text(hasher)
-                del self._hashers[index]
-        if complete is not None:
-            self.check.compare(index, complete)

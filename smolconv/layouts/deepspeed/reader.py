@@ -65,6 +65,7 @@ from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.storage.torch_archive import read_pickle_bytes
 
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
@@ -492,6 +493,7 @@ class _Reader:
         else:
             named = name_by_order(found.weights, model.module, indices, entries)
             if named is None:
+                _require_undamaged(path)
                 self.warnings.append(
                     f"ZeRO-0 stores Adam's state without names, and its {len(numbers)} entries fit the parameters in "
                     "more than one way (some are frozen, or the groups' order is not the model's): it was left out."
@@ -544,6 +546,7 @@ class _Reader:
             raise CorruptFile(f"{path}: Adam's flat moments are not of the length of their masters.")
         places = place_by_order(found.weights, model.module, flats)
         if places is None:
+            _require_undamaged(path)
             self.warnings.append(
                 "ZeRO-0 stores Adam's state without names, and its flat masters fit the parameters in no way or in "
                 "more than one: it was left out."
@@ -764,6 +767,11 @@ class _Reader:
                 if name not in found and (folder / name).is_file():
                     found[name] = folder / name
         return found
+
+
+def _require_undamaged(path: Path) -> None:
+    """Before values that fit nothing are left out: they may be damaged. Raises ``DigestMismatch``."""
+    refuse_seals(path, archive_seals([path]), 1)
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
