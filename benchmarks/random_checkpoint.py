@@ -149,6 +149,7 @@ def write_checkpoint(
         layout=layout,
         options=ConvertOptions(to=layout, digest="none"),
         output=output,
+        files={},
         digest="random",
     )
     run_conversion(plan)

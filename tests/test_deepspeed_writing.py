@@ -924,6 +924,7 @@ def test_parameters_of_one_group_with_different_adam_steps_are_refused(tmp_path)
     state = json.loads(path.read_text())
     state["optimizer"]["steps"]["model.norm.weight"] = 2.0
     path.write_text(json.dumps(state))
+    (tmp_path / "hf/smolconv_manifest.json").unlink()
     groups = write_groups(tmp_path, [{"regex": ".*"}])
     with pytest.raises(UnsupportedModel, match=r"--groups FILE\.json"):
         convert(tmp_path / "hf", tmp_path / "out", "deepspeed", **FORMS["zero2"], groups=groups)
