@@ -69,6 +69,7 @@ def tokenize(
     from continual_pretraining.tokenization import (  # noqa: PLC0415
         SlurmOptions,
         TokenizeOptions,
+        lost_with_tokens,
         plan_tokenization,
         run_local,
         submit_to_slurm,
@@ -84,7 +85,7 @@ def tokenize(
         raise UsageError("--eos and --no-eos contradict each other.")
     if no_shuffle and shuffle_seed is not None:
         raise UsageError("--shuffle-seed and --no-shuffle contradict each other.")
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, lost_with_tokens)
     plan = plan_tokenization(
         inputs, target,
         TokenizeOptions(

@@ -453,13 +453,25 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
     return [*steps, tokenizer]
 
 
+#: How names of files end that a token folder consists of.
+_TOKEN_FILES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
+
+
+def lost_with_tokens(target: Path) -> str | None:
+    """What would be lost if ``target`` were replaced, beside token files. The answer goes on "it ..."."""
+    if not target.is_dir():
+        return "is no folder"
+    others = sorted(entry.name for entry in os.scandir(target) if not entry.name.endswith(_TOKEN_FILES))
+    return f"also holds {', '.join(others[:3])}" if others else None
+
+
 @contextmanager
 def _output(plan: TokenizePlan, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
     """OUTPUT.partial under its lock, with the list of finished tasks that belongs to it."""
-    refuse_existing(plan.target, overwrite)
+    refuse_existing(plan.target, overwrite, lost_with_tokens)
     begun = plan.target.with_name(plan.target.name + ".partial") / JOURNAL
     resume = resume and begun.exists()
-    with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite) as folder:
+    with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with_tokens) as folder:
         if not resume:
             for name in ("tokenize", "finish"):
                 shutil.rmtree(plan.logs / name, ignore_errors=True)

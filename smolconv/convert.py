@@ -6,6 +6,7 @@ streams the tensors into ``DST.partial``, reopens what was written, and gives th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from smolconv.checkpoint import (
     cast,
     without_padding,
 )
-from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub import open_source
 from smolconv.layouts.base import ASSET_NAMES, PlannedOutput, ReadOptions
@@ -39,7 +40,7 @@ from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
-from smolconv.storage.manifest import MANIFEST, make_manifest, source_seals
+from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
 from smolconv.storage.output import PlannedFile, WrittenTensor, total_bytes, write_files
 
 #: What a user may ask for with --to; "hf" is a synonym.
@@ -383,12 +384,12 @@ def run_conversion(
     kept as ``DST.failed`` and ``ParityFailed`` is raised. Raises ``MachineError`` and ``UsageError`` before writing.
     """
     started = time.perf_counter()
-    refuse_existing(plan.target, overwrite)
+    refuse_existing(plan.target, overwrite, lost_with)
     workers = workers or default_workers()
     chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
     sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), ASSET_NAMES)
     check = SourceCheck(sealed.seals, plan.source.root)
-    with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite) as folder:
+    with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with) as folder:
         done = [file for file in plan.output.files if str(file.path) in folder.done]
         # What an earlier attempt read of the source was not compared to the end.
         read_again = {seal.path for seal in sealed.seals} if check_source else {leaf.path for leaf in _leaves(done)}
@@ -424,8 +425,7 @@ def run_conversion(
         folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
         verification = None if verifier is None else _verified(plan, folder.partial, verifier)
         if verification is not None and not verification["passed"]:
-            failed = plan.target.with_name(plan.target.name + ".failed")
-            folder.publish(failed)
+            failed = folder.publish_failed()
             raise ParityFailed(
                 f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
                 f"It is kept as {failed}."
@@ -447,6 +447,43 @@ def _unchecked(report: SourceReport) -> list[str]:
         f"{len(names)} digests of the source were not compared, as only parts of their bytes, or not in order, were "
         f"read ({shown}). --check-source reads them whole."
     ]
+
+
+#: What lies beside weights without being read: code of a model, a Trainer's files, documents.
+_BESIDE = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".py", ".yaml")
+_BESIDE_NAMES = (*ASSET_NAMES, MANIFEST, ".gitattributes", "latest", "latest.txt", "latest_universal")
+_BESIDE_FOLDERS = ("random", "lr_scheduler", "optimizer")
+_SHOWN_FILES = 3
+
+
+def lost_with(target: Path) -> str | None:
+    """What would be lost if ``target`` were replaced, beside one checkpoint or what smolconv has written there.
+
+    The answer goes on "it ..."; None when nothing would. A link is as good as what it points to, which stays.
+    """
+    if not target.is_dir():
+        return "is no folder" if target.exists() else "is a link to nothing"
+    known: set[Path] = set()
+    with contextlib.suppress(SmolconvError):
+        manifest = read_manifest(target)
+        known.update(manifest.files if manifest is not None else ())
+    with contextlib.suppress(SmolconvError, OSError):
+        checkpoint = read_checkpoint(target, ReadOptions(check_sidecar=False))
+        known.update((*checkpoint.files, *checkpoint.opened))
+    folders = {target, *(path.parent for path in known)}
+    others: list[str] = []
+    for folder, below, names in os.walk(target):
+        here = Path(folder)
+        for name in sorted(names):
+            path = here / name
+            beside = here in folders or (here.parent in folders and here.name in _BESIDE_FOLDERS)
+            if path not in known and not (beside and (name in _BESIDE_NAMES or path.suffix in _BESIDE)):
+                others.append(str(path.relative_to(target)))
+        if not known and (others or below):
+            return "holds no checkpoint that smolconv can read"
+        if len(others) >= _SHOWN_FILES:
+            break
+    return f"also holds {', '.join(others[:_SHOWN_FILES])}" if others else None
 
 
 def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mapping[str, Any]:

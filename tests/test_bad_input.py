@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smolconv.convert import ConvertOptions, plan_conversion
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
@@ -614,13 +614,145 @@ def test_an_existing_target_is_refused_and_untouched(hf, cli, tmp_path):
 
 
 def test_overwrite_replaces_the_whole_target(hf, cli, tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine")
+    target = Path(shutil.copytree(TP2, tmp_path / "out"))
     assert cli("convert", hf, target, "--to", "nanotron", "--overwrite").code == 0
     convert(hf, tmp_path / "fresh", "nanotron")
     assert files_below(target) == files_below(tmp_path / "fresh")
     assert sorted(os.listdir(tmp_path)) == ["fresh", "hf", "out"]
+
+
+def a_folder_of_notes(target: Path) -> None:
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+
+
+def a_config_without_weights(target: Path) -> None:
+    target.mkdir()
+    shutil.copy(HF / "config.json", target)
+    (target / "data").mkdir()
+    (target / "data/a.json").write_text("{}")
+
+
+def a_file(target: Path) -> None:
+    target.write_text("mine")
+
+
+def a_link_to_notes(target: Path) -> None:
+    a_folder_of_notes(target.with_name("elsewhere"))
+    target.symlink_to(target.with_name("elsewhere"))
+
+
+def a_link_to_nothing(target: Path) -> None:
+    target.symlink_to("nowhere")
+
+
+def notes_beside_a_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+    (target / "mine.txt").write_text("mine")
+
+
+def a_repository_around_a_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+    (target / ".git/objects").mkdir(parents=True)
+    (target / ".git/objects/pack").write_text("history")
+
+
+def other_checkpoints_inside(target: Path) -> None:
+    shutil.copytree(HF, target)
+    shutil.copytree(HF, target / "checkpoint-500")
+
+
+def a_run_of_several_steps(target: Path) -> None:
+    shutil.copytree(TP2, target)
+    shutil.copytree(target / "3", target / "2")
+
+
+def our_output_with_notes(target: Path) -> None:
+    convert(HF, target.with_name("made"), "nanotron")
+    target.with_name("made").rename(target)
+    (target / "3").mkdir(exist_ok=True)
+    (target / "3/thesis.tex").write_text("precious")
+
+
+MINE = [
+    a_folder_of_notes, a_config_without_weights, a_file, a_link_to_notes, a_link_to_nothing, notes_beside_a_checkpoint,
+    a_repository_around_a_checkpoint, other_checkpoints_inside, a_run_of_several_steps, our_output_with_notes,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MINE, ids=lambda make: make.__name__)
+def test_overwrite_replaces_nothing_but_a_checkpoint(make, hf, cli, tmp_path):
+    make(tmp_path / "out")
+    before, link = files_below(tmp_path), os.path.islink(tmp_path / "out")
+    done = cli("convert", hf, tmp_path / "out", "--to", "nanotron", "--overwrite")
+    assert_short_error(done, 2, "UsageError", "lose more than a checkpoint", f"mv {tmp_path / 'out'}")
+    assert (files_below(tmp_path), os.path.islink(tmp_path / "out")) == (before, link)
+
+
+@pytest.mark.parametrize("make", MINE[:1] + MINE[2:3] + MINE[5:], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("words", [{}, {"overwrite": True}], ids=str)
+def test_what_appears_at_the_target_meanwhile_is_not_lost(make, words, hf, cli, tmp_path):
+    target, made = tmp_path / "out", []
+
+    def appear(count: int) -> None:
+        if count and not made:
+            make(target)
+            made.append(files_below(target) if target.is_dir() else target.read_text())
+
+    with pytest.raises(UsageError, match="--resume"):
+        convert(hf, target, "nanotron", progress=appear, workers=1, **words)
+    assert (files_below(target) if target.is_dir() else target.read_text()) == made[0]
+    target.rename(tmp_path / "moved")
+    assert cli("convert", hf, target, "--to", "nanotron", "--resume").code == 0
+    convert(hf, tmp_path / "fresh", "nanotron")
+    assert files_below(target) == files_below(tmp_path / "fresh")
+    assert sorted(os.listdir(tmp_path)) == ["fresh", "hf", "moved", "out"]
+
+
+def test_an_empty_folder_that_appears_meanwhile_stays_empty(hf, tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(UsageError, match="is there already"):
+        convert(hf, target, "nanotron", progress=lambda count: target.mkdir(exist_ok=True) if count else None)
+    assert list(target.iterdir()) == []
+
+
+def test_a_checkpoint_that_gains_a_file_while_it_is_to_be_replaced_is_kept(hf, tmp_path):
+    target = Path(shutil.copytree(TP2, tmp_path / "out"))
+
+    def written(count: int) -> None:
+        if count:
+            (target / "mine.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"mine\.txt"):
+        convert(hf, target, "nanotron", overwrite=True, progress=written)
+    assert (target / "mine.txt").read_text() == "mine" and (target / "3").is_dir()
+
+
+@pytest.mark.parametrize("suffix", ["failed", "smolconv-replaced"])
+def test_a_folder_of_the_users_with_one_of_our_names_is_not_touched(suffix, hf, tmp_path):
+    a_folder_of_notes(tmp_path / f"out.{suffix}")
+    with pytest.raises(ParityFailed, match=r"out\.failed"):
+        convert(hf, tmp_path / "out", "nanotron", verifier=lambda *_: {"passed": False, "reason": "no"})
+    shutil.copytree(TP2, tmp_path / "out")
+    convert(hf, tmp_path / "out", "nanotron", overwrite=True)
+    assert files_below(tmp_path / f"out.{suffix}") == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("edit", ["a card", "a tokenizer", "nothing", "a link"])
+def test_overwrite_replaces_a_checkpoint_with_what_belongs_to_one(edit, hf, tmp_path):
+    target = tmp_path / "out"
+    convert(hf, target, "hf")
+    if edit == "a card":
+        (target / "README.md").write_text("# my model")
+    if edit == "a tokenizer":
+        (target / "tokenizer.json").write_text("{}")
+        (target / "modeling_mine.py").write_text("")
+    if edit == "a link":
+        target.rename(tmp_path / "elsewhere")
+        target.symlink_to(tmp_path / "elsewhere")
+    convert(hf, target, "nanotron", overwrite=True)
+    assert (target / "latest.txt").is_file() and not target.is_symlink()
+    assert (tmp_path / "elsewhere/model.safetensors").is_file() == (edit == "a link")
 
 
 def test_a_failed_overwrite_leaves_the_old_target(hf, cli, tmp_path):

@@ -345,10 +345,14 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 def test_an_existing_output_is_replaced_only_when_asked(tokenizer: Path, tmp_path: Path) -> None:
     source, target = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     target.mkdir()
-    (target / "kept").touch()
+    (target / "old.ds").touch()
     with pytest.raises(UsageError, match="--overwrite"):
         tokenized(source, target, tokenizer)
-    assert [path.name for path in target.iterdir()] == ["kept"]
+    (target / "mine").touch()
+    with pytest.raises(UsageError, match="mine"):
+        tokenized(source, target, tokenizer, run_overwrite=True)
+    assert sorted(path.name for path in target.iterdir()) == ["mine", "old.ds"]
+    (target / "mine").unlink()
     tokenized(source, target, tokenizer, run_overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == [
         f"00000_00000_doc_shuffled.ds{suffix}" for suffix in ("", ".index", ".metadata")

@@ -1,4 +1,4 @@
-"""An output folder that appears under its final name only when it is whole.
+"""An output folder that appears under its final name only when it is whole, and replaces nothing but what it may.
 
 Work happens in ``DST.partial`` under an exclusive lock, with a journal of the files that are finished and on disk. A
 kill, an error or Ctrl-C leaves the partial folder, which ``--resume`` continues when the plan is the same one.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +32,17 @@ _ENTRY_POINTS = ("config.json", "model_config.json", "latest", "latest.txt", "la
 _NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EINVAL)
 
 
-class OutputFolder:
-    """``DST`` while it is being made. Use as a context manager; ``publish`` ends it well."""
+#: What would be lost with a folder or file, in words that go on "...: it "; None when nothing of anybody else's would.
+Loses = Callable[[Path], str | None]
 
-    def __init__(self, target: Path, plan_digest: str, *, resume: bool, overwrite: bool) -> None:
+
+class OutputFolder:
+    """``DST`` while it is being made. Use as a context manager; ``publish`` ends it well.
+
+    ``overwrite`` replaces a target of which ``loses`` says that nothing is lost with it, and no other.
+    """
+
+    def __init__(self, target: Path, plan_digest: str, *, resume: bool, overwrite: bool, loses: Loses) -> None:
         here = Path.cwd()
         if target.name == ".." or target.resolve() in (here, *here.parents):
             raise UsageError(
@@ -43,7 +51,7 @@ class OutputFolder:
             )
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
-        self.plan_digest, self.resume, self.overwrite = plan_digest, resume, overwrite
+        self.plan_digest, self.resume, self.overwrite, self.loses = plan_digest, resume, overwrite, loses
         self.done: dict[str, Sequence[WrittenTensor]] = {}
         self._mutex = threading.Lock()
         self._lock: int | None = None
@@ -71,7 +79,7 @@ class OutputFolder:
         try:
             # Checked under the lock: another process may have published the target a moment ago.
             self._refuse_stale_lock()
-            refuse_existing(self.target, self.overwrite)
+            refuse_existing(self.target, self.overwrite, self.loses)
             self._open_journal()
         except BaseException:
             self._remove_if_empty()
@@ -160,19 +168,42 @@ class OutputFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def publish(self, target: Path | None = None) -> None:
-        """Give the folder its final name (or ``target``'s, for output that failed verification)."""
-        target = self.target if target is None else target
+    def publish(self) -> None:
+        """Give the folder its final name.
+
+        Raises ``UsageError`` when something is there by now that may not be replaced; the partial folder stays whole.
+        """
+        try:
+            refuse_existing(self.target, self.overwrite, self.loses)
+        except UsageError as error:
+            raise UsageError(
+                f"{str(error).splitlines()[0]}\n"
+                f"It appeared or changed while the output was being written, which is whole in {self.partial}.\n"
+                f"Move {self.target} away, then repeat the command with --resume."
+            ) from None
+        self._publish(self.target)
+
+    def publish_failed(self) -> Path:
+        """Give the folder the name of output that did not verify: ``DST.failed``, or with a number."""
+        failed = self._ours_or_free(self.target.with_name(self.target.name + ".failed"))
+        self._publish(failed)
+        return failed
+
+    def _ours_or_free(self, path: Path) -> Path:
+        names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+        return next(name for name in names if not _is_there(name) or self.loses(name) is None)
+
+    def _publish(self, target: Path) -> None:
         for folder, _, _ in os.walk(self.partial):
             sync_folder(Path(folder))
+        # A kill between the two renames leaves it, and the next publication removes it.
+        replaced = self._ours_or_free(target.with_name(target.name + ".smolconv-replaced"))
         os.unlink(self.partial / JOURNAL)
-        # Ours alone by its name: a kill between the two renames leaves it, and the next publication removes it.
-        replaced = target.with_name(target.name + ".smolconv-replaced")
         try:
             if _is_there(target):
                 _remove(replaced)
                 os.rename(target, replaced)
-            os.rename(self.partial, target)
+            os.rename(self.partial, target)  # fails where another folder with anything in it has appeared
         except OSError as error:
             if not _is_there(target) and _is_there(replaced):
                 os.rename(replaced, target)
@@ -239,10 +270,21 @@ def _empty(folder: Path, *, keep: str) -> None:
             _remove(Path(entry.path))
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise ``UsageError`` when something would be overwritten; what an interrupted publication left may be."""
-    if _is_there(target) and not overwrite and not (target / INCOMPLETE).is_file():
+def refuse_existing(target: Path, overwrite: bool, loses: Loses) -> None:
+    """Raise ``UsageError`` when something would be overwritten that may not be.
+
+    What an interrupted publication left may always be; with ``overwrite`` also that of which ``loses`` knows nothing.
+    """
+    if not _is_there(target) or (target / INCOMPLETE).is_file():
+        return
+    if not overwrite:
         raise UsageError(f"{target} is there already. Choose another target, or pass --overwrite to replace it.")
+    if (lost := loses(target)) is not None:
+        raise UsageError(
+            f"{target} is there already, and --overwrite would lose more than a checkpoint: it {lost}.\n"
+            "--overwrite replaces checkpoints and output of smolconv, nothing else.\n"
+            f"Choose another target, or move it away yourself: mv {target} {target}.old"
+        )
 
 
 def refuse_nested(source: Path, target: Path) -> None:
