@@ -26,14 +26,16 @@ from commands import (  # noqa: F401  (they register themselves)
     verify,
 )
 from commands.app import app
-from smolconv.errors import Interrupted, SmolconvError
+from smolconv.errors import Interrupted, SignalReceived, SmolconvError
 
 
 def main() -> None:
     """Run the app and end the process with its exit code."""
-    signal.signal(signal.SIGINT, _interrupt)
+    _listen()
     try:
         app(_common_first(sys.argv[1:]))
+    except SignalReceived as error:
+        _stop(error, Interrupted.exit_code, f"Interrupted: stopped by {error.args[0]}. {_left(sys.argv[1:])}")
     except SmolconvError as error:
         _stop(error, error.exit_code, f"{type(error).__name__}: {error}")
     except BrokenPipeError:
@@ -55,8 +57,31 @@ def _common_first(words: list[str]) -> list[str]:
     return common + [word for word in words[:end] if word not in common] + words[end:]
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by Ctrl-C. Partial output, if any, is kept; --resume continues it.")
+#: What ends a command in good order. A second one ends it at once, which loses nothing either.
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
+
+
+def _listen() -> None:
+    own = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != own:  # a process that was forked off, which its parent ends
+            os.kill(os.getpid(), signum)
+        raise SignalReceived(_SIGNALS[signal.Signals(signum)])
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for SIGHUP
+            signal.signal(number, stop)
+
+
+def _left(words: list[str]) -> str:
+    """What is left of a command that wrote no folder of its own at that moment."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in ("verify", "inspect", "diff", "doctor"):
+        return "Nothing was written. Repeat the command to begin again."
+    return "What was finished stays as it is. Repeat the command to go on."
 
 
 def _advice(error: OSError) -> str:

@@ -97,6 +97,13 @@ class ParityFailed(SmolconvError):
 
 
 class Interrupted(SmolconvError):
-    """The user pressed Ctrl-C."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the command."""
 
     exit_code = 130
+
+
+class SignalReceived(BaseException):
+    """Raised by a signal's handler, wherever the command is at that moment; ``args[0]`` is the signal's name.
+
+    No ``SmolconvError``: whoever expects an error and goes on must not go on after this.
+    """

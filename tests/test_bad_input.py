@@ -953,15 +953,57 @@ def test_the_second_of_two_processes_gives_way_at_once(cli, tmp_path):
     assert files_below(target) == files_below(tmp_path / "fresh")
 
 
-def test_ctrl_c_keeps_the_partial_folder_and_resume_completes(cli, tmp_path):
+@pytest.mark.parametrize(("signum", "name"), [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
+def test_a_signal_keeps_the_partial_folder_and_resume_completes(signum, name, cli, tmp_path):
     target = tmp_path / "out"
     with slow_conversion(target) as process:
         wait_until(lambda: len((partial(target) / "smolconv_journal.jsonl").read_text().splitlines()) > 2
                    if (partial(target) / "smolconv_journal.jsonl").exists() else False)  # fmt: skip
-        process.send_signal(signal.SIGINT)
-        assert_short_error(ended(process), 130, "--resume")
+        process.send_signal(getattr(signal, signum))
+        assert_short_error(ended(process), 130, f"stopped by {name}", str(partial(target)), "--resume")
     assert not target.exists() and partial(target).is_dir()
     assert_resume_completes(cli, target, tmp_path / "fresh")
+
+
+def test_a_conversion_under_nohup_outlives_its_terminal(tmp_path):
+    words = command("convert", TP2, tmp_path / "out", "--to", "hf", "--workers", 1, before=SLOW_DISK)
+    with subprocess.Popen(
+        ["nohup", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(),
+    ) as process:  # fmt: skip
+        wait_until((partial(tmp_path / "out") / "smolconv_journal.jsonl").exists)
+        process.send_signal(signal.SIGHUP)
+        assert ended(process).code == 0
+    assert (tmp_path / "out").is_dir()
+
+
+#: What is read of tensors never comes.
+SLOW_READ = """
+import smolconv.checkpoint, smolconv.storage.integrity, time
+def never(*_):
+    open(WAITING, "w").close()
+    while True:
+        time.sleep(0.05)
+        yield 0, b""
+smolconv.checkpoint._pread = lambda *_: list(never())
+smolconv.storage.integrity._read = never
+"""
+
+
+@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "words", [("verify", TP2, HF, "--tensors-only"), ("inspect", TP2, "--check")], ids=lambda w: w[0]
+)
+def test_a_signal_ends_what_only_reads_and_says_that_nothing_was_written(words, signum, tmp_path):
+    process = subprocess.Popen(
+        command(*words, before=SLOW_READ.replace("WAITING", repr(str(tmp_path / "waiting")))),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path,
+    )  # fmt: skip
+    with process:
+        wait_until((tmp_path / "waiting").exists)
+        process.send_signal(getattr(signal, signum))
+        assert_short_error(ended(process), 130, "stopped by", "Nothing was written")
+    assert os.listdir(tmp_path) == ["waiting"]
 
 
 # --- JSON ---

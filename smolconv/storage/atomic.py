@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smolconv.errors import MachineError, OutputLocked, UsageError
+from smolconv.errors import Interrupted, MachineError, OutputLocked, SignalReceived, UsageError
 from smolconv.storage.output import WrittenTensor
 
 JOURNAL = "smolconv_journal.jsonl"
@@ -92,7 +92,15 @@ class OutputFolder:
     ) -> None:
         if error is not None:
             self._remove_if_empty()
+        kept = self.partial.is_dir()
         self._close()
+        if isinstance(error, SignalReceived):
+            raise Interrupted(
+                f"stopped by {error.args[0]}. "
+                + (f"{len(self.done)} files are whole and kept in {self.partial}.\n"
+                   "Repeat the command with --resume to go on, or without it to begin again." if kept else
+                   f"Nothing is kept: {self.target} had not been begun, or is finished.")
+            ) from None  # fmt: skip
 
     def _ours(self) -> bool:
         if not self.partial.is_dir():

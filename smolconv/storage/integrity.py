@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +82,8 @@ class Seal:
     def algorithm(self) -> str:
         return self.digest.partition(":")[0]
 
-    def differs(self) -> str | None:
-        """Read the bytes, and say how they are not what was recorded; None when they are."""
+    def differs(self, abandoned: Callable[[], bool] = lambda: False) -> str | None:
+        """Read the bytes, and say how they are not what was recorded; None when they are, and when abandoned."""
         hasher = new_hasher(self.algorithm)
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -92,6 +92,8 @@ class Seal:
         try:
             for offset, nbytes in self.ranges:
                 for _, data in _read(descriptor, self.path, offset, nbytes):
+                    if abandoned():
+                        return None
                     hasher.update(data)
         finally:
             os.close(descriptor)
@@ -128,10 +130,15 @@ def archive_seals(paths: Iterable[Path]) -> list[Seal]:
 
 def differences(seals: Sequence[Seal], workers: int) -> list[str]:
     """Read all the bytes, and say which seals no longer hold."""
-    if not seals:
-        return []
+    abandoned = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        return [said for said in pool.map(Seal.differs, seals) if said is not None]
+        try:
+            found = list(pool.map(lambda seal: seal.differs(abandoned.is_set), seals))
+        except BaseException:  # Ctrl-C, or a file that cannot be read: nobody waits for the rest
+            abandoned.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [said for said in found if said is not None]
 
 
 def refuse(where: Path, problems: Sequence[str], advice: str) -> None:
