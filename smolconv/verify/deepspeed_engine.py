@@ -43,7 +43,9 @@ def main(work: Path) -> None:
     if path is None:
         raise SystemExit(f"DeepSpeed found nothing to load in {job['load_dir']}, tag {job['tag']}")
     engine.eval()
-    tokens, positions = (torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False)) for name in ("tokens", "positions"))
+    tokens, positions = (
+        torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False)) for name in ("tokens", "positions")
+    )
     with torch.no_grad():
         logits = engine(input_ids=tokens, position_ids=positions, use_cache=False).logits
     if rank == 0:

@@ -161,7 +161,11 @@ def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: 
             with path.open("wb") as log:
                 processes.append(
                     subprocess.Popen(
-                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=safe_environment({**os.environ, **environment})
+                        command,
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        env=safe_environment({**os.environ, **environment}),
                     )
                 )
         failed = _first_failure(processes)

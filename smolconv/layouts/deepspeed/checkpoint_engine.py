@@ -67,7 +67,7 @@ def deepspeed_classes() -> Mapping[tuple[str, str], Callable[..., object]]:
 
 def _maker(cls: type) -> Callable[..., object]:
     def make(*args: object) -> object:
-        return cls(*args) if args else cls.__new__(cls)  # pickle's way: the state follows
+        return cls(*args) if args else object.__new__(cls)  # pickle's way: the state follows
 
     return make
 
