@@ -174,7 +174,7 @@ def _compare_documents(folder: Path, state: RunState) -> None:
 
 
 def check_bytes(contents: Contents, name: str) -> None:
-    """Read a whole file. Raises ``BadCheckpoint`` where it no longer holds what was saved, or asks for what is unsafe."""
+    """Read a whole file. Raises ``BadCheckpoint`` where it does not hold what was saved, or asks for what is unsafe."""
     path = contents.folder / name
     try:
         if name.endswith(".pt"):

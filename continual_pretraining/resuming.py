@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one that is asked for, when it is whole. All ranks read it before they train.
+"""Which checkpoint a run goes on from: the one that is asked for, when it is whole. All ranks read it before training.
 
 A damaged checkpoint would train on: a flipped bit in Adam's state changes the losses, or makes them infinite some steps
 later, and nothing says why.
@@ -66,8 +66,8 @@ def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE)
     """Find the checkpoint, read all of it, and say what the run goes on from. All ranks call this.
 
     With ``checkpoints.on_damage: previous`` and ``--resume auto`` a damaged checkpoint of the run's own is passed over
-    for the newest whole one before it. Raises, on all ranks, ``BadCheckpoint`` and its kinds otherwise, with the name of
-    that one; a folder that holds a file of others is never passed over.
+    for the newest whole one before it. Raises, on all ranks, ``BadCheckpoint`` and its kinds otherwise, with the name
+    of that one; a folder that holds a file of others is never passed over.
     """
     asked = ranks.from_first(lambda: find_resume(run, resume))
     if asked is None:

@@ -41,8 +41,8 @@ class _Writer:
     """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
-    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name; its digest
-    is taken on the way.
+    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name. Its
+    digest is taken on the way.
     """
 
     def __init__(self, engine: Any) -> None:

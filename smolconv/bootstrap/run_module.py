@@ -1,8 +1,8 @@
-"""Run a module as ``python -m`` does, but without the working folder on its path: ``run_module.py [--in DIR] MODULE ...``.
+"""Run a module as ``python -m`` does, but without the working folder on its path: ``[--in FOLDER] MODULE WORDS...``.
 
-``python -m`` puts the working folder first on ``sys.path``, so that a ``queue.py`` beside a recipe is imported in place of
-the standard library's. Python 3.11 has ``-P`` against it, 3.10 has nothing. A script's path begins with the script's own
-folder instead: that is this one, in which nothing else may ever lie. ``--in`` changes the working folder first.
+``python -m`` puts the working folder first on ``sys.path``, so that a ``queue.py`` beside a recipe is imported in place
+of the standard library's. Python 3.11 has ``-P`` against it, 3.10 has nothing. A script's path begins with the script's
+own folder instead: that is this one, in which nothing else may ever lie. ``--in`` changes the working folder first.
 """
 
 import os

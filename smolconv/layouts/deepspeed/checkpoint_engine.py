@@ -1,8 +1,8 @@
-"""What DeepSpeed loads and saves its files with in our processes: it never unpickles freely, and knows each file's digest.
+"""What DeepSpeed loads and saves its files with in our processes: without unpickling freely, and with digests.
 
-DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs whatever a file asks for. An engine
-of ours has its ``checkpoint_engine`` replaced before it loads. Files are then read by ``read_torch_archive``, the reader
-that has looked at them before, so that both see the same bytes; torch's own unpickler takes no part.
+DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs whatever a file asks for. An
+engine of ours has its ``checkpoint_engine`` replaced before it loads. Files are then read by ``read_torch_archive``,
+the reader that has looked at them before, so that both see the same bytes; torch's own unpickler takes no part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FileDigest:
 
 
 class CheckpointEngine:
-    """Takes the place of a DeepSpeed engine's ``checkpoint_engine``; what it does not do itself the one before it does."""
+    """Takes the place of a DeepSpeed engine's ``checkpoint_engine``; the one before it does what this one does not."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
