@@ -117,7 +117,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def examine(folder: Path) -> Contents:
-    """Look at everything but the bytes of tensors: names, sizes, documents, and what they say of each other.
+    """Look at the names and sizes of all files, and at the run's own documents.
 
     Raises ``BadCheckpoint`` and its kinds for a checkpoint that is not what the trainer saved.
     """
@@ -143,7 +143,6 @@ def examine(folder: Path) -> Contents:
             f"{unlisted[0]} in {folder.name} was not saved with it: {MANIFEST} does not list it.\n"
             f"A run goes on only from what it saved itself: {folder / unlisted[0]}.\nMove it out of the folder."
         )
-    _compare_documents(folder, state)
     return Contents(
         folder=folder, state=state, bytes_by_name=sizes, digests={name: file.digest for name, file in recorded.items()}
     )
@@ -158,8 +157,12 @@ def read_own(folder: Path) -> Checkpoint:
     return replace(found, assets={name: path for name, path in found.assets.items() if path.parent == folder})
 
 
-def _compare_documents(folder: Path, state: RunState) -> None:
-    """What DeepSpeed's files say of the step and its ranks must be what ``trainer.json`` says."""
+def compare_documents(contents: Contents) -> None:
+    """What DeepSpeed's files say of the step and its ranks must be what ``trainer.json`` says.
+
+    Raises ``MixedCheckpoint`` where it is not, and what ``read_deepspeed`` raises.
+    """
+    folder, state = contents.folder, contents.state
     checkpoint = read_own(folder)
     found, topology = checkpoint.progress, checkpoint.topology
     ranks = topology.world_size if state.zero_stage else state.world_size  # one file for all ranks
@@ -176,21 +179,15 @@ def _compare_documents(folder: Path, state: RunState) -> None:
 def check_bytes(contents: Contents, name: str) -> None:
     """Read a whole file. Raises ``BadCheckpoint`` where it does not hold what was saved, or asks for what is unsafe."""
     path = contents.folder / name
-    try:
-        if name.endswith(".pt"):
-            read_torch_archive(path, allow=STAND_INS)
-        if name in contents.digests:
-            if digest_file(path).digest != contents.digests[name]:
-                raise DigestMismatch(
-                    f"{name} in {contents.folder.name} is damaged: its bytes are not those that were saved.\n"
-                    f"The digest {contents.digests[name]} was expected of {path}."
-                )
-        elif name.endswith(".pt"):
+    if name in contents.digests and digest_file(path).digest != contents.digests[name]:
+        raise DigestMismatch(
+            f"{name} in {contents.folder.name} is damaged: its bytes are not those that were saved.\n"
+            f"The digest {contents.digests[name]} was expected of {path}."
+        )
+    if name.endswith(".pt"):
+        read_torch_archive(path, allow=STAND_INS)
+        if name not in contents.digests:
             _check_records(path)
-    except BadCheckpoint as error:
-        if str(error).startswith(str(path)):
-            raise type(error)(f"{name} in {contents.folder.name} is damaged.\n{error}") from None
-        raise
 
 
 def _check_records(path: Path) -> None:

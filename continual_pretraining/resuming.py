@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
-from continual_pretraining.checkpoint_files import Contents, examine, problem_in, refuse_foreign, share_of
+from continual_pretraining.checkpoint_files import compare_documents, examine, problem_in, refuse_foreign, share_of
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.run_checkpoints import FOLDER, chosen, earlier_steps, find_resume
 from smolconv.errors import BadCheckpoint, MachineError, SmolconvError
@@ -86,37 +86,48 @@ def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE)
             break
     own = resume == "auto" and asked.parent.resolve() == (run / FOLDER).resolve()
     if earlier is not None and own and recipe.checkpoints.on_damage == "previous":
-        first = str(problem).splitlines()[0]
+        first = _short(problem, asked)[0].rstrip(".")
         back = f"went back to {earlier.name}: {first} (checkpoints.on_damage: previous)"
         return Origin(checkpoint=earlier, went_back=back, notes=notes)
-    ranks.from_first(lambda: _raise(_refusal(problem, run, earlier, own)))
+    ranks.from_first(lambda: _raise(_refusal(problem, asked, run, earlier, own)))
     raise AssertionError("from_first raises on every rank")
 
 
 def _look(folder: Path, ranks: Together) -> tuple[SmolconvError | None, tuple[str, ...]]:
     """What is wrong with a checkpoint, the same on all ranks, and what is to be said of one that is whole."""
-    contents, problem = ranks.from_first(lambda: _examined(folder))
+    contents, problem = ranks.from_first(lambda: _tried(lambda: examine(folder), folder))
     if contents is None:
         return problem, ()
     mine = problem_in(contents, share_of(contents, ranks.rank, ranks.world_size))
     ranks.barrier()  # of more patience than what follows: a rank may read for long
     problem = next((found for found in ranks.everyone(mine) if found is not None), None)
-    if contents.digests:
+    if problem is None:
+        _, problem = ranks.from_first(lambda: _tried(lambda: compare_documents(contents), folder))
+    if problem is not None:
         return problem, ()
+    if contents.digests:
+        return None, ()
     note = f"{folder.name} was saved without digests: its archives were compared with their own checksums only"
-    return problem, (note,)
+    return None, (note,)
 
 
-def _examined(folder: Path) -> tuple[Contents | None, SmolconvError | None]:
+def _tried(make: Callable[[], T], folder: Path) -> tuple[T | None, SmolconvError | None]:
     try:
-        return examine(folder), None
+        return make(), None
     except SmolconvError as error:
         return None, error
     except OSError as error:
         return None, MachineError(f"{folder} cannot be read: {error}.")
 
 
-def _refusal(problem: SmolconvError, run: Path, earlier: Path | None, own: bool) -> SmolconvError:
+def _short(problem: SmolconvError, folder: Path) -> list[str]:
+    """The lines of an error; the first stands alone, without the folder's path that a reader puts before names."""
+    first, *rest = str(problem).splitlines()
+    shorter = first.replace(str(folder), folder.name)
+    return [first, *rest] if shorter == first else [shorter, f"It lies in {folder}.", *rest]
+
+
+def _refusal(problem: SmolconvError, asked: Path, run: Path, earlier: Path | None, own: bool) -> SmolconvError:
     """The problem, with what to do about it."""
     if earlier is None:
         advice = (
@@ -127,7 +138,7 @@ def _refusal(problem: SmolconvError, run: Path, earlier: Path | None, own: bool)
         advice += ", or set checkpoints.on_damage: previous." if own else "."
     if own and chosen(run) is not None:
         advice += f"\nAn earlier start was told to go on from it; nothing was saved since ({run})."
-    return type(problem)(f"{problem}\n{advice}")
+    return type(problem)("\n".join([*_short(problem, asked), advice]))
 
 
 def _raise(error: SmolconvError) -> NoReturn:

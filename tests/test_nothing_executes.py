@@ -171,14 +171,17 @@ def test_what_deepspeed_saves_comes_back_as_torch_itself_loads_it(tmp_path):
 
     flat = torch.arange(24, dtype=torch.float32)
     content = {
-        "scaler": LossScaler(4.0), "dynamic": DynamicLossScaler(init_scale=8.0, scale_factor=2.0),
+        "scaler": LossScaler(4.0), "dynamic": DynamicLossScaler(init_scale=8.0, scale_window=10, min_scale=1, raise_error_at_min_scale=True, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.half),
         "stage": ZeroStageEnum.gradients, "flat": flat, "view": flat[4:16].view(3, 4).t(), "empty": torch.empty(0, 3),
         "bf16": flat.bfloat16(), "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "step": torch.tensor(3.0),
         "groups": [{"betas": (0.9, 0.95), "params": [0, 1]}],
     }  # fmt: skip
     written = CheckpointEngine(None).save(content, str(tmp_path / "a.pt"))
     assert written == digest_file(tmp_path / "a.pt")
-    ours, theirs = CheckpointEngine(None).load(str(tmp_path / "a.pt")), torch.load(tmp_path / "a.pt", weights_only=False)
+    ours, theirs = (
+        CheckpointEngine(None).load(str(tmp_path / "a.pt")),
+        torch.load(tmp_path / "a.pt", weights_only=False),
+    )
     for name in ("flat", "view", "empty", "bf16", "step"):
         assert torch.equal(ours[name], theirs[name]) and ours[name].stride() == theirs[name].stride()
     assert ours["view"].untyped_storage().data_ptr() == ours["flat"].untyped_storage().data_ptr()
@@ -385,9 +388,7 @@ def test_a_file_of_any_rank_is_looked_into_before_the_engine_starts(name, canary
     as_zip({"module": {}, "code": Touch(canary)}, found)  # after it was read: a race
     monkeypatch.setattr("smolconv.verify.engines._run_all", lambda *_: pytest.fail("a rank was started"))
     rows = choose_rows(vocab_size=256, max_positions=64, tokenizer=None, length=8)
-    with pytest.raises(UnsafePickle, match=found.name), engine_logits(
-        "deepspeed", checkpoint, folder, options, rows
-    ):
+    with pytest.raises(UnsafePickle, match=found.name), engine_logits("deepspeed", checkpoint, folder, options, rows):
         pass
 
 
