@@ -140,7 +140,7 @@ def find_resume(run: Path, resume: str) -> Path | None:
     if resume == "auto":
         return chosen(run) or latest(run)
     path = Path(resume)
-    found = latest(path) if (path / FOLDER).is_dir() else path
+    found = latest(path) if (path / FOLDER).is_dir() and not (path / STATE).exists() else path
     if found is None or not found.is_dir():
         raise MissingFile(f"--resume {resume}: no checkpoint is there. Name a step-N folder, or a run's folder.")
     return found

@@ -43,7 +43,7 @@ from continual_pretraining.spikes import SpikeDetector
 from continual_pretraining.start import StartPoint, first_micro_batch, groups_of
 from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
-from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
+from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
 from smolconv.spec import ModelSpec, spec_from_hf
 
 #: How many micro-batches without a finite loss an error lists.
@@ -103,7 +103,7 @@ class Trainer:
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
         )
-        engine.checkpoint_engine = CheckpointEngine(engine.checkpoint_engine)  # DeepSpeed's own would unpickle freely
+        replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
         if self.ranks.world_size == 1:
             # Nothing to sum: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back.
             engine.buffered_allreduce_fallback = lambda **_: None

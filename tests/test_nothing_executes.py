@@ -320,6 +320,27 @@ def test_a_run_that_is_told_to_go_on_from_code_ends_with_3_on_all_its_ranks(rank
     assert ended.code == 3 and "Nothing was executed" in ended.message and OPTIMIZER.format(1) in ended.message
 
 
+def test_a_pattern_in_the_runs_path_leads_to_no_other_folder(trained, tokens, tmp_path):
+    """DeepSpeed takes the path of a model file for a pattern, and ``run[1]`` is one for ``run1``."""
+    run = Path(shutil.copytree(trained, tmp_path / "run[1]*"))
+    other = Path(shutil.copytree(trained, tmp_path / "run1"))
+    model = step_folder(other, 2) / MODEL
+    content = torch.load(model, weights_only=False)
+    torch.save({**content, "module": {name: tensor * 2 for name, tensor in content["module"].items()}}, model)
+    succeeded(work(document(tokens, schedule={"train_steps": 3}), run, 2))
+    plain = Path(shutil.copytree(trained, tmp_path / "plain"))
+    succeeded(work(document(tokens, schedule={"train_steps": 3}), plain, 2))
+    assert losses(run) == losses(plain)
+
+
+def test_a_run_within_a_steps_folder_is_not_taken_for_the_step(trained, run, tokens, canary):
+    folder = step_folder(run, 2)
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    as_zip({"module": {}, "code": Touch(canary)}, folder / "checkpoints" / "step-2" / MODEL)
+    with pytest.raises(MixedCheckpoint, match="checkpoints in step-2"):
+        prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 2, str(folder))
+
+
 #: Whatever reads a file by torch's own means ends the process.
 NO_TORCH_LOAD = """
 import os, torch

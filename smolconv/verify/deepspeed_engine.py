@@ -24,7 +24,7 @@ def main(work: Path) -> None:
     import deepspeed.ops  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
-    from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine  # noqa: PLC0415
+    from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine  # noqa: PLC0415
 
     # Its shared-memory operations are compiled at the first start, for a minute, and one forward needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -38,7 +38,7 @@ def main(work: Path) -> None:
         parameters[name].requires_grad_(False)
     groups = [{"params": [parameters[name] for name in names]} for names in job["groups"]]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=_ds_config(job))
-    engine.checkpoint_engine = CheckpointEngine(engine.checkpoint_engine)  # DeepSpeed's own would unpickle freely
+    replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
     path, _ = engine.load_checkpoint(job["load_dir"], tag=job["tag"])
     if path is None:
         raise SystemExit(f"DeepSpeed found nothing to load in {job['load_dir']}, tag {job['tag']}")
