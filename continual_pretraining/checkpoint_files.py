@@ -222,8 +222,15 @@ def problem_in(contents: Contents, names: list[str]) -> SmolconvError | None:
         except SmolconvError as error:
             return error
         except OSError as error:
-            return MachineError(f"{contents.folder / name} cannot be read: {error}.")
+            return unreadable(contents.folder / name, error)
     return None
+
+
+def unreadable(path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"{path.name} cannot be read: {error.strerror or error}.\nA readable file was expected: {path}.\n"
+        "Check its permissions and the disk, or go on from an earlier checkpoint with --resume PATH."
+    )
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------

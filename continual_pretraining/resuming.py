@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
-from continual_pretraining.checkpoint_files import compare_documents, examine, problem_in, refuse_foreign, share_of
+from continual_pretraining.checkpoint_files import (
+    compare_documents,
+    examine,
+    problem_in,
+    refuse_foreign,
+    share_of,
+    unreadable,
+)
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.run_checkpoints import FOLDER, chosen, earlier_steps, find_resume
-from smolconv.errors import BadCheckpoint, MachineError, SmolconvError
+from smolconv.errors import BadCheckpoint, SmolconvError
 
 T = TypeVar("T")
 
@@ -117,7 +124,7 @@ def _tried(make: Callable[[], T], folder: Path) -> tuple[T | None, SmolconvError
     except SmolconvError as error:
         return None, error
     except OSError as error:
-        return None, MachineError(f"{folder} cannot be read: {error}.")
+        return None, unreadable(folder, error)
 
 
 def _short(problem: SmolconvError, folder: Path) -> list[str]:
