@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,11 @@ def sources() -> list[Path]:
     return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def dotted(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
@@ -92,7 +98,7 @@ def named(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 def found() -> dict[tuple[str, str], list[int]]:
     places: dict[tuple[str, str], list[int]] = {}
     for path in sources():
-        for name, node in named(ast.parse(path.read_text())):
+        for name, node in named(parsed(path)):
             key = (str(path.relative_to(ROOT)), name)
             places.setdefault(key, []).append(getattr(node, "lineno", 0))
     return places
@@ -117,7 +123,7 @@ def test_the_keywords_that_make_a_call_safe_are_there(name):
     calls = [
         (path, node)
         for path in sources()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and dotted(node.func) == name
     ]
     assert calls
@@ -141,7 +147,7 @@ def test_no_engine_of_ours_asks_for_a_universal_checkpoint_or_another_checkpoint
         (path.name, node.value)
         for path in sources()
         if path.parts[-2] != "benchmarks" and "layouts" not in path.parts
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant) and node.value in keys
     ]
     assert named_keys == []
@@ -158,7 +164,7 @@ def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():
         str(path.relative_to(ROOT))
         for path in sources()
         if path.parts[len(ROOT.parts)] != "benchmarks"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Attribute) and dotted(node) == "sys.executable"
     }
     assert places == set(allowed)
