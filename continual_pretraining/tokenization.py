@@ -208,7 +208,7 @@ def submit_to_slurm(
         "partition": slurm.partition,
         "mem_per_cpu_gb": slurm.mem_per_cpu_gb,
         "qos": slurm.qos or "",
-        "env_command": f"export PYTHONSAFEPATH=1 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+        "env_command": f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PYTHONSAFEPATH=1",
         "sbatch_args": {"kill-on-invalid-dep": "yes"} | ({"account": slurm.account} if slurm.account else {}),
     }
     with _output(plan, overwrite=overwrite, resume=resume) as folder:
