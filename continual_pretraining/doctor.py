@@ -24,6 +24,7 @@ from typing import Any
 
 from continual_pretraining.ranks import NVIDIA
 from smolconv import __version__
+from smolconv.processes import EMPTY_FOLDER, safe_environment
 
 #: The extra that each command needs besides the base installation; None: nothing.
 EXTRAS: Mapping[str, str | None] = {
@@ -181,12 +182,12 @@ def _import_problem(name: str) -> str | None:
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str] | None:
-    """Run it as a command would; None when it does not end."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Run it as a command would, in a folder that nothing is imported from; None when it does not end."""
+    environment = safe_environment({**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     try:
         return subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=_IMPORT_SECONDS,
-            check=False,
+            check=False, cwd=EMPTY_FOLDER,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None

@@ -1,8 +1,10 @@
 """Starting a run's ranks, watching them, and saying how they ended: here, by torchrun, by DeepSpeed, or in Slurm.
 
-Every rank is ``python -m continual_pretraining.worker RUN``. Locally its parent is the launcher. With torchrun,
-DeepSpeed and Slurm it is ``python -m continual_pretraining.launch RUN``, one beside each rank, because those launchers
-turn every failure into exit code 1. It keeps the log, passes signals on, and leaves ``logs/ends/ATTEMPT/rank-N.json``.
+Every rank is the module ``continual_pretraining.worker``. Locally its parent is the launcher. With torchrun, DeepSpeed
+and Slurm it is the module ``continual_pretraining.launch``, one beside each rank, because those launchers turn every
+failure into exit code 1. It keeps the log, passes signals on, and leaves ``logs/ends/ATTEMPT/rank-N.json``.
+
+All of them are started through ``smolconv/bootstrap``: nothing is imported from the folder that the user is in.
 
 An attempt is one start of a run. A second start that meets the first one's lock fails, in the same folder and at the
 same time, and neither may take the other's end for its own.
@@ -40,6 +42,7 @@ from continual_pretraining.ranks import ATTEMPT
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import load_recipe
 from smolconv.errors import Interrupted, MachineError, SmolconvError, UsageError
+from smolconv.processes import EMPTY_FOLDER, module_words, safe_environment, script_words
 
 WORKER = "continual_pretraining.worker"
 SAVED = 75  #: a rank's exit code after a signal and a good save
@@ -57,6 +60,8 @@ _LAUNCHER_PID = "SMOLCONV_LAUNCHER_PID"
 _ATTEMPT_FILE = "SMOLCONV_ATTEMPT_FILE"
 #: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
 _FAILED = "failed"
+#: Variables for other nodes, which DeepSpeed's front end reads: DEEPSPEED_ENVIRONMENT_NAME in launcher/runner.py.
+_DEEPSPEED_VARIABLES = ".deepspeed_env"
 _KILLED = "the ranks were killed by a second Ctrl-C; checkpoints are as they were."
 
 
@@ -134,19 +139,21 @@ def launch_command(recipe: Recipe, run: Path, *, resume: str = "auto", worker: s
     beside = ["continual_pretraining.launch", *rank, *(["--worker", worker] if worker != WORKER else [])]
     launcher = recipe.launch.launcher
     if launcher == "local":
-        return [sys.executable, "-m", worker, *rank]
+        return module_words(worker, *rank)
     if launcher == "deepspeed":
-        words = [sys.executable, "-m", "deepspeed.launcher.runner", *_deepspeed_slots(recipe, placed)]
+        # Its front end starts `python -m` itself, and puts its working folder on PYTHONPATH for several nodes. So it
+        # works in an empty folder, and the ranks return from there.
+        words = module_words("deepspeed.launcher.runner", folder=EMPTY_FOLDER) + _deepspeed_slots(recipe, placed)
         words += ["--master_port", str(_free_port()), "--no_local_rank"]
-        words += ["--hostfile", recipe.launch.hostfile] if recipe.launch.hostfile else []
-        return [*words, "--log_level", "error", "--module", *beside]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(placed.nodes)]
+        words += ["--hostfile", str(Path(recipe.launch.hostfile).absolute())] if recipe.launch.hostfile else []
+        return [*words, "--log_level", "error", *script_words(*beside, folder=Path.cwd())]
+    words = module_words("torch.distributed.run", "--nnodes", str(placed.nodes))
     words += ["--nproc-per-node", str(placed.ranks_per_node), "--max-restarts", "0"]
     if launcher == "torchrun" and placed.nodes == 1:
         words += ["--standalone"]
     elif launcher == "torchrun":
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(recipe.launch.rendezvous), "--rdzv-id", recipe.name]
-    return [*words, "-m", *beside]
+    return [*words, *script_words(*beside)]
 
 
 def _deepspeed_slots(recipe: Recipe, placed: Placement) -> list[str]:
@@ -199,7 +206,8 @@ def rank_environment(recipe: Recipe, local_world_size: int) -> dict[str, str]:
     The recipe alone decides the threads: sums on CPU depend on them, and a resumed run shall give the same bits.
     """
     threads = recipe.parallelism.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **recipe.launch.environment}
+    given = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **recipe.launch.environment}
+    return safe_environment(given)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -567,6 +575,8 @@ def _run_launcher(recipe: Recipe, run: Path, placed: Placement, words: Sequence[
         _LAUNCHER_PID: str(os.getpid()),
     }
     deepspeed = recipe.launch.launcher == "deepspeed"
+    if deepspeed and Path(_DEEPSPEED_VARIABLES).is_file():  # looked for in the working folder, which is another there
+        environment.setdefault("DS_ENV_FILE", os.path.abspath(_DEEPSPEED_VARIABLES))
     with tempfile.TemporaryDirectory() as private, _signals() as (wakeup, received):
         told = Path(private) / "attempt"
         if deepspeed or placed.nodes == 1:
@@ -640,7 +650,7 @@ def _beside_a_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
 
     own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
     environment = {**rank_environment(recipe, int(local_world_size)), **own}
-    words = [sys.executable, "-m", worker, str(run), "--resume", resume]
+    words = module_words(worker, str(run), "--resume", resume)
     ends = run_ranks(words, {rank: environment}, run, abandoned=abandoned)
     if not ends:  # we had to kill it, so another has the reason
         return SmolconvError.exit_code

@@ -171,6 +171,7 @@ class Checkpoints(Section):
     keep: Positive | None = None  #: how many of the newest stay; None: all
     keep_every_steps: Positive | None = None  #: these stay whatever ``keep`` says
     on_full_disk: Literal["stop", "continue"] = "stop"
+    on_damage: Literal["stop", "previous"] = "stop"  #: the latest is damaged: refuse, or go on from one before it
 
 
 class Logging(Section):

@@ -15,15 +15,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from continual_pretraining.recipe import Checkpoints
-from smolconv.errors import MissingFile
+from smolconv.errors import CorruptFile, MissingFile
 from smolconv.layouts.base import read_json
-from smolconv.layouts.documents import understood
+from smolconv.layouts.documents import is_count, understood
 from smolconv.storage.atomic import sync_folder
 
 FOLDER = "checkpoints"
@@ -31,8 +31,9 @@ LATEST = "latest"
 STATE = "trainer.json"
 #: Below the run's folder: the checkpoint that --resume named, until the first save after it.
 RESUME_FROM = "resume-from"
-_STEP = re.compile(r"step-(\d+)")
-_LEFT = re.compile(r"step-(\d+)\.left-(\d+)")
+_MOST_RANKS = 1 << 20
+_STEP = re.compile(r"step-(\d{1,18})")
+_LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,14 @@ class RunState:
     global_batch_sequences: int
     spikes: Mapping[str, Any]
     skipped_steps: int = 0
+    manifest: bool = True  #: lists the files and their digests; early versions wrote none
+
+    def __post_init__(self) -> None:
+        counts = {"step": self.step, "world_size": self.world_size, "skipped_steps": self.skipped_steps}
+        if wrong := [name for name, value in counts.items() if not is_count(value) or value > 1 << 40]:
+            raise ValueError(f"{wrong[0]} is {counts[wrong[0]]!r:.60}, expected a count")
+        if self.zero_stage not in (0, 1, 2, 3) or not 1 <= self.world_size <= _MOST_RANKS:
+            raise ValueError(f"no run has ZeRO stage {self.zero_stage!r:.60} and {self.world_size} ranks")
 
     def write(self, folder: Path) -> None:
         write_text(folder / STATE, json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n")
@@ -61,7 +70,7 @@ class RunState:
                 f"{folder} has no {STATE}: it was not saved by smolconv continue-train.\n"
                 "To start from it, name it as model.source; its optimizer is taken with start.optimizer."
             )
-        document = read_json(path)
+        document = {"manifest": False, **read_json(path)}
         document.pop("schema", None)
         with understood(path):
             return RunState(**document)
@@ -89,14 +98,36 @@ def latest(run: Path) -> Path | None:
     pointer = run / FOLDER / LATEST
     if not pointer.is_file():
         return None
-    folder = pointer.parent / pointer.read_text().strip()
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CorruptFile(
+            f"{pointer} holds {name!r:.60}; the name of a folder beside it, as step-1000, was expected.\n"
+            f"Whole checkpoints: {_named(saved_steps(run))}. Write one of these into it."
+        )
+    folder = pointer.parent / name
     if not folder.is_dir():
-        whole = ", ".join(f"step-{step}" for step in saved_steps(run)) or "none"
         raise MissingFile(
-            f"{pointer} names {folder.name}, which is not there; whole checkpoints: {whole}.\n"
+            f"{pointer} names {folder.name}, which is not there; whole checkpoints: {_named(saved_steps(run))}.\n"
             f"Write one of these into {pointer}, or start anew with --resume never and another --output."
         )
     return folder
+
+
+def _named(steps: Sequence[int]) -> str:
+    return ", ".join(f"step-{step}" for step in steps) or "none"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after, also when it was set aside; None for other names."""
+    match = _STEP.fullmatch(folder.name) or _LEFT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def earlier_steps(checkpoint: Path) -> list[Path]:
+    """The whole folders beside a step's that were saved before it, the newest first."""
+    step = step_of(checkpoint)
+    beside = [] if step is None else saved_steps(checkpoint.parent.parent)
+    return [checkpoint.with_name(f"step-{other}") for other in reversed(beside) if step is not None and other < step]
 
 
 def find_resume(run: Path, resume: str) -> Path | None:
@@ -109,7 +140,7 @@ def find_resume(run: Path, resume: str) -> Path | None:
     if resume == "auto":
         return chosen(run) or latest(run)
     path = Path(resume)
-    found = latest(path) if (path / FOLDER).is_dir() else path
+    found = latest(path) if (path / FOLDER).is_dir() and not (path / STATE).exists() else path
     if found is None or not found.is_dir():
         raise MissingFile(f"--resume {resume}: no checkpoint is there. Name a step-N folder, or a run's folder.")
     return found
@@ -129,7 +160,7 @@ def chosen(run: Path) -> Path | None:
     record = run / RESUME_FROM
     if not record.is_file():
         return None
-    folder = run / record.read_text(encoding="utf-8").strip()
+    folder = run / record.read_bytes().decode(errors="replace").strip()
     if not folder.is_dir():
         raise MissingFile(
             f"an earlier start was told to go on from {folder}, which is not there; nothing was saved since.\n"

@@ -14,7 +14,7 @@ from typing import Any
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe, load_recipe
 from continual_pretraining.run_checkpoints import FOLDER, STATE, RunState, find_resume, latest
-from smolconv.errors import OutputLocked, UsageError
+from smolconv.errors import BadCheckpoint, OutputLocked, UsageError
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
@@ -89,7 +89,10 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
 
 def _completed(checkpoint: Path) -> int | None:
     """The step that a checkpoint was saved after; None where it does not say, which the ranks will refuse."""
-    return RunState.read(checkpoint).step if (checkpoint / STATE).is_file() else None
+    try:
+        return RunState.read(checkpoint).step if (checkpoint / STATE).is_file() else None
+    except BadCheckpoint:
+        return None
 
 
 def _begun(recipe: Recipe, step: int | None) -> Recipe:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from continual_pretraining.checkpoint_files import CONFIG, random_file, write_manifest
 from continual_pretraining.ranks import Ranks
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.run_checkpoints import (
+    STATE,
     RunState,
     left_behind,
     prune,
@@ -26,20 +27,28 @@ from continual_pretraining.start import FOLDER as START
 from continual_pretraining.start import StartPoint
 from smolconv import __version__
 from smolconv.checkpoint import TrainingProgress
-from smolconv.errors import CorruptFile, MachineError
-from smolconv.storage.atomic import sync_file, sync_folder
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError
+from smolconv.layouts.deepspeed.checkpoint_engine import (
+    FileDigest,
+    digest_file,
+    load_torch_archive,
+    save_torch_archive,
+)
+from smolconv.storage.atomic import sync_folder
 
 
 class _Writer:
     """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
-    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name.
+    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name. Its
+    digest is taken on the way.
     """
 
     def __init__(self, engine: Any) -> None:
         self.inner = engine
         self.error: Exception | None = None
+        self.files: dict[str, FileDigest] = {}  #: what this rank wrote, by name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -54,8 +63,7 @@ class _Writer:
 
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
         def write() -> None:
-            self.inner.save(state_dict, path)
-            sync_file(Path(path))
+            self.files[Path(path).name] = self.inner.save(state_dict, path)
 
         self.attempt(write)
 
@@ -97,13 +105,15 @@ def save_run(
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
     finally:
         engine.checkpoint_engine = writer.inner
-    writer.attempt(lambda: _write_random(partial, ranks))
+    writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
     if ranks.first:
-        writer.attempt(lambda: _write_documents(partial, start, state))
-    failures = [text for text in ranks.everyone(_reason(writer.error)) if text]
+        writer.attempt(lambda: writer.files.update(_write_documents(partial, start, state)))
+    ended = ranks.everyone((_reason(writer.error), writer.files))
+    failures = [text for text, _ in ended if text]
     failure, notes = failures[0] if failures else None, list[str]()
     if failure is None:
-        failure, notes = ranks.from_first(lambda: _publish_and_clean(recipe, run, state.step, after))
+        files = {name: digest for _, written in ended for name, digest in written.items()}
+        failure, notes = ranks.from_first(lambda: _publish_and_clean(recipe, run, partial, state.step, after, files))
     if failure is not None:
         if ranks.first:
             remove_partial(run)
@@ -119,13 +129,16 @@ def _reason(error: Exception | None) -> str | None:
     return None if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _publish_and_clean(recipe: Recipe, run: Path, step: int, after: int) -> tuple[str | None, list[str]]:
+def _publish_and_clean(
+    recipe: Recipe, run: Path, partial: Path, step: int, after: int, files: Mapping[str, FileDigest]
+) -> tuple[str | None, list[str]]:
     """Why the checkpoint could not be published, and what to tell the user. Its errors are all ranks' to know.
 
     Once it is published the checkpoint is good, so that what fails after it is only told.
     """
     try:
         before = left_behind(run)
+        write_manifest(partial, step, recipe.model.source, files)
         publish(run, step)
     except OSError as error:
         return _reason(error), []
@@ -141,27 +154,29 @@ def _publish_and_clean(recipe: Recipe, run: Path, step: int, after: int) -> tupl
         return None, [f"cleaning up after step {step} failed: {error}. The next save tries again."]
 
 
-def _write_documents(folder: Path, start: StartPoint, state: RunState) -> None:
+def _write_documents(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
     state.write(folder)
-    write_bytes(folder / "config.json", (json.dumps(dict(start.config), indent=2) + "\n").encode())
+    write_bytes(folder / CONFIG, (json.dumps(dict(start.config), indent=2) + "\n").encode())
     for name, content in start.assets.items():
         write_bytes(folder / name, content)
     sync_folder(folder)
+    return {name: digest_file(folder / name) for name in (STATE, CONFIG, *start.assets)}
 
 
-def _write_random(partial: Path, ranks: Ranks) -> None:
+def _write_random(partial: Path, ranks: Ranks) -> dict[str, FileDigest]:
     """Nothing in these models draws random numbers while it trains; whoever adds dropout finds them here."""
     import torch  # noqa: PLC0415
 
     random = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    path = _random_file(partial, ranks)
+    name = random_file(ranks.rank)
+    path = partial / name
     path.parent.mkdir(exist_ok=True)
-    torch.save(random, path)
-    sync_file(path)
+    digest = save_torch_archive(random, path)
     for folder in (path.parent, partial):
         sync_folder(folder)
+    return {name: digest}
 
 
 def restore_random(folder: Path, ranks: Ranks) -> None:
@@ -171,21 +186,16 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
     """
     import torch  # noqa: PLC0415
 
-    path = _random_file(folder, ranks)
+    path = folder / random_file(ranks.rank)
     if not path.is_file():
         return
     try:
-        random = torch.load(path, weights_only=True)
+        random = load_torch_archive(path)
         torch.set_rng_state(random["cpu"])
         if ranks.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
-    except (EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
+    except (BadCheckpoint, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{path}, the random state of rank {ranks.rank}, cannot be read ({_reason(error)}).\n"
-            "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH.\n"
-            "Or delete this file to go on without it."
+            "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH."
         ) from None
-
-
-def _random_file(folder: Path, ranks: Ranks) -> Path:
-    return folder / "random" / f"rank-{ranks.rank:05d}.pt"

@@ -6,13 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from continual_pretraining.recipe import Recipe
 from smolconv import __version__
 from smolconv.errors import MachineError, NotInstalled, UsageError
+from smolconv.processes import BOOTSTRAP, module_words
 
 FOLDER = "slurm"
 _OPTION_FOR_GPUS = re.compile(r"--gpus|-G|--gres[= ]\S*gpu")
@@ -47,7 +47,7 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
     for option in options:
         if "\n" in option:
             raise UsageError(f"launch.slurm: the option {option!r} has a line break; expected one option a line.")
-    module = [sys.executable, "-m", "continual_pretraining.launch", str(run)]
+    module = module_words("continual_pretraining.launch", str(run))
     at = list(torchrun).index("--nnodes")
     words = [shlex.quote(word) for word in torchrun]
     words[at + 1] = '"$SLURM_NNODES"'
@@ -70,6 +70,9 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
         "",
         *_titled("launch.slurm.setup", given.setup),
         *_titled("launch.environment", [f"export {k}={shlex.quote(v)}" for k, v in recipe.launch.environment.items()]),
+        "# Python imports nothing from the folder that the job was submitted from.",
+        "export PYTHONSAFEPATH=1",
+        "",
         "# Where the ranks meet: the first node, at a port of this job's own, below the ports that Linux gives away.",
         *[
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -155,6 +158,6 @@ def _lines(words: Sequence[str]) -> str:
     """The words of a command, an option a line."""
     text = "exec"
     for index, word in enumerate(words):
-        begins = word.startswith("--") or (word == "-m" and index > 1)
+        begins = word.startswith("--") or (word == shlex.quote(str(BOOTSTRAP)) and index > 1)
         text += f" \\\n        {word}" if begins else f" {word}"
     return text

@@ -14,18 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from continual_pretraining.checkpoint_files import read_own
 from continual_pretraining.gate import SourceLoss, source_loss
 from continual_pretraining.optimizer import Group, group_parameters
 from continual_pretraining.recipe import Recipe
-from continual_pretraining.run_checkpoints import (
-    RunState,
-    choose,
-    chosen,
-    find_resume,
-    forget,
-    latest,
-    remove_partial,
-)
+from continual_pretraining.resuming import Origin, find_origin
+from continual_pretraining.run_checkpoints import RunState, choose, chosen, forget, latest, remove_partial
 from smolconv.checkpoint import Checkpoint, LazyTensor, Slot
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
@@ -55,17 +49,22 @@ class StartPoint:
     #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
 
 
-def prepare(recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu") -> StartPoint:
-    """Find where to begin, and convert it for these ranks where it is not so already.
+def prepare(
+    recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None
+) -> StartPoint:
+    """Convert what the run begins with for these ranks, where it is not so already.
 
-    Raises ``UsageError`` when the recipe and the checkpoint contradict each other.
+    ``origin`` is what all ranks have found whole; without it this process looks alone. Raises ``UsageError`` when the
+    recipe and the checkpoint contradict each other.
     """
+    origin = find_origin(recipe, run, resume) if origin is None else origin
     notes = remove_partial(run)
     # What an earlier start converted, whole or not: nothing is read from it, and its space may be needed.
     shutil.rmtree(run / FOLDER, ignore_errors=True)
-    own = find_resume(run, resume)
+    own = origin.checkpoint
     if own is None:
         if latest(run) is not None:
             raise UsageError(
@@ -75,12 +74,12 @@ def prepare(recipe: Recipe, run: Path, world_size: int, resume: str, device: str
         start = _fresh(recipe, run, world_size, device)
     else:
         state, checkpoint = _checked(recipe, own)
-        if resume != "auto":
-            choose(run, own)
+        if resume != "auto" or origin.went_back:
+            choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
             notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
         start = _resumed(recipe, run, own, world_size, state, checkpoint)
-    return replace(start, notes=(*notes, *start.notes))
+    return replace(start, notes=(*notes, *origin.notes, *start.notes), went_back=origin.went_back)
 
 
 def groups_of(recipe: Recipe, spec: ModelSpec) -> tuple[Group, ...]:
@@ -180,7 +179,7 @@ def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
             f"{given.micro_batch_sequences}. The loss is a mean of micro-batch means, so it would change.\n"
             "Keep the micro-batch, or set loss.normalisation: tokens."
         )
-    checkpoint = with_overrides(read_checkpoint(own, ReadOptions()), recipe)
+    checkpoint = with_overrides(read_own(own), recipe)
     check_model(recipe, checkpoint.spec, str(own))
     _check_same_model(recipe, checkpoint)
     return state, checkpoint

@@ -175,6 +175,8 @@ def run_local(
         executor = LocalPipelineExecutor(
             _pipeline(plan, folder.partial), tasks=plan.tasks, workers=workers, logging_dir=str(plan.logs / "tokenize")
         )
+        # Its workers are started by `python -c`, which would import from the working folder (Python 3.11 and newer).
+        os.environ["PYTHONSAFEPATH"] = "1"
         with _quiet(None if show else plan.logs / "console.log"), _input_errors(plan):
             executor.run()
         result = _finish(plan, folder)
@@ -206,7 +208,7 @@ def submit_to_slurm(
         "partition": slurm.partition,
         "mem_per_cpu_gb": slurm.mem_per_cpu_gb,
         "qos": slurm.qos or "",
-        "env_command": f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+        "env_command": f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH PYTHONSAFEPATH=1",
         "sbatch_args": {"kill-on-invalid-dep": "yes"} | ({"account": slurm.account} if slurm.account else {}),
     }
     with _output(plan, overwrite=overwrite, resume=resume) as folder:

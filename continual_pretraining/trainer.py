@@ -43,6 +43,7 @@ from continual_pretraining.spikes import SpikeDetector
 from continual_pretraining.start import StartPoint, first_micro_batch, groups_of
 from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
+from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
 from smolconv.spec import ModelSpec, spec_from_hf
 
 #: How many micro-batches without a finite loss an error lists.
@@ -102,6 +103,7 @@ class Trainer:
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
         )
+        replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
         if self.ranks.world_size == 1:
             # Nothing to sum: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back.
             engine.buffered_allreduce_fallback = lambda **_: None
@@ -175,6 +177,8 @@ class Trainer:
             )  # fmt: skip
             if ranks.first:
                 self.watch = self._watch(first)
+                if self.start.went_back is not None:
+                    self.watch.event(self.start.step, self.start.went_back)
             self.check_start()
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:

@@ -1,4 +1,4 @@
-"""One rank of a run, as launchers start it: ``python -m continual_pretraining.worker RUN [--resume R]``."""
+"""One rank of a run, as launchers start it: the module ``continual_pretraining.worker`` with RUN [--resume R]."""
 
 from __future__ import annotations
 
@@ -35,21 +35,27 @@ def run_rank(run: Path, resume: str) -> None:
     recipe = load_recipe(run / RECIPE)
     ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
     from continual_pretraining.engine_config import engine_config  # noqa: PLC0415
+    from continual_pretraining.resuming import find_origin  # noqa: PLC0415
     from continual_pretraining.start import prepare  # noqa: PLC0415
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
-    start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device)))
+    origin = find_origin(recipe, run, resume, ranks)
+    start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin))
     _say(ranks, *start.notes)
-    if start.step >= recipe.schedule.train_steps:
-        _say(ranks, f"all {recipe.schedule.train_steps} steps are done")
+    done = start.step >= recipe.schedule.train_steps
+    if done:
+        _say(
+            ranks, *([start.went_back] if start.went_back else []), f"all {recipe.schedule.train_steps} steps are done"
+        )
     from continual_pretraining.trainer import Trainer, newest_checkpoint  # noqa: PLC0415
 
     trainer = Trainer(recipe, run, start, ranks)
-    if start.step < recipe.schedule.train_steps:
+    if not done:
         trainer.train()
     if recipe.export is not None:
-        _export(recipe.export, run, trainer, newest_checkpoint(run))
+        own = Path(start.resumed) if done and start.resumed else newest_checkpoint(run)
+        _export(recipe.export, run, trainer, own)
     ranks.barrier()
     if ranks.first:
         os.close(lock)

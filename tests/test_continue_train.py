@@ -53,7 +53,7 @@ def test_a_dry_run_shows_everything_and_touches_nothing(tmp_path, recipe_file):
     code, stdout, stderr = continue_train(recipe_file, "--dry-run", "--nproc-per-node", 2)
     assert code == 0, stderr
     for part in ("micro_batch_sequences: 1", '"gradient_accumulation_steps": 2', "Memory of a rank", "Checkpoints",
-                 "Learning rate", "epoch", "-m continual_pretraining.worker"):  # fmt: skip
+                 "Learning rate", "epoch", "run_module.py continual_pretraining.worker"):  # fmt: skip
         assert part in stdout
     assert files_below(tmp_path) == before
 

@@ -33,6 +33,7 @@ from continual_pretraining.launch import launch_command, placement, read_hostfil
 from continual_pretraining.recipe import Recipe
 from continual_pretraining.recipe_file import dump_recipe
 from smolconv.errors import OutputLocked, UsageError
+from smolconv.processes import BOOTSTRAP
 
 TESTS = Path(__file__).parent
 #: Runs a recipe with the fake worker, as continue-train does with the real one.
@@ -532,8 +533,9 @@ def test_deepspeeds_own_parser_understands_our_words(tmp_path):
     hosts.write_text("alpha slots=2\nbeta slots=2\n")
     words = launch_command(recipe(launch={"launcher": "deepspeed", "hostfile": str(hosts)}), Path("/run"))
     given = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
-    assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), True)
-    assert (given.user_script, given.user_args) == ("continual_pretraining.launch", ["/run", "--resume", "auto"])
+    assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), False)
+    rank = ["--in", str(Path.cwd()), "continual_pretraining.launch", "/run", "--resume", "auto"]
+    assert (given.user_script, given.user_args) == (str(BOOTSTRAP), rank)
     assert fetch_hostfile(given.hostfile) == read_hostfile(hosts)
 
 

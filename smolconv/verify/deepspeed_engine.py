@@ -24,23 +24,28 @@ def main(work: Path) -> None:
     import deepspeed.ops  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
+    from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine  # noqa: PLC0415
+
     # Its shared-memory operations are compiled at the first start, for a minute, and one forward needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     raw = {**job["config"], "pad_token_id": None}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     config._attn_implementation = "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     parameters = dict(model.named_parameters())
     for name in job["frozen"]:
         parameters[name].requires_grad_(False)
     groups = [{"params": [parameters[name] for name in names]} for names in job["groups"]]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=_ds_config(job))
+    replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
     path, _ = engine.load_checkpoint(job["load_dir"], tag=job["tag"])
     if path is None:
         raise SystemExit(f"DeepSpeed found nothing to load in {job['load_dir']}, tag {job['tag']}")
     engine.eval()
-    tokens, positions = (torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("tokens", "positions"))
+    tokens, positions = (
+        torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False)) for name in ("tokens", "positions")
+    )
     with torch.no_grad():
         logits = engine(input_ids=tokens, position_ids=positions, use_cache=False).logits
     if rank == 0:
@@ -55,7 +60,6 @@ def _ds_config(job: dict[str, Any]) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
         "zero_optimization": {"stage": job["zero_stage"]},
         "bf16": {"enabled": job["bf16"]},
-        "checkpoint": {"load_universal": job["universal"]},
     }
 
 

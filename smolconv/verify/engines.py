@@ -1,8 +1,10 @@
 """Logits of the real engines, run in processes of their own: what DeepSpeed or nanotron itself makes of a folder.
 
 ``--engine deepspeed`` starts as many gloo processes as the checkpoint has ranks, each of which loads it with
-``load_checkpoint``; nothing of our reading is in between but the parameter groups' names. ``--engine nanotron`` needs
-nanotron and a GPU: it was written from nanotron's source and has not run where there is none.
+``load_checkpoint``. Of ours are the parameter groups' names, and the reading of files: DeepSpeed's own runs what a file
+asks for. It reads the parameters of a universal folder by code that cannot be replaced, so that such a folder is first
+written as ZeRO-1 of one rank. ``--engine nanotron`` needs nanotron and a GPU: it was written from nanotron's source and
+has not run where there is none.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, NotInstalled, UsageError
+from smolconv.errors import BadCheckpoint, MixedCheckpoint, NotInstalled, UsageError
 from smolconv.layouts.base import ReadOptions, hf_config
-from smolconv.layouts.deepspeed.files import find_tag_folder
+from smolconv.layouts.deepspeed.documents import STAND_INS
+from smolconv.layouts.deepspeed.files import find_tag_folder, tag_files
+from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.nanotron import find_step_folder
+from smolconv.processes import module_words, safe_environment
+from smolconv.storage.atomic import OutputFolder, require_space
+from smolconv.storage.output import write_files
+from smolconv.storage.torch_archive import read_torch_archive
 from smolconv.verify.inputs import Rows
 
 ENGINES = ("deepspeed", "nanotron")
 _TIMEOUT_SECONDS = 3600
+#: How the names of files end that DeepSpeed looks for in a tag folder, by patterns and by older names.
+_LOADED = ("_model_states.pt", "optim_states.pt")
 
 
 @contextmanager
@@ -49,7 +59,7 @@ def engine_logits(
             _run_deepspeed(checkpoint, folder, options, rows, work)
         else:
             _run_nanotron(folder, options, work)
-        yield np.load(work / "logits.npy", mmap_mode="r")
+        yield np.load(work / "logits.npy", mmap_mode="r", allow_pickle=False)
 
 
 def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows, work: Path) -> None:
@@ -62,27 +72,62 @@ def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, r
             f"--engine deepspeed: {folder} has no optimizer, without whose groups DeepSpeed loads nothing."
         )
     tag = find_tag_folder(folder, options.step)
+    _check_files(tag)
+    zero_stage, ranks = topology.zero_stage or 0, (topology.world_size or 1) if topology.zero_stage else 1
+    if topology.universal:
+        zero_stage, ranks = 1, 1
+        tag = _as_zero1(checkpoint, work / "zero1")
     dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
     job = {
         "load_dir": str(tag.parent),
         "tag": tag.name,
-        "universal": topology.universal,
-        "zero_stage": 1 if topology.universal else topology.zero_stage,
+        "zero_stage": zero_stage,
         "bf16": dtype == "bfloat16",
         "config": hf_config(checkpoint, dtype),
         "groups": [list(group.names) for group in optimizer.groups],
         "frozen": list(checkpoint.frozen),
     }
     (work / "job.json").write_text(json.dumps(job))
-    ranks = (topology.world_size or 1) if topology.zero_stage else 1
     commands = [
         (
-            [sys.executable, "-m", "smolconv.verify.deepspeed_engine", str(work)],
+            module_words("smolconv.verify.deepspeed_engine", str(work)),
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"},
         )
         for rank in range(ranks)
     ]
     _run_all(commands, work)
+
+
+def _check_files(tag: Path) -> None:
+    """Look into every file that a rank will load, before any is started.
+
+    Raises ``MixedCheckpoint`` where a rank has two files: DeepSpeed would load another than ``read_deepspeed`` read.
+    """
+    files = tag_files(tag)
+    ours = {*files.models.values(), *files.optimizers.values()}
+    twice = sorted(path for path in tag.iterdir() if path.name.endswith(_LOADED) and path not in ours)
+    if twice:
+        raise MixedCheckpoint(
+            f"{tag.name} holds {twice[0].name}, a second file of a rank that has one.\n"
+            f"DeepSpeed would load it ({twice[0]}); one file a rank and kind was expected.\n"
+            "Keep the one that belongs to this checkpoint, and move the other away."
+        )
+    for path in sorted(ours):
+        read_torch_archive(path, allow=STAND_INS)
+
+
+def _as_zero1(checkpoint: Checkpoint, target: Path) -> Path:
+    """The tag folder of the checkpoint as DeepSpeed's ZeRO-1 saves it with one rank: 16 bytes a parameter on disk."""
+    written = plan_deepspeed(
+        with_adam(checkpoint, groups=None, zero_stage=1), DeepSpeedOptions(zero_stage=1, world_size=1)
+    )
+    require_space(target, sum(file.size for file in written.files))
+    with OutputFolder(target, "", resume=False, overwrite=False, loses=lambda _: None) as folder:
+        found = write_files(written.files, folder.partial, folder, workers=1, digest="none")
+        for path, make in written.late.items():
+            folder.write(path, make(found))
+        folder.publish()
+    return find_tag_folder(target)
 
 
 def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
@@ -99,7 +144,7 @@ def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29531",
     }
-    _run_all([([sys.executable, "-m", "smolconv.verify.nanotron_engine", str(work)], environment)], work)
+    _run_all([(module_words("smolconv.verify.nanotron_engine", str(work)), environment)], work)
 
 
 def _require(module: str, package: str) -> None:
@@ -116,7 +161,11 @@ def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: 
             with path.open("wb") as log:
                 processes.append(
                     subprocess.Popen(
-                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+                        command,
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        env=safe_environment({**os.environ, **environment}),
                     )
                 )
         failed = _first_failure(processes)

@@ -65,7 +65,7 @@ class FolderWeights:
         import transformers  # noqa: PLC0415
 
         # As below: a padding id beyond the vocabulary plays no part in a forward pass.
-        return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None)
+        return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
 
     def _read(self, name: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         path = self._single if self._files is None else self._files[name]

@@ -47,7 +47,9 @@ def main(work: Path) -> None:
     )
     mark_tied_parameters(model=model, parallel_context=context)
     nanotron.serialize.load_weights(model=model, parallel_context=context, root_folder=folder)
-    tokens, positions = (torch.from_numpy(np.load(work / f"{name}.npy")).cuda() for name in ("tokens", "positions"))
+    tokens, positions = (
+        torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False)).cuda() for name in ("tokens", "positions")
+    )
     with torch.no_grad():
         if qwen2:
             logits = model.model(tokens, positions.int()).view(*tokens.shape, -1)

@@ -1,0 +1,225 @@
+"""What DeepSpeed loads and saves its files with in our processes: without unpickling freely, and with digests.
+
+DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs whatever a file asks for. An
+engine of ours has its ``checkpoint_engine`` replaced before it loads. Files are then read by ``read_torch_archive``,
+the reader that has looked at them before, so that both see the same bytes; torch's own unpickler takes no part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from smolconv.checkpoint import DTYPE_BYTES
+from smolconv.errors import CorruptFile
+from smolconv.layouts.deepspeed.documents import STAND_INS
+from smolconv.storage.torch_archive import ArchiveTensor, DtypeRef, TorchSize, read_torch_archive
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """What a whole file held when it was written."""
+
+    nbytes: int
+    digest: str  #: "xxh3-128:..."
+
+
+class CheckpointEngine:
+    """Takes the place of a DeepSpeed engine's ``checkpoint_engine``; the one before it does what this one does not."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def load(self, path: str, map_location: object = None) -> Any:
+        """The file's content, on the CPU: DeepSpeed asks for no other place. Raises as ``read_torch_archive`` does."""
+        return load_torch_archive(Path(path), deepspeed_classes())
+
+    def save(self, state_dict: Any, path: str) -> FileDigest:
+        return save_torch_archive(state_dict, Path(path))
+
+
+def replace_checkpoint_engine(engine: Any) -> None:
+    """Have a DeepSpeed engine load and save by ``CheckpointEngine``, and by the names of files alone.
+
+    DeepSpeed looks for model files by a pattern of which the whole path is part. One that sorts before the right one
+    would be loaded in its place, and with ``run[1]`` in the path those of a folder ``run1`` would be.
+    """
+    engine.checkpoint_engine = CheckpointEngine(engine.checkpoint_engine)
+    engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
+
+
+def deepspeed_classes() -> Mapping[tuple[str, str], Callable[..., object]]:
+    """What DeepSpeed's files may name beside tensors, and what is made in its place. The list is closed."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: PLC0415
+
+    scaler = "deepspeed.runtime.fp16.loss_scaler"
+    # A ZeRO stage is compared as a number. An enum's members are the process's own, whose state no file may set.
+    made: dict[tuple[str, str], Callable[..., object]] = {
+        (scaler, "LossScaler"): _maker(LossScaler),
+        (scaler, "DynamicLossScaler"): _maker(DynamicLossScaler),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
+    }
+    return {**STAND_INS, **made}
+
+
+def _maker(cls: type) -> Callable[..., object]:
+    def make(*args: object) -> object:
+        return cls(*args) if args else object.__new__(cls)  # pickle's way: the state follows
+
+    return make
+
+
+def load_torch_archive(path: Path, allow: Mapping[tuple[str, str], Callable[..., object]] | None = None) -> Any:
+    """The object that ``torch.save`` wrote, its tensors on the CPU. Tensors that shared a storage share it again.
+
+    Nothing is imported or called that ``allow`` does not name. Raises as ``read_torch_archive`` does.
+    """
+    document = read_torch_archive(path, allow=allow or {})
+    try:
+        found = list(_tensors(document, set()))
+        tensors = _read_tensors(path, found)
+        return _with_tensors(document, tensors, {})
+    except RecursionError:
+        raise CorruptFile(f"{path}: a value in it holds itself or is nested too deeply to be read.") from None
+
+
+def _parts(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+    if hasattr(value, "__dict__"):
+        yield from vars(value).values()
+
+
+def _tensors(value: object, seen: set[int]) -> Iterator[ArchiveTensor]:
+    if isinstance(value, ArchiveTensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _tensors(part, seen)
+
+
+def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Tensor]:
+    """By the ``id`` of what stands for them; each storage is read once, as far as tensors reach in it."""
+    import torch  # noqa: PLC0415
+
+    spans: dict[str, tuple[int, int]] = {}
+    for tensor in found:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride)) if tensor.nbytes else -1
+        start, stop = tensor.offset, tensor.offset + (last + 1) * DTYPE_BYTES[tensor.dtype]
+        known = spans.get(tensor.storage)
+        if tensor.nbytes:
+            spans[tensor.storage] = (start, stop) if known is None else (min(start, known[0]), max(stop, known[1]))
+    storages: dict[str, torch.Tensor] = {}
+    with path.open("rb") as file:
+        for key, (start, stop) in spans.items():
+            data = torch.empty(stop - start, dtype=torch.uint8)
+            file.seek(start)
+            if file.readinto(memoryview(data.numpy())) != stop - start:
+                raise CorruptFile(f"{path}: ends within a tensor. It was replaced while it was read: start again.")
+            storages[key] = data
+    made: dict[int, torch.Tensor] = {}
+    for tensor in found:
+        dtype = getattr(torch, tensor.dtype)
+        if not tensor.nbytes:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=dtype)
+            continue
+        first, odd = divmod(tensor.offset - spans[tensor.storage][0], DTYPE_BYTES[tensor.dtype])
+        if odd:
+            raise CorruptFile(f"{path}: tensors of storage {tensor.storage} are not aligned to their elements.")
+        whole = torch.empty(0, dtype=dtype)
+        made[id(tensor)] = whole.set_(storages[tensor.storage].untyped_storage(), first, tensor.shape, tensor.stride)
+    return made
+
+
+def _with_tensors(value: Any, tensors: Mapping[int, torch.Tensor], done: dict[int, Any]) -> Any:
+    """``value`` with torch's own objects; containers are filled in place, so that what was shared still is."""
+    import torch  # noqa: PLC0415
+
+    if isinstance(value, ArchiveTensor):
+        return tensors[id(value)]
+    if isinstance(value, DtypeRef):
+        return getattr(torch, value)
+    if isinstance(value, TorchSize):
+        return torch.Size(value)
+    if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, tuple):
+        done[id(value)] = made = tuple(_with_tensors(part, tensors, done) for part in value)
+        return made
+    done[id(value)] = value
+    if isinstance(value, dict):
+        value.update({key: _with_tensors(part, tensors, done) for key, part in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_with_tensors(part, tensors, done) for part in value]
+    if hasattr(value, "__dict__"):
+        vars(value).update({name: _with_tensors(part, tensors, done) for name, part in vars(value).items()})
+    return value
+
+
+class _HashedFile:
+    """A file that is written from its beginning to its end, and knows the digest of what it was given."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=0)
+        self.hasher, self.nbytes = xxhash.xxh3_128(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Torch's writer, in C++, does not outlive an exception: an error is kept, and the rest goes nowhere."""
+        view = memoryview(data).cast("B")
+        self.hasher.update(view)
+        self.nbytes += len(view)
+        rest = view
+        while len(rest) and self.error is None:
+            try:
+                rest = rest[self.file.write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def flush(self) -> None:
+        pass  # nothing is buffered
+
+    def finish(self) -> FileDigest:
+        if self.error is not None:
+            raise self.error
+        os.fsync(self.file.fileno())
+        return FileDigest(nbytes=self.nbytes, digest=f"xxh3-128:{self.hasher.hexdigest()}")
+
+
+def save_torch_archive(content: Any, path: Path) -> FileDigest:
+    """``torch.save`` onto the disk, with the digest of the file's bytes as they were meant to be written."""
+    import torch  # noqa: PLC0415
+
+    file = _HashedFile(path)
+    try:
+        torch.save(content, file)
+        return file.finish()
+    finally:
+        file.file.close()
+
+
+def digest_file(path: Path) -> FileDigest:
+    """The same of a file that lies on the disk."""
+    hasher, nbytes, chunk = xxhash.xxh3_128(), 0, memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            hasher.update(chunk[:count])
+            nbytes += count
+    return FileDigest(nbytes=nbytes, digest=f"xxh3-128:{hasher.hexdigest()}")
