@@ -41,7 +41,7 @@ from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
 from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
-from smolconv.storage.output import PlannedFile, WrittenTensor, total_bytes, write_files
+from smolconv.storage.output import PlannedFile, WrittenTensor, overflows, total_bytes, write_files
 
 #: What a user may ask for with --to; "hf" is a synonym.
 TARGETS: Mapping[str, str] = {
@@ -510,6 +510,7 @@ def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
 
 
 def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTensor]]) -> list[str]:
+    """What is said of infinity and NaN: apart, what a cast made of finite values, and what was there before."""
     names = [
         f"{tensor.name} ({tensor.slot})"
         for file in plan.output.files
@@ -517,8 +518,25 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
         if found.nonfinite
     ]
     names = list(dict.fromkeys(names))
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"{len(names)} tensors hold NaN or infinity and were kept as they are: {shown}"] if names else []
+    if not names:
+        return []
+    lost = [
+        f"{name} ({slot.value})"
+        for slot, tensors in plan.prepared.tensors.items()
+        for name, tensor in tensors.items()
+        if overflows(tensor)
+    ]
+    if not lost:
+        return [f"{len(names)} tensors hold NaN or infinity and were kept as they are: {_shown(names)}"]
+    return [
+        f"{len(lost)} tensors hold finite values that {plan.options.dtype} cannot hold, which became infinite: "
+        f"{_shown(lost)}. Choose another --dtype.",
+        f"{len(names)} tensors of the output hold NaN or infinity: {_shown(names)}",
+    ]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _sources(output: PlannedOutput) -> list[Stored]:

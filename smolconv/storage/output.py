@@ -22,6 +22,7 @@ from zlib_ng.zlib_ng import crc32
 from smolconv.checkpoint import (
     CHUNK_BYTES,
     DTYPE_BYTES,
+    Cast,
     LazyTensor,
     Raw,
     Zeros,
@@ -257,7 +258,7 @@ class _Engine:
             data = as_bytes(view)
             if hasher is not None:
                 hasher.update(data)
-                nonfinite = nonfinite or has_nonfinite(view, source.dtype)
+            nonfinite = nonfinite or has_nonfinite(view, source.dtype)
             if with_crc:
                 crc = crc32(data, crc)
             at = tensor.offset + start * item
@@ -383,6 +384,27 @@ def has_nonfinite(raw: Raw, dtype: str) -> bool:
     bits = raw.dtype.itemsize * 8
     signed = raw.view(f"int{bits}")
     return bool(signed.max() >= infinity) or bool(raw.max() >= infinity + (1 << (bits - 1)))
+
+
+def overflows(tensor: LazyTensor) -> bool:
+    """Whether a cast makes a finite value infinite or NaN. Reads the tensor, as far as the first such value."""
+    if not isinstance(tensor, Cast):
+        return False
+    for start, stop in tensor.chunks():
+        with scratch(stop - start, raw_dtype(tensor.dtype)) as after:
+            tensor.read(start, stop, after)
+            if not has_nonfinite(after, tensor.dtype):
+                continue
+            with scratch(stop - start, raw_dtype(tensor.base.dtype)) as before:
+                tensor.base.read(start, stop, before)
+                if (_is_finite(before, tensor.base.dtype) & ~_is_finite(after, tensor.dtype)).any():
+                    return True
+    return False
+
+
+def _is_finite(raw: Raw, dtype: str) -> Raw:
+    infinity, sign = _INFINITY[dtype], 1 << (raw.dtype.itemsize * 8 - 1)
+    return (raw & raw.dtype.type(sign - 1)) < raw.dtype.type(infinity)  # type: ignore[no-any-return]
 
 
 def total_bytes(files: Iterable[PlannedFile]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,14 @@ from smolconv.spec import spec_differences
 from smolconv.verify.engines import ENGINES, engine_logits
 from smolconv.verify.inputs import choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
-from smolconv.verify.tensors import TensorReport, compare_optimizers, compare_tensors, forward_order, module_of
+from smolconv.verify.tensors import (
+    TensorReport,
+    compare_casts,
+    compare_optimizers,
+    compare_tensors,
+    forward_order,
+    module_of,
+)
 
 if TYPE_CHECKING:
     from smolconv.verify.forward import Side
@@ -63,12 +70,14 @@ class VerifyReport:
     optimizer_differences: tuple[str, ...]
     logits: LogitsReport | None
     logits_left_out: bool = False  #: not finite on either side, as NaN or infinity in equal tensors makes them
+    casts: TensorReport | None = None  #: of a conversion: values that were rounded to another dtype, before and after
 
     @property
     def passed(self) -> bool:
         return (
             not self.spec_differences
             and self.tensors.passed
+            and (self.casts is None or self.casts.within_rounding)
             and all(report.passed for report in (self.optimizer or {}).values())
             and not self.optimizer_differences
             and (self.logits is None or self.logits.passed)
@@ -78,6 +87,8 @@ class VerifyReport:
     def first_divergence(self) -> str | None:
         """The earliest module, in forward order, at which the two models part; None when only the spec differs."""
         candidates = [module_of(self.tensors.first)] if self.tensors.first is not None else []
+        if self.casts is not None and not self.casts.within_rounding:
+            candidates += [module_of(name) for name in self.casts.overflowed or (self.casts.first or "",) if name]
         if self.logits is not None and self.logits.first_divergence is not None:
             candidates.append(self.logits.first_divergence)
         candidates += [module_of(name) for name in (*self.tensors.missing, *self.tensors.unexpected)]
@@ -90,6 +101,11 @@ class VerifyReport:
             return f"specs differ: {self.spec_differences[0]}"
         if not self.tensors.passed:
             return f"{_counted(self.tensors)}; first {self.first_divergence}"
+        if self.casts is not None and not self.casts.within_rounding:
+            if self.casts.overflowed:
+                return _overflowed(self.casts)
+            wrong = self.casts.compared - self.casts.equal - self.casts.rounded
+            return f"{wrong} of {self.casts.compared} tensors that were cast are further away than rounding explains"
         for slot, report in (self.optimizer or {}).items():
             if not report.passed:
                 first = report.first or (*report.missing, *report.unexpected)[0]
@@ -101,6 +117,8 @@ class VerifyReport:
             gate = self.logits.gates[failed]
             return f"logits: {failed} is {gate.value:.3g}, limit {gate.limit:.3g}; first {self.first_divergence}"
         said = [f"{self.tensors.equal} tensors equal bit for bit"]
+        if self.casts is not None:
+            said.append(f"{self.casts.compared} of them cast, every value within its rounding")
         if self.optimizer is not None:
             said.append(f"optimizer equal in {', '.join(self.optimizer) or 'steps and groups'}")
         if self.logits is not None:
@@ -122,6 +140,7 @@ class VerifyReport:
             "reason": self.reason,
             "spec_differences": list(self.spec_differences),
             "tensors": asdict(self.tensors),
+            "casts": None if self.casts is None else asdict(self.casts),
             "optimizer": None if self.optimizer is None else {
                 "slots": {slot: asdict(report) for slot, report in self.optimizer.items()},
                 "differences": list(self.optimizer_differences),
@@ -135,10 +154,20 @@ class VerifyReport:
 
 
 def _counted(report: TensorReport) -> str:
-    return (
+    said = (
         f"{report.compared - report.equal} of {report.compared} tensors differ, {len(report.missing)} are missing and "
         f"{len(report.unexpected)} unexpected"
     )
+    if report.overflowed:
+        return f"{said}; {_overflowed(report)}"
+    if report.rounded and report.within_rounding:
+        return f"{said}; all that differ are of another dtype, within its rounding"
+    return said
+
+
+def _overflowed(report: TensorReport) -> str:
+    names = ", ".join(report.overflowed[:3]) + (", ..." if len(report.overflowed) > 3 else "")
+    return f"{len(report.overflowed)} tensors hold finite values that are no longer finite ({names})"
 
 
 def _plain_json(value: Any) -> Any:
@@ -227,6 +256,8 @@ def verify_conversion(
 ) -> VerifyReport:
     """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
 
+    Values that were cast are also compared with those before, within the rounding of their new dtype.
+
     ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
     """
     read_back = read_checkpoint(folder, ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None))
@@ -234,4 +265,5 @@ def verify_conversion(
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
-    return verify_checkpoints(prepared, read_back, options, stored=(source, Stored(folder=folder)))
+    report = verify_checkpoints(prepared, read_back, options, stored=(source, Stored(folder=folder)))
+    return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))

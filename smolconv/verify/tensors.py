@@ -10,12 +10,12 @@ import numpy as np
 
 from smolconv.checkpoint import (
     FLOAT_DTYPES,
+    Cast,
     Checkpoint,
     LazyTensor,
     OptimizerState,
     Raw,
     Slot,
-    cast,
     raw_dtype,
     scratch,
 )
@@ -35,6 +35,13 @@ class TensorReport:
     first: str | None  #: the first unequal parameter in forward order
     missing: tuple[str, ...]  #: in A only
     unexpected: tuple[str, ...]  #: in B only
+    rounded: int = 0  #: not equal, but of different dtypes, and one is the other rounded to its own
+    overflowed: tuple[str, ...] = ()  #: hold a finite value on one side that is infinite or NaN on the other
+
+    @property
+    def within_rounding(self) -> bool:
+        """Whether B may be A in another dtype: each value within half a unit in the last place, and as finite."""
+        return self.equal + self.rounded == self.compared and not self.missing and not self.unexpected
 
     @property
     def passed(self) -> bool:
@@ -43,17 +50,20 @@ class TensorReport:
 
 def compare_tensors(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) -> TensorReport:
     """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order."""
-    compared, same, max_abs, worst = 0, 0, 0.0, None
+    compared, same, rounded, max_abs, worst = 0, 0, 0, 0.0, None
     unequal: list[str] = []
+    overflowed: list[str] = []
     for name in sorted(set(a) & set(b), key=forward_order):
         compared += 1
-        difference = _max_abs(a[name], b[name])
-        if difference is None:
+        found = _compare(a[name], b[name])
+        if found.max_abs is None:
             same += 1
             continue
         unequal.append(name)
-        if worst is None or not difference <= max_abs:  # NaN counts as largest
-            max_abs, worst = difference, name
+        rounded += found.rounded
+        overflowed += [name] if found.overflowed else []
+        if worst is None or not found.max_abs <= max_abs:  # NaN counts as largest
+            max_abs, worst = found.max_abs, name
     return TensorReport(
         compared=compared,
         equal=same,
@@ -62,7 +72,23 @@ def compare_tensors(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) ->
         first=unequal[0] if unequal else None,
         missing=tuple(sorted(set(a) - set(b), key=forward_order)),
         unexpected=tuple(sorted(set(b) - set(a), key=forward_order)),
+        rounded=rounded,
+        overflowed=tuple(overflowed),
     )
+
+
+def compare_casts(
+    planned: Mapping[Slot, Mapping[str, LazyTensor]], written: Mapping[Slot, Mapping[str, LazyTensor]]
+) -> TensorReport | None:
+    """What was rounded to another dtype against the values before; None when nothing was. Names are canonical."""
+    before: dict[str, LazyTensor] = {}
+    after: dict[str, LazyTensor] = {}
+    for slot, tensors in planned.items():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Cast) and name in written.get(slot, {}):
+                key = name if slot is Slot.PARAMETER else f"{name} ({slot.value})"
+                before[key], after[key] = tensor.base, written[slot][name]
+    return compare_tensors(before, after) if before else None
 
 
 def compare_optimizers(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, TensorReport], list[str]]:
@@ -97,37 +123,72 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _max_abs(a: LazyTensor, b: LazyTensor) -> float | None:
-    """Largest absolute difference, or None when all values are bitwise equal. Infinite for different shapes."""
-    if a.shape != b.shape:
-        return float("inf")
-    if a.dtype != b.dtype:
-        if a.dtype not in FLOAT_DTYPES or b.dtype not in FLOAT_DTYPES:
-            return float("inf")
-        wide = "float64" if "float64" in (a.dtype, b.dtype) else "float32"
-        a, b = cast(a, wide), cast(b, wide)
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What comparing two tensors found."""
+
+    max_abs: float | None  #: the largest absolute difference; None when all values are bitwise equal
+    rounded: bool = False
+    overflowed: bool = False
+
+
+#: Precision in bits, with the implicit one, and the exponent of the smallest normal number: IEEE 754, and bfloat16.
+_PRECISION = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
+
+
+def _compare(a: LazyTensor, b: LazyTensor) -> _Found:
+    """Values after an exact widening. Tensors of different shapes are infinitely different."""
+    floats = a.dtype in FLOAT_DTYPES and b.dtype in FLOAT_DTYPES
+    if a.shape != b.shape or (a.dtype != b.dtype and not floats):
+        return _Found(max_abs=float("inf"))
     largest: float | None = None
-    raw = raw_dtype(a.dtype)
+    # Whether B is A rounded to B's dtype, or A is B rounded to A's.
+    of_a = of_b = a.dtype != b.dtype
+    overflowed = False
     for start, stop in a.chunks():
-        with scratch(stop - start, raw) as left, scratch(stop - start, raw) as right:
+        with (
+            scratch(stop - start, raw_dtype(a.dtype)) as left,
+            scratch(stop - start, raw_dtype(b.dtype)) as right,
+            np.errstate(invalid="ignore"),
+        ):
             a.read(start, stop, left)
             b.read(start, stop, right)
-            if np.array_equal(left, right):
+            if a.dtype == b.dtype and np.array_equal(left, right):
                 continue
-            here = _difference(left, right, a.dtype)
+            x, y = _values(left, a.dtype), _values(right, b.dtype)
+            if a.dtype != b.dtype and np.array_equal(x.view(np.uint64), y.view(np.uint64)):
+                continue
+            if floats:
+                overflowed = overflowed or bool((np.isfinite(x) != np.isfinite(y)).any())
+                of_a = of_a and _is_rounded(x, y, b.dtype)
+                of_b = of_b and _is_rounded(y, x, a.dtype)
+            here = float(np.abs(x - y).max())
             largest = here if largest is None or not here <= largest else largest
-    return largest
+    return _Found(max_abs=largest, rounded=largest is not None and (of_a or of_b), overflowed=overflowed)
 
 
-def _difference(left: Raw, right: Raw, dtype: str) -> float:
-    if dtype not in FLOAT_DTYPES:
-        return float(np.abs(left.astype(np.float64) - right.astype(np.float64)).max())
+def _values(raw: Raw, dtype: str) -> Raw:
+    """Raw elements as float64, exactly (integers of 64 bits but for their last digits)."""
     if dtype == "bfloat16":
-        x, y = ((side.astype(np.uint32) << 16).view(np.float32) for side in (left, right))
-    else:
-        x, y = left.view(np.dtype(dtype)), right.view(np.dtype(dtype))
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (raw.view(np.dtype(dtype)) if dtype in FLOAT_DTYPES else raw).astype(np.float64)
+
+
+def _is_rounded(exact: Raw, rounded: Raw, dtype: str) -> bool:
+    """Whether every value is the exact one to within half a unit in the last place of ``dtype``.
+
+    Computed from the numbers themselves, not by the cast that is to be checked. What is not finite must be the same.
+    """
+    bits, smallest = _PRECISION[dtype]
+    finite = np.isfinite(exact)
+    if not np.array_equal(finite, np.isfinite(rounded)):
+        return False
+    if not np.array_equal(exact[~finite], rounded[~finite], equal_nan=True):
+        return False
+    x, y = exact[finite], rounded[finite]
+    _, exponent = np.frexp(x)  # x is m * 2**exponent with 0.5 <= |m| < 1
+    half_unit = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - bits)
+    return bool((np.abs(x - y) <= half_unit).all())
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(input_layernorm|self_attn|post_attention_layernorm|mlp)\b")

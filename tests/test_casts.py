@@ -1,0 +1,185 @@
+"""Claims about casts: what a dtype cannot hold is never said to be equal. torch makes the values and rounds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, Finished, convert
+from hf_models import llama, saved
+from lazy import literal
+from safetensors.torch import load_file, save_file
+
+from smolconv.checkpoint import cast
+from smolconv.convert import ConversionPlan
+from smolconv.errors import ParityFailed
+from smolconv.storage.output import overflows
+from smolconv.verify.compare import verify_conversion
+from smolconv.verify.tensors import compare_tensors
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+def with_value(folder: Path, dtype: torch.dtype, value: float, **arguments: Any) -> Path:
+    """A tiny model in that dtype, one of whose weights is that value."""
+    saved(llama(**arguments).to(dtype), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[NAME][1, 2] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def verifier(plan: ConversionPlan, folder: Path) -> dict[str, Any]:
+    return verify_conversion(plan.prepared, folder, logits=False).to_json()
+
+
+#: (stored dtype, value, target dtype): values that torch rounds to infinity.
+LOST = [
+    ("bfloat16", 1e5, "float16"), ("bfloat16", -3e38, "float16"), ("float32", 65520.0, "float16"),
+    ("float32", 3.4e38, "bfloat16"), ("float32", -3.4e38, "bfloat16"), ("float32", 1e30, "float16"),
+]  # fmt: skip
+#: Values next to these that it does not, and those of which next to nothing is left.
+KEPT = [
+    ("bfloat16", 65024.0, "float16"), ("float32", 65519.0, "float16"), ("float32", 3.38e38, "bfloat16"),
+    ("float32", 1e-30, "float16"), ("float32", -2e-8, "float16"), ("float32", 6e-8, "float16"),
+    ("float32", 1e-45, "bfloat16"), ("bfloat16", -0.0, "float16"),
+]  # fmt: skip
+TO = [{"to": "hf"}, {"to": "nanotron", "tp": 2}]
+
+
+def test_torch_agrees_which_values_are_lost():
+    for stored, value, target in LOST + KEPT:
+        rounded = torch.tensor(value, dtype=DTYPES[stored]).to(DTYPES[target]).item()
+        assert math.isinf(rounded) == ((stored, value, target) in LOST)
+
+
+@pytest.mark.parametrize("to", TO, ids=lambda to: to["to"])
+@pytest.mark.parametrize(("stored", "value", "target"), LOST)
+def test_a_value_that_the_dtype_cannot_hold_fails_verification_and_is_a_warning_without(
+    stored, value, target, to, tmp_path
+):
+    source = with_value(tmp_path / "hf", DTYPES[stored], value)
+    with pytest.raises(ParityFailed, match="no longer finite") as raised:
+        convert(source, tmp_path / "out", dtype=target, verifier=verifier, **to)
+    assert raised.value.exit_code == 1 and NAME in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    result = convert(source, tmp_path / "plain", dtype=target, **to)
+    (warning,) = [warning for warning in result.warnings if "became infinite" in warning]
+    assert warning.startswith("1 tensors") and NAME in warning and target in warning
+    # Without digests too: the pass is another one.
+    result = convert(source, tmp_path / "undigested", dtype=target, digest="none", **to)
+    assert any("became infinite" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("to", TO, ids=lambda to: to["to"])
+@pytest.mark.parametrize(("stored", "value", "target"), KEPT)
+def test_what_the_dtype_can_hold_or_rounds_to_nothing_passes(stored, value, target, to, tmp_path):
+    source = with_value(tmp_path / "hf", DTYPES[stored], value)
+    result = convert(source, tmp_path / "out", dtype=target, verifier=verifier, **to)
+    assert result.verification["passed"] and result.verification["casts"]["overflowed"] == []
+    assert not [warning for warning in result.warnings if "infini" in warning]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_was_not_finite_before_stays_a_warning(value, tmp_path):
+    source = with_value(tmp_path / "hf", torch.float32, value)
+    result = convert(source, tmp_path / "out", "hf", dtype="float16", verifier=verifier)
+    assert result.verification["passed"]
+    assert [warning for warning in result.warnings if "kept as they are" in warning]
+    assert not [warning for warning in result.warnings if "became infinite" in warning]
+
+
+def test_masters_that_the_weights_dtype_cannot_hold_are_noticed(tmp_path):
+    case = FIXTURES / "deepspeed" / "smollm2-tiny-bf16-zero1-ws2" / "checkpoint"
+    convert(case, tmp_path / "hf", "hf")
+    state = tmp_path / "hf" / "smolconv_state"
+    path = next(state.glob("master-*.safetensors"))
+    masters = load_file(path)
+    masters[NAME][0, 0] = 3.4e38
+    save_file(masters, path)
+    (tmp_path / "hf" / "smolconv_manifest.json").unlink()
+    with pytest.raises(ParityFailed, match="no longer finite"):
+        convert(tmp_path / "hf", tmp_path / "out", "hf", cast_from="master", verifier=verifier)
+
+
+def test_the_command_line_ends_with_1_and_names_the_tensor(cli, tmp_path):
+    source = with_value(tmp_path / "hf", torch.bfloat16, 1e5)
+    words = ("convert", source, tmp_path / "out", "--to", "hf", "--dtype", "float16")
+    done: Finished = cli(*words, "--verify")
+    assert done.code == 1 and NAME in done.stderr and "no longer finite" in done.stderr
+    plain: Finished = cli(*words)
+    assert plain.code == 0 and "became infinite" in plain.stderr
+    compared: Finished = cli("verify", source, tmp_path / "out", "--tensors-only", "--json")
+    document = json.loads(compared.stdout)
+    assert compared.code == 1 and document["tensors"]["overflowed"] == [NAME]
+    assert "no longer finite" in document["reason"]
+
+
+def test_verify_tells_a_rounded_copy_from_another_model(cli, tmp_path):
+    source = with_value(tmp_path / "hf", torch.float32, 1.0)
+    convert(source, tmp_path / "out", "hf", dtype="bfloat16")
+    for a, b in ((source, tmp_path / "out"), (tmp_path / "out", source)):
+        done: Finished = cli("verify", a, b, "--tensors-only", "--json")
+        document = json.loads(done.stdout)
+        assert done.code == 1 and "within its rounding" in document["reason"]
+        assert document["tensors"]["rounded"] + document["tensors"]["equal"] == document["tensors"]["compared"]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights[NAME].view(torch.int16)[0, 0] += 1  # one unit in the last place, twice what rounding explains
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    document = json.loads(cli("verify", source, tmp_path / "out", "--tensors-only", "--json").stdout)
+    assert "within its rounding" not in document["reason"]
+
+
+# --- The arithmetic, against torch -------------------------------------------------------------------------------------
+
+
+def everywhere(dtype: torch.dtype) -> torch.Tensor:
+    """Values of all magnitudes: random bits, and the borders of every dtype."""
+    dice = torch.Generator().manual_seed(1)
+    wide = torch.randint(-(1 << 31), 1 << 31, (200_000,), generator=dice).to(torch.int32).view(torch.float32)
+    edges = [
+        sign * value * factor
+        for sign in (1, -1)
+        for kind in DTYPES.values()
+        for value in (
+            torch.finfo(kind).max,
+            torch.finfo(kind).tiny,
+            torch.finfo(kind).smallest_normal,
+            2.0**-24,
+            2.0**-25,
+        )
+        for factor in (1.0, 0.5, 0.999, 1.001, 2.0)
+    ]
+    values = torch.cat([wide.double(), torch.tensor(edges, dtype=torch.float64), torch.tensor([0.0, -0.0])])
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float64", "float32", "bfloat16", "float16"])
+def test_torchs_rounding_is_within_rounding_and_a_unit_more_is_not(stored, target):
+    values = everywhere(DTYPES[stored])
+    rounded = values.to(DTYPES[target])
+    keeps = values.isfinite() == rounded.isfinite()
+    values, rounded = values[keeps], rounded[keeps]
+    report = compare_tensors({"x": literal(values)}, {"x": literal(rounded)})
+    assert report.within_rounding and report.overflowed == ()
+    bits = {torch.float32: torch.int32}.get(DTYPES[target], torch.int16)
+    wrong = rounded.clone()
+    place = int((rounded.isfinite() & (rounded.abs() > 1) & (rounded.abs() < 1000)).nonzero()[0])
+    wrong.view(bits)[place] += 1
+    report = compare_tensors({"x": literal(values)}, {"x": literal(wrong)})
+    assert not report.within_rounding
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float64", "float32", "bfloat16", "float16"])
+def test_overflow_is_what_torch_makes_infinite(stored, target):
+    for value in everywhere(DTYPES[stored])[-300:]:
+        one = value.reshape(1)
+        lost = bool(one.isfinite()) and not bool(one.to(DTYPES[target]).isfinite())
+        assert overflows(cast(literal(one), target)) == lost, value
