@@ -48,14 +48,19 @@ class TensorReport:
         return self.equal == self.compared and not self.missing and not self.unexpected
 
 
-def compare_tensors(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) -> TensorReport:
-    """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order."""
+def compare_tensors(
+    a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, directed: bool = False
+) -> TensorReport:
+    """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order.
+
+    ``directed`` counts as rounded only what of B is A in B's dtype, and not the other way round.
+    """
     compared, same, rounded, max_abs, worst = 0, 0, 0, 0.0, None
     unequal: list[str] = []
     overflowed: list[str] = []
     for name in sorted(set(a) & set(b), key=forward_order):
         compared += 1
-        found = _compare(a[name], b[name])
+        found = _compare(a[name], b[name], directed)
         if found.max_abs is None:
             same += 1
             continue
@@ -88,7 +93,7 @@ def compare_casts(
             if isinstance(tensor, Cast) and name in written.get(slot, {}):
                 key = name if slot is Slot.PARAMETER else f"{name} ({slot.value})"
                 before[key], after[key] = tensor.base, written[slot][name]
-    return compare_tensors(before, after) if before else None
+    return compare_tensors(before, after, directed=True) if before else None
 
 
 def compare_optimizers(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, TensorReport], list[str]]:
@@ -136,14 +141,15 @@ class _Found:
 _PRECISION = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
 
 
-def _compare(a: LazyTensor, b: LazyTensor) -> _Found:
+def _compare(a: LazyTensor, b: LazyTensor, directed: bool) -> _Found:
     """Values after an exact widening. Tensors of different shapes are infinitely different."""
     floats = a.dtype in FLOAT_DTYPES and b.dtype in FLOAT_DTYPES
     if a.shape != b.shape or (a.dtype != b.dtype and not floats):
         return _Found(max_abs=float("inf"))
     largest: float | None = None
     # Whether B is A rounded to B's dtype, or A is B rounded to A's.
-    of_a = of_b = a.dtype != b.dtype
+    of_a = a.dtype != b.dtype
+    of_b = of_a and not directed
     overflowed = False
     for start, stop in a.chunks():
         with (
