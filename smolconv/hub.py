@@ -10,20 +10,23 @@ Paths inside a repository are strings with ``/``; ``""`` is its root.
 # ruff: noqa: PLC0415 - the client is imported only where it is used; see above
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from textwrap import shorten
 from threading import Thread
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from smolconv.errors import (
     BadCheckpoint,
@@ -35,6 +38,9 @@ from smolconv.errors import (
     SmolconvError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 SCHEME = "hf://"
 
@@ -69,6 +75,10 @@ DOWNLOAD_THREADS = 8
 FIRST_READ_BYTES = 48 * 1024
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself (MAX_HEADER_SIZE)
 RANGE_RETRIES = 2
+#: Answers after which the same request may succeed a little later.
+_PASSING = (429, 500, 502, 503, 504)
+#: No request is waited for longer, whatever Retry-After says.
+_LONGEST_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,13 +406,32 @@ def _listed(names: list[str], limit: int = 8) -> str:
 # Commits: on the Hub and in the cache ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    """What the Hub says of a file. Its digest tells whether what came is that file."""
+
+    size: int
+    digest: str  #: "sha256:..." of the content (LFS), or "git:...", the SHA-1 of git's blob
+
+    def matches(self, path: Path) -> bool:
+        """Read the whole file, and compare it."""
+        algorithm, _, wanted = self.digest.partition(":")
+        if path.stat().st_size != self.size:
+            return False
+        hasher = hashlib.sha256() if algorithm == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                hasher.update(data)
+        return hasher.hexdigest() == wanted
+
+
 @dataclass(kw_only=True)
 class _HubCommit:
     """A commit on the Hub. Listings are asked for once and kept as long as this object."""
 
     source: HubSource
     sha: str
-    sizes: dict[str, int] = field(default_factory=dict)  #: bytes, of every file listed so far
+    listed: dict[str, _Listed] = field(default_factory=dict)  #: every file listed so far
     _children: dict[str, _Children] = field(default_factory=dict)
 
     def children(self, folder: str) -> _Children:
@@ -423,15 +452,25 @@ class _HubCommit:
         from huggingface_hub.hf_api import RepoFile
 
         files, folders = [], []
+        where = _address(self.source, folder)
         try:
-            for entry in HfApi().list_repo_tree(
-                self.source.repo, folder or None, recursive=recursive, revision=self.sha
-            ):
-                if isinstance(entry, RepoFile):
-                    self.sizes[entry.path] = entry.size
-                    files.append(entry.path)
-                else:
-                    folders.append(entry.path)
+            with _sound(f"the listing of {where}"):
+                entries = _patiently(
+                    lambda: list(
+                        HfApi().list_repo_tree(self.source.repo, folder or None, recursive=recursive, revision=self.sha)
+                    )
+                )
+                for entry in entries:
+                    path = _path_inside(entry.path, folder)
+                    if isinstance(entry, RepoFile):
+                        listed = _listed_file(entry)
+                        if self.listed.setdefault(path, listed) != listed:
+                            raise ValueError(f"{path!r:.80} is there twice")
+                        files.append(path)
+                    else:
+                        folders.append(path)
+                if len(set(files + folders)) != len(files) + len(folders):
+                    raise ValueError("a name is there twice")
         except EntryNotFoundError:
             pass  # git knows no empty folders: one that is not there has no files
         return files, folders
@@ -446,10 +485,24 @@ class _HubCommit:
         return kind(f"{_address(self.source, folder)} {found}.\n{expected}\n{remedy}")
 
     def download(self, path: str) -> Path:
-        """Bring one file into the Hub's cache, unless it is there, and return its path in the snapshot."""
+        """Bring one file into the Hub's cache, unless it is there, and return its path in the snapshot.
+
+        Raises ``CorruptFile`` when it is not the file whose digest the Hub lists, twice. Such a file does not stay.
+        """
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(self.source.repo, path, revision=self.sha))
+        listed = self.listed[path]  # whoever asks for a file has seen it in a listing
+        for again in (False, True):
+            local = Path(hf_hub_download(self.source.repo, path, revision=self.sha, force_download=again))
+            if _was_checked(local, listed) or listed.matches(local):
+                _remember_checked(local, listed)
+                return local
+            _discard(local)
+        raise CorruptFile(
+            f"{_address(self.source, path)}: what the Hub sent is not the file that it lists.\n"
+            f"Expected {listed.size} bytes of {listed.digest}; two downloads gave other bytes, which were deleted.\n"
+            "Run again later, or check HF_ENDPOINT and the proxy, which may have changed it."
+        )
 
     def snapshot(self, path: str) -> Path:
         """The snapshot's root, found through one file of it."""
@@ -495,13 +548,130 @@ def _open_commit(source: HubSource) -> _HubCommit:
     from huggingface_hub import HfApi, constants
 
     # The name of a branch is looked up once, so that every file comes from the same commit.
-    info = HfApi().model_info(source.repo, revision=source.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    with _sound(f"what the Hub says of {source}"):
+        info = _patiently(
+            lambda: HfApi().model_info(source.repo, revision=source.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        )
+        # It becomes the name of folders.
+        if info.sha is not None and not re.fullmatch("[0-9a-f]{40}", info.sha):
+            raise ValueError(f"{info.sha!r:.60} is not the name of a commit")
     if info.sha is None:
         raise MachineError(
             f"{source}: the server at {constants.ENDPOINT} named no commit.\n"
             "Expected a Hugging Face Hub.\nCheck HF_ENDPOINT and the proxy."
         )
     return _HubCommit(source=source, sha=info.sha)
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _patiently(ask: Callable[[], _Answer]) -> _Answer:
+    """Ask again, twice at most, after an answer that passes; the server may say when (Retry-After)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(RANGE_RETRIES):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            response = error.response
+            if response is None or response.status_code not in _PASSING:
+                raise
+            wait = _asked_to_wait(response.headers.get("Retry-After"), default=0.5 * 2**attempt)
+            if wait > _LONGEST_WAIT_SECONDS:
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+def _asked_to_wait(value: str | None, default: float) -> float:
+    """Seconds from a Retry-After header, which holds a number of them or a date."""
+    if value is None:
+        return default
+    try:
+        return max(0.0, float(value)) if value.strip().isdigit() else max(
+            0.0, parsedate_to_datetime(value).timestamp() - time.time()
+        )  # fmt: skip
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+@contextmanager
+def _sound(what: str) -> Iterator[None]:
+    """Inside, an answer of the Hub is taken apart; what Python says of one of another kind becomes ``CorruptFile``."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (HFValidationError, json.JSONDecodeError, SmolconvError):
+        raise
+    except OSError:  # the client's own errors are
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        if type(error).__name__ == "JSONDecodeError":  # of requests: no JSON at all came, from a proxy perhaps
+            raise
+        raise CorruptFile(
+            f"{what} cannot be read ({type(error).__name__}: {shorten(str(error), 120, placeholder=' ...')}).\n"
+            "Expected the answer of a Hugging Face Hub: files with paths, sizes and digests.\n"
+            "Check HF_ENDPOINT. Nothing was downloaded from it."
+        ) from None
+
+
+def _path_inside(path: object, folder: str) -> str:
+    """A path from a listing, once it is one below ``folder``. Raises ``ValueError``."""
+    if not isinstance(path, str) or not path.isprintable() or "\\" in path:
+        raise ValueError(f"{path!r:.80} is no path")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r:.80} leaves its folder")
+    if folder and not path.startswith(f"{folder}/"):
+        raise ValueError(f"{path!r:.80} is not below {folder}")
+    return path
+
+
+def _listed_file(entry: RepoFile) -> _Listed:
+    size, lfs = entry.size, entry.lfs
+    digest = entry.blob_id if lfs is None else lfs.sha256
+    if type(size) is not int or size < 0 or (lfs is not None and lfs.size != size):
+        raise ValueError(f"{entry.path!r:.80} has {size!r:.40} bytes")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{40}" if lfs is None else "[0-9a-f]{64}", digest):
+        raise ValueError(f"{entry.path!r:.80} has the digest {digest!r:.80}")
+    return _Listed(size=size, digest=f"{'git' if lfs is None else 'sha256'}:{digest}")
+
+
+def _mark(listed: _Listed) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "smolconv-checked" / listed.digest.replace(":", "-")
+
+
+def _state_of(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _was_checked(local: Path, listed: _Listed) -> bool:
+    """Whether this very file had this digest, and was not written to since: a model is not hashed at every start."""
+    try:
+        return _mark(listed).read_text() == _state_of(local)
+    except OSError:
+        return False
+
+
+def _remember_checked(local: Path, listed: _Listed) -> None:
+    mark = _mark(listed)
+    with suppress(OSError):  # a cache that cannot be written to is checked each time
+        if not _was_checked(local, listed):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            with _appearing_whole(mark) as part:
+                part.write_text(_state_of(local))
+
+
+def _discard(local: Path) -> None:
+    """Delete a file from the Hub's cache, and the blob that it is a link to."""
+    blob = local.resolve()
+    local.unlink(missing_ok=True)
+    if blob.parent.name == "blobs":
+        blob.unlink(missing_ok=True)
 
 
 def _find_in_cache(source: HubSource, headers_only: bool, step: int | None) -> Path:
@@ -598,7 +768,7 @@ class _StandIns:
             if local is not None:
                 _link_or_copy(local.resolve(), part)
             else:
-                size = self.commit.sizes[path]
+                size = self.commit.listed[path].size
                 with part.open("wb") as file:
                     file.write(self._header(path, size))
                     file.truncate(size)

@@ -14,7 +14,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -46,6 +46,7 @@ class Failure:
     code: str | None = None  #: for the header X-Error-Code
     after_bytes: int = 0  #: of the true answer's body, sent before a drop
     times: int | None = None  #: None means always
+    retry_after: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,9 @@ class FakeHub:
         self.exchanges: list[Exchange] = []
         self.failures: list[Failure] = []
         self.lfs_objects: dict[str, bytes] = {}
+        self.lies: dict[str, list[bytes]] = {}  #: path -> what is sent in its place, one after the other
+        self.listing: Callable[[list[dict[str, object]]], object] | None = None  #: what is sent in place of a listing
+        self.info: Callable[[dict[str, object]], object] | None = None  #: and of what is said of a repository
         self.lock = threading.Lock()
 
     def __enter__(self) -> FakeHub:
@@ -124,9 +128,14 @@ class FakeHub:
         code: str | None = None,
         after_bytes: int = 0,
         times: int | None = None,
+        retry_after: str | None = None,
     ) -> None:
         """Answer matching requests with an error, or drop the connection when there is no status."""
-        self.failures.append(Failure(pattern=pattern, status=status, code=code, after_bytes=after_bytes, times=times))
+        self.failures.append(
+            Failure(
+                pattern=pattern, status=status, code=code, after_bytes=after_bytes, times=times, retry_after=retry_after
+            )
+        )
 
     def files_read(self, repo: str) -> dict[str, int]:
         """Of each file of a repository that was read from: the bytes sent of it."""
@@ -174,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = parts.path
         failure = self._failure_for(path)
         if failure is not None and failure.status is not None:
-            return self._error(failure.status, failure.code, "failed on purpose")
+            return self._error(failure.status, failure.code, "failed on purpose", failure.retry_after)
         self.drop_after = failure.after_bytes if failure is not None else None
         if self.drop_after == 0:
             return self._drop(0)
@@ -241,8 +250,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, document: object, headers: Mapping[str, str] | None = None) -> None:
         self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _error(self, status: int, code: str | None, message: str) -> None:
+    def _error(self, status: int, code: str | None, message: str, retry_after: str | None = None) -> None:
         headers = {"Content-Type": "application/json", "X-Error-Message": message}
+        if retry_after is not None:
+            headers["Retry-After"] = retry_after
         if code:
             headers["X-Error-Code"] = code
         self.drop_after = None
@@ -288,8 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._commit(repo, revision)
         if found:
             repository = self.hub.repositories[repo]
+            said = self.hub.info or (lambda document: document)
             self._send_json(
-                {
+                said({
                     "_id": "0",
                     "id": repo,
                     "modelId": repo,
@@ -300,8 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
                     "downloads": 0,
                     "likes": 0,
                     "siblings": [{"rfilename": path} for path in sorted(found[1])],
-                }
-            )
+                })
+            )  # fmt: skip
 
     def _tree(self, repo: str, revision: str, folder: str) -> None:
         found = self._commit(repo, revision)
@@ -332,7 +344,7 @@ class _Handler(BaseHTTPRequestHandler):
         if stop < len(entries):
             address = f"{self.hub.url}{urlsplit(self.path).path}?recursive={recursive}&expand=False&cursor={stop}"
             headers["Link"] = f'<{address}>; rel="next"'
-        self._send_json(page, headers)
+        self._send_json(page if self.hub.listing is None else self.hub.listing(page), headers)
 
     def _refs(self, repo: str) -> None:
         repository = self._repository(repo)
@@ -356,18 +368,24 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[path]
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if not is_lfs(path, len(content)):
-            return self._send_content(content, {**headers, "ETag": f'"{git_hash(content)}"'})
+            return self._send_content(self._sent(path, content), {**headers, "ETag": f'"{git_hash(content)}"'})
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         return self._send(
             302, b"", {**headers, **linked, "Location": f"{self.hub.storage_url}/lfs/{digest}/{repo}/{path}"}
         )
 
+    def _sent(self, path: str, content: bytes) -> bytes:
+        """The file's content, or what is to be sent in its place."""
+        lies = self.hub.lies.get(path)
+        return lies.pop(0) if lies and self.command == "GET" else content
+
     def _lfs_object(self, oid: str, file: str) -> None:
         if "Authorization" in self.headers:
             return self._error(400, None, "only one way to authorise is allowed")
         self.file = file
-        return self._send_content(self.hub.lfs_objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+        content = self._sent(file.split("/", 2)[2], self.hub.lfs_objects[oid])
+        return self._send_content(content, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     # What is uploaded -------------------------------------------------------------------------------------------------
 

@@ -923,8 +923,16 @@ def assert_resume_completes(cli: Callable[..., Finished], target: Path, fresh: P
     assert not partial(target).exists()
 
 
+#: Signals as a terminal leaves them: nohup, and shells for what they run in the background, have some ignored.
+HEARS_SIGNALS = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+"""
+
+
 def slow_conversion(target: Path) -> subprocess.Popen[str]:
-    words = command("convert", TP2, target, "--to", "hf", "--workers", 1, before=SLOW_DISK)
+    words = command("convert", TP2, target, "--to", "hf", "--workers", 1, before=HEARS_SIGNALS + SLOW_DISK)
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
@@ -996,7 +1004,7 @@ smolconv.storage.integrity._read = never
 )
 def test_a_signal_ends_what_only_reads_and_says_that_nothing_was_written(words, signum, tmp_path):
     process = subprocess.Popen(
-        command(*words, before=SLOW_READ.replace("WAITING", repr(str(tmp_path / "waiting")))),
+        command(*words, before=HEARS_SIGNALS + SLOW_READ.replace("WAITING", repr(str(tmp_path / "waiting")))),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path,
     )  # fmt: skip
     with process:

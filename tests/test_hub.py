@@ -12,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,8 @@ def hub(running_hub: FakeHub) -> FakeHub:
     running_hub.repositories.clear()
     running_hub.lfs_objects.clear()
     running_hub.answers_ranges = True
+    running_hub.lies.clear()
+    running_hub.listing = running_hub.info = None
     return running_hub
 
 
@@ -593,6 +597,136 @@ def test_a_dropped_download_is_taken_up_again(hub: FakeHub, client: Client, repo
         client.fetch(f"hf://{repo}")
     assert contents(client.fetch(f"hf://{repo}")) == MODEL
     assert len([exchange for exchange in hub.exchanges if exchange.path.startswith("/lfs/")]) == 2
+
+
+def other_bytes(content: bytes) -> bytes:
+    """Of the same size, one bit another."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("path", sorted(MODEL))
+def test_bytes_that_the_hub_does_not_list_are_asked_for_again_and_then_refused(
+    path: str, hub: FakeHub, client: Client, repo: str, home: Path
+) -> None:
+    # Of its own content, so that the cache has no other copy of it.
+    files = {**MODEL, path: repo.encode() + MODEL[path]}
+    hub.commit(repo, files)
+    wrong = other_bytes(files[path])
+    hub.lies[path] = [wrong, wrong]
+    with pytest.raises(CorruptFile, match=rf"{re.escape(path)}: what the Hub sent is not the file that it lists"):
+        client.fetch(f"hf://{repo}")
+    assert not [p for p in (home / "hub").rglob("*") if p.is_file() and p.read_bytes() == wrong]
+    hub.lies[path] = [wrong]  # once: a transfer may be damaged
+    assert contents(client.fetch(f"hf://{repo}")) == files
+
+
+@pytest.mark.parametrize("path", sorted(MODEL))
+def test_a_file_that_was_changed_in_the_cache_is_downloaded_again(
+    path: str, hub: FakeHub, client: Client, repo: str
+) -> None:
+    files = {**MODEL, path: repo.encode() + MODEL[path]}
+    hub.commit(repo, files)
+    folder = client.fetch(f"hf://{repo}")
+    (folder / path).resolve().write_bytes(other_bytes(files[path]))
+    assert contents(client.fetch(f"hf://{repo}")) == files
+
+
+def test_a_whole_cache_is_not_hashed_again_at_every_start(hub: FakeHub, client: Client, repo: str, home: Path) -> None:
+    hub.commit(repo, MODEL)
+    client.fetch(f"hf://{repo}")
+    marks = {path: path.stat().st_mtime_ns for path in (home / "smolconv-checked").iterdir()}
+    client.fetch(f"hf://{repo}")
+    assert {path: path.stat().st_mtime_ns for path in (home / "smolconv-checked").iterdir()} == marks
+
+
+def http_date(seconds: float) -> str:
+    return formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("retry_after", [None, "0", "1", "in a date", "nonsense"])
+@pytest.mark.parametrize("what", [r"GET /api/models/[^/]+/[^/]+$", "GET /api/models/.*/tree"])
+def test_a_server_that_is_busy_for_a_moment_is_asked_again_when_it_says(
+    what: str, status: int, retry_after: str | None, hub: FakeHub, client: Client, repo: str
+) -> None:
+    hub.commit(repo, MODEL)
+    said = http_date(2) if retry_after == "in a date" else retry_after
+    hub.fail(what, status=status, times=1, retry_after=said)
+    before = time.time()
+    assert contents(client.fetch(f"hf://{repo}")) == MODEL
+    if retry_after in ("1", "in a date"):
+        assert time.time() - before >= 1.0  # what it asked for; a date has whole seconds
+
+
+def test_a_server_that_asks_for_an_hour_is_not_waited_for(hub: FakeHub, client: Client, repo: str) -> None:
+    hub.commit(repo, MODEL)
+    hub.fail("GET /api", status=429, retry_after="3600")
+    with pytest.raises(MachineError, match="HTTP 429"):
+        client.fetch(f"hf://{repo}")
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"type": "file", "oid": "0" * 40, "size": 2, "path": "extra.json", **changes}
+
+
+LISTINGS: dict[str, Callable[[list[dict[str, object]]], object]] = {
+    "a path above": lambda page: [*page, entry(path="../../evil.json")],
+    "a path above within": lambda page: [*page, entry(path="a/../../evil.json")],
+    "an absolute path": lambda page: [*page, entry(path="/etc/evil.json")],
+    "a backslash": lambda page: [*page, entry(path="a\\evil.json")],
+    "a NUL": lambda page: [*page, entry(path="evil\0.json")],
+    "an empty name": lambda page: [*page, entry(path="")],
+    "no path": lambda page: [*page, {"type": "file", "oid": "0" * 40, "size": 2}],
+    "a number for a path": lambda page: [*page, entry(path=3)],
+    "a name twice": lambda page: [*page, *page],
+    "a name twice, otherwise": lambda page: [*page, entry(path="config.json")],
+    "a negative size": lambda page: [*page, entry(size=-1)],
+    "a fraction for a size": lambda page: [*page, entry(size=1.5)],
+    "text for a size": lambda page: [*page, entry(size="2")],
+    "true for a size": lambda page: [*page, entry(size=True)],
+    "no size": lambda page: [*page, {"type": "file", "oid": "0" * 40, "path": "extra.json"}],
+    "a digest that is none": lambda page: [*page, entry(oid="../../x")],
+    "no digest": lambda page: [*page, {"type": "file", "size": 2, "path": "extra.json"}],
+    "an LFS digest that is none": lambda page: [*page, entry(lfs={"oid": "x", "size": 2, "pointerSize": 1})],
+    "an LFS size that is another": lambda page: [*page, entry(lfs={"oid": "0" * 64, "size": 3, "pointerSize": 1})],
+    "LFS is a list": lambda page: [*page, entry(lfs=[1])],
+    "a folder above": lambda page: [*page, entry(type="directory", path="..")],
+    "an object": lambda page: {"files": page},
+    "a number": lambda page: 3,
+    "text": lambda page: "files",
+    "null": lambda page: None,
+    "a list of numbers": lambda page: [1, 2],
+    "a list of lists": lambda page: [[entry()]],
+}
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_listing_that_is_none_is_a_corrupt_file_and_writes_nothing(
+    name: str, headers_only: bool, hub: FakeHub, client: Client, repo: str, home: Path
+) -> None:
+    hub.commit(repo, MODEL)
+    hub.listing = LISTINGS[name]
+    with pytest.raises(CorruptFile, match=r"listing of hf://"):
+        client.fetch(f"hf://{repo}", headers_only=headers_only)
+    assert not list(home.parent.rglob("*evil*"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda info: {**info, "sha": "../../../evil"}, lambda info: {**info, "sha": 3}, lambda info: [info],
+        lambda info: "no", lambda info: None, lambda info: {**info, "siblings": 3}, lambda info: 7,
+    ],
+)  # fmt: skip
+def test_a_repository_that_is_none_is_a_bad_checkpoint(
+    said: Callable[[dict[str, object]], object], hub: FakeHub, client: Client, repo: str, home: Path
+) -> None:
+    hub.commit(repo, MODEL)
+    hub.info = said
+    with pytest.raises(BadCheckpoint):
+        client.fetch(f"hf://{repo}", headers_only=True)
+    assert not list(home.parent.rglob("*evil*"))
 
 
 def test_no_server_is_a_machine_error(tmp_path: Path) -> None:

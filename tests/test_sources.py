@@ -168,3 +168,10 @@ def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():
         if isinstance(node, ast.Attribute) and dotted(node) == "sys.executable"
     }
     assert places == set(allowed)
+
+
+def test_every_test_that_the_security_page_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
