@@ -385,6 +385,7 @@ def run_conversion(
     """
     started = time.perf_counter()
     refuse_existing(plan.target, overwrite, lost_with)
+    _refuse_replacing_the_source(plan)
     workers = workers or default_workers()
     chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
     sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), ASSET_NAMES)
@@ -447,6 +448,17 @@ def _unchecked(report: SourceReport) -> list[str]:
         f"{len(names)} digests of the source were not compared, as only parts of their bytes, or not in order, were "
         f"read ({shown}). --check-source reads them whole."
     ]
+
+
+def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
+    """Raise ``UsageError`` when what is read lies in the folder that would be replaced, by way of a link perhaps."""
+    target = plan.target.resolve()
+    for path in plan.files if target.is_dir() else ():
+        if target in path.resolve().parents:
+            raise UsageError(
+                f"{path} is read for this conversion, and lies in {plan.target}, which would be replaced.\n"
+                "A target apart from the source was expected.\nChoose another target."
+            )
 
 
 #: What lies beside weights without being read: code of a model, a Trainer's files, documents.

@@ -738,6 +738,15 @@ def test_a_folder_of_the_users_with_one_of_our_names_is_not_touched(suffix, hf, 
     assert files_below(tmp_path / f"out.{suffix}") == {"mine.txt": b"mine"}
 
 
+def test_a_source_whose_weights_are_links_into_the_target_is_not_replaced(hf, cli, tmp_path):
+    target = Path(shutil.copytree(hf, tmp_path / "out"))
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors").symlink_to(target / "model.safetensors")
+    done = cli("convert", hf, target, "--to", "nanotron", "--overwrite")
+    assert_short_error(done, 2, "UsageError", "which would be replaced")
+    assert files_below(target) == files_below(HF)
+
+
 @pytest.mark.parametrize("edit", ["a card", "a tokenizer", "nothing", "a link"])
 def test_overwrite_replaces_a_checkpoint_with_what_belongs_to_one(edit, hf, tmp_path):
     target = tmp_path / "out"

@@ -199,7 +199,7 @@ class OutputFolder:
 
     def _ours_or_free(self, path: Path) -> Path:
         names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
-        return next(name for name in names if not _is_there(name) or self.loses(name) is None)
+        return next(name for name in names if not _is_there(name) or _is_marked(name) or self.loses(name) is None)
 
     def _publish(self, target: Path) -> None:
         for folder, _, _ in os.walk(self.partial):
@@ -209,12 +209,17 @@ class OutputFolder:
         os.unlink(self.partial / JOURNAL)
         try:
             if _is_there(target):
-                _remove(replaced)
+                _discard(replaced)
                 os.rename(target, replaced)
             os.rename(self.partial, target)  # fails where another folder with anything in it has appeared
         except OSError as error:
             if not _is_there(target) and _is_there(replaced):
                 os.rename(replaced, target)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise UsageError(
+                    f"{target} appeared at this moment, and was left as it is. The result is in {self.partial}.\n"
+                    f"Move {target} away, then repeat the command."
+                ) from None
             if error.errno not in _NO_RENAME:
                 raise
             _publish_by_copy(self.partial, target)
@@ -222,7 +227,7 @@ class OutputFolder:
             # Held until here: a second process that opened it before must not take the folder for its own.
             os.unlink(target / LOCK)
         sync_folder(target.parent)
-        _remove(replaced)
+        _discard(replaced)
 
     def _close(self) -> None:
         for descriptor in (self._journal, self._lock):
@@ -272,6 +277,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _discard(path: Path) -> None:
+    """Delete what may be deleted. A kill in the middle leaves a folder that says so, or an empty one."""
+    if path.is_dir() and not path.is_symlink():
+        (path / INCOMPLETE).write_text("smolconv was interrupted while deleting this folder.\n")
+        _empty(path, keep=INCOMPLETE)
+    _remove(path)
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether an interrupted publication or deletion left a folder."""
+    return (path / INCOMPLETE).is_file()
+
+
 def _empty(folder: Path, *, keep: str) -> None:
     for entry in list(os.scandir(folder)):
         if entry.name != keep:
@@ -283,7 +301,7 @@ def refuse_existing(target: Path, overwrite: bool, loses: Loses) -> None:
 
     What an interrupted publication left may always be; with ``overwrite`` also that of which ``loses`` knows nothing.
     """
-    if not _is_there(target) or (target / INCOMPLETE).is_file():
+    if not _is_there(target) or _is_marked(target):
         return
     if not overwrite:
         raise UsageError(f"{target} is there already. Choose another target, or pass --overwrite to replace it.")
