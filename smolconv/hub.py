@@ -40,7 +40,7 @@ from smolconv.errors import (
 )
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 SCHEME = "hf://"
 
@@ -447,7 +447,6 @@ class _HubCommit:
         return self._list(folder, recursive=True)[0]
 
     def _list(self, folder: str, *, recursive: bool) -> tuple[list[str], list[str]]:
-        from huggingface_hub import HfApi
         from huggingface_hub.errors import EntryNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
@@ -455,25 +454,29 @@ class _HubCommit:
         where = _address(self.source, folder)
         try:
             with _sound(f"the listing of {where}"):
-                entries = _patiently(
-                    lambda: list(
-                        HfApi().list_repo_tree(self.source.repo, folder or None, recursive=recursive, revision=self.sha)
-                    )
-                )
-                for entry in entries:
-                    path = _path_inside(entry.path, folder)
+                for entry in _patiently(lambda: self._entries(folder, recursive=recursive)):
                     if isinstance(entry, RepoFile):
                         listed = _listed_file(entry)
-                        if self.listed.setdefault(path, listed) != listed:
-                            raise ValueError(f"{path!r:.80} is there twice")
-                        files.append(path)
+                        if self.listed.setdefault(entry.path, listed) != listed:
+                            raise ValueError(f"{entry.path!r:.80} is another file than before")
+                        files.append(entry.path)
                     else:
-                        folders.append(path)
-                if len(set(files + folders)) != len(files) + len(folders):
-                    raise ValueError("a name is there twice")
+                        folders.append(entry.path)
         except EntryNotFoundError:
             pass  # git knows no empty folders: one that is not there has no files
         return files, folders
+
+    def _entries(self, folder: str, *, recursive: bool) -> list[RepoFile | RepoFolder]:
+        """All pages of a listing. Raises ``ValueError`` for a name that is there twice: pages may go in circles."""
+        from huggingface_hub import HfApi
+
+        found: dict[str, RepoFile | RepoFolder] = {}
+        for entry in HfApi().list_repo_tree(self.source.repo, folder or None, recursive=recursive, revision=self.sha):
+            path = _path_inside(entry.path, folder)
+            if path in found:
+                raise ValueError(f"{path!r:.80} is there twice")
+            found[path] = entry
+        return list(found.values())
 
     def text(self, path: str) -> str:
         return _text_of(self.download(path))

@@ -79,6 +79,7 @@ class FakeHub:
         self.lfs_objects: dict[str, bytes] = {}
         self.lies: dict[str, list[bytes]] = {}  #: path -> what is sent in its place, one after the other
         self.listing: Callable[[list[dict[str, object]]], object] | None = None  #: what is sent in place of a listing
+        self.in_circles = False  #: every page of a listing says that it is followed by itself
         self.info: Callable[[dict[str, object]], object] | None = None  #: and of what is said of a repository
         self.lock = threading.Lock()
 
@@ -341,7 +342,9 @@ class _Handler(BaseHTTPRequestHandler):
         stop = start + self.hub.page_entries
         page = [entries[path] for path in sorted(entries)][start:stop]
         headers = {}
-        if stop < len(entries):
+        if self.hub.in_circles:
+            headers["Link"] = f'<{self.hub.url}{self.path}>; rel="next"'
+        elif stop < len(entries):
             address = f"{self.hub.url}{urlsplit(self.path).path}?recursive={recursive}&expand=False&cursor={stop}"
             headers["Link"] = f'<{address}>; rel="next"'
         self._send_json(page if self.hub.listing is None else self.hub.listing(page), headers)

@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 import random
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -373,6 +374,38 @@ def test_the_folder_converts_to_nanotron_and_back_bit_for_bit(tiny_hf: Path, tmp
 def test_what_cannot_be_carried_exactly_is_refused(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
     path = write_tiny(tmp_path / "other.gguf", **changed)
     with pytest.raises(UnsupportedModel, match=named):
+        read_gguf(path)
+
+
+def edit_entry(path: Path, name: str, *, kind: int | None = None, offset_of: str | None = None) -> None:
+    """Change a tensor's type, or give it another one's place, in the bytes of the header."""
+    data = bytearray(path.read_bytes())
+
+    def kind_at(name: str) -> int:
+        at = data.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+        return at + 4 + 8 * int.from_bytes(data[at : at + 4], "little")
+
+    if kind is not None:
+        struct.pack_into("<I", data, kind_at(name), kind)
+    if offset_of is not None:
+        other = kind_at(offset_of) + 4
+        data[kind_at(name) + 4 : kind_at(name) + 12] = data[other : other + 8]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["I8", "I16", "I32", "I64", "F64"])
+def test_a_tensor_of_integers_is_refused(tmp_path: Path, kind: str) -> None:
+    path = write_tiny(tmp_path / "integers.gguf")
+    edit_entry(path, "output_norm.weight", kind=int(gguf.GGMLQuantizationType[kind]))
+    with pytest.raises(BadCheckpoint, match=f"output_norm.weight is {kind}|not a whole GGUF file"):
+        read_gguf(path)
+
+
+def test_a_tensor_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "moved.gguf")
+    read_gguf(path)
+    edit_entry(path, "blk.1.ffn_up.weight", offset_of="blk.0.ffn_up.weight")
+    with pytest.raises(CorruptFile, match=r"blk\.1\.ffn_up\.weight begins at byte"):
         read_gguf(path)
 
 

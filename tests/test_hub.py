@@ -140,6 +140,7 @@ def hub(running_hub: FakeHub) -> FakeHub:
     running_hub.answers_ranges = True
     running_hub.lies.clear()
     running_hub.listing = running_hub.info = None
+    running_hub.in_circles = False
     return running_hub
 
 
@@ -710,6 +711,13 @@ def test_a_listing_that_is_none_is_a_corrupt_file_and_writes_nothing(
     with pytest.raises(CorruptFile, match=r"listing of hf://"):
         client.fetch(f"hf://{repo}", headers_only=headers_only)
     assert not list(home.parent.rglob("*evil*"))
+
+
+def test_a_listing_that_goes_in_circles_ends(hub: FakeHub, client: Client, repo: str) -> None:
+    hub.commit(repo, MODEL)
+    hub.in_circles = True
+    with pytest.raises(CorruptFile, match="twice"):
+        client.fetch(f"hf://{repo}")
 
 
 @pytest.mark.parametrize(

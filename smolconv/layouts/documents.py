@@ -27,9 +27,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def is_step(value: object) -> bool:
-    """Whether it can be the number of steps that Adam has made."""
-    return is_number(value) and 0 <= value <= 1 << 40  # type: ignore[operator]
+def adam_step(value: object, where: object) -> float:
+    """How many steps Adam has made: a whole number, which torch keeps as a float. Raises ``CorruptFile``."""
+    if isinstance(value, (int, float)) and is_number(value) and 0 <= value <= 1 << 40 and value == int(value):
+        return float(value)
+    raise CorruptFile(
+        f"{where}: Adam's step is {_shown(value)}.\n"
+        "Expected a whole number from 0 on that training reaches.\n"
+        "Copy the file again, or pass --no-optimizer to convert the weights only."
+    )
 
 
 def _is_size(value: object) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, LazyTensor, Raw, Slot, Stored, cast, scratch
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch, NotInstalled, UnsupportedModel
+from smolconv.layouts.dtypes import check_dtypes
 from smolconv.mappings.ops import Operation, Rename, RotaryPairs
 from smolconv.mappings.table import Rule, WeightTable
 from smolconv.spec import ModelSpec, parameter_shapes
@@ -115,7 +116,7 @@ def read_gguf(path: Path) -> Checkpoint:
     spec = _spec(metadata, found, path)
     ids = {f"{name}_token_id": _token_id(metadata, name, path) for name in ("bos", "eos", "pad", "unk")}
     stored: dict[str, LazyTensor] = {name: _tensor(name, entry, path, gguf) for name, entry in found.items()}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         layout="gguf",
         root=path,
         spec=spec,
@@ -130,6 +131,7 @@ def read_gguf(path: Path) -> Checkpoint:
             if key.startswith("tokenizer.chat_template.")
         ),
     )
+    return check_dtypes(checkpoint)
 
 
 def _installed(name: str) -> ModuleType:
@@ -224,10 +226,15 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
             entries[name] = _read_entry(header, name, gguf)
         end_of_header = file.tell()
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
+    if type(alignment) is not int or alignment <= 0:
         raise header.corrupt(f"general.alignment is {alignment!r}")
     start, size = -(-end_of_header // alignment) * alignment, path.stat().st_size
+    at = 0
     for name, entry in entries.items():
+        # As llama.cpp demands: tensors lie one after the other, so none can stand in another's place.
+        if entry.offset != at:
+            raise header.corrupt(f"{name} begins at byte {entry.offset} of the data, where {at} was expected")
+        at += -(-entry.nbytes // alignment) * alignment
         if start + entry.offset + entry.nbytes > size:
             raise header.corrupt(
                 f"{name} would end at byte {start + entry.offset + entry.nbytes}, the file ends at {size}"

@@ -38,7 +38,8 @@ from smolconv.layouts.base import (
     read_json,
     without_aliases,
 )
-from smolconv.layouts.documents import check_config, check_progress, is_step, understood, with_tuples
+from smolconv.layouts.documents import adam_step, check_config, check_progress, understood, with_tuples
+from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.mappings.huggingface import weight_table
 from smolconv.mappings.table import WeightTable
 from smolconv.spec import spec_from_hf
@@ -69,6 +70,8 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     check_config(config, config_path)
     spec = spec_from_hf(config, str(config_path))
     files, found = _weights(folder)
+    # Before the names: a quantised model has others beside its weights, and the dtype says what is the matter.
+    check_named_dtypes(Slot.PARAMETER, found)
     table = weight_table(spec)
     parameters = table.to_canonical(without_aliases(found, table.aliases, folder), str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
@@ -217,7 +220,7 @@ def _read_sidecar(
     where = f"{home / 'state.json'} (optimizer)"
     with understood(where):
         optimizer = OptimizerState(
-            steps={name: float(step) for name, step in state["optimizer"]["steps"].items()},
+            steps={name: adam_step(step, f"{where}: {name}") for name, step in state["optimizer"]["steps"].items()},
             groups=tuple(
                 ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
                 for group in state["optimizer"]["groups"]
@@ -227,8 +230,6 @@ def _read_sidecar(
         same = len(grouped) == len(optimizer.steps) and set(grouped) == optimizer.steps.keys()
     if not same or not optimizer.steps.keys() <= slots[Slot.EXP_AVG].keys():
         raise CorruptFile(f"{where}: its steps, its groups and the moments beside it are not of the same parameters.")
-    if not all(is_step(step) for step in optimizer.steps.values()):
-        raise CorruptFile(f"{where}: a step is none that training reaches.")
     return _Sidecar(slots=slots, optimizer=optimizer, progress=progress, origin=origin, files=tuple(files))
 
 

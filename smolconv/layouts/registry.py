@@ -10,6 +10,7 @@ from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageErro
 from smolconv.files import noting_files
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
+from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
@@ -56,11 +57,11 @@ def _read(folder: Path, options: ReadOptions) -> Checkpoint:
     if options.base is not None and layout != "deepspeed":
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout}.")
     if layout == "huggingface":
-        return read_huggingface(folder, options)
+        return check_dtypes(read_huggingface(folder, options))
     if layout == "nanotron":
-        return read_nanotron(folder, options)
+        return check_dtypes(read_nanotron(folder, options))
     base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
     try:
-        return read_deepspeed(folder, options, base)
+        return check_dtypes(read_deepspeed(folder, options, base))
     finally:
         close_thread_files()  # reading steps opened them; a file that is replaced later must be opened anew

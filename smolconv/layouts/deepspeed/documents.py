@@ -14,7 +14,8 @@ from typing import Any
 
 from smolconv.checkpoint import Slot, Stored
 from smolconv.errors import CorruptFile, UnsupportedModel
-from smolconv.layouts.documents import check_plain, is_count, is_step, understood, with_tuples
+from smolconv.layouts.documents import adam_step, check_plain, is_count, understood, with_tuples
+from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive import ArchiveTensor, PickledObject, TorchSize, read_torch_archive
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
@@ -28,6 +29,10 @@ MODEL_KEYS = frozenset(
 #: The version whose form we write, and against which it was tried.
 DEEPSPEED_VERSION = "0.19.8"
 _SLOTS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
+
+
+class AnotherOptimizer(UnsupportedModel):
+    """The state is another optimizer's than Adam's, whole as it may be: the weights can be read without it."""
 
 
 class _StandIn:
@@ -119,7 +124,12 @@ def read_model_document(path: Path) -> ModelDocument:
     with understood(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
+        for name, tensor in module.items():
+            check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: {name}")
         shapes = document.get("param_shapes")
+        names = [name for group in shapes or () for name in group]
+        if len(set(names)) != len(names):
+            raise CorruptFile(f"{path}: param_shapes names {next(n for n in names if names.count(n) > 1)} twice.")
         fragments = document.get("frozen_param_fragments") or {}
         config = document.get("ds_config")
         zero = config.get("zero_optimization") if isinstance(config, dict) else None
@@ -143,6 +153,8 @@ def read_model_document(path: Path) -> ModelDocument:
             client_state={key: value for key, value in document.items() if key not in MODEL_KEYS},
             ds_version=document.get("ds_version"),
         )
+        for name, tensor in found.frozen_fragments.items():
+            check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: the fragment of {name}")
         if not isinstance(found.optimizer, (dict, type(None))):
             raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; a mapping was expected.")
     for name, value in (("global_steps", found.step), ("skipped_steps", found.skipped_steps),
@@ -184,7 +196,8 @@ class OptimizerDocument:
     steps: Mapping[int, float]  #: the optimizer's, by the same indices, where it counts them
     groups: tuple[Mapping[str, Any], ...]  #: hyperparameters
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
-    alignment_paddings: tuple[tuple[int, ...], ...] | None
+    alignment_paddings: tuple[tuple[int, ...], ...] | None  #: after each parameter of each group
+    group_paddings: tuple[int, ...] | None  #: at the end of this rank's slice of each group
 
 
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
@@ -192,14 +205,18 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
     document = _mapping(path, ("optimizer_state_dict",))
     with understood(path):
         state = document["optimizer_state_dict"]
-        ranks = state["partition_count"]
-        ranks = max(ranks) if isinstance(ranks, list) else ranks
-        if not is_count(ranks) or ranks == 0:
-            raise CorruptFile(f"{path}: partition_count is {ranks!r:.60}; the number of ranks was expected.")
+        counts = state["partition_count"]
+        counts = counts if isinstance(counts, list) and counts else [counts]
+        ranks = counts[0]
+        # One a group; only experts are spread over other ranks than the rest.
+        if not is_count(ranks) or ranks == 0 or any(type(count) is not int or count != ranks for count in counts):
+            raise CorruptFile(f"{path}: partition_count is {counts!r:.60}; the number of ranks was expected.")
         bf16_optimizer = "zero_stage" not in state
         stage = 1 if bf16_optimizer else _stage(state["zero_stage"], path)
         masters = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
         masters = tuple(stored(tensor, f"{path}: flat group {i}") for i, tensor in enumerate(masters))
+        for i, master in enumerate(masters):
+            check_dtype(Slot.MASTER, master.dtype, f"{path}: flat group {i}")
         base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
         if isinstance(base, list):  # elastic_checkpoint: a list of states, and no hyperparameters
             states, groups = dict(enumerate(base)), [{"params": [i]} for i in range(len(base))]
@@ -207,10 +224,16 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
                 states = {i: {"step": state["base_optimizer_state_step"], **found} for i, found in states.items()}
         else:
             states, groups = base["state"], base["param_groups"]
-        paddings = state.get("param_alignment_paddings")
-        if paddings is not None and len(paddings) != len(masters):
+        alignment = _paddings(state, "param_alignment_paddings", len(masters), path)
+        group_paddings = _paddings({"group_paddings": [state.get("group_paddings")]}, "group_paddings", 1, path)
+        if group_paddings and len(group_paddings[0]) != len(masters):
+            raise CorruptFile(f"{path}: group_paddings has {len(group_paddings[0])} groups; there are {len(masters)}.")
+        members = numbered(groups, path)
+        if members != tuple((i,) for i in range(len(members))) and stage != 3:
+            raise CorruptFile(f"{path}: its groups hold the flat tensors {members!r:.60}; one each was expected.")
+        if sum(map(len, members)) != len(masters):
             raise CorruptFile(
-                f"{path}: param_alignment_paddings has {len(paddings)} groups, but there are {len(masters)}."
+                f"{path}: the groups name {sum(map(len, members))} flat tensors, but {len(masters)} are there."
             )
         return OptimizerDocument(
             path=path,
@@ -221,14 +244,43 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             states=adam_states(states, groups, path) if with_adam else None,
             steps={i: number(state["step"], f"{path}: step") for i, state in states.items() if "step" in state},
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
-            members=tuple(tuple(group["params"]) for group in groups),
-            alignment_paddings=None if paddings is None else tuple(tuple(group) for group in paddings),
+            members=members,
+            alignment_paddings=alignment,
+            group_paddings=None if group_paddings is None else group_paddings[0],
         )
+
+
+def numbered(groups: Sequence[Mapping[str, Any]], path: Path) -> tuple[tuple[int, ...], ...]:
+    """Each group's ``params``: torch numbers them from 0 on, through all groups. Raises ``CorruptFile`` otherwise."""
+    members = tuple(tuple(group["params"]) for group in groups)
+    numbers = [index for group in members for index in group]
+    if not all(map(is_count, numbers)) or numbers != list(range(len(numbers))):
+        raise CorruptFile(
+            f"{path}: the parameters of its groups are numbered {numbers!r:.60}.\n"
+            f"Expected 0 to {len(numbers) - 1} in order, as torch numbers them.\n"
+            "The file is damaged: copy it again."
+        )
+    return members
+
+
+def _paddings(state: Mapping[str, Any], key: str, groups: int, path: Path) -> tuple[tuple[int, ...], ...] | None:
+    """Lists of paddings by group; None where the version that wrote the file had none."""
+    found = state.get(key)
+    if found is None or found == [None]:
+        return None
+    paddings = tuple(tuple(group) for group in found)
+    if len(paddings) != groups:
+        raise CorruptFile(f"{path}: {key} has {len(paddings)} groups, but there are {groups}.")
+    if not all(is_count(count) for group in paddings for count in group):
+        raise CorruptFile(
+            f"{path}: {key} is {found!r:.60}.\nExpected whole numbers from 0 on.\nThe file is damaged: copy it again."
+        )
+    return paddings
 
 
 def _stage(value: object, path: Path) -> int:
     stage = value.args[0] if isinstance(value, _StandIn) and value.args else value
-    if not isinstance(stage, int) or stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise CorruptFile(f"{path}: zero_stage is {stage!r:.60}; 1, 2 or 3 was expected.")
     return stage
 
@@ -236,20 +288,21 @@ def _stage(value: object, path: Path) -> int:
 def adam_states(
     states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], path: Path
 ) -> dict[int, AdamState]:
-    """Adam's state by index. Raises ``UnsupportedModel`` when it is another optimizer's."""
+    """Adam's state by index. Raises ``AnotherOptimizer`` when it is no Adam's."""
     found: dict[int, AdamState] = {}
     # Some of DeepSpeed's compiled optimizers count their steps in the group.
     group_steps = {index: group["step"] for group in groups if "step" in group for index in group["params"]}
     for index, state in states.items():
         unknown = set(state) - {"step", *_SLOTS}
         if unknown or not set(_SLOTS) <= set(state):
-            raise UnsupportedModel(
+            raise AnotherOptimizer(
                 f"{path.name} holds {', '.join(sorted(map(str, state)))}; only Adam's exp_avg and exp_avg_sq are read"
             )
-        step = number(state.get("step", group_steps.get(index)), f"{path}: the step of flat tensor {index}")
-        if not is_step(step):
-            raise CorruptFile(f"{path}: the step of flat tensor {index} is {step}, which no training reached.")
+        where = f"{path}: flat tensor {index}"
+        step = adam_step(number(state.get("step", group_steps.get(index)), where), where)
         moments = {slot: stored(state[key], f"{path}: {key} of {index}") for key, slot in _SLOTS.items()}
+        for slot, tensor in moments.items():
+            check_dtype(slot, tensor.dtype, f"{path}: {slot.value} of {index}")
         found[index] = AdamState(step=step, moments=moments)
     return found
 
@@ -285,12 +338,20 @@ def read_universal_document(path: Path) -> UniversalDocument:
         states, steps = inner.get("state") or {}, []
         for group in groups:
             state = next((states[i] for i in group.get("params") or () if i in states), states.get(0)) or {}
-            steps.append(number(state["step"], f"{path}: step") if "step" in state else None)
+            steps.append(adam_step(number(state["step"], path), path) if "step" in state else None)
         return UniversalDocument(
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
-            members=tuple(tuple(group.get("params") or ()) for group in groups),
+            members=_universal_members(groups, path),
             steps=tuple(steps),
         )
+
+
+def _universal_members(groups: Sequence[Mapping[str, Any]], path: Path) -> tuple[tuple[int, ...], ...]:
+    """Numbers of flat tensors in the source; ``ds_to_universal`` leaves them out, or keeps those of one rank."""
+    members = tuple(tuple(group.get("params") or ()) for group in groups)
+    if not all(is_count(index) for group in members for index in group):
+        raise CorruptFile(f"{path}: a parameter group holds {members!r:.60}; numbers of parameters were expected.")
+    return members
 
 
 def read_universal_tensor(path: Path) -> Stored:
@@ -304,10 +365,7 @@ def read_universal_tensor(path: Path) -> Stored:
 
 
 def read_universal_step(path: Path) -> float:
-    step = number(read_torch_archive(path, allow=STAND_INS), path)
-    if not is_step(step):
-        raise CorruptFile(f"{path}: the step is {step}, which no training reached.")
-    return step
+    return adam_step(number(read_torch_archive(path, allow=STAND_INS), path), path)
 
 
 def _mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:

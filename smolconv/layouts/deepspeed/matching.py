@@ -115,8 +115,9 @@ def starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
     return weight.shape == master.shape and alike(weight, master, 0)
 
 
-def alike(weight: LazyTensor, master: LazyTensor, start: int) -> bool:
-    stop = min(start + 1024, weight.numel)
+def alike(weight: LazyTensor, master: LazyTensor, start: int, count: int = 1024) -> bool:
+    """Whether ``count`` elements from ``start`` on are those of the master, rounded to the weight's dtype."""
+    stop = min(start + count, weight.numel)
     stored, rounded = flat_slice(weight, start, stop), cast(flat_slice(master, start, stop), weight.dtype)
     if equal(stored, rounded):
         return True

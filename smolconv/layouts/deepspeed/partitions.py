@@ -13,7 +13,7 @@ from itertools import accumulate
 from math import prod
 
 from smolconv.checkpoint import LazyTensor, Zeros, flat_slice, join
-from smolconv.errors import ShapeMismatch
+from smolconv.errors import CorruptFile, ShapeMismatch
 
 #: Elements of a partition are a multiple of this (``nccl_start_alignment_factor``).
 ALIGNMENT = 2
@@ -78,6 +78,26 @@ def join_group(
     flat = join(kept, (numel,))
     starts = [end - size - padding for end, size, padding in zip(ends, sizes, paddings)]
     return [flat_slice(flat, start, start + size, shape) for start, size, shape in zip(starts, sizes, shapes)]
+
+
+def check_paddings(numels: Sequence[int], paddings: Sequence[int], where: str) -> None:
+    """Raise ``CorruptFile`` for ``paddings`` that ``parameter_alignment`` does not make after parameters of ``numels``.
+
+    Each parameter but the last is padded until the next begins on 16 bytes (``round_robin_bit16_padding`` in
+    zero/stage_1_and_2.py, 0.19.8), so the sizes alone say what the paddings are.
+    """
+    for alignment in (1, *(16 // width for width in (8, 4, 2, 1))):
+        at, expected = 0, []
+        for numel in numels:
+            expected.append(-(at + numel) % alignment)
+            at += numel + expected[-1]
+        if list(paddings) == [*expected[:-1], 0][: len(numels)]:
+            return
+    raise CorruptFile(
+        f"{where}: the parameters are followed by paddings of {_some(paddings)} elements.\n"
+        f"Expected none, or those that align parameters of {_some(numels)} elements to 16 bytes.\n"
+        "The file is damaged, or of another checkpoint: copy all files of one."
+    )
 
 
 def undealt(names: Sequence[str], ranks: int) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from smolconv.checkpoint import (
     TrainingProgress,
     Zeros,
     cast,
+    equal,
     flat_slice,
     join,
     join_columns,
@@ -40,17 +41,18 @@ from smolconv.errors import (
     MixedCheckpoint,
     NameMismatch,
     ShapeMismatch,
-    UnsupportedModel,
 )
 from smolconv.files import read_bytes
 from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
 from smolconv.layouts.deepspeed.documents import (
     AdamState,
+    AnotherOptimizer,
     ModelDocument,
     OptimizerDocument,
     UniversalDocument,
     adam_states,
     hyperparameters,
+    numbered,
     plain,
     read_model_document,
     read_optimizer_document,
@@ -61,8 +63,16 @@ from smolconv.layouts.deepspeed.documents import (
 )
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
 from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, place_by_order, starts_alike
-from smolconv.layouts.deepspeed.partitions import join_group, join_pieces, match_sub_groups, piece_numel, undealt
+from smolconv.layouts.deepspeed.partitions import (
+    check_paddings,
+    join_group,
+    join_pieces,
+    match_sub_groups,
+    piece_numel,
+    undealt,
+)
 from smolconv.layouts.documents import check_config, check_progress, understood
+from smolconv.layouts.dtypes import check_dtype
 from smolconv.mappings.huggingface import weight_table
 from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
 from smolconv.storage.integrity import archive_seals, refuse_seals
@@ -70,6 +80,8 @@ from smolconv.storage.torch_archive import read_pickle_bytes
 
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
 CLIENT_KEY = "smolconv"
+#: Elements that tell whether a weight is its rounded master, at each place where that is asked.
+_COMPARED = 64
 _WITHOUT = "pass --no-optimizer to convert the weights only"
 
 
@@ -190,6 +202,13 @@ class _Reader:
             )
         model = self.first if tp == 0 else self._model(self.files.models[key])
         self._require_same_step(model)
+        if model.tp != self.first.tp or 1 < model.tp < self.files.tp:
+            raise MixedCheckpoint(
+                f"{model.path} is of {model.tp} tensor-parallel ranks, {self.first.path.name} of {self.first.tp}; the "
+                f"folder has files of {self.files.tp}.\n"
+                "Expected one number of ranks.\n"
+                "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
+            )
         found = _Found(
             weights={name: tensor for name, tensor in model.module.items() if tensor.numel},
             dtypes={name: tensor.dtype for name, tensor in model.module.items()},
@@ -283,10 +302,12 @@ class _Reader:
         paths = {dp: path for (dp, rank), path in self.files.optimizers.items() if rank == tp}
         some = read_optimizer_document(next(iter(paths.values())), with_adam=False)
         bf16 = some.path.name.startswith("bf16_")
-        if missing := [rank for rank in range(some.ranks) if rank not in paths]:
-            name = optimizer_file(missing[0], bf16=bf16, tp=tp)
+        # Counted without a list of all ranks: a damaged number of them would fill the memory.
+        if missing := some.ranks - sum(rank < some.ranks for rank in paths):
+            first_missing = next(rank for rank in range(some.ranks) if rank not in paths)
+            name = optimizer_file(first_missing, bf16=bf16, tp=tp)
             raise MissingShard(
-                f"{self.tag}: {len(missing)} of {some.ranks} ranks' optimizer files are missing, the first {name}.\n"
+                f"{self.tag}: {missing} of {some.ranks} ranks' optimizer files are missing, the first {name}.\n"
                 "Masters and moments are split over all ranks, so none can be rebuilt without it. Copy it from the "
                 "training node."
             )
@@ -303,7 +324,7 @@ class _Reader:
         wanted = [paths[rank] for rank in range(some.ranks)]
         try:
             documents = [read_optimizer_document(path, with_adam=self.options.optimizer) for path in wanted]
-        except UnsupportedModel as error:  # Muon, SGD: the masters are there all the same
+        except AnotherOptimizer as error:  # Muon, SGD: the masters are there all the same
             self._leave_out(error)
             documents = [read_optimizer_document(path, with_adam=False) for path in wanted]
         self.read_files += [document.path for document in documents]
@@ -312,7 +333,7 @@ class _Reader:
             self._require_same_run(first, document)
         return documents
 
-    def _leave_out(self, error: UnsupportedModel) -> None:
+    def _leave_out(self, error: AnotherOptimizer) -> None:
         self.warnings.append(f"{error}: the optimizer's state was left out.")
 
     def _require_same_run(self, first: OptimizerDocument, other: OptimizerDocument) -> None:
@@ -347,7 +368,9 @@ class _Reader:
             paddings = aligned[index] if aligned is not None else (0,) * len(group)
             if len(paddings) != len(group):
                 raise MixedCheckpoint(f"{where}: paddings of {len(paddings)} parameters, names of {len(group)}.")
+            check_paddings([prod(shape) for shape in group.values()], paddings, f"{first.path}: group {index}")
             step, flat = self._flat(documents, index)
+            _check_group_paddings(documents, index, flat)
             for slot, slices in flat.items():
                 names = zip(group, join_group(slices, list(group.values()), paddings, f"{where} ({slot.value})"))
                 for name, tensor in names:
@@ -363,8 +386,6 @@ class _Reader:
             where = f"{self.tag}: group {index}"
             if not group:
                 continue
-            if any(not 0 <= i < len(first.masters) for i in indices):
-                raise CorruptFile(f"{first.path}: a parameter group names flat tensors that are not there.")
             lengths = [first.masters[i].numel for i in indices]
             places = match_sub_groups([prod(shape) for shape in group.values()], len(documents), lengths, where)
             flats = [self._flat(documents, i) for i in indices]
@@ -387,13 +408,29 @@ class _Reader:
         if documents[0].states is None:
             return None, flat
         states = [(document.states or {}).get(index) for document in documents]
-        if states[0] is None:
-            # Saved before the first step: Adam begins with zeros.
+        # Without any state it was saved before the first step: Adam begins with zeros.
+        begun = any(document.states for document in documents)
+        if not begun:
             flat |= {slot: [Zeros(shape=t.shape, dtype=t.dtype) for t in flat[Slot.MASTER]] for slot in MOMENTS}
-            return 0.0, flat
-        for slot in MOMENTS:
-            flat[slot] = [state.moments[slot] for state in states if state is not None]
-        return states[0].step, flat
+        there = [state for state in states if state is not None]
+        if begun and len(there) < len(documents):
+            path = documents[states.index(None)].path
+            raise CorruptFile(
+                f"{path}: Adam's state of flat tensor {index} is missing.\n"
+                "Expected it there: other flat tensors, or this one on other ranks, have theirs.\n"
+                f"Copy the file again, or {_WITHOUT}."
+            )
+        if begun:
+            flat |= {slot: [state.moments[slot] for state in there] for slot in MOMENTS}
+        for slot, parts in flat.items():
+            if other := next((i for i, part in enumerate(parts) if part.dtype != parts[0].dtype), None):
+                raise MixedCheckpoint(
+                    f"{documents[other].path}: {slot.value} of flat tensor {index} is {parts[other].dtype}, but "
+                    f"{parts[0].dtype} in {documents[0].path.name}.\n"
+                    "Expected one dtype on all ranks.\n"
+                    "The file is damaged, or of another checkpoint: copy all of one from the training nodes."
+                )
+        return (there[0].step if begun else 0.0), flat
 
     def _require_model_files(self, model: ModelDocument, found: _Found, tp: int) -> None:
         """ZeRO-3 writes one model file a rank: nothing but pieces of frozen parameters is in the others."""
@@ -415,32 +452,62 @@ class _Reader:
                 seen.add(pickled)
             other = model if path == model.path else self._model(path)
             self._require_same_step(other)
+            self._require_same_parameters(model, other)
             others.append(other)
         for name, shape in model.frozen_shapes.items():
             if name not in model.frozen_fragments:
                 continue
-            fragments = [other.frozen_fragments.get(name) for other in others]
-            if any(fragment is None or fragment.numel * self.ranks < prod(shape) for fragment in fragments):
-                raise MixedCheckpoint(f"{self.tag}: the ranks' model files hold different pieces of {name}.")
-            found.weights[name] = join_pieces([fragment for fragment in fragments if fragment is not None], shape)
+            fragments = [other.frozen_fragments[name] for other in others if name in other.frozen_fragments]
+            size = piece_numel(prod(shape), self.ranks)
+            if len(fragments) < self.ranks or {f.numel for f in fragments} != {size}:
+                raise MixedCheckpoint(
+                    f"{self.tag}: the ranks' model files hold {[f.numel for f in fragments]} elements of {name}.\n"
+                    f"Expected {size:,} in each of {self.ranks}, since {name} is {list(shape)}.\n"
+                    "Files of two checkpoints are mixed: copy all of one from the training nodes."
+                )
+            found.weights[name] = join_pieces(fragments, shape)
+
+    def _require_same_parameters(self, model: ModelDocument, other: ModelDocument) -> None:
+        """Names, shapes and order are taken from the first rank's model file, so the others must say the same."""
+        mine, found = (
+            {
+                "param_shapes": [item for group in document.groups or () for item in group.items()],
+                "frozen_param_shapes": document.frozen_shapes,
+                "module": {name: (tensor.shape, tensor.dtype) for name, tensor in document.module.items()},
+                "dp_world_size": document.dp,
+                "mp_world_size": document.tp,
+                "global_samples": document.samples,
+                "skipped_steps": document.skipped_steps,
+            }
+            for document in (model, other)
+        )
+        if different := [key for key in mine if mine[key] != found[key]]:
+            raise MixedCheckpoint(
+                f"{other.path}: {different[0]} is not that of {model.path.name}.\n"
+                "Expected the same names, shapes, order and counts in every rank's model file.\n"
+                "Files of two checkpoints are mixed: copy all of one from the training nodes."
+            )
 
     def _compare_with_module(self, model: ModelDocument, documents: Sequence[OptimizerDocument], found: _Found) -> None:
         """A file of another step or rank gives itself away: the module's weights are not the rounded masters.
 
-        A few elements are compared where each rank's slice begins.
+        A few elements are compared where each parameter and each rank's slice begins, so that shifted and exchanged
+        ones are noticed too.
         """
         masters = found.slots[Slot.MASTER]
         for group, flat in zip(model.groups or (), documents[0].masters):
             names = [name for name in group if name in found.weights]
             ends = list(accumulate(masters[name].numel for name in names))
-            if self.stage == 3 or len(names) != len(group) or not names:
+            if self.stage == 3 or not names:
                 continue
-            for rank in range(self.ranks):
+            places = [(name, 0) for name in names]
+            for rank in range(self.ranks if len(names) == len(group) else 0):
                 begin = min(rank * flat.numel, ends[-1] - 1)
                 index = bisect_right(ends, begin)
-                name = names[index]
-                at = begin - (ends[index] - masters[name].numel)
-                if not alike(found.weights[name], masters[name], at):
+                places.append((names[index], begin - (ends[index] - masters[names[index]].numel)))
+            for name, at in places:
+                weight, master = found.weights[name], masters[name]
+                if weight.shape != master.shape or not alike(weight, master, at, _COMPARED):
                     raise MixedCheckpoint(
                         f"{model.path} is of step {model.step}, Adam has made {_steps(documents[0].steps)} "
                         f"steps in {documents[0].path.name}, and {name} is not its rounded master.\n"
@@ -468,7 +535,9 @@ class _Reader:
             states = self._zero0_states(inner, path)
             if not states and not masters:
                 return
-            indices = [list(group["params"]) for group in groups]
+            for tensor in masters:
+                check_dtype(Slot.MASTER, tensor.dtype, f"{path}: a master")
+            indices = numbered(groups, path)
             numbers = [index for group in indices for index in group]
             values = tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups))
         if masters and len(masters) != len(numbers):
@@ -526,7 +595,7 @@ class _Reader:
     def _zero0_states(self, adam: Mapping[str, Any], path: Path) -> dict[int, AdamState]:
         try:
             return adam_states(adam["state"], adam["param_groups"], path) if self.options.optimizer else {}
-        except UnsupportedModel as error:
+        except AnotherOptimizer as error:
             self._leave_out(error)
             return {}
 
@@ -539,7 +608,9 @@ class _Reader:
             groups = state["optimizer_state_dict"]["param_groups"]
             states = self._zero0_states(state["optimizer_state_dict"], path)
             values = [hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)]
-            adam = [states.get(index) for group in groups for index in group["params"]]
+            for i, flat in enumerate(flats):
+                check_dtype(Slot.MASTER, flat.dtype, f"{path}: flat group {i}")
+            adam = [states.get(index) for group in numbered(groups, path) for index in group]
         if not len(adam) == len(groups) == len(flats):
             raise CorruptFile(f"{path}: {len(groups)} groups have {len(adam)} states and {len(flats)} flat masters.")
         if any(t.numel != flat.numel for own, flat in zip(adam, flats) if own for t in own.moments.values()):
@@ -595,7 +666,8 @@ class _Reader:
         # What is in no group is frozen; DeepSpeed's tool writes fp32.pt alone for a tied head and its embedding.
         for name in sorted(there.difference(wanted)):
             if name in self.shapes:
-                found.weights.setdefault(name, self._universal_tensor(zero / name / "fp32.pt", self.shapes[name]))
+                path = zero / name / "fp32.pt"
+                found.weights.setdefault(name, self._universal_tensor(path, Slot.MASTER, self.shapes[name]))
             elif name not in {**model.shared, **self.table.aliases}:
                 raise NameMismatch(f"{zero / name} is the folder of no parameter of the config. Check that it belongs.")
         if self.options.optimizer:
@@ -618,16 +690,17 @@ class _Reader:
         for slot, stem in files.items():
             if slot is not Slot.MASTER and not self.options.optimizer:
                 continue
-            found.slots[slot][name] = self._universal_tensor(folder / f"{stem}.pt", shape)
+            found.slots[slot][name] = self._universal_tensor(folder / f"{stem}.pt", slot, shape)
         if self.options.optimizer and (folder / "step.pt").is_file():
             found.steps[name] = read_universal_step(folder / "step.pt")
             self.read_files.append(folder / "step.pt")
 
-    def _universal_tensor(self, path: Path, shape: tuple[int, ...] | None) -> LazyTensor:
+    def _universal_tensor(self, path: Path, slot: Slot, shape: tuple[int, ...] | None) -> LazyTensor:
         if not path.is_file():
             raise MissingShard(f"{path} is missing. Copy it from the source.")
         self.read_files.append(path)
         tensor = read_universal_tensor(path)
+        check_dtype(slot, tensor.dtype, path)
         return reshape(tensor, shape) if shape is not None and tensor.shape == (prod(shape),) else tensor
 
     def _universal_groups(
@@ -811,6 +884,12 @@ def _join_tensor_parallel(found: Sequence[_Found], shapes: Mapping[str, tuple[in
         return found[0]
     first = found[0]
     for rank, other in enumerate(found):
+        if other.dtypes != first.dtypes:
+            raise MixedCheckpoint(
+                f"{where}: the model file of tensor-parallel rank {rank} has other names or dtypes than rank 0's.\n"
+                "Expected the same on all ranks.\n"
+                "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
+            )
         same_steps = (other.steps, other.flat_steps) == (first.steps, first.flat_steps)
         if not same_steps or other.groups != first.groups:
             what = "parameter groups or hyperparameters" if same_steps else "Adam's steps"
@@ -822,11 +901,12 @@ def _join_tensor_parallel(found: Sequence[_Found], shapes: Mapping[str, tuple[in
 
     def joined(by_rank: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
         result: dict[str, LazyTensor] = {}
-        for name in by_rank[0]:
+        for name in dict.fromkeys(name for rank in by_rank for name in rank):
             shards = [rank[name] for rank in by_rank if name in rank]
             if len(shards) != len(by_rank):
                 raise MixedCheckpoint(f"{where}: {name} is not on every tensor-parallel rank.")
             shape = shapes.get(name) or aliases.get(name)
+            # A name that the config does not know is refused later, under that name.
             result[name] = shards[0] if shape is None else _join_shards(shards, shape, f"{where}: {name}")
         return result
 
@@ -840,8 +920,25 @@ def _join_tensor_parallel(found: Sequence[_Found], shapes: Mapping[str, tuple[in
 
 
 def _join_shards(shards: Sequence[LazyTensor], shape: tuple[int, ...], where: str) -> LazyTensor:
+    if other := next((rank for rank, shard in enumerate(shards) if shard.dtype != shards[0].dtype), None):
+        raise MixedCheckpoint(
+            f"{where} is {shards[other].dtype} on tensor-parallel rank {other}, but {shards[0].dtype} on rank 0.\n"
+            "Expected one dtype on all ranks.\n"
+            "The file is damaged, or of another checkpoint: copy all of one from the training nodes."
+        )
     if all(shard.shape == shape for shard in shards):
-        return shards[0]  # replicated: norms
+        # Replicated: norms. A config with too small a dimension makes a shard look whole, too, so they are compared;
+        # shards differ in the first chunk, and replicas of these models are a few KB.
+        other = next((rank for rank, shard in enumerate(shards) if not equal(shard, shards[0])), None)
+        if other is None:
+            return shards[0]
+        raise ShapeMismatch(
+            f"{where} is {list(shape)} by the config and on each of {len(shards)} tensor-parallel ranks, but rank "
+            f"{other} holds other values than rank 0.\n"
+            "Expected the same on all ranks, or shards that make the config's shape together.\n"
+            "Check the config (num_key_value_heads, num_attention_heads, intermediate_size, vocab_size), or copy all "
+            "files of one checkpoint."
+        )
     if all(len(shard.shape) == len(shape) for shard in shards):
         rows = sum(shard.shape[0] for shard in shards)
         if rows == shape[0] and all(shard.shape[1:] == shape[1:] for shard in shards):
@@ -854,6 +951,29 @@ def _join_shards(shards: Sequence[LazyTensor], shape: tuple[int, ...], where: st
         f"{where}: {[list(shard.shape) for shard in shards]} on the tensor-parallel ranks do not make {list(shape)}.\n"
         "Check that the config belongs to this checkpoint."
     )
+
+
+def _check_group_paddings(
+    documents: Sequence[OptimizerDocument], index: int, flat: Mapping[Slot, Sequence[LazyTensor]]
+) -> None:
+    """Raise ``CorruptFile`` where a rank's ``group_paddings`` contradict the lengths of its slices of a group.
+
+    The masters are stored without the padding, the moments with it; ``BF16_Optimizer`` and elastic checkpoints store
+    both alike.
+    """
+    sizes = {part.numel for slot in MOMENTS for part in flat.get(slot, ())}
+    if len(sizes) != 1:
+        return  # moments were not asked for, or an elastic checkpoint left their padding out
+    (size,) = sizes
+    for document, master in zip(documents, flat[Slot.MASTER]):
+        padding = None if document.group_paddings is None else document.group_paddings[index]
+        stripped = size - master.numel
+        if padding is not None and (padding > size or stripped not in (0, padding)):
+            raise CorruptFile(
+                f"{document.path}: group_paddings of group {index} is {padding:,}; its slice has {size:,} elements.\n"
+                f"Expected {stripped:,}: the master of that slice has {master.numel:,} elements.\n"
+                "The file is damaged, or of another checkpoint: copy all of one from the training nodes."
+            )
 
 
 def _whole_groups(

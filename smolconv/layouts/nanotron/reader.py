@@ -23,6 +23,8 @@ from smolconv.checkpoint import (
     Stored,
     Topology,
     TrainingProgress,
+    equal,
+    flat_slice,
     join,
     reshape,
 )
@@ -37,13 +39,15 @@ from smolconv.errors import (
 )
 from smolconv.files import read_bytes
 from smolconv.layouts.base import ReadOptions, read_json
-from smolconv.layouts.documents import check_config, check_plain, check_progress, is_count, is_step, understood
+from smolconv.layouts.documents import adam_step, check_config, check_plain, check_progress, is_count, understood
+from smolconv.layouts.dtypes import check_dtype, check_named_dtypes
 from smolconv.layouts.nanotron.topology import (
     EMBEDDING,
     HEAD,
     RankedFile,
     SlicePair,
     block_of,
+    check_pairs,
     join_shards,
     parameters_of_rank,
     parse_shape,
@@ -61,6 +65,9 @@ from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
 
 FORMATS = ("1.2", "1.3", "1.4", "1.5")
 _DOCUMENTS = ("model_config.json", "config.yaml", "checkpoint_metadata.json")
+
+#: How much of two large tensors is compared that must be equal.
+_STRETCHES, _STRETCH_ELEMENTS = 64, 4096
 
 
 def is_nanotron(folder: Path) -> bool:
@@ -235,7 +242,9 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None
     weights = read_native(step_folder, list(_walk(step_folder)), spec, metadata)
-    return NativeModel(config=config, parameters={name: p.whole for name, p in weights.items()})
+    parameters = {name: p.whole for name, p in weights.items()}
+    check_named_dtypes(Slot.PARAMETER, parameters)
+    return NativeModel(config=config, parameters=parameters)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -352,7 +361,9 @@ def _native(
         raise MixedCheckpoint(
             f"{first.parent}: one parameter lies on several pipeline ranks. Keep one checkpoint's files."
         )
-    shards, pairs, shapes, formats = [], [], set(), set()
+    shards: list[LazyTensor] = []
+    pairs, shapes, formats = [], set(), set()
+    cut = tensor_parallel(name, spec)
     for rank in range(tp_size):
         path, _ = ranks[rank]
         tensor, found = _data(path)
@@ -363,9 +374,17 @@ def _native(
         shape = parse_shape(found["unsharded_shape"], str(path))
         if len(shape) != len(tensor.shape):
             raise ShapeMismatch(f"{path}: the shard is {list(tensor.shape)}, the whole parameter {list(shape)}.")
+        if shards and tensor.dtype != shards[0].dtype:
+            raise MixedCheckpoint(
+                f"{path} is {tensor.dtype}, but the shard of rank 0 beside it is {shards[0].dtype}.\n"
+                "Expected one dtype on all ranks.\n"
+                "The file is damaged, or of another checkpoint: copy it again."
+            )
         shapes.add(shape)
         shards.append(tensor)
         pairs.append(parse_slices(found["local_global_slices_pairs"], tensor.shape, shape, str(path)))
+        if cut is not None and cut.dim < len(shape):
+            check_pairs(pairs[-1], tensor.shape, shape, cut, tp_size, rank, str(path))
     if len(shapes) > 1 or len(formats) > 1:
         raise MixedCheckpoint(f"{first.parent}: the ranks' files disagree about shape {shapes} or format {formats}.")
     whole = join_shards(list(zip(shards, pairs)), shapes.pop(), str(first.parent))
@@ -465,8 +484,9 @@ def _read_optimizer(
     topology = _optimizer_topology(folder, topology)
     dp_size = (topology.dp or 1) if topology.zero_stage else 1
     names = {rule.layout for rule in table.rules}
-    # (slot, name) -> (dp, tp) -> tensor. A tied head's copy on the last pipeline rank equals the first rank's.
+    # (slot, name) -> (dp, tp) -> tensor. A tied head's copy on the last pipeline rank must equal the first rank's.
     pieces: dict[tuple[Slot, str], dict[tuple[int, int], LazyTensor]] = {}
+    copies: dict[tuple[Slot, str], dict[tuple[int, int], LazyTensor]] = {}
     steps: dict[str, float] = {}
     hyperparameters: dict[str, Mapping[str, Any]] = {}
     for (pp, dp, tp), path in sorted(files.items()):
@@ -476,10 +496,9 @@ def _read_optimizer(
             for index, name in document["names"].items():
                 if name not in names:
                     raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model has not.")
-                if weights[name].pp not in (None, pp):
-                    if not (spec.tied and name == EMBEDDING):
-                        raise MixedCheckpoint(f"{path}: {name} belongs to pipeline rank {weights[name].pp}.")
-                    continue
+                is_copy = weights[name].pp not in (None, pp)
+                if is_copy and not (spec.tied and name == EMBEDDING):
+                    raise MixedCheckpoint(f"{path}: {name} belongs to pipeline rank {weights[name].pp}.")
                 found = dict(document["state"][index])
                 step = found.pop("step", None)
                 if set(found) != set(_SLOT_KEYS):
@@ -488,18 +507,35 @@ def _read_optimizer(
                         "are read."
                     )
                 for key, slot in _SLOT_KEYS.items():
-                    pieces.setdefault((slot, name), {})[dp, tp] = _stored(found[key], path, name)
-                steps[name] = _scalar(step, path, name)
+                    own = (copies if is_copy else pieces).setdefault((slot, name), {})
+                    own[dp, tp] = _stored(found[key], slot, path, name)
                 if index not in groups:
                     raise CorruptFile(f"{path}: parameter {index} ({name}) belongs to no group.")
-                hyperparameters[name] = {key: value for key, value in groups[index].items() if key != "params"}
-                check_plain(hyperparameters[name], f"{path}: the group of {name}")
+                values = {key: value for key, value in groups[index].items() if key != "params"}
+                check_plain(values, f"{path}: the group of {name}")
+                count = _scalar(step, path, name)
+                if (steps.setdefault(name, count), hyperparameters.setdefault(name, values)) != (count, values):
+                    raise MixedCheckpoint(
+                        f"{path}: {name} has made {count:g} steps; on an earlier rank {steps[name]:g}, or its group "
+                        "differs.\n"
+                        "Expected the same steps and hyperparameters on every rank that holds a part of it.\n"
+                        "Files of two checkpoints are mixed: copy all of one from the training nodes."
+                    )
             for name, tensor in document.get("gradient_accumulator", {}).items():
-                if name in names and weights[name].pp in (None, pp):
-                    pieces.setdefault((Slot.MASTER, name), {})[dp, tp] = _stored(tensor, path, name)
+                if name in names:
+                    own = (pieces if weights[name].pp in (None, pp) else copies).setdefault((Slot.MASTER, name), {})
+                    own[dp, tp] = _stored(tensor, Slot.MASTER, path, name)
     slots: dict[Slot, dict[str, LazyTensor]] = {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
+    tp_size = topology.tp or 1
     for (slot, name), found in pieces.items():
-        slots[slot][name] = _whole_state(weights[name], found, dp_size, f"{folder} ({slot.value} of {name})")
+        where = f"{folder} ({slot.value} of {name})"
+        slots[slot][name] = _whole_state(weights[name], found, dp_size, tp_size, where)
+    for (slot, name), found in copies.items():
+        where = f"{folder} ({slot.value} of {name}, the last pipeline rank's)"
+        copy = _whole_state(weights[name], found, dp_size, tp_size, where)
+        # A parameter without state here is missing there too, which is said later, by its name.
+        if name in slots[slot] and not _looks_equal(copy, slots[slot][name]):
+            raise _differs(where, "that of the embedding's own pipeline rank")
     return _State(slots=slots, steps=steps, hyperparameters=hyperparameters, topology=topology)
 
 
@@ -512,32 +548,32 @@ def _state_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _stored(tensor: object, path: Path, name: str) -> Stored:
+def _stored(tensor: object, slot: Slot | None, path: Path, name: str) -> Stored:
     if not isinstance(tensor, ArchiveTensor) or not tensor.is_contiguous:
         raise CorruptFile(f"{path}: the state of {name} is not a contiguous tensor.")
+    if slot is not None:
+        check_dtype(slot, tensor.dtype, f"{path}: {name}")
     return Stored(path=tensor.path, offset=tensor.offset, shape=tensor.shape, dtype=tensor.dtype)
 
 
 def _scalar(step: object, path: Path, name: str) -> float:
     if isinstance(step, (int, float)):
-        value = step
+        value: int | float = step
     else:
-        tensor = _stored(step, path, name)
+        tensor = _stored(step, None, path, name)
         if tensor.numel != 1 or tensor.dtype not in ("float32", "float64", "int64"):
             raise CorruptFile(
                 f"{path}: the step of {name} is {list(tensor.shape)} of {tensor.dtype}, expected one number."
             )
         (value,) = struct.unpack({"float32": "<f", "float64": "<d", "int64": "<q"}[tensor.dtype], tensor.raw_bytes())
-    if not is_step(value):
-        raise CorruptFile(f"{path}: the step of {name} is {value}, which no training reached.")
-    return float(value)
+    return adam_step(value, f"{path}: {name}")
 
 
 def _whole_state(
-    weight: NativeParameter, found: Mapping[tuple[int, int], LazyTensor], dp_size: int, where: str
+    weight: NativeParameter, found: Mapping[tuple[int, int], LazyTensor], dp_size: int, tp_size: int, where: str
 ) -> LazyTensor:
-    shards = []
-    for tp in range(max(tp for _, tp in found) + 1):
+    shards: list[LazyTensor] = []
+    for tp in range(tp_size):
         # Norms are whole on every tensor-parallel rank, in the optimizer too.
         shape = weight.shards[tp if weight.pairs else 0].shape
         parts = [found[dp, tp] for dp in range(dp_size) if (dp, tp) in found]
@@ -547,10 +583,35 @@ def _whole_state(
                 f"{where}: tensor-parallel rank {tp} has pieces of {[part.numel for part in parts]} elements, "
                 f"expected {expected}."
             )
+        if len({part.dtype for part in (*parts, *shards[:1])}) > 1:
+            raise _differs(f"{where}: the dtype on tensor-parallel rank {tp}", "that of the other ranks")
         shards.append(join(parts, shape) if len(parts) > 1 else reshape(parts[0], shape))
     if not weight.pairs:
+        # A few KB: norms are all that is not cut.
+        if other := next((rank for rank, shard in enumerate(shards) if not equal(shard, shards[0])), None):
+            raise _differs(f"{where}: tensor-parallel rank {other}'s", "rank 0's")
         return shards[0]
     return join_shards(list(zip(shards, weight.pairs)), weight.whole.shape, where)
+
+
+def _looks_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether stretches all over two tensors are equal; all of small ones. An embedding's moments are gigabytes."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    step = max(_STRETCH_ELEMENTS, a.numel // _STRETCHES)
+    starts = [*range(0, a.numel, step), max(0, a.numel - _STRETCH_ELEMENTS)]
+    return all(
+        equal(*(flat_slice(side, start, min(start + _STRETCH_ELEMENTS, a.numel)) for side in (a, b)))
+        for start in starts
+    )
+
+
+def _differs(what: str, other: str) -> MixedCheckpoint:
+    return MixedCheckpoint(
+        f"{what} is not {other}.\n"
+        "Expected the same: nanotron keeps replicas alike on all ranks.\n"
+        "A file is damaged, or of another checkpoint: copy all of one, or pass --no-optimizer for the weights only."
+    )
 
 
 def _canonical_optimizer(state: _State, table: WeightTable) -> OptimizerState:

@@ -121,6 +121,42 @@ def parse_slices(text: str, shard_shape: tuple[int, ...], shape: tuple[int, ...]
     return tuple(pairs)
 
 
+def check_pairs(
+    pairs: Sequence[SlicePair], shard_shape: tuple[int, ...], shape: tuple[int, ...], cut: TensorParallel,
+    tp: int, rank: int, where: str,
+) -> None:  # fmt: skip
+    """Compare a shard's ``local_global_slices_pairs`` with those that nanotron writes for this model and rank.
+
+    Slices that agree with each other can still put keys in the place of values, or take a row twice: the config says
+    which rows belong where. Raises ``ShapeMismatch``.
+    """
+    expected = slice_pairs(cut, shape[cut.dim], tp, rank)
+    found = tuple(sorted(pairs, key=lambda pair: pair.local))
+    whole = (0, shape[found[0].dim])
+    if tp == len(found) == 1 and shard_shape == shape and found[0].local == found[0].full == whole:
+        return  # the whole parameter, in whichever dimension it says so
+    # A writer may leave borders out where the rows on both sides stay neighbours.
+    same = found == expected if len(found) == len(expected) else _merged(found) == _merged(expected)
+    if not same or {pair.dim for pair in found} != {cut.dim} or expected[-1].local[1] != shard_shape[cut.dim]:
+        raise ShapeMismatch(
+            f"{where}: rank {rank} of {tp} has {[pair.full for pair in found]} in {[pair.local for pair in found]}.\n"
+            f"Expected {[pair.full for pair in expected]} in {[pair.local for pair in expected]} by the config.\n"
+            "Check that the config (heads, sizes) belongs to this checkpoint; else copy the file again."
+        )
+
+
+def _merged(pairs: Sequence[SlicePair]) -> list[tuple[int, int, int]]:
+    """(start in the shard, start in the whole, length) of what is contiguous in both."""
+    found: list[tuple[int, int, int]] = []
+    for pair in pairs:
+        length = pair.local[1] - pair.local[0]
+        if found and (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]) == (pair.local[0], pair.full[0]):
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + length)
+        else:
+            found.append((pair.local[0], pair.full[0], length))
+    return found
+
+
 def _parse_slice(text: str) -> tuple[int | None, int | None]:
     start, stop, step = (None if part == "None" else int(part) for part in text.split(","))
     if step not in (None, 1):

@@ -1,0 +1,74 @@
+"""Which dtypes a checkpoint's slots may have; one list for every layout.
+
+A header or a pickle can name any dtype of the same width, and an integer would be copied as readily as a float: the
+result loads, and is no model. What no trainer writes is therefore refused, by name, before anything is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smolconv.checkpoint import MOMENTS, Checkpoint, LazyTensor, Slot
+from smolconv.errors import MixedCheckpoint, UnsupportedModel
+
+#: nanotron, DeepSpeed and Transformers train and save in these three. float64 and float8 are left out: none of them
+#: trains these models so, and no target can be asked for them. Masters are float32, or of the module's own dtype
+#: (DeepSpeed's ``bf16_master_weights_and_grads``). Moments are of the masters' dtype, or 16 bits wide where nanotron
+#: accumulates no gradients in float32, or DeepSpeed keeps ``bf16_optimizer_states`` or no ``fp32_optimizer_states``.
+ALLOWED = ("float32", "bfloat16", "float16")
+_WHAT = {Slot.PARAMETER: "a parameter", Slot.MASTER: "a master", **dict.fromkeys(MOMENTS, "a moment")}
+
+
+def check_dtype(slot: Slot, dtype: str, where: object) -> None:
+    """Raise ``UnsupportedModel`` when no trainer writes ``slot`` in ``dtype``. ``where`` says which tensor it is."""
+    if dtype not in ALLOWED:
+        raise UnsupportedModel(
+            f"{where} is {dtype}, as {_WHAT[slot]} ({slot.value}) never is.\n"
+            f"Expected {', '.join(ALLOWED[:-1])} or {ALLOWED[-1]}.\n"
+            "If the model is quantised, take the one that it was made from, or dequantise it with the tool that made "
+            "it; otherwise the file is damaged: copy it again."
+        )
+
+
+def check_named_dtypes(slot: Slot, tensors: Mapping[str, LazyTensor]) -> None:
+    """The same for tensors by name."""
+    for name, tensor in tensors.items():
+        check_dtype(slot, tensor.dtype, f"{_file(tensor)}: {name}")
+
+
+def check_dtypes(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, once the dtype of each of its tensors is one that a trainer writes there.
+
+    Raises ``UnsupportedModel`` for a dtype that no slot has, ``MixedCheckpoint`` for dtypes that are never together.
+    """
+    for slot, tensors in checkpoint.tensors.items():
+        check_named_dtypes(slot, tensors)
+    parameters = checkpoint.parameters
+    halves = {t.dtype: (name, t) for name, t in parameters.items() if t.dtype in ("bfloat16", "float16")}
+    if len(halves) > 1:
+        (a, left), (b, right) = halves["bfloat16"], halves["float16"]
+        raise MixedCheckpoint(
+            f"{_file(right)}: {b} is float16, but {a} is bfloat16 ({_file(left)}).\n"
+            "Expected one 16-bit dtype in a model: read as the other, its values are different ones.\n"
+            "The file is damaged, or files of two checkpoints are mixed: copy all of one."
+        )
+    for name, master in checkpoint.tensors.get(Slot.MASTER, {}).items():
+        if master.dtype not in ("float32", parameters[name].dtype):
+            raise MixedCheckpoint(
+                f"{_file(master)}: the master of {name} is {master.dtype}; the parameter is {parameters[name].dtype}.\n"
+                f"Expected float32, or {parameters[name].dtype} as the parameter.\n"
+                "The file is damaged, or files of two checkpoints are mixed: copy all of one."
+            )
+    first, second = (checkpoint.tensors.get(slot, {}) for slot in MOMENTS)
+    for name in first.keys() & second.keys():
+        if first[name].dtype != second[name].dtype:
+            raise MixedCheckpoint(
+                f"{_file(second[name])}: exp_avg_sq of {name} is {second[name].dtype}, exp_avg {first[name].dtype}.\n"
+                "Expected one dtype for both: Adam makes them alike.\n"
+                "The file is damaged, or files of two checkpoints are mixed: copy all of one."
+            )
+    return checkpoint
+
+
+def _file(tensor: LazyTensor) -> str:
+    return next((str(leaf.path) for leaf in tensor.leaves()), "a tensor of zeros")
