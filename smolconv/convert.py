@@ -389,7 +389,7 @@ def run_conversion(
     workers = workers or default_workers()
     chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
     sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), ASSET_NAMES)
-    check = SourceCheck(sealed.seals, plan.source.root)
+    check = SourceCheck(sealed.seals, plan.source.root, sealed.checksums)
     with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with) as folder:
         done = [file for file in plan.output.files if str(file.path) in folder.done]
         # What an earlier attempt read of the source was not compared to the end.

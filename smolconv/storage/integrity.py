@@ -227,9 +227,20 @@ class _Covered:
 
 
 class SourceCheck:
-    """Compares what is read of files with their seals. One ``Observer`` a thread; ``finish`` once all are through."""
+    """Compares what is read of files with their seals. One ``Observer`` a thread; ``finish`` once all are through.
 
-    def __init__(self, seals: Sequence[Seal], root: Path) -> None:
+    ``checksums`` are CRC-32s of the same bytes as some seals, for what is not read in order.
+    """
+
+    def __init__(self, seals: Sequence[Seal], root: Path, checksums: Sequence[Seal] = ()) -> None:
+        places = {(seal.path, seal.ranges): len(seals) + index for index, seal in enumerate(checksums)}
+        #: By seal: the checksum of the same bytes, as good as the seal itself.
+        self.instead = {
+            index: places[seal.path, seal.ranges]
+            for index, seal in enumerate(seals)
+            if seal.algorithm != "crc32" and (seal.path, seal.ranges) in places
+        }
+        self.recorded, seals = len(seals), (*seals, *checksums)
         self.seals, self.root = seals, root
         self.done: set[int] = set()
         self.touched: set[int] = set()
@@ -237,7 +248,7 @@ class SourceCheck:
         self.lock = threading.Lock()
         #: By file, for each kind of seal: where they begin, ascending, and their indices. A kind does not overlap.
         self.by_path: dict[Path, dict[bool, tuple[list[int], list[int]]]] = {}
-        archives = {seal.path for seal in seals if seal.algorithm == "crc32"}
+        archives = {seal.path for seal in seals[: self.recorded] if seal.algorithm == "crc32"}
         for index in sorted(range(len(seals)), key=lambda index: seals[index].ranges[:1]):
             seal = seals[index]
             whole = seal.algorithm != "crc32" and seal.path in archives and seal.ranges[:1] and not seal.ranges[0][0]
@@ -282,17 +293,19 @@ class SourceCheck:
         """
         again: list[Seal] = []
         unchecked: list[Seal] = []
-        for index, seal in enumerate(self.seals):
-            if index in self.done:
-                continue
-            if index in self.covered and self._completed(index, seal.path in read_again):
-                continue
-            if seal.path in read_again or seal.nbytes <= _SMALL_BYTES:
+        checked = 0
+        for index, seal in enumerate(self.seals[: self.recorded]):
+            instead = self.instead.get(index, index)
+            if self.done & {index, instead} or (
+                instead in self.covered and self._completed(instead, seal.path in read_again)
+            ):
+                checked += 1
+            elif seal.path in read_again or seal.nbytes <= _SMALL_BYTES:
                 again.append(seal)
             elif index in self.touched:
                 unchecked.append(seal)
         refuse_seals(self.root, again, workers)
-        return SourceReport(checked=len(self.done) + len(again), unchecked=tuple(unchecked))
+        return SourceReport(checked=checked + len(again), unchecked=tuple(unchecked))
 
     def _completed(self, index: int, however_large: bool) -> bool:
         """Read the gaps of a record that was seen in part. False where they are large, and most of the record."""

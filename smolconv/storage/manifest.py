@@ -50,7 +50,7 @@ def make_manifest(
         {
             "file": str(file.path), "name": tensor.name, "slot": tensor.slot, "dtype": tensor.source.dtype,
             "shape": list(tensor.source.shape), "offset": tensor.offset, "bytes": tensor.source.nbytes,
-            "digest": found.digest,
+            "digest": found.digest, "crc32": None if found.digest is None else f"{found.crc:08x}",
         }
         for file in files
         for tensor, found in zip(file.tensors, written[str(file.path)])
@@ -105,6 +105,7 @@ class Manifest:
     folder: Path
     files: Mapping[Path, int]  #: every file that it lists, with its size in bytes
     seals: tuple[Seal, ...]  #: those that have a digest
+    checksums: tuple[Seal, ...]  #: CRC-32s of tensors that have a digest, too
     without_digest: tuple[Path, ...]  #: files that were written with --digest none, or by an early version
 
 
@@ -154,6 +155,7 @@ def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
     if not files:
         raise ValueError("it lists no files")
     seals: list[Seal] = []
+    checksums: list[Seal] = []
     inside: dict[Path, list[tuple[int, int]]] = {}
     bare: dict[Path, None] = {}
     for entry in document["tensors"]:
@@ -166,6 +168,8 @@ def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
         else:
             what = f"{entry['name']} ({entry['slot']})"
             seals.append(Seal(path=path, ranges=((offset, nbytes),), digest=_digest(digest), what=what))
+            if isinstance(crc := entry.get("crc32"), str):  # early versions wrote none
+                checksums.append(Seal(path=path, ranges=((offset, nbytes),), digest=f"crc32:{crc}", what=what))
     for path, digest in digests.items():
         if digest is None:
             bare[path] = None
@@ -173,7 +177,9 @@ def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
             ranges = _outside(inside.get(path, ()), files[path])
             what = "all but the tensors" if path in inside else "the content"
             seals.append(Seal(path=path, ranges=ranges, digest=_digest(digest), what=what))
-    return Manifest(folder=folder, files=files, seals=tuple(seals), without_digest=tuple(bare))
+    return Manifest(
+        folder=folder, files=files, seals=tuple(seals), checksums=tuple(checksums), without_digest=tuple(bare)
+    )
 
 
 def _is_count(value: object) -> bool:
@@ -214,6 +220,7 @@ class SourceSeals:
     """Every digest that was recorded for the files of a source, whoever recorded it."""
 
     seals: tuple[Seal, ...]
+    checksums: tuple[Seal, ...]  #: CRC-32s of the same tensors as some of the seals
     unsealed: tuple[Path, ...]  #: files for which nobody did
     warnings: tuple[str, ...] = ()
 
@@ -227,6 +234,7 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
     leaves = {leaf.path for tensor in tensors for leaf in tensor.leaves()}
     paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
     seals, warnings, edited = archive_seals(paths), list[str](), set(documents)
+    archives, checksums = {seal.path for seal in seals}, list[Seal]()
     manifest = find_manifest(checkpoint)
     if manifest is not None:
         where, listed = manifest.folder, set(manifest.files)
@@ -242,8 +250,10 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
                     warnings.append(f"{seal.path.name} was changed after smolconv wrote {where}.")
             elif seal.path in paths:
                 seals.append(seal)
+        # An archive has checksums of its own, of whole records.
+        checksums = [seal for seal in manifest.checksums if seal.path in paths and seal.path not in archives]
     sealed = {seal.path for seal in seals}
     return SourceSeals(
-        seals=tuple(seals), warnings=tuple(warnings),
+        seals=tuple(seals), checksums=tuple(checksums), warnings=tuple(warnings),
         unsealed=tuple(path for path in paths if path not in sealed and path.name not in (*edited, MANIFEST)),
     )  # fmt: skip

@@ -238,7 +238,8 @@ class _Engine:
             self.wake.notify()
 
     def _stream(self, opened: _OpenFile, tensor: PlannedTensor, buffer: Raw) -> WrittenTensor:
-        descriptor, with_crc = opened.descriptor, opened.plan.finish is not None
+        # Checksums of ranges can be put together in any order, which a manifest's digests cannot.
+        descriptor, with_crc = opened.descriptor, opened.plan.finish is not None or self.digest != "none"
         assert descriptor is not None
         source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
         hasher = new_hasher(self.digest)
