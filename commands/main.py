@@ -57,7 +57,7 @@ def _common_first(words: list[str]) -> list[str]:
     return common + [word for word in words[:end] if word not in common] + words[end:]
 
 
-#: What ends a command in good order. A second one ends it at once, which loses nothing either.
+#: What ends a command in good order. A second Ctrl-C ends it at once, which loses nothing either.
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
 
 
@@ -66,8 +66,9 @@ def _listen() -> None:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         if os.getpid() != own:  # a process that was forked off, which its parent ends
+            signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         raise SignalReceived(_SIGNALS[signal.Signals(signum)])
 

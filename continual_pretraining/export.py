@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +63,8 @@ def _compared(target: Path, weights: Mapping[str, torch.Tensor]) -> int:
         unequal = (name for name, tensor in weights.items() if not torch.equal(to_torch(written[name]), tensor))
         wrong = next(unequal, "")
     if wrong:
-        failed = target.with_name(target.name + ".failed")
-        shutil.rmtree(failed, ignore_errors=True)
+        names = (target.with_name(f"{target.name}.failed{number}") for number in ("", *range(2, 1000)))
+        failed = next(name for name in names if not name.exists() and not name.is_symlink())
         target.rename(failed)
         raise ParityFailed(f"{target}: {wrong} is not what the engine holds. What was written is kept as {failed}.")
     return len(written)

@@ -532,6 +532,13 @@ def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
     return Cast(base=tensor, dtype=dtype)
 
 
+def uncast(tensor: LazyTensor) -> LazyTensor:
+    """The tensor as it was before the first of its casts."""
+    while isinstance(tensor, Cast):
+        tensor = tensor.base
+    return tensor
+
+
 def equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes. Reads both, a chunk at a time."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):

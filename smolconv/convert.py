@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from smolconv import __version__
 from smolconv.checkpoint import (
     CHUNK_BYTES,
     FLOAT_DTYPES,
+    Cast,
     Checkpoint,
     LazyTensor,
     Slot,
@@ -35,13 +37,14 @@ from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub import open_source
 from smolconv.layouts.base import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
+from smolconv.layouts.deepspeed.files import find_tag_folder
 from smolconv.layouts.huggingface import HuggingFaceOptions, plan_huggingface
-from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
-from smolconv.layouts.registry import read_checkpoint
+from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
+from smolconv.layouts.registry import detect_layout, read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
 from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
-from smolconv.storage.output import PlannedFile, WrittenTensor, overflows, total_bytes, write_files
+from smolconv.storage.output import PlannedFile, WrittenTensor, finiteness, total_bytes, write_files
 
 #: What a user may ask for with --to; "hf" is a synonym.
 TARGETS: Mapping[str, str] = {
@@ -461,10 +464,20 @@ def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
             )
 
 
-#: What lies beside weights without being read: code of a model, a Trainer's files, documents.
-_BESIDE = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".py", ".yaml")
-_BESIDE_NAMES = (*ASSET_NAMES, MANIFEST, ".gitattributes", "latest", "latest.txt", "latest_universal")
-_BESIDE_FOLDERS = ("random", "lr_scheduler", "optimizer")
+#: What programs write beside the files that a reader opens, by layout, as patterns of paths below the checkpoint.
+_ASSETS = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
+_BESIDE: Mapping[str, str] = {
+    "huggingface": rf"{_ASSETS}|.*\.index\.json|(modeling|configuration|tokenization)_\w+\.py|\.cache/huggingface/.*",
+    "nanotron": (
+        rf"latest\.txt|{_ASSETS}|(\d+/)?(model_config\.json|config\.yaml|checkpoint_metadata\.json|"
+        r"(model|optimizer|lr_scheduler|random|smolconv_assets)/.*\.(safetensors|pt|json|jinja|model|txt))"
+    ),
+    "deepspeed": (
+        rf"latest|latest_universal|smolconv_source/[\w.]+|([^/]+/)?({_ASSETS}|zero_to_fp32\.py|"
+        r"(\w*zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt|"
+        r"zero/(optimizer_state|[^/]+/(fp32|exp_avg|exp_avg_sq|step))\.pt)"
+    ),
+}
 _SHOWN_FILES = 3
 
 
@@ -475,24 +488,34 @@ def lost_with(target: Path) -> str | None:
     """
     if not target.is_dir():
         return "is no folder" if target.exists() else "is a link to nothing"
-    known: set[Path] = set()
+    if not any(os.scandir(target)):
+        return None
+    known: set[str] = set()
+    pattern, step = "", None
     with contextlib.suppress(SmolconvError):
         manifest = read_manifest(target)
-        known.update(manifest.files if manifest is not None else ())
+        known.update(path.relative_to(target).as_posix() for path in (manifest.files if manifest is not None else ()))
     with contextlib.suppress(SmolconvError, OSError):
-        checkpoint = read_checkpoint(target, ReadOptions(check_sidecar=False))
-        known.update((*checkpoint.files, *checkpoint.opened))
-    folders = {target, *(path.parent for path in known)}
+        layout = detect_layout(target)
+        if layout == "huggingface":
+            checkpoint = read_checkpoint(target, ReadOptions(check_sidecar=False))
+            known.update(path.relative_to(target).as_posix() for path in checkpoint.files if target in path.parents)
+        else:
+            step = (find_step_folder if layout == "nanotron" else find_tag_folder)(target, None)
+        pattern = _BESIDE[layout]
+    if not known and not pattern:
+        return "holds no checkpoint that smolconv can read"
     others: list[str] = []
-    for folder, below, names in os.walk(target):
-        here = Path(folder)
+    for folder, _, names in os.walk(target):
         for name in sorted(names):
-            path = here / name
-            beside = here in folders or (here.parent in folders and here.name in _BESIDE_FOLDERS)
-            if path not in known and not (beside and (name in _BESIDE_NAMES or path.suffix in _BESIDE)):
-                others.append(str(path.relative_to(target)))
-        if not known and (others or below):
-            return "holds no checkpoint that smolconv can read"
+            path = Path(folder) / name
+            inside = path.relative_to(target).as_posix()
+            # Of a run with several steps only one would be the checkpoint that is replaced.
+            of_step = step is None or target in (path.parent, step) or step in path.parents
+            of_step = of_step or inside.startswith("smolconv_source/")
+            fits = of_step and bool(pattern) and re.fullmatch(pattern, inside) is not None
+            if inside not in known and not fits and inside not in (MANIFEST, "README.md"):
+                others.append(inside)
         if len(others) >= _SHOWN_FILES:
             break
     return f"also holds {', '.join(others[:_SHOWN_FILES])}" if others else None
@@ -532,19 +555,26 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
     names = list(dict.fromkeys(names))
     if not names:
         return []
-    lost = [
-        f"{name} ({slot.value})"
-        for slot, tensors in plan.prepared.tensors.items()
-        for name, tensor in tensors.items()
-        if overflows(tensor)
-    ]
-    if not lost:
-        return [f"{len(names)} tensors hold NaN or infinity and were kept as they are: {_shown(names)}"]
-    return [
-        f"{len(lost)} tensors hold finite values that {plan.options.dtype} cannot hold, which became infinite: "
-        f"{_shown(lost)}. Choose another --dtype.",
-        f"{len(names)} tensors of the output hold NaN or infinity: {_shown(names)}",
-    ]
+    if not any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values()):
+        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {_shown(names)}"]
+    # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
+    before, lost = list[str](), list[str]()
+    for slot, tensors in plan.prepared.tensors.items():
+        for name, tensor in tensors.items():
+            was, became = finiteness(tensor)
+            label = f"{name} ({slot.value})"
+            before += [label] if was else []
+            lost += [label] if became else []
+    said = [
+        f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {_shown(lost)}. "
+        "Choose another --dtype."
+    ] if lost else []  # fmt: skip
+    kept = [f"{_tensors(before)} NaN or infinity and were kept as they are: {_shown(before)}"] if before else []
+    return [*said, *kept]
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor holds" if len(names) == 1 else f"{len(names)} tensors hold"
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -23,11 +23,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, Finished, command, convert, environment, files_below, hf_weights
+from conftest import (
+    FIXTURES,
+    Finished,
+    command,
+    convert,
+    environment,
+    files_below,
+    hf_weights,
+    nanotron_topologies,
+    topology_id,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConvertOptions, plan_conversion
+from smolconv.convert import ConvertOptions, lost_with, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
 from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -633,6 +643,51 @@ def a_config_without_weights(target: Path) -> None:
     (target / "data/a.json").write_text("{}")
 
 
+def a_project(target: Path) -> None:
+    target.mkdir()
+    for name in ("train.py", "results.json", "params.yaml", "my_model.pt", "weights.safetensors", "a.bin"):
+        (target / name).write_text("{}")
+
+
+def a_document(target: Path) -> None:
+    target.mkdir()
+    (target / "thesis.json").write_text("{}")
+
+
+def a_config(target: Path) -> None:
+    target.mkdir()
+    shutil.copy(HF / "config.json", target)
+
+
+def a_trainers_state_beside_a_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+    (target / "optimizer.pt").write_text("")
+
+
+def an_adapter_beside_a_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+    shutil.copy(HF / "model.safetensors", target / "adapter_model.safetensors")
+
+
+def a_script_beside_a_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+    (target / "train.py").write_text("")
+
+
+def a_note_in_a_nanotron_step(target: Path) -> None:
+    shutil.copytree(TP2, target)
+    (target / "3/todo.md").write_text("")
+
+
+def two_tags(target: Path) -> None:
+    shutil.copytree(FIXTURES / "deepspeed/zero1-twotags-ws2/checkpoint", target)
+
+
+def a_name_of_ours(target: Path) -> None:
+    a_folder_of_notes(target)
+    (target / "smolconv_incomplete").write_text("smolconv was interrupted")
+
+
 def a_file(target: Path) -> None:
     target.write_text("mine")
 
@@ -674,8 +729,14 @@ def our_output_with_notes(target: Path) -> None:
     (target / "3/thesis.tex").write_text("precious")
 
 
+def a_whole_checkpoint(target: Path) -> None:
+    shutil.copytree(HF, target)
+
+
 MINE = [
-    a_folder_of_notes, a_config_without_weights, a_file, a_link_to_notes, a_link_to_nothing, notes_beside_a_checkpoint,
+    a_folder_of_notes, a_project, a_document, a_config, a_trainers_state_beside_a_checkpoint, two_tags, a_name_of_ours,
+    an_adapter_beside_a_checkpoint, a_script_beside_a_checkpoint, a_note_in_a_nanotron_step,
+    a_config_without_weights, a_file, a_link_to_notes, a_link_to_nothing, notes_beside_a_checkpoint,
     a_repository_around_a_checkpoint, other_checkpoints_inside, a_run_of_several_steps, our_output_with_notes,
 ]  # fmt: skip
 
@@ -689,7 +750,11 @@ def test_overwrite_replaces_nothing_but_a_checkpoint(make, hf, cli, tmp_path):
     assert (files_below(tmp_path), os.path.islink(tmp_path / "out")) == (before, link)
 
 
-@pytest.mark.parametrize("make", MINE[:1] + MINE[2:3] + MINE[5:], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [a_folder_of_notes, a_file, a_name_of_ours, notes_beside_a_checkpoint, other_checkpoints_inside,
+             a_run_of_several_steps, a_whole_checkpoint],
+    ids=lambda make: make.__name__,
+)  # fmt: skip
 @pytest.mark.parametrize("words", [{}, {"overwrite": True}], ids=str)
 def test_what_appears_at_the_target_meanwhile_is_not_lost(make, words, hf, cli, tmp_path):
     target, made = tmp_path / "out", []
@@ -711,7 +776,7 @@ def test_what_appears_at_the_target_meanwhile_is_not_lost(make, words, hf, cli, 
 
 def test_an_empty_folder_that_appears_meanwhile_stays_empty(hf, tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="appeared while"):
         convert(hf, target, "nanotron", progress=lambda count: target.mkdir(exist_ok=True) if count else None)
     assert list(target.iterdir()) == []
 
@@ -747,7 +812,34 @@ def test_a_source_whose_weights_are_links_into_the_target_is_not_replaced(hf, cl
     assert files_below(target) == files_below(HF)
 
 
-@pytest.mark.parametrize("edit", ["a card", "a tokenizer", "nothing", "a link"])
+@pytest.mark.parametrize("suffix", ["failed", "smolconv-replaced"])
+def test_a_checkpoint_of_others_with_one_of_our_names_is_not_touched(suffix, hf, tmp_path):
+    shutil.copytree(HF, tmp_path / f"out.{suffix}")
+    shutil.copytree(TP2, tmp_path / "out")
+    with pytest.raises(ParityFailed):
+        convert(hf, tmp_path / "out", "nanotron", overwrite=True, verifier=lambda *_: {"passed": False, "reason": ""})
+    convert(hf, tmp_path / "out", "nanotron", overwrite=True)
+    assert files_below(tmp_path / f"out.{suffix}") == files_below(HF)
+
+
+def real_deepspeed_folders() -> list[Path]:
+    return sorted(path for path in (FIXTURES / "deepspeed").glob("*/checkpoint") if "twotags" not in path.parent.name)
+
+
+@pytest.mark.parametrize("source", real_deepspeed_folders(), ids=lambda path: path.parent.name)
+def test_overwrite_replaces_every_checkpoint_of_deepspeeds_without_its_config(source, tmp_path):
+    assert lost_with(Path(shutil.copytree(source, tmp_path / "out"))) is None
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "notes.txt" in str(lost_with(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("source", nanotron_topologies(), ids=topology_id)
+def test_overwrite_replaces_every_run_of_nanotrons_with_one_step(source, tmp_path):
+    assert lost_with(Path(shutil.copytree(source, tmp_path / "out"))) is None
+    assert lost_with(tmp_path / "out" / (source / "latest.txt").read_text()) is None
+
+
+@pytest.mark.parametrize("edit", ["a card", "a tokenizer", "nothing", "a link", "a download"])
 def test_overwrite_replaces_a_checkpoint_with_what_belongs_to_one(edit, hf, tmp_path):
     target = tmp_path / "out"
     convert(hf, target, "hf")
@@ -756,6 +848,9 @@ def test_overwrite_replaces_a_checkpoint_with_what_belongs_to_one(edit, hf, tmp_
     if edit == "a tokenizer":
         (target / "tokenizer.json").write_text("{}")
         (target / "modeling_mine.py").write_text("")
+    if edit == "a download":
+        (target / ".cache/huggingface/download").mkdir(parents=True)
+        (target / ".cache/huggingface/download/model.safetensors.metadata").write_text("")
     if edit == "a link":
         target.rename(tmp_path / "elsewhere")
         target.symlink_to(tmp_path / "elsewhere")

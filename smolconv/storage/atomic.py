@@ -27,6 +27,7 @@ JOURNAL = "smolconv_journal.jsonl"
 LOCK = "smolconv.lock"
 #: Lies in a folder that is being published without rename; our readers refuse such a folder.
 INCOMPLETE = "smolconv_incomplete"
+_MANIFEST = "smolconv_manifest.json"
 #: What tells other programs that a folder is a checkpoint: published last where a folder cannot be renamed.
 _ENTRY_POINTS = ("config.json", "model_config.json", "latest", "latest.txt", "latest_universal")
 _NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EINVAL)
@@ -53,6 +54,8 @@ class OutputFolder:
         self.partial = target.with_name(target.name + ".partial")
         self.plan_digest, self.resume, self.overwrite, self.loses = plan_digest, resume, overwrite, loses
         self.done: dict[str, Sequence[WrittenTensor]] = {}
+        self.published = False
+        self._approved: tuple[int, int] | None = None  #: the very thing at the target that may be replaced
         self._mutex = threading.Lock()
         self._lock: int | None = None
         self._journal: int | None = None
@@ -80,6 +83,7 @@ class OutputFolder:
             # Checked under the lock: another process may have published the target a moment ago.
             self._refuse_stale_lock()
             refuse_existing(self.target, self.overwrite, self.loses)
+            self._approved = _identity(self.target)
             self._open_journal()
         except BaseException:
             self._remove_if_empty()
@@ -95,12 +99,18 @@ class OutputFolder:
         kept = self.partial.is_dir()
         self._close()
         if isinstance(error, SignalReceived):
-            raise Interrupted(
-                f"stopped by {error.args[0]}. "
-                + (f"{len(self.done)} files are whole and kept in {self.partial}.\n"
-                   "Repeat the command with --resume to go on, or without it to begin again." if kept else
-                   f"Nothing is kept: {self.target} had not been begun, or is finished.")
-            ) from None  # fmt: skip
+            raise Interrupted(self._left(error.args[0], kept)) from None
+
+    def _left(self, signal: str, kept: bool) -> str:
+        """What a signal left, and how to go on."""
+        if self.published:
+            return f"stopped by {signal}.\n{self.target} is finished.\nNothing is left to do."
+        if kept:
+            return (
+                f"stopped by {signal}; {len(self.done)} files are whole and kept.\nThey lie in {self.partial}.\n"
+                "Repeat the command with --resume to go on, or without it to begin again."
+            )
+        return f"stopped by {signal} before anything was written.\n{self.target} is as it was.\nRepeat the command."
 
     def _ours(self) -> bool:
         if not self.partial.is_dir():
@@ -181,15 +191,15 @@ class OutputFolder:
 
         Raises ``UsageError`` when something is there by now that may not be replaced; the partial folder stays whole.
         """
+        found = _identity(self.target)
+        if found is not None and found != self._approved:
+            raise self._occupied(f"{self.target} appeared while the output was being written, and stays as it is.")
         try:
             refuse_existing(self.target, self.overwrite, self.loses)
         except UsageError as error:
-            raise UsageError(
-                f"{str(error).splitlines()[0]}\n"
-                f"It appeared or changed while the output was being written, which is whole in {self.partial}.\n"
-                f"Move {self.target} away, then repeat the command with --resume."
-            ) from None
+            raise self._occupied(str(error).splitlines()[0]) from None
         self._publish(self.target)
+        self.published = True
 
     def publish_failed(self) -> Path:
         """Give the folder the name of output that did not verify: ``DST.failed``, or with a number."""
@@ -197,32 +207,47 @@ class OutputFolder:
         self._publish(failed)
         return failed
 
+    def _occupied(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what}\nThe output is whole in {self.partial}.\n"
+            f"Move {self.target} away, then repeat the command with --resume, which only gives it its name."
+        )
+
     def _ours_or_free(self, path: Path) -> Path:
+        """The path, or one with a number after it, where nothing is but output of ours or what a kill left of it."""
         names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
-        return next(name for name in names if not _is_there(name) or _is_marked(name) or self.loses(name) is None)
+        return next(name for name in names if not _is_there(name) or self._is_ours(name))
+
+    def _is_ours(self, path: Path) -> bool:
+        if not path.is_dir() or path.is_symlink():
+            return False
+        written = (path / _MANIFEST).is_file() and self.loses(path) is None
+        return written or _is_marked(path) or not any(os.scandir(path))
 
     def _publish(self, target: Path) -> None:
         for folder, _, _ in os.walk(self.partial):
             sync_folder(Path(folder))
         # A kill between the two renames leaves it, and the next publication removes it.
         replaced = self._ours_or_free(target.with_name(target.name + ".smolconv-replaced"))
-        os.unlink(self.partial / JOURNAL)
+        journal = self.partial / JOURNAL
+        records = journal.read_bytes()
+        os.unlink(journal)
         try:
             if _is_there(target):
                 _discard(replaced)
                 os.rename(target, replaced)
             os.rename(self.partial, target)  # fails where another folder with anything in it has appeared
-        except OSError as error:
+        except BaseException as error:  # a signal, too, must not leave the old folder aside
             if not _is_there(target) and _is_there(replaced):
                 os.rename(replaced, target)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise UsageError(
-                    f"{target} appeared at this moment, and was left as it is. The result is in {self.partial}.\n"
-                    f"Move {target} away, then repeat the command."
-                ) from None
-            if error.errno not in _NO_RENAME:
+            if isinstance(error, OSError) and error.errno in _NO_RENAME:
+                _publish_by_copy(self.partial, target)
+            else:
+                if self.partial.is_dir():
+                    journal.write_bytes(records)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise self._occupied(f"{target} appeared at this moment, and stays as it is.") from None
                 raise
-            _publish_by_copy(self.partial, target)
         else:
             # Held until here: a second process that opened it before must not take the folder for its own.
             os.unlink(target / LOCK)
@@ -241,7 +266,8 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
     if not target.is_dir() or target.is_symlink():
         _remove(target)
     target.mkdir(exist_ok=True)
-    (target / INCOMPLETE).write_text("smolconv was interrupted while publishing this folder; it is not whole.\n")
+    coming = [str(path.relative_to(partial)) for path in partial.rglob("*")]
+    _mark(target, [*_below(target), *coming], "publishing")
     _empty(target, keep=INCOMPLETE)
     files = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name != LOCK]
     files.sort(key=lambda path: path.name in _ENTRY_POINTS or path.name.endswith(".index.json"))
@@ -280,14 +306,39 @@ def _remove(path: Path) -> None:
 def _discard(path: Path) -> None:
     """Delete what may be deleted. A kill in the middle leaves a folder that says so, or an empty one."""
     if path.is_dir() and not path.is_symlink():
-        (path / INCOMPLETE).write_text("smolconv was interrupted while deleting this folder.\n")
+        _mark(path, _below(path), "deleting")
         _empty(path, keep=INCOMPLETE)
     _remove(path)
 
 
+def _mark(folder: Path, names: Sequence[str], doing: str) -> None:
+    """Say that a folder is not whole, and which of the things in it may be deleted."""
+    said = f"smolconv was interrupted while {doing} this folder; it is not whole. These may be deleted:"
+    (folder / INCOMPLETE).write_text("\n".join([said, *names, ""]), "utf-8", "surrogateescape")
+
+
+def _below(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*")]
+
+
 def _is_marked(path: Path) -> bool:
-    """Whether an interrupted publication or deletion left a folder."""
-    return (path / INCOMPLETE).is_file()
+    """Whether an interrupted publication or deletion left a folder, and nothing was put into it since."""
+    try:
+        listed = (path / INCOMPLETE).read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return False
+    return listed[:1] != [] and listed[0].startswith("smolconv was interrupted") and set(_below(path)) <= {
+        INCOMPLETE, *listed[1:]
+    }  # fmt: skip
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name; None when nothing is there."""
+    try:
+        stat = os.lstat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _empty(folder: Path, *, keep: str) -> None:

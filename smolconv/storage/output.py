@@ -22,7 +22,6 @@ from zlib_ng.zlib_ng import crc32
 from smolconv.checkpoint import (
     CHUNK_BYTES,
     DTYPE_BYTES,
-    Cast,
     LazyTensor,
     Raw,
     Zeros,
@@ -31,6 +30,7 @@ from smolconv.checkpoint import (
     observed,
     raw_dtype,
     scratch,
+    uncast,
 )
 from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
 from smolconv.storage.torch_archive import crc_of_zeros
@@ -387,20 +387,26 @@ def has_nonfinite(raw: Raw, dtype: str) -> bool:
     return bool(signed.max() >= infinity) or bool(raw.max() >= infinity + (1 << (bits - 1)))
 
 
-def overflows(tensor: LazyTensor) -> bool:
-    """Whether a cast makes a finite value infinite or NaN. Reads the tensor, as far as the first such value."""
-    if not isinstance(tensor, Cast):
-        return False
+def finiteness(tensor: LazyTensor) -> tuple[bool, bool]:
+    """Whether a tensor held NaN or infinity before it was cast, and whether a cast made any of a finite value.
+
+    Reads the tensor: where its chunks are finite, once.
+    """
+    source = uncast(tensor)
+    was = became = False
     for start, stop in tensor.chunks():
         with scratch(stop - start, raw_dtype(tensor.dtype)) as after:
             tensor.read(start, stop, after)
             if not has_nonfinite(after, tensor.dtype):
                 continue
-            with scratch(stop - start, raw_dtype(tensor.base.dtype)) as before:
-                tensor.base.read(start, stop, before)
-                if (_is_finite(before, tensor.base.dtype) & ~_is_finite(after, tensor.dtype)).any():
-                    return True
-    return False
+            with scratch(stop - start, raw_dtype(source.dtype)) as before:
+                source.read(start, stop, before)
+                finite = _is_finite(before, source.dtype)
+                was = was or not bool(finite.all())
+                became = became or bool((finite & ~_is_finite(after, tensor.dtype)).any())
+        if was and became:
+            break
+    return was, became
 
 
 def _is_finite(raw: Raw, dtype: str) -> Raw:

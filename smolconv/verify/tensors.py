@@ -18,6 +18,7 @@ from smolconv.checkpoint import (
     Slot,
     raw_dtype,
     scratch,
+    uncast,
 )
 
 #: Hyperparameters in which two optimizers have to agree to be the same.
@@ -49,18 +50,18 @@ class TensorReport:
 
 
 def compare_tensors(
-    a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, directed: bool = False
+    a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, steps: Mapping[str, tuple[str, ...]] | None = None
 ) -> TensorReport:
     """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order.
 
-    ``directed`` counts as rounded only what of B is A in B's dtype, and not the other way round.
+    ``steps`` are the dtypes that A was rounded to, by name; without them either side may be the other, rounded.
     """
     compared, same, rounded, max_abs, worst = 0, 0, 0, 0.0, None
     unequal: list[str] = []
     overflowed: list[str] = []
     for name in sorted(set(a) & set(b), key=forward_order):
         compared += 1
-        found = _compare(a[name], b[name], directed)
+        found = _compare(a[name], b[name], None if steps is None else steps[name])
         if found.max_abs is None:
             same += 1
             continue
@@ -88,12 +89,22 @@ def compare_casts(
     """What was rounded to another dtype against the values before; None when nothing was. Names are canonical."""
     before: dict[str, LazyTensor] = {}
     after: dict[str, LazyTensor] = {}
+    steps: dict[str, tuple[str, ...]] = {}
     for slot, tensors in planned.items():
         for name, tensor in tensors.items():
             if isinstance(tensor, Cast) and name in written.get(slot, {}):
                 key = name if slot is Slot.PARAMETER else f"{name} ({slot.value})"
-                before[key], after[key] = tensor.base, written[slot][name]
-    return compare_tensors(before, after, directed=True) if before else None
+                before[key], after[key], steps[key] = uncast(tensor), written[slot][name], _cast_steps(tensor)
+    return compare_tensors(before, after, steps=steps) if before else None
+
+
+def _cast_steps(tensor: LazyTensor) -> tuple[str, ...]:
+    """The dtypes that a tensor was rounded to, one after the other."""
+    found: list[str] = []
+    while isinstance(tensor, Cast):
+        found.insert(0, tensor.dtype)
+        tensor = tensor.base
+    return ("float32", *found) if tensor.dtype == "float64" and found[0] != "float32" else tuple(found)
 
 
 def compare_optimizers(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, TensorReport], list[str]]:
@@ -141,15 +152,15 @@ class _Found:
 _PRECISION = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
 
 
-def _compare(a: LazyTensor, b: LazyTensor, directed: bool) -> _Found:
+def _compare(a: LazyTensor, b: LazyTensor, steps: tuple[str, ...] | None) -> _Found:
     """Values after an exact widening. Tensors of different shapes are infinitely different."""
     floats = a.dtype in FLOAT_DTYPES and b.dtype in FLOAT_DTYPES
     if a.shape != b.shape or (a.dtype != b.dtype and not floats):
         return _Found(max_abs=float("inf"))
     largest: float | None = None
     # Whether B is A rounded to B's dtype, or A is B rounded to A's.
-    of_a = a.dtype != b.dtype
-    of_b = of_a and not directed
+    of_a = a.dtype != b.dtype or steps is not None
+    of_b = of_a and steps is None
     overflowed = False
     for start, stop in a.chunks():
         with (
@@ -166,8 +177,8 @@ def _compare(a: LazyTensor, b: LazyTensor, directed: bool) -> _Found:
                 continue
             if floats:
                 overflowed = overflowed or bool((np.isfinite(x) != np.isfinite(y)).any())
-                of_a = of_a and _is_rounded(x, y, b.dtype)
-                of_b = of_b and _is_rounded(y, x, a.dtype)
+                of_a = of_a and _is_rounded(x, y, steps or (b.dtype,))
+                of_b = of_b and _is_rounded(y, x, (a.dtype,))
             here = float(np.abs(x - y).max())
             largest = here if largest is None or not here <= largest else largest
     return _Found(max_abs=largest, rounded=largest is not None and (of_a or of_b), overflowed=overflowed)
@@ -180,21 +191,23 @@ def _values(raw: Raw, dtype: str) -> Raw:
     return (raw.view(np.dtype(dtype)) if dtype in FLOAT_DTYPES else raw).astype(np.float64)
 
 
-def _is_rounded(exact: Raw, rounded: Raw, dtype: str) -> bool:
-    """Whether every value is the exact one to within half a unit in the last place of ``dtype``.
+def _is_rounded(exact: Raw, rounded: Raw, steps: tuple[str, ...]) -> bool:
+    """Whether every value is the exact one to within half a unit in the last place of each dtype in ``steps``.
 
     Computed from the numbers themselves, not by the cast that is to be checked. What is not finite must be the same.
+    Zero stays zero, and no rounding goes below the power of two beneath a value.
     """
-    bits, smallest = _PRECISION[dtype]
     finite = np.isfinite(exact)
     if not np.array_equal(finite, np.isfinite(rounded)):
         return False
     if not np.array_equal(exact[~finite], rounded[~finite], equal_nan=True):
         return False
     x, y = exact[finite], rounded[finite]
-    _, exponent = np.frexp(x)  # x is m * 2**exponent with 0.5 <= |m| < 1
-    half_unit = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - bits)
-    return bool((np.abs(x - y) <= half_unit).all())
+    exponent = np.frexp(x)[1] - 1  # |x| is in [1, 2) * 2**exponent
+    allowed = sum(np.ldexp(1.0, np.maximum(exponent, _PRECISION[d][1]) - _PRECISION[d][0]) for d in steps)
+    normal = exponent >= max(_PRECISION[dtype][1] for dtype in steps)
+    kept = (np.abs(y) >= np.ldexp(1.0, exponent)) | ~normal
+    return bool(((np.abs(x - y) <= allowed) & kept)[x != 0].all() and not y[x == 0].any())
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(input_layernorm|self_attn|post_attention_layernorm|mlp)\b")
