@@ -87,7 +87,9 @@ def convert(
     check_source: Annotated[
         bool, typer.Option("--check-source", help="Read all of SRC and compare every digest recorded for it.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at DST, once the new one is whole.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint at DST, once the new one is whole.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Threads that copy. Default: up to 4.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Bound of the copy buffers, such as 64MB.")] = None,

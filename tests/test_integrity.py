@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, Finished, convert, files_below
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from zip_tricks import archive_bytes, end, evil_pickle, moved, parts, two_directories, zip64_elsewhere
 
@@ -346,10 +345,7 @@ def test_a_saved_again_archive_with_right_checksums_is_noticed_by_the_manifest(t
 def test_what_is_read_in_part_is_said_and_compared_with_check_source(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "_SMALL_BYTES", 16)
     convert(ZERO1 / "checkpoint", tmp_path / "run", "hf", optimizer=False)
-    path = tmp_path / "run" / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        rows = file.get_slice("model.embed_tokens.weight").get_shape()[0]
-    options = {"optimizer": False, "vocab_size": rows - 8}
+    options = {"optimizer": False, "vocab_size": 8}  # most of the embedding stays unread
     result = convert(tmp_path / "run", tmp_path / "out", "nanotron", **options)
     assert [name for name in result.source_check["unchecked"] if "embed_tokens" in name]
     assert any("--check-source" in warning for warning in result.warnings)

@@ -247,14 +247,15 @@ class SourceCheck:
         self.covered: dict[int, _Covered] = {}
         self.lock = threading.Lock()
         #: By file, for each kind of seal: where they begin, ascending, and their indices. A kind does not overlap.
-        self.by_path: dict[Path, dict[bool, tuple[list[int], list[int]]]] = {}
+        self.by_path: dict[Path, dict[str, tuple[list[int], list[int]]]] = {}
         archives = {seal.path for seal in seals[: self.recorded] if seal.algorithm == "crc32"}
         for index in sorted(range(len(seals)), key=lambda index: seals[index].ranges[:1]):
             seal = seals[index]
             whole = seal.algorithm != "crc32" and seal.path in archives and seal.ranges[:1] and not seal.ranges[0][0]
             if len(seal.ranges) == 1 and not whole:  # an archive's records have digests of their own
                 kinds = self.by_path.setdefault(seal.path, {})
-                begins, indices = kinds.setdefault(seal.algorithm == "crc32", ([], []))
+                kind = "checksum" if index >= self.recorded else seal.algorithm
+                begins, indices = kinds.setdefault(kind, ([], []))
                 begins.append(seal.ranges[0][0])
                 indices.append(index)
 
@@ -268,7 +269,8 @@ class SourceCheck:
     def compare(self, index: int, found: str | None) -> None:
         seal = self.seals[index]
         if said := seal.contradicted(found):
-            refuse(self.root, [said], COPY_AGAIN if seal.algorithm == "crc32" else RECORDED_BY_US)
+            of_archive = seal.algorithm == "crc32" and index < self.recorded
+            refuse(self.root, [said], COPY_AGAIN if of_archive else RECORDED_BY_US)
         self.done.add(index)
 
     def see(self, index: int, first: int, last: int, data: memoryview) -> None:

@@ -234,7 +234,7 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
     leaves = {leaf.path for tensor in tensors for leaf in tensor.leaves()}
     paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
     seals, warnings, edited = archive_seals(paths), list[str](), set(documents)
-    archives, checksums = {seal.path for seal in seals}, list[Seal]()
+    checksums: list[Seal] = []
     manifest = find_manifest(checkpoint)
     if manifest is not None:
         where, listed = manifest.folder, set(manifest.files)
@@ -250,8 +250,7 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
                     warnings.append(f"{seal.path.name} was changed after smolconv wrote {where}.")
             elif seal.path in paths:
                 seals.append(seal)
-        # An archive has checksums of its own, of whole records.
-        checksums = [seal for seal in manifest.checksums if seal.path in paths and seal.path not in archives]
+        checksums = [seal for seal in manifest.checksums if seal.path in paths]
     sealed = {seal.path for seal in seals}
     return SourceSeals(
         seals=tuple(seals), checksums=tuple(checksums), warnings=tuple(warnings),
