@@ -496,7 +496,13 @@ class _HubCommit:
 
         listed = self.listed[path]  # whoever asks for a file has seen it in a listing
         for again in (False, True):
-            local = Path(hf_hub_download(self.source.repo, path, revision=self.sha, force_download=again))
+            local = Path(
+                _patiently(
+                    lambda again=again: hf_hub_download(  # type: ignore[misc]
+                        self.source.repo, path, revision=self.sha, force_download=again
+                    )
+                )
+            )
             if _was_checked(local, listed) or listed.matches(local):
                 _remember_checked(local, listed)
                 return local
@@ -622,8 +628,9 @@ def _sound(what: str) -> Iterator[None]:
 
 def _path_inside(path: object, folder: str) -> str:
     """A path from a listing, once it is one below ``folder``. Raises ``ValueError``."""
-    if not isinstance(path, str) or not path.isprintable() or "\\" in path:
+    if not isinstance(path, str) or "\\" in path or any(ord(c) < 32 or ord(c) == 127 for c in path):
         raise ValueError(f"{path!r:.80} is no path")
+    path.encode()  # raises for half a character
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError(f"{path!r:.80} leaves its folder")
     if folder and not path.startswith(f"{folder}/"):
@@ -695,13 +702,32 @@ def _find_in_cache(source: HubSource, headers_only: bool, step: int | None) -> P
     cached = _CachedCommit(source=source, root=snapshot)
     stand_ins = _headers_root(source.repo, snapshot.name)
     try:
-        _needed_files(cached, source.subfolder, step)
+        needed = _needed_files(cached, source.subfolder, step)
     except MachineError:
         if not headers_only or not stand_ins.is_dir():
             raise
         cached = _CachedCommit(source=source, root=stand_ins)
         _needed_files(cached, source.subfolder, step)
+        return cached.root / source.subfolder
+    for path in [] if headers_only else needed:
+        _check_cached(snapshot / path, _address(source, path))
     return cached.root / source.subfolder
+
+
+def _check_cached(local: Path, address: str) -> None:
+    """Compare a file of the cache with the digest that its blob is named by. Raises ``CorruptFile``."""
+    blob = local.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return  # a cache without links does not tell
+    digest = f"{'git' if len(blob.name) == 40 else 'sha256'}:{blob.name}"
+    listed = _Listed(size=blob.stat().st_size, digest=digest)
+    if not _was_checked(local, listed) and not listed.matches(local):
+        raise CorruptFile(
+            f"{address}: the file in the cache is not the one that was downloaded.\n"
+            f"Expected {digest} of {blob}.\n"
+            "Unset HF_HUB_OFFLINE and run again with a network, so that it is fetched again."
+        )
+    _remember_checked(local, listed)
 
 
 def _remember_revision(snapshot: Path, revision: str, sha: str) -> None:
@@ -782,7 +808,9 @@ class _StandIns:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.commit.source.repo, path, revision=self.commit.sha)
-        return Path(found) if isinstance(found, str) else None
+        # One that was never compared is not hashed for its header, which costs a request instead.
+        known = isinstance(found, str) and _was_checked(Path(found), self.commit.listed[path])
+        return Path(found) if isinstance(found, str) and known else None
 
     def _header(self, path: str, size: int) -> bytes:
         start = self._read(path, _Range(start=0, stop=min(size, FIRST_READ_BYTES)), size)

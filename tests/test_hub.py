@@ -632,6 +632,44 @@ def test_a_file_that_was_changed_in_the_cache_is_downloaded_again(
     assert contents(client.fetch(f"hf://{repo}")) == files
 
 
+@pytest.mark.parametrize("path", sorted(MODEL))
+def test_offline_a_file_that_was_changed_in_the_cache_is_refused(
+    path: str, hub: FakeHub, client: Client, repo: str, home: Path
+) -> None:
+    files = {**MODEL, path: repo.encode() + MODEL[path]}
+    hub.commit(repo, files)
+    folder = client.fetch(f"hf://{repo}")
+    with Client(hub.url, home, HF_HUB_OFFLINE="1") as offline:
+        assert contents(offline.fetch(f"hf://{repo}")) == files
+        (folder / path).resolve().write_bytes(other_bytes(files[path]))
+        with pytest.raises(CorruptFile, match="not the one that was downloaded"):
+            offline.fetch(f"hf://{repo}")
+
+
+def test_a_header_does_not_come_from_a_file_that_was_changed_in_the_cache(
+    hub: FakeHub, client: Client, repo: str
+) -> None:
+    model = safetensors(400_000, first_byte=9) + b""
+    hub.commit(repo, {"config.json": repo.encode(), "model.safetensors": model})
+    folder = client.fetch(f"hf://{repo}")
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(bytes(8) + model[8:])
+    stand_in = client.fetch(f"hf://{repo}", headers_only=True) / "model.safetensors"
+    assert stand_in.read_bytes()[: len(header_of(model))] == header_of(model)
+
+
+def test_a_name_with_a_no_break_space_is_a_name(hub: FakeHub, client: Client, repo: str) -> None:
+    hub.commit(repo, {**MODEL, "my\u00a0notes.md": b"x"})
+    assert contents(client.fetch(f"hf://{repo}")) == MODEL
+
+
+def test_storage_that_is_busy_for_a_moment_is_asked_again(hub: FakeHub, client: Client, repo: str) -> None:
+    files = {**MODEL, "model.safetensors": safetensors(300_000, first_byte=11)}
+    hub.commit(repo, files)
+    hub.fail("GET /lfs/", status=503, times=1, retry_after="0")
+    assert contents(client.fetch(f"hf://{repo}")) == files
+
+
 def test_a_whole_cache_is_not_hashed_again_at_every_start(hub: FakeHub, client: Client, repo: str, home: Path) -> None:
     hub.commit(repo, MODEL)
     client.fetch(f"hf://{repo}")
