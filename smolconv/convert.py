@@ -497,10 +497,14 @@ def lost_with(target: Path) -> str | None:
         known.update(path.relative_to(target).as_posix() for path in (manifest.files if manifest is not None else ()))
     with contextlib.suppress(SmolconvError, OSError):
         layout = detect_layout(target)
-        if layout == "huggingface":
-            checkpoint = read_checkpoint(target, ReadOptions(check_sidecar=False))
-            known.update(path.relative_to(target).as_posix() for path in checkpoint.files if target in path.parents)
-        else:
+        try:
+            files = read_checkpoint(target, ReadOptions(check_sidecar=False)).files
+        except MissingFile:
+            if layout != "deepspeed":  # whose runs hold no config of the model
+                raise
+            files = ()
+        known.update(path.relative_to(target).as_posix() for path in files if layout == "huggingface")
+        if layout != "huggingface":  # whose readers list whatever lies in a step's folder
             step = (find_step_folder if layout == "nanotron" else find_tag_folder)(target, None)
         pattern = _BESIDE[layout]
     if not known and not pattern:

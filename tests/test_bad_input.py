@@ -659,6 +659,16 @@ def a_config(target: Path) -> None:
     shutil.copy(HF / "config.json", target)
 
 
+def a_config_of_nanotrons(target: Path) -> None:
+    target.mkdir()
+    shutil.copy(next(TP2.glob("*/model_config.json")), target)
+
+
+def a_file_with_a_name_of_deepspeeds(target: Path) -> None:
+    target.mkdir()
+    (target / "mp_rank_00_model_states.pt").write_text("mine")
+
+
 def a_trainers_state_beside_a_checkpoint(target: Path) -> None:
     shutil.copytree(HF, target)
     (target / "optimizer.pt").write_text("")
@@ -734,7 +744,7 @@ def a_whole_checkpoint(target: Path) -> None:
 
 
 MINE = [
-    a_folder_of_notes, a_project, a_document, a_config, a_trainers_state_beside_a_checkpoint, two_tags, a_name_of_ours,
+    a_config_of_nanotrons, a_file_with_a_name_of_deepspeeds, a_folder_of_notes, a_project, a_document, a_config, a_trainers_state_beside_a_checkpoint, two_tags, a_name_of_ours,
     an_adapter_beside_a_checkpoint, a_script_beside_a_checkpoint, a_note_in_a_nanotron_step,
     a_config_without_weights, a_file, a_link_to_notes, a_link_to_nothing, notes_beside_a_checkpoint,
     a_repository_around_a_checkpoint, other_checkpoints_inside, a_run_of_several_steps, our_output_with_notes,
