@@ -72,7 +72,7 @@ def test_the_trap_is_sprung_by_python_m(trap):
 
 def python_3_10() -> str | None:
     """An interpreter without ``-P``, which is where PYTHONSAFEPATH means nothing."""
-    for place in (Path("/root/.pyenv/versions"), Path("/usr/bin"), Path("/usr/local/bin")):
+    for place in (Path.home() / ".pyenv/versions", Path("/usr/bin"), Path("/usr/local/bin")):
         for found in sorted([*place.glob("3.10*/bin/python3.10"), *place.glob("python3.10")]):
             return str(found)
     return None
