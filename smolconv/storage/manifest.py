@@ -235,6 +235,7 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
     paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
     seals, warnings, edited = archive_seals(paths), list[str](), set(documents)
     checksums: list[Seal] = []
+    read = set(paths)
     manifest = find_manifest(checkpoint)
     if manifest is not None:
         where, listed = manifest.folder, set(manifest.files)
@@ -248,9 +249,9 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], document
             if seal.path.name in edited and seal.path.is_file():
                 if size_problems(manifest, [seal.path]) or seal.differs():
                     warnings.append(f"{seal.path.name} was changed after smolconv wrote {where}.")
-            elif seal.path in paths:
+            elif seal.path in read:
                 seals.append(seal)
-        checksums = [seal for seal in manifest.checksums if seal.path in paths]
+        checksums = [seal for seal in manifest.checksums if seal.path in read]
     sealed = {seal.path for seal in seals}
     return SourceSeals(
         seals=tuple(seals), checksums=tuple(checksums), warnings=tuple(warnings),

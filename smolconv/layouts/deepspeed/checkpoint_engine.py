@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from smolconv.checkpoint import DTYPE_BYTES
 from smolconv.errors import CorruptFile
 from smolconv.layouts.deepspeed.documents import STAND_INS
+from smolconv.storage.integrity import digest_text, new_hasher
 from smolconv.storage.torch_archive import ArchiveTensor, DtypeRef, TorchSize, read_torch_archive
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb", buffering=0)
-        self.hasher, self.nbytes = xxhash.xxh3_128(), 0
+        self.hasher, self.nbytes = new_hasher("xxh3"), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -200,7 +199,7 @@ class _HashedFile:
         if self.error is not None:
             raise self.error
         os.fsync(self.file.fileno())
-        return FileDigest(nbytes=self.nbytes, digest=f"xxh3-128:{self.hasher.hexdigest()}")
+        return FileDigest(nbytes=self.nbytes, digest=str(digest_text(self.hasher)))
 
 
 def save_torch_archive(content: Any, path: Path) -> FileDigest:
@@ -217,9 +216,9 @@ def save_torch_archive(content: Any, path: Path) -> FileDigest:
 
 def digest_file(path: Path) -> FileDigest:
     """The same of a file that lies on the disk."""
-    hasher, nbytes, chunk = xxhash.xxh3_128(), 0, memoryview(bytearray(_CHUNK_BYTES))
+    hasher, nbytes, chunk = new_hasher("xxh3"), 0, memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(chunk):
             hasher.update(chunk[:count])
             nbytes += count
-    return FileDigest(nbytes=nbytes, digest=f"xxh3-128:{hasher.hexdigest()}")
+    return FileDigest(nbytes=nbytes, digest=str(digest_text(hasher)))
