@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.processes import safe_children
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
 #: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
@@ -170,14 +171,14 @@ def run_local(
     cpus = len(os.sched_getaffinity(0))
     workers = min(workers or cpus, plan.tasks)
     # Each worker's tokenizer would start a thread per core.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cpus // workers)))
+    threads = os.environ.get("RAYON_NUM_THREADS", str(max(1, cpus // workers)))
     with _output(plan, overwrite=overwrite, resume=resume) as folder:
+        console = None if show else plan.logs / "console.log"
         executor = LocalPipelineExecutor(
             _pipeline(plan, folder.partial), tasks=plan.tasks, workers=workers, logging_dir=str(plan.logs / "tokenize")
         )
-        # Its workers are started by `python -c`, which would import from the working folder (Python 3.11 and newer).
-        os.environ["PYTHONSAFEPATH"] = "1"
-        with _quiet(None if show else plan.logs / "console.log"), _input_errors(plan):
+        # Its workers are started by `python -c`, which would import from the working folder.
+        with safe_children(RAYON_NUM_THREADS=threads), _quiet(console), _input_errors(plan):
             executor.run()
         result = _finish(plan, folder)
     shutil.rmtree(plan.logs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 #: Runs a module; alone in its folder, which is therefore safe to be on ``sys.path`` and to be a working folder.
@@ -33,3 +34,16 @@ def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
     if path := found.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     return {**found, "PYTHONSAFEPATH": "1"}
+
+
+@contextmanager
+def safe_children(**variables: str) -> Iterator[None]:
+    """``safe_environment`` and ``variables`` for what a library starts by itself; afterwards ours is as it was."""
+    before = dict(os.environ)
+    os.environ.update({**safe_environment(), **variables})
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name not in before]:
+            del os.environ[name]
+        os.environ.update(before)

@@ -17,7 +17,7 @@ from training import recipe_document, token_folder
 
 from continual_pretraining.launch import batch_script, launch_command
 from continual_pretraining.recipe_file import dump_recipe
-from smolconv.processes import BOOTSTRAP, EMPTY_FOLDER, module_words, safe_environment, script_words
+from smolconv.processes import BOOTSTRAP, EMPTY_FOLDER, module_words, safe_children, safe_environment, script_words
 
 TESTS = Path(__file__).parent
 #: Names that a start imports early or late, of the standard library and of packages.
@@ -109,6 +109,16 @@ def test_relative_entries_of_pythonpath_keep_their_meaning_in_another_folder(mon
     monkeypatch.chdir(tmp_path)
     made = safe_environment({"PYTHONPATH": "a:/b:"})
     assert made == {"PYTHONPATH": f"{tmp_path}/a:/b:{tmp_path}", "PYTHONSAFEPATH": "1"}
+
+
+def test_what_a_library_starts_is_protected_only_for_as_long(monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "3")
+    before = dict(os.environ)
+    with pytest.raises(ZeroDivisionError), safe_children(RAYON_NUM_THREADS="1", SHOWN="1"):
+        assert [os.environ[name] for name in ("PYTHONSAFEPATH", "RAYON_NUM_THREADS", "SHOWN")] == ["1"] * 3
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
 
 
 def test_nothing_lies_beside_the_bootstrap():

@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise MissingFile(f"{path} is a folder; a JSON file was expected. Name the file itself.") from None
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON ({error}). Copy the file again.") from None
+        raise CorruptFile(f"{path} is not valid JSON ({error}).\nCopy the file again.") from None
     if not isinstance(value, dict):
         raise CorruptFile(f"{path} holds {type(value).__name__}, expected an object.")
     return value
