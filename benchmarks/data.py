@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from common import REPOSITORY, file_system, machine_lines, markdown_table, say, spread, warm
 
-from continual_pretraining.blending import Blend
-from continual_pretraining.data import TrainingData
-from continual_pretraining.recipe import Data
+from smolconv.continual_pretraining.data.blending import Blend
+from smolconv.continual_pretraining.data.stream import TrainingData
+from smolconv.continual_pretraining.recipe.schema import Data
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "data.md"
 SEQUENCE_LENGTH = 2048

@@ -86,9 +86,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def perplexity(folder: Path) -> float:
     """Of the paragraph, in fp32. The tiny fixture has no tokenizer and reads the text's bytes."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
-    from transformers.utils import logging  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -31,10 +31,10 @@ import yaml
 from common import REPOSITORY, kill_group, machine_lines, markdown_table, say
 from random_checkpoint import CONFIGS
 
-from continual_pretraining.estimate import estimate, flops_per_token, memory_parts
-from continual_pretraining.metrics import peak_flops
-from continual_pretraining.recipe import Recipe
-from smolconv.spec import ModelSpec, spec_from_hf
+from smolconv.continual_pretraining.estimate.estimate import estimate, flops_per_token, memory_parts
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.watch.metrics import peak_flops
+from smolconv.models.spec import ModelSpec, spec_from_hf
 
 NO_GPU = 5
 JOBS = Path(__file__).with_name("gpu_jobs.py")
@@ -419,7 +419,7 @@ def tiny_document(place: Place, source: Path, tokens: Path, **fields: Any) -> di
 
 
 def worker_command(run: Path) -> list[str]:
-    return [sys.executable, "-m", "continual_pretraining.worker", str(run)]
+    return [sys.executable, "-m", "smolconv.continual_pretraining.run.worker", str(run)]
 
 
 def worker_run(document: Mapping[str, Any], folder: Path) -> Path:
@@ -787,7 +787,7 @@ def _driver() -> str:
 
 
 def _no_liger() -> dict[str, str]:
-    from importlib.util import find_spec  # noqa: PLC0415
+    from importlib.util import find_spec
 
     return {} if find_spec("liger_kernel") else {"liger": "liger-kernel is not installed"}
 

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from continual_pretraining import recipe
-from continual_pretraining.attention import KERNELS, choose_attention, pack
-from continual_pretraining.data import Batch
-from continual_pretraining.gate import source_loss
-from continual_pretraining.model import build_model, check_no_leak
+from smolconv.continual_pretraining.data.stream import Batch
+from smolconv.continual_pretraining.engine.attention import KERNELS, choose_attention, pack
+from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
+from smolconv.continual_pretraining.recipe import schema as recipe
+from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.errors import SmolconvError, TrainingStopped
-from smolconv.spec import spec_from_hf, spec_to_hf
+from smolconv.models.spec import spec_from_hf, spec_to_hf
 from smolconv.verify.hf import FolderWeights, TransformersSide
 
 #: A document whose own values are this much smaller than all are is compared with this share of theirs: the gradients
@@ -234,7 +234,7 @@ def tiny_checkpoint(*, config: Mapping[str, Any], folder: str) -> dict[str, Any]
 
 
 def _hf_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(dtype).removeprefix("torch.")
     fields = spec_to_hf(spec_from_hf(config), {**config, "pad_token_id": None, "use_cache": False}, name)
@@ -246,9 +246,9 @@ def _hf_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 def train(*, document: Mapping[str, Any], config: Mapping[str, Any], run: str, warmup_steps: int) -> dict[str, Any]:
     """The real trainer on random weights; nothing is loaded, and nothing saved. Rank and device as the worker's."""
-    from continual_pretraining.ranks import join_ranks  # noqa: PLC0415
-    from continual_pretraining.start import StartPoint  # noqa: PLC0415
-    from continual_pretraining.trainer import Trainer  # noqa: PLC0415
+    from smolconv.continual_pretraining.run.ranks import join_ranks
+    from smolconv.continual_pretraining.run.start import StartPoint
+    from smolconv.continual_pretraining.run.trainer import Trainer
 
     class Unsaved(Trainer):
         def _engine(self) -> Any:
@@ -283,7 +283,7 @@ def train(*, document: Mapping[str, Any], config: Mapping[str, Any], run: str, w
 
 def _graphs() -> int:
     """How many torch.compile made in this process."""
-    from torch._dynamo.utils import counters  # noqa: PLC0415
+    from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
@@ -297,7 +297,7 @@ def hf_trainer(
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)  # with them, it would wrap the model for several ranks
-    from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: PLC0415
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     ids = np.fromfile(tokens, dtype=f"<u{token_bytes}").astype(np.int64)
     rows = ids[: len(ids) // (sequence_length + 1) * (sequence_length + 1)].reshape(-1, sequence_length + 1)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from common import machine_lines, markdown_table, run
 
-from continual_pretraining.checkpoint_files import (
+from smolconv.continual_pretraining.run.checkpoint_files import (
     compare_documents,
     examine,
     problem_in,
@@ -30,7 +30,7 @@ from continual_pretraining.checkpoint_files import (
     share_of,
     write_manifest,
 )
-from continual_pretraining.run_checkpoints import RunState
+from smolconv.continual_pretraining.run.checkpoints import RunState
 from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
 from smolconv.layouts.deepspeed.checkpoint_engine import digest_file, load_torch_archive, save_torch_archive
 from smolconv.layouts.deepspeed.documents import STAND_INS

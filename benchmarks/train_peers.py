@@ -67,7 +67,7 @@ class Clock:
 
 def rows(folder: Path, length: int) -> Iterator[Any]:
     """int64 [1, length], windows of length + 1 tokens one after the other, again and again."""
-    import torch  # noqa: PLC0415
+    import torch
 
     tokens = np.fromfile(folder / TOKENS_FILE, dtype="<u2")
     while True:
@@ -80,10 +80,13 @@ def rows(folder: Path, length: int) -> Iterator[Any]:
 
 def smolconv(given: argparse.Namespace, clock: Clock) -> None:
     """The worker that ``continue-train`` starts, whole: data, metrics, agreement of ranks; one rank."""
-    from continual_pretraining import trainer, worker  # noqa: PLC0415
-    from continual_pretraining.metrics import StepRecord, Watch  # noqa: PLC0415
-    from continual_pretraining.recipe import Recipe  # noqa: PLC0415
-    from continual_pretraining.recipe_file import dump_recipe  # noqa: PLC0415
+    from smolconv.continual_pretraining.recipe.files import dump_recipe
+    from smolconv.continual_pretraining.recipe.schema import Recipe
+    from smolconv.continual_pretraining.run import (
+        trainer,
+        worker,
+    )
+    from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 
     document = {
         "name": "benchmark", "output": str(given.work),
@@ -118,7 +121,7 @@ def smolconv(given: argparse.Namespace, clock: Clock) -> None:
 
 def plain(given: argparse.Namespace, clock: Clock) -> None:
     """A loop as one writes it for one process: weights, gradients and Adam's moments in ``--dtype``."""
-    import torch  # noqa: PLC0415
+    import torch
 
     model = _model(given)
     optimizer = _adamw(list(model.parameters()))
@@ -139,7 +142,7 @@ def plain(given: argparse.Namespace, clock: Clock) -> None:
 
 def plain_masters(given: argparse.Namespace, clock: Clock) -> None:
     """The same with a bfloat16 model and fp32 master weights: gradients are summed, clipped and applied in fp32."""
-    import torch  # noqa: PLC0415
+    import torch
 
     model = _model(given)
     weights = list(model.parameters())
@@ -175,7 +178,7 @@ def trainer(given: argparse.Namespace, clock: Clock) -> None:
 
 def trainer_deepspeed(given: argparse.Namespace, clock: Clock) -> None:
     """Trainer with a DeepSpeed configuration as its documentation has it; torch's Adam, since others are compiled."""
-    import deepspeed.ops  # noqa: PLC0415
+    import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the start otherwise, for a minute
     bf16 = given.dtype == "bfloat16"
@@ -194,8 +197,8 @@ def trainer_deepspeed(given: argparse.Namespace, clock: Clock) -> None:
 
 
 def _hugging_face(given: argparse.Namespace, clock: Clock, deepspeed: dict[str, Any] | None) -> None:
-    from torch.utils.data import Dataset  # noqa: PLC0415
-    from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: PLC0415
+    from torch.utils.data import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Rows(Dataset):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -232,10 +235,10 @@ def _hugging_face(given: argparse.Namespace, clock: Clock, deepspeed: dict[str, 
 
 def packed_smolconv(given: argparse.Namespace, clock: Clock) -> None:
     """Forward and backward of our model on a packed row, with its loss."""
-    import torch  # noqa: PLC0415
+    import torch
 
-    from continual_pretraining.model import build_model  # noqa: PLC0415
-    from continual_pretraining.recipe import Model  # noqa: PLC0415
+    from smolconv.continual_pretraining.engine.model import build_model
+    from smolconv.continual_pretraining.recipe.schema import Model
 
     config = json.loads((given.model / "config.json").read_text())
     model = build_model(config, Model(source="benchmark", dtype=given.dtype), "cpu")
@@ -255,7 +258,7 @@ def packed_smolconv(given: argparse.Namespace, clock: Clock) -> None:
 
 def packed_transformers(given: argparse.Namespace, clock: Clock) -> None:
     """The same of transformers' own, which finds the documents in the positions and builds a dense mask of them."""
-    import torch  # noqa: PLC0415
+    import torch
 
     model = _model(given)
     source = rows(given.tokens, given.length)
@@ -274,8 +277,8 @@ def packed_transformers(given: argparse.Namespace, clock: Clock) -> None:
 
 
 def _model(given: argparse.Namespace, dtype: str | None = None) -> Any:
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         given.model, dtype=getattr(torch, dtype or given.dtype), attn_implementation="sdpa"
@@ -285,14 +288,14 @@ def _model(given: argparse.Namespace, dtype: str | None = None) -> Any:
 
 
 def _adamw(parameters: list[Any]) -> Any:
-    import torch  # noqa: PLC0415
+    import torch
 
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def _alone() -> None:
     """What a launcher tells the only rank of a run."""
-    import socket  # noqa: PLC0415
+    import socket
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -323,7 +326,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--limit", type=float, default=60, help="seconds of timed steps after which they are enough")
     given = parser.parse_args()
-    import torch  # noqa: PLC0415
+    import torch
 
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from commands import console
 from smolconv import __version__
+from smolconv.commands import console
 
 app = typer.Typer(
     name="smolconv",

@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Console:
 
 @cache
 def _console(name: str) -> Console:
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     class Out(Console):
         def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
@@ -81,7 +81,7 @@ def warn(warnings: tuple[str, ...] | list[str]) -> None:
 
 
 def escape(text: str) -> str:
-    from rich.markup import escape as rich_escape  # noqa: PLC0415
+    from rich.markup import escape as rich_escape
 
     return rich_escape(text)
 
@@ -110,7 +110,7 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     if settings.quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),

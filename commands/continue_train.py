@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 from smolconv.errors import SmolconvError, UsageError
 
 if TYPE_CHECKING:
-    from continual_pretraining.recipe import Recipe
-    from smolconv.spec import ModelSpec
+    from smolconv.continual_pretraining.recipe.schema import Recipe
+    from smolconv.models.spec import ModelSpec
 
 _EPILOG = """
 **Examples**
@@ -59,9 +59,9 @@ def continue_train(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON document on stdout.")] = False,
 ) -> None:
     """Continue pretraining from a checkpoint of any layout, by a recipe; or go on with a run that was stopped."""
-    from continual_pretraining.launch import launch, placement  # noqa: PLC0415
-    from continual_pretraining.recipe_file import load_recipe, notes  # noqa: PLC0415
-    from continual_pretraining.run_folder import check_run, write_recipe  # noqa: PLC0415
+    from smolconv.continual_pretraining.launchers.launch import launch, placement
+    from smolconv.continual_pretraining.recipe.files import load_recipe, notes
+    from smolconv.continual_pretraining.run.folder import check_run, write_recipe
 
     options = {
         "launch.launcher": launcher, "launch.ranks_per_node": nproc_per_node, "launch.nodes": nnodes,
@@ -88,10 +88,10 @@ def continue_train(
 
 
 def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
-    from continual_pretraining.engine_config import engine_config  # noqa: PLC0415
-    from continual_pretraining.estimate import estimate, render  # noqa: PLC0415
-    from continual_pretraining.launch import batch_script, launch_command  # noqa: PLC0415
-    from continual_pretraining.recipe_file import dump_recipe  # noqa: PLC0415
+    from smolconv.continual_pretraining.engine.config import engine_config
+    from smolconv.continual_pretraining.estimate.estimate import estimate, render
+    from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+    from smolconv.continual_pretraining.recipe.files import dump_recipe
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
@@ -129,11 +129,11 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
 def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
-    from continual_pretraining.run_checkpoints import RunState, find_resume  # noqa: PLC0415
-    from continual_pretraining.start import check_model, with_overrides  # noqa: PLC0415
-    from smolconv.hub import open_source  # noqa: PLC0415
-    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
-    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+    from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
+    from smolconv.continual_pretraining.run.start import check_model, with_overrides
+    from smolconv.hub.hub import open_source
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.layouts.registry import read_checkpoint
 
     model = recipe.model
     read = ReadOptions(config=Path(model.config) if model.config else None, step=model.step)
@@ -149,7 +149,7 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:
     """By the sources' names; and what is wrong with them: a plan can be made before the data is there."""
-    from continual_pretraining.token_files import TokenFolder  # noqa: PLC0415
+    from smolconv.continual_pretraining.tokens.files import TokenFolder
 
     tokens: dict[str, int] = {}
     problems: list[str] = []

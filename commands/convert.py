@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,15 +97,15 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Rewrite a checkpoint in another layout or topology, streaming, on a CPU."""
-    from smolconv.convert import (  # noqa: PLC0415
+    from smolconv.convert import (
         ConvertOptions,
         peak_rss_bytes,
         plan_conversion,
         plan_to_json,
         run_conversion,
     )
-    from smolconv.errors import UsageError  # noqa: PLC0415
-    from smolconv.layouts.huggingface import parse_size  # noqa: PLC0415
+    from smolconv.errors import UsageError
+    from smolconv.layouts.huggingface.huggingface import parse_size
 
     def parsed(name: str, text: str) -> int:
         try:
@@ -123,7 +123,7 @@ def convert(
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
     if verify or push:
-        from smolconv.verify.logits import require_torch  # noqa: PLC0415
+        from smolconv.verify.logits import require_torch
 
         require_torch()
     started = time.perf_counter()
@@ -144,7 +144,7 @@ def convert(
     console.warn(result.warnings)
     summary = result.to_json()
     if push is not None:
-        from smolconv.hub import push_folder  # noqa: PLC0415
+        from smolconv.hub.hub import push_folder
 
         summary["pushed"] = push_folder(target, push, message=f"Convert {source} with smolconv")
     if as_json:
@@ -174,8 +174,8 @@ def _checked_line(check: Mapping[str, Any]) -> str:
 
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
-    from smolconv.verify.compare import Stored, verify_conversion  # noqa: PLC0415
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.verify.compare import Stored, verify_conversion
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
@@ -184,7 +184,7 @@ def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
 
 
 def _show_plan(plan: ConversionPlan) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 data = typer.Typer(
     help="Look at the token files that training reads.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -40,11 +40,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a folder of token files holds: documents, lengths, how they end, windows, text."""
-    from continual_pretraining.token_report import report_tokens  # noqa: PLC0415
+    from smolconv.continual_pretraining.tokens.report import report_tokens
 
     loaded = None
     if tokenizer is not None:
-        from continual_pretraining.tokenization import find_tokenizer, load_tokenizer  # noqa: PLC0415
+        from smolconv.continual_pretraining.tokens.tokenize import find_tokenizer, load_tokenizer
 
         loaded = load_tokenizer(find_tokenizer(tokenizer))
     report = report_tokens(
@@ -60,7 +60,7 @@ def inspect(
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     lengths, eos, windows = report["lengths"], report["eos"], report["windows"]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -104,7 +104,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _show_histogram(bins: list[dict[str, int]]) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     most = max(each["documents"] for each in bins)
     table = Table(box=None, show_header=False, pad_edge=False)

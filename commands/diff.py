@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 _EPILOG = """
 **Examples**
@@ -28,10 +28,10 @@ def diff(
 
     No tensor is read; values are compared by **smolconv verify**.
     """
-    from smolconv.hub import open_source  # noqa: PLC0415
-    from smolconv.inspection import diff_checkpoints  # noqa: PLC0415
-    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
-    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+    from smolconv.hub.hub import open_source
+    from smolconv.inspection import diff_checkpoints
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.layouts.registry import read_checkpoint
 
     left, right = (
         read_checkpoint(open_source(uri, headers_only=True), ReadOptions(check_sidecar=False)) for uri in (a, b)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 from smolconv.errors import NotInstalled, UsageError
 
 if TYPE_CHECKING:
-    from continual_pretraining.doctor import CommandState, Diagnosis
+    from smolconv.doctor import CommandState, Diagnosis
 
 _EPILOG = """
 **Examples**
@@ -32,7 +32,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what this machine has for each command: packages that really import, GPUs, launchers, and what would hang."""
-    from continual_pretraining.doctor import EXTRAS, diagnose  # noqa: PLC0415
+    from smolconv.doctor import EXTRAS, diagnose
 
     if command is not None and command not in EXTRAS:
         raise UsageError(f"--for {command}: choose one of {', '.join(EXTRAS)}.")
@@ -52,7 +52,7 @@ def _lacking(state: CommandState) -> str:
 
 
 def _show(found: Diagnosis) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     machine, torch = found.machine, found.torch
     memory = "memory unknown" if machine.memory_bytes is None else f"{console.size(machine.memory_bytes)} memory"

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 _EPILOG = """
 **Examples**
@@ -42,7 +42,7 @@ def import_gguf(
 
     Nothing is guessed: what the file does not say, or says in a way that has no exact equal, is refused.
     """
-    from smolconv.convert import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion  # noqa: PLC0415
+    from smolconv.convert import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion
 
     plan = plan_gguf_import(file, target, ConvertOptions(to="hf", dtype=dtype))
     if dry_run:

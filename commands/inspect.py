@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 _EPILOG = """
 **Examples**
@@ -33,16 +33,16 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
-    from smolconv.hub import open_source  # noqa: PLC0415
-    from smolconv.inspection import check_checkpoint, inspect_checkpoint  # noqa: PLC0415
-    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
-    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
+    from smolconv.hub.hub import open_source
+    from smolconv.inspection import check_checkpoint, inspect_checkpoint
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.layouts.registry import read_checkpoint
 
     folder = open_source(source, headers_only=not check, step=step)
     checkpoint = read_checkpoint(folder, ReadOptions(config=config, step=step, check_sidecar=check))
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:
-        from smolconv.convert import default_workers  # noqa: PLC0415
+        from smolconv.convert import default_workers
 
         found = check_checkpoint(checkpoint, workers=default_workers())
         document["checked"] = found.checked
@@ -54,7 +54,7 @@ def inspect(
 
 
 def _show(document: dict[str, Any], source: str) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     spec, topology, progress = document["spec"], document["topology"], document["progress"]
     nope = [i for i, on in enumerate(spec["use_rope"]) if not on]

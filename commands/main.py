@@ -11,7 +11,7 @@ from types import FrameType
 # numpy's BLAS would start a thread per core on import, for matrix products that nothing here asks it for.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from commands import (  # noqa: F401  (they register themselves)
+from smolconv.commands import (  # noqa: F401  (they register themselves)
     console,
     continue_train,
     convert,
@@ -25,7 +25,7 @@ from commands import (  # noqa: F401  (they register themselves)
     tokenize,
     verify,
 )
-from commands.app import app
+from smolconv.commands.app import app
 from smolconv.errors import Interrupted, SignalReceived, SmolconvError
 
 
@@ -95,7 +95,7 @@ def _advice(error: OSError) -> str:
 
 def _stop(error: BaseException, code: int, text: str) -> None:
     if console.settings.debug:
-        import traceback  # noqa: PLC0415
+        import traceback
 
         traceback.print_exception(error)
     print(text, file=sys.stderr)

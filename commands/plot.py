@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 from smolconv.errors import UsageError
 
 _EPILOG = """
@@ -36,7 +36,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw loss, learning rate, gradient norm and throughput. The losses of several runs lie over each other."""
-    from continual_pretraining.plot import SUFFIXES, write_plot  # noqa: PLC0415
+    from smolconv.continual_pretraining.watch.plot import SUFFIXES, write_plot
 
     if output is None and len(runs) > 1 and runs[-1].suffix in SUFFIXES and not runs[-1].is_dir():
         *runs, output = runs

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 if TYPE_CHECKING:
-    from continual_pretraining.nanotron_recipe import Translation
+    from smolconv.continual_pretraining.recipe.nanotron import Translation
 
 recipe_app = typer.Typer(help="Recipes for continue-train: list, show, copy, translate.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
@@ -49,7 +49,7 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Name the recipes that ship with smolconv."""
-    from continual_pretraining.recipe_file import load_recipe, shipped_recipes  # noqa: PLC0415
+    from smolconv.continual_pretraining.recipe.files import load_recipe, shipped_recipes
 
     found = [
         {"name": name, "description": load_recipe(path).description, "path": str(path)}
@@ -66,7 +66,7 @@ def list_recipes(
 @recipe_app.command(epilog=_SHOW)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a file.")]) -> None:
     """Print a recipe as it is written, with its comments."""
-    from continual_pretraining.recipe_file import find_recipe  # noqa: PLC0415
+    from smolconv.continual_pretraining.recipe.files import find_recipe
 
     console.line(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
 
@@ -78,7 +78,7 @@ def init(
     overwrite: _Overwrite = False,
 ) -> None:
     """Copy a recipe to a file of your own, to be edited."""
-    from continual_pretraining.recipe_file import find_recipe  # noqa: PLC0415
+    from smolconv.continual_pretraining.recipe.files import find_recipe
 
     _write(out, find_recipe(name).read_text(encoding="utf-8"), overwrite)
     console.line(str(out))
@@ -98,8 +98,8 @@ def from_nanotron(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Translate nanotron's training YAML, and account for every field of it."""
-    from continual_pretraining.nanotron_recipe import recipe_from_nanotron  # noqa: PLC0415
-    from continual_pretraining.recipe_file import dump_recipe, notes  # noqa: PLC0415
+    from smolconv.continual_pretraining.recipe.files import dump_recipe, notes
+    from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 
     made = recipe_from_nanotron(config, eos=eos, source=source)
     account = _account(made)
@@ -140,7 +140,7 @@ def _joined(fields: list[str]) -> str:
 
 
 def _write(out: Path, text: str, overwrite: bool) -> None:
-    from smolconv.errors import UsageError  # noqa: PLC0415
+    from smolconv.errors import UsageError
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists. Choose another name, or replace it with --overwrite.")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 if TYPE_CHECKING:
-    from continual_pretraining.tokenization import TokenizePlan
+    from smolconv.continual_pretraining.tokens.tokenize import TokenizePlan
 
 _EPILOG = """
 **Examples**
@@ -66,7 +66,7 @@ def tokenize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Turn text into token files for training, with datatrove."""
-    from continual_pretraining.tokenization import (  # noqa: PLC0415
+    from smolconv.continual_pretraining.tokens.tokenize import (
         SlurmOptions,
         TokenizeOptions,
         lost_with_tokens,
@@ -74,8 +74,8 @@ def tokenize(
         run_local,
         submit_to_slurm,
     )
-    from smolconv.errors import UsageError  # noqa: PLC0415
-    from smolconv.storage.atomic import refuse_existing  # noqa: PLC0415
+    from smolconv.errors import UsageError
+    from smolconv.storage.atomic import refuse_existing
 
     if executor not in ("local", "slurm"):
         raise UsageError(f"--executor {executor}: expected local or slurm.")
@@ -155,7 +155,7 @@ def _some(count: int, what: str) -> str:
 
 
 def _recipe_lines(plan: TokenizePlan) -> str:
-    import yaml  # noqa: PLC0415
+    import yaml
 
     # The schema wants an EOS; with boundaries by index it is not looked for.
     data: dict[str, Any] = {"eos_token_id": plan.eos_token_id or 0}

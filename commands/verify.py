@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands import console
-from commands.app import app
+from smolconv.commands import console
+from smolconv.commands.app import app
 
 if TYPE_CHECKING:
     from smolconv.verify.compare import VerifyReport
@@ -57,12 +57,12 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
-    from smolconv.errors import UsageError  # noqa: PLC0415
-    from smolconv.hub import open_source  # noqa: PLC0415
-    from smolconv.layouts.base import ReadOptions  # noqa: PLC0415
-    from smolconv.layouts.registry import read_checkpoint  # noqa: PLC0415
-    from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints  # noqa: PLC0415
-    from smolconv.verify.logits import require_torch  # noqa: PLC0415
+    from smolconv.errors import UsageError
+    from smolconv.hub.hub import open_source
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.layouts.registry import read_checkpoint
+    from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints
+    from smolconv.verify.logits import require_torch
 
     logits = logits and not tensors_only
     if compute not in ("float32", "bfloat16"):
@@ -90,7 +90,7 @@ def verify(
     )  # fmt: skip
     report = verify_checkpoints(left, right, options, stored=(at_a, at_b))
     if html is not None:
-        from smolconv.verify.report import render_html  # noqa: PLC0415
+        from smolconv.verify.report import render_html
 
         html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8")
     if as_json:
@@ -102,9 +102,9 @@ def verify(
 
 
 def _require_device(device: str) -> None:
-    import torch  # noqa: PLC0415
+    import torch
 
-    from smolconv.errors import UsageError  # noqa: PLC0415
+    from smolconv.errors import UsageError
 
     try:
         torch.empty(1, device=device)
@@ -113,7 +113,7 @@ def _require_device(device: str) -> None:
 
 
 def _show(report: VerifyReport, *, per_layer: bool) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
     spec, tensors, logits = report.spec_differences, report.tensors, report.logits

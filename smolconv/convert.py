@@ -21,30 +21,21 @@ from typing import Any
 import xxhash
 
 from smolconv import __version__
-from smolconv.checkpoint import (
-    CHUNK_BYTES,
-    FLOAT_DTYPES,
-    Cast,
-    Checkpoint,
-    LazyTensor,
-    Slot,
-    Stored,
-    cast,
-    without_padding,
-)
+from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
-from smolconv.hub import open_source
-from smolconv.layouts.base import ASSET_NAMES, PlannedOutput, ReadOptions
+from smolconv.hub.hub import open_source
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
 from smolconv.layouts.deepspeed.files import find_tag_folder
-from smolconv.layouts.huggingface import HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
 from smolconv.layouts.registry import detect_layout, read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
 from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
 from smolconv.storage.output import PlannedFile, WrittenTensor, finiteness, total_bytes, write_files
+from smolconv.tensors.lazy import CHUNK_BYTES, FLOAT_DTYPES, Cast, LazyTensor, Stored, cast
 
 #: What a user may ask for with --to; "hf" is a synonym.
 TARGETS: Mapping[str, str] = {
@@ -185,7 +176,7 @@ def plan_conversion(
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
-    from smolconv.layouts.gguf import read_gguf  # noqa: PLC0415
+    from smolconv.layouts.gguf.gguf import read_gguf
 
     _checked(options)
     refuse_nested(path, target)
@@ -609,7 +600,7 @@ def _plan_digest(output: PlannedOutput, options: ConvertOptions, sources: Mappin
 
 
 def _versions() -> dict[str, str]:
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     return {
         "smolconv": __version__, "python": platform.python_version(), "numpy": np.__version__, "xxhash": xxhash.VERSION,

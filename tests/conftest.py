@@ -56,7 +56,7 @@ def convert(source: str | Path, target: Path, to: str, **options: Any) -> Conver
 
 def hf_weights(folder: Path) -> dict[str, Any]:
     """A Hugging Face folder's tensors by name, as the safetensors library loads them into torch."""
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file
 
     return {
         name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()
@@ -70,7 +70,11 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def command(*words: object, before: str = "") -> list[str]:
     """The argv of ``smolconv`` with these words, in a Python that runs ``before`` first."""
-    start = ["-m", "commands.main"] if not before else ["-c", f"{before}\nfrom commands.main import main\nmain()"]
+    start = (
+        ["-m", "smolconv.commands.main"]
+        if not before
+        else ["-c", f"{before}\nfrom smolconv.commands.main import main\nmain()"]
+    )
     return [sys.executable, *start, *map(str, words)]
 
 

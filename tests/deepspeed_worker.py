@@ -47,7 +47,7 @@ def language_model_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def start_engine(job: Mapping[str, Any], world_size: int) -> tuple[Any, dict[int, str]]:
     """An engine, and the names of its parameters by id."""
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
     model = random_model(job["config"])
     if job["weights"]:
@@ -279,7 +279,7 @@ def step_of(state: Mapping[str, Any]) -> float | None:
 
 def whole_weights(engine: Any, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
     """What the forward pass computes with, in the dtype of the module."""
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {names[id(parameter)]: parameter.detach().clone() for parameter in engine.module.parameters()}
@@ -314,7 +314,7 @@ def main(folder: Path) -> None:
     end_with_our_parent()
     try:
         torch.set_num_threads(1)
-        import deepspeed.ops  # noqa: PLC0415
+        import deepspeed.ops
 
         # Otherwise it is compiled at init_distributed, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""Stands in for ``continual_pretraining.worker`` where launchers are tested: steps are naps, a checkpoint is a number.
+"""Stands in for ``smolconv.continual_pretraining.run.worker`` where launchers are tested: steps are naps, a checkpoint is a number.
 
 What it does beyond that stands in $FAKE, as JSON: ``steps``, ``nap`` (seconds), ``gloo`` (meet the other ranks and sum),
 ``rank`` (which one does the following) at ``step``: ``do`` = "raise", "fail" (a failure file and exit code 6), "kill",
@@ -56,8 +56,8 @@ def _agree(fake: dict, value: float) -> float:
     """The sum over the ranks; without gloo the value itself."""
     if not fake["gloo"]:
         return value
-    import torch  # noqa: PLC0415
-    import torch.distributed as dist  # noqa: PLC0415
+    import torch
+    import torch.distributed as dist
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")

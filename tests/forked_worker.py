@@ -1,6 +1,6 @@
 """Worker processes that are forked from one which has imported torch and DeepSpeed: a second a run instead of seven.
 
-Every child runs ``continual_pretraining.worker.main()`` as the process of a launcher does, and ends with its exit code.
+Every child runs ``smolconv.continual_pretraining.run.worker.main()`` as the process of a launcher does, and ends with its exit code.
 A test may have some Python run in it before, which breaks a part on purpose.
 """
 
@@ -40,8 +40,8 @@ class Ended:
 
 def work(document: Mapping[str, Any], run: Path, ranks: int = 1, resume: str = "auto", before: str = "") -> Ended:
     """Train ``document`` in ``run`` with so many ranks; ``before`` is Python that each child executes first."""
-    import yaml  # noqa: PLC0415
-    from training import _free_port  # noqa: PLC0415
+    import yaml
+    from training import _free_port
 
     (run / "logs").mkdir(parents=True, exist_ok=True)
     for old in (run / "logs").glob("*"):
@@ -74,20 +74,20 @@ def _server() -> subprocess.Popen[str]:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    import torch  # noqa: PLC0415
+    import torch
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.ops  # noqa: PLC0415
+    import deepspeed.ops
 
     # Most of an engine's start is DeepSpeed looking for compilers, and importing torch.compile for a Muon.
     _ = deepspeed.ops.__compatible_ops__
     with suppress(ImportError):
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: PLC0415
+        import deepspeed.runtime.zero.muon.original_muon
 
-    import continual_pretraining.export  # noqa: PLC0415
-    import continual_pretraining.trainer  # noqa: F401, PLC0415
-    import smolconv.verify.compare  # noqa: F401, PLC0415
+    import smolconv.continual_pretraining.run.export
+    import smolconv.continual_pretraining.run.trainer
+    import smolconv.verify.compare  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)
@@ -110,7 +110,7 @@ def _fork(asked: Mapping[str, Any], rank: int) -> int:
         faulthandler.dump_traceback_later(SECONDS - 20)  # a hang shows in the log where it is
         sys.argv = ["worker", asked["run"], "--resume", asked["resume"]]
         exec(asked["before"], {})
-        from continual_pretraining import worker  # noqa: PLC0415
+        from smolconv.continual_pretraining.run import worker
 
         worker.main()
     except BaseException:

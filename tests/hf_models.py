@@ -75,9 +75,9 @@ def largest_logits_difference(folder: Path, reference: Path) -> float:
 
 def edited(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """A copy of an HF folder whose weights ``edit`` has changed in place."""
-    import shutil  # noqa: PLC0415
+    import shutil
 
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from smolconv.checkpoint import DTYPE_BYTES, LazyTensor, Literal, Stored
+from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Literal, Stored
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

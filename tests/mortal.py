@@ -65,7 +65,7 @@ class Mortal:
 
 
 def _serve() -> None:
-    from conftest import convert  # noqa: PLC0415  (imported once, for all lives)
+    from conftest import convert  # (imported once, for all lives)
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -90,7 +90,7 @@ def _serve() -> None:
 
 
 def _live(convert: Callable[..., object], request: dict[str, Any], answer: int) -> None:
-    from smolconv.errors import SmolconvError  # noqa: PLC0415
+    from smolconv.errors import SmolconvError
 
     write = os.write
     fate = {name: request.pop(name, None) for name in ("call", "at", "error", "once", "torn", "kill_after")}

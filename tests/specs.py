@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from smolconv.spec import ModelSpec
+from smolconv.models.spec import ModelSpec
 
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from smolconv.convert import ConvertOptions, lost_with, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
 TINY = FIXTURES / "nanotron" / "smollm2-tiny"
@@ -1101,13 +1101,13 @@ def test_a_conversion_under_nohup_outlives_its_terminal(tmp_path):
 
 #: What is read of tensors never comes.
 SLOW_READ = """
-import smolconv.checkpoint, smolconv.storage.integrity, time
+import smolconv.tensors.lazy, smolconv.storage.integrity, time
 def never(*_):
     open(WAITING, "w").close()
     while True:
         time.sleep(0.05)
         yield 0, b""
-smolconv.checkpoint._pread = lambda *_: list(never())
+smolconv.tensors.lazy._pread = lambda *_: list(never())
 smolconv.storage.integrity._read = never
 """
 

@@ -14,10 +14,10 @@ from hf_models import llama, saved
 from lazy import literal
 from safetensors.torch import load_file, save_file
 
-from smolconv.checkpoint import cast
 from smolconv.convert import ConversionPlan
 from smolconv.errors import ParityFailed
 from smolconv.storage.output import finiteness
+from smolconv.tensors.lazy import cast
 from smolconv.verify.compare import verify_conversion
 from smolconv.verify.tensors import compare_tensors
 

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazy import literal, random_bits, raw_bytes, same_bits, stored, to_torch
 
-from smolconv import checkpoint
-from smolconv.checkpoint import (
+from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
+from smolconv.storage.output import digest_tensor, has_nonfinite
+from smolconv.tensors.lazy import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
     LazyTensor,
     Stored,
     Zeros,
     cast,
+    close_thread_files,
     column_slice,
     equal,
     flat_slice,
@@ -32,8 +34,6 @@ from smolconv.checkpoint import (
     rotary_rows,
     row_slice,
 )
-from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
-from smolconv.storage.output import digest_tensor, has_nonfinite
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -138,7 +138,7 @@ def test_any_nesting_of_operations_reads_as_torch_computes_it(expression, data):
 @given(expressions(), st.sampled_from([8, 16, 40, 104]), st.sampled_from([1, 12, 1 << 20]))
 def test_borders_between_chunks_change_no_value(expression, chunk_bytes, direct_run_bytes):
     lazy, value = expression
-    with patch.multiple(checkpoint, CHUNK_BYTES=chunk_bytes, _DIRECT_RUN_BYTES=direct_run_bytes):
+    with patch.multiple("smolconv.tensors.lazy", CHUNK_BYTES=chunk_bytes, _DIRECT_RUN_BYTES=direct_run_bytes):
         pieces = [read_range(lazy, start, stop) for start, stop in lazy.chunks(chunk_bytes)]
     assert b"".join(pieces) == raw_bytes(value)
 
@@ -186,7 +186,7 @@ def test_stored_tensors_of_any_bits_join_and_split_unchanged(shelf, rows, column
     values = [random_bits((rows, columns), dtype, seed) for seed in range(3)]
     lazy = join(stored(shelf, values, gap))
     assert raw_bytes(torch.cat(values)) == lazy.numpy().tobytes()
-    checkpoint.close_thread_files()
+    close_thread_files()
 
 
 @given(st.lists(st.integers(0, 24), max_size=4))
@@ -222,7 +222,7 @@ def test_extents_are_the_bytes_of_the_tensor_in_order(shelf, order, rows):
     content = shelf.read_bytes()
     found = b"".join(content[e.offset : e.offset + e.nbytes] for e in lazy.extents())
     assert found == lazy.numpy().tobytes()
-    checkpoint.close_thread_files()
+    close_thread_files()
 
 
 def test_what_takes_arithmetic_has_no_extents():

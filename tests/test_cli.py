@@ -14,7 +14,7 @@ from conftest import FIXTURES, environment, files_below, run_cli
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 
-from smolconv.spec import parameter_shapes, spec_from_hf
+from smolconv.models.spec import parameter_shapes, spec_from_hf
 
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
 COMMANDS = ("inspect", "diff", "convert", "verify", "import-gguf", "tokenize", "plot", "doctor")
@@ -25,7 +25,7 @@ def modules_after(*words: object) -> set[str]:
     code = (
         "import sys, atexit, json\n"
         "atexit.register(lambda: print('MODULES', json.dumps(sorted(m.split('.')[0] for m in sys.modules)), file=sys.stderr))\n"
-        f"sys.argv = {['smolconv', *map(str, words)]!r}\nfrom commands.main import main\nmain()"
+        f"sys.argv = {['smolconv', *map(str, words)]!r}\nfrom smolconv.commands.main import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
     return set(json.loads(done.stderr.rpartition("MODULES ")[2]))

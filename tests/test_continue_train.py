@@ -12,17 +12,17 @@ import yaml
 from conftest import FIXTURES, Finished, files_below, run_cli
 from training import recipe_document, token_folder
 
-from continual_pretraining.recipe import Recipe
-from continual_pretraining.recipe_file import dump_recipe
-from continual_pretraining.run_checkpoints import RunState
-from continual_pretraining.run_folder import changes, check_run, write_recipe
+from smolconv.continual_pretraining.recipe.files import dump_recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoints import RunState
+from smolconv.continual_pretraining.run.folder import changes, check_run, write_recipe
 from smolconv.errors import MissingFile, OutputLocked, UsageError
 
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 
 
 def continue_train(*words: object) -> Finished:
-    return run_cli("continue-train", *words, before="import commands.continue_train")
+    return run_cli("continue-train", *words, before="import smolconv.commands.continue_train")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_dry_run_shows_everything_and_touches_nothing(tmp_path, recipe_file):
     code, stdout, stderr = continue_train(recipe_file, "--dry-run", "--nproc-per-node", 2)
     assert code == 0, stderr
     for part in ("micro_batch_sequences: 1", '"gradient_accumulation_steps": 2', "Memory of a rank", "Checkpoints",
-                 "Learning rate", "epoch", "run_module.py continual_pretraining.worker"):  # fmt: skip
+                 "Learning rate", "epoch", "run_module.py smolconv.continual_pretraining.run.worker"):  # fmt: skip
         assert part in stdout
     assert files_below(tmp_path) == before
 

@@ -69,7 +69,7 @@ def test_no_other_dtype_is_one_of_weights(code, refused, tmp_path):
     dtype = {"BF16": torch.bfloat16, "F64": torch.float64, None: torch.float8_e4m3fn}[width]
     source = saved(llama(), tmp_path / "hf")
     weights = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     if code not in ("F64", "F8_E4M3"):

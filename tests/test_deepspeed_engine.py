@@ -150,7 +150,7 @@ def start_of(source: str, tmp: Path) -> Start:
 
 def masters_in_order(masters: Mapping[str, Any], config: Path) -> list[str]:
     """By ``named_parameters`` of transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))

@@ -16,13 +16,14 @@ from deepspeed_folders import CASES, Case, case, edit, load, model_file, optimiz
 from nanotron_folders import differences
 from safetensors.torch import load_file
 
-from smolconv.checkpoint import Checkpoint, Stored
+from smolconv.checkpoint import Checkpoint
 from smolconv.errors import MissingFile, MixedCheckpoint, UsageError
 from smolconv.inspection import inspect_checkpoint
-from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed.documents import read_optimizer_document
 from smolconv.layouts.deepspeed.matching import Unnamed, name_by_order
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
+from smolconv.tensors.lazy import Stored
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -164,7 +165,7 @@ def test_the_comparison_notices_one_weight_that_is_another(tmp_path):
 
 
 def test_a_tied_model_goes_into_safetensors(tmp_path):
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     tied = case("zero1-twotags-ws2")
     assert {EMBEDDING, HEAD} <= set(load(model_file(tied.tag))["module"])

@@ -641,7 +641,7 @@ def test_groups_of_nanotron_are_by_weight_decay_in_order_of_first_appearance(tmp
 
 
 def hf_names(model: Path) -> list[tuple[str, torch.nn.Parameter]]:
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model / "expected_hf"))

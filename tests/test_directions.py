@@ -188,7 +188,7 @@ def test_models_of_transformers_give_the_same_logits_after_deepspeed(name, betwe
 
 @pytest.mark.parametrize("make", [llama, smollm3])
 def test_transformers_loads_the_config_beside_latest(make, tmp_path):
-    from transformers import AutoConfig  # noqa: PLC0415
+    from transformers import AutoConfig
 
     model = make()
     convert(saved(model, tmp_path / "hf"), tmp_path / "out", "deepspeed")

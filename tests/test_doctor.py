@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Finished, run_cli
 
-from continual_pretraining import doctor
+from smolconv import doctor
 
 
 def shadowed(folder: Path, name: str, code: str) -> dict[str, str]:

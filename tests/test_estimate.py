@@ -20,8 +20,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from continual_pretraining.engine_config import engine_config
-from continual_pretraining.estimate import (
+from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.model import MAX_LOGITS as model_max_logits
+from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
+from smolconv.continual_pretraining.estimate.estimate import (
     MAX_LOGITS,
     Estimate,
     estimate,
@@ -30,12 +32,10 @@ from continual_pretraining.estimate import (
     parameter_count,
     render,
 )
-from continual_pretraining.model import MAX_LOGITS as model_max_logits
-from continual_pretraining.optimizer import group_parameters, torch_groups
-from continual_pretraining.recipe import Recipe
-from continual_pretraining.run_checkpoints import prune, publish, saved_steps, step_folder
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
-from smolconv.spec import ModelSpec, spec_to_hf
+from smolconv.models.spec import ModelSpec, spec_to_hf
 
 N_135M = 134_515_008
 N_SMOLLM3 = 3_075_098_624
@@ -490,7 +490,7 @@ def worker(rank: int, folder: Path) -> None:
         GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
     )  # fmt: skip
     torch.set_num_threads(1)
-    import deepspeed.ops  # noqa: PLC0415
+    import deepspeed.ops
 
     # Otherwise it is compiled at init_distributed, for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -14,7 +14,7 @@ from hf_models import edited, llama, saved, smollm3
 from nanotron_folders import step_folder
 from safetensors.torch import load_file
 
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
 from smolconv.verify.forward import Run, Side

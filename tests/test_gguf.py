@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, Finished, hf_weights
 
-from smolconv.checkpoint import Cast, LazyTensor, Slot
+from smolconv.checkpoint import Slot
 from smolconv.convert import ConvertOptions, plan_gguf_import, run_conversion
 from smolconv.errors import (
     BadCheckpoint,
@@ -33,8 +33,9 @@ from smolconv.errors import (
     UnsupportedModel,
     UsageError,
 )
-from smolconv.layouts.gguf import Dequantised, _read_header, read_gguf
+from smolconv.layouts.gguf.gguf import Dequantised, _read_header, read_gguf
 from smolconv.layouts.registry import read_checkpoint
+from smolconv.tensors.lazy import Cast, LazyTensor
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -51,7 +52,7 @@ TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] 
 
 
 def tiny_tokens() -> list[str]:
-    from tokenizers import pre_tokenizers  # noqa: PLC0415
+    from tokenizers import pre_tokenizers
 
     return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 
@@ -179,12 +180,12 @@ def assert_same_tensors(folder: Path, expected: dict[str, np.ndarray]) -> None:
 
 def transformers_weights(path: Path) -> dict[str, np.ndarray]:
     """What transformers' own loader makes of the file, in fp32."""
-    import transformers  # noqa: PLC0415
+    import transformers
 
     options: dict[str, Any] = {"torch_dtype": "float32"}
     if int(transformers.__version__.split(".")[0]) >= 5:
         pytest.importorskip("accelerate", reason="transformers v5 loads GGUF with accelerate, which is not installed")
-        from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415
+        from transformers.utils.quantization_config import GgufConfig
 
         options = {"dtype": "float32", "quantization_config": GgufConfig(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
@@ -243,13 +244,13 @@ def test_any_range_of_a_dequantised_tensor_can_be_read(tmp_path: Path, kind: str
 
 
 def dequantised_leaf(path: Path, size: int, kind: str, shape: tuple[int, ...]) -> LazyTensor:
-    from smolconv.checkpoint import Stored  # noqa: PLC0415
+    from smolconv.tensors.lazy import Stored
 
     return Dequantised(packed=Stored(path=path, offset=4, shape=(size,), dtype="uint8"), quantisation=kind, shape=shape)
 
 
 def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smolconv.layouts.gguf._STEP_ELEMENTS", 256)
+    monkeypatch.setattr("smolconv.layouts.gguf.gguf._STEP_ELEMENTS", 256)
     sizes = []
     dequantize = gguf.quants.dequantize
 
@@ -546,7 +547,7 @@ def real_hf(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def real_model(real_hf: Path) -> Iterator[Any]:
     pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     yield AutoModelForCausalLM.from_pretrained(real_hf).float().eval()
 
@@ -557,7 +558,7 @@ def real_tokenizer(real_hf: Path) -> Any:
 
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:
-    import torch  # noqa: PLC0415
+    import torch
 
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.inference_mode():
@@ -595,7 +596,7 @@ def test_the_real_model_knows_the_capital_of_france(real_model: Any, real_tokeni
 
 
 def test_left_permuted_the_real_model_would_only_read_worse(real_model: Any, real_tokenizer: Any) -> None:
-    import torch  # noqa: PLC0415
+    import torch
 
     permuted_model = copy.deepcopy(real_model)
     with torch.no_grad():

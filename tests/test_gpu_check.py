@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from continual_pretraining import attention
-from continual_pretraining.attention import KERNELS, Packing
+from smolconv.continual_pretraining.engine import attention
+from smolconv.continual_pretraining.engine.attention import KERNELS, Packing
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from commands.inspect import inspect
 from smolconv import errors
+from smolconv.commands.inspect import inspect
 from smolconv.errors import (
     BadCheckpoint,
     CorruptFile,
@@ -33,7 +33,7 @@ from smolconv.errors import (
     SmolconvError,
     UsageError,
 )
-from smolconv.hub import HubSource, is_hub_uri, parse_hub_uri
+from smolconv.hub.hub import HubSource, is_hub_uri, parse_hub_uri
 
 TOKEN = "hf_fake"
 NUMBERS = itertools.count()
@@ -43,7 +43,7 @@ CLIENT = """
 import json, os, sys
 from pathlib import Path
 replies, sys.stdout = sys.stdout, sys.stderr
-from smolconv import hub
+from smolconv.hub import hub
 from smolconv.errors import SmolconvError
 for line in sys.stdin:
     request = json.loads(line)
@@ -65,7 +65,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """smolconv.hub in another process, and its errors raised in this one."""
+    """smolconv.hub.hub in another process, and its errors raised in this one."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -375,7 +375,7 @@ def test_inspect_fetches_the_step_that_it_is_asked_for(monkeypatch: pytest.Monke
         asked.append(options["step"])
         raise MissingFile("seen")
 
-    monkeypatch.setattr("smolconv.hub.fetch_source", fetch)
+    monkeypatch.setattr("smolconv.hub.hub.fetch_source", fetch)
     with pytest.raises(MissingFile, match="seen"):
         inspect("hf://owner/name", step=10)
     assert asked == [10]
@@ -828,7 +828,7 @@ def test_without_the_client_the_way_to_install_it_is_told(tmp_path: Path) -> Non
 
 
 def test_the_client_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, smolconv.hub as hub; hub.parse_hub_uri('hf://a/b'); print('huggingface_hub' in sys.modules)"
+    code = "import sys, smolconv.hub.hub as hub; hub.parse_hub_uri('hf://a/b'); print('huggingface_hub' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(errors.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"

@@ -28,7 +28,7 @@ from smolconv.inspection import check_checkpoint
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage import integrity
 from smolconv.storage.integrity import Seal, SourceCheck
-from smolconv.storage.torch_archive import read_archive_records, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_archive_records, read_torch_archive
 
 DEEPSPEED, NANOTRON = FIXTURES / "deepspeed", FIXTURES / "nanotron"
 UNEVEN = DEEPSPEED / "zero1-bf16-ws3-uneven"
@@ -65,7 +65,7 @@ def test_what_python_and_torch_would_read_differently_is_refused(trick, tmp_path
 
 
 def records_of(*entries: tuple[str, bytes]) -> bytes:
-    import io  # noqa: PLC0415
+    import io
 
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:

@@ -28,10 +28,10 @@ import pytest
 from conftest import FIXTURES
 from training import recipe_document, token_folder
 
-from continual_pretraining import worker
-from continual_pretraining.launch import launch_command, placement, read_hostfile
-from continual_pretraining.recipe import Recipe
-from continual_pretraining.recipe_file import dump_recipe
+from smolconv.continual_pretraining.launchers.launch import launch_command, placement, read_hostfile
+from smolconv.continual_pretraining.recipe.files import dump_recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run import worker
 from smolconv.errors import OutputLocked, UsageError
 from smolconv.processes import BOOTSTRAP
 
@@ -40,10 +40,10 @@ TESTS = Path(__file__).parent
 LAUNCHER = """
 import sys
 from pathlib import Path
-import continual_pretraining.launch
-from continual_pretraining.launch import launch
-from continual_pretraining.recipe_file import load_recipe
-continual_pretraining.launch.GRACE_SECONDS = 2.0
+import smolconv.continual_pretraining.launchers.launch
+from smolconv.continual_pretraining.launchers.launch import launch
+from smolconv.continual_pretraining.recipe.files import load_recipe
+smolconv.continual_pretraining.launchers.launch.GRACE_SECONDS = 2.0
 run = Path(sys.argv[1])
 sys.exit(launch(load_recipe(run / "recipe.resolved.yaml"), run, resume=sys.argv[2], worker="fake_worker"))
 """
@@ -469,7 +469,14 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
             "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
         }  # fmt: skip
         (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(**fake)))
-        words = ["continual_pretraining.launch", str(run), "--worker", "fake_worker", "--attempt", "one"]
+        words = [
+            "smolconv.continual_pretraining.launchers.launch",
+            str(run),
+            "--worker",
+            "fake_worker",
+            "--attempt",
+            "one",
+        ]
         process = subprocess.Popen([sys.executable, "-m", *words], env=environment, stderr=subprocess.PIPE)
         wait_until((run / f"begun-{number}").exists)
         return process
@@ -527,23 +534,23 @@ def test_a_hostfile_that_is_not_understood_is_refused(tmp_path, text):
 
 
 def test_deepspeeds_own_parser_understands_our_words(tmp_path):
-    from deepspeed.launcher.runner import fetch_hostfile, parse_args  # noqa: PLC0415
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
     hosts = tmp_path / "hosts"
     hosts.write_text("alpha slots=2\nbeta slots=2\n")
     words = launch_command(recipe(launch={"launcher": "deepspeed", "hostfile": str(hosts)}), Path("/run"))
     given = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
     assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), False)
-    rank = ["--in", str(Path.cwd()), "continual_pretraining.launch", "/run", "--resume", "auto"]
+    rank = ["--in", str(Path.cwd()), "smolconv.continual_pretraining.launchers.launch", "/run", "--resume", "auto"]
     assert (given.user_script, given.user_args) == (str(BOOTSTRAP), rank)
     assert fetch_hostfile(given.hostfile) == read_hostfile(hosts)
 
 
 def test_deepspeeds_launcher_is_given_the_gpus_that_are_visible(monkeypatch):
-    from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion  # noqa: PLC0415
+    from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
 
     given = recipe(launch={"launcher": "deepspeed", "ranks_per_node": 2})
-    monkeypatch.setattr("continual_pretraining.launch._gpus", lambda: 3)
+    monkeypatch.setattr("smolconv.continual_pretraining.launchers.launch._gpus", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,7")
     words = launch_command(given, Path("/run"))
     parsed = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
@@ -577,7 +584,7 @@ def test_a_signal_in_the_export_ends_all_ranks_with_75_and_the_next_start_export
         assert forked_worker.work({**small, "export": None}, run, ranks=2).code == 0
     signals = RANK + (
         "(run / f'pid-{rank}').write_text(str(os.getpid()))\n"
-        "import continual_pretraining.export as export\n"
+        "import smolconv.continual_pretraining.run.export as export\n"
         "def compared(target, weights):\n"
         "    assert target.is_dir()\n"
         "    for number in (signal.SIGTERM, signal.SIGUSR1):\n"
@@ -596,7 +603,7 @@ def test_a_signal_in_the_export_ends_all_ranks_with_75_and_the_next_start_export
 
 def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, small):
     signals = RANK + (
-        "import continual_pretraining.trainer as trainer\n"
+        "import smolconv.continual_pretraining.run.trainer as trainer\n"
         "save = trainer.save_run\n"
         "def save_run(*given):\n"
         "    os.kill(os.getpid(), signal.SIGUSR1)\n"
@@ -609,7 +616,9 @@ def test_a_signal_while_the_last_step_is_saved_is_not_forgotten(tmp_path, small)
 
 
 def test_a_node_whose_gpus_cannot_be_used_is_named_and_does_not_train_on_its_cpus(tmp_path, small):
-    with_driver = "import continual_pretraining.ranks as r\nfrom pathlib import Path\nr.NVIDIA = Path('/dev/null')"
+    with_driver = (
+        "import smolconv.continual_pretraining.run.ranks as r\nfrom pathlib import Path\nr.NVIDIA = Path('/dev/null')"
+    )
     ended = forked_worker.work(small, tmp_path / "run", before=with_driver)
     assert ended.code == 4 and ended.failure["error"] == "MachineError"
     assert socket.gethostname() in ended.message and "/dev/null is there" in ended.message
@@ -643,7 +652,9 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(tmp_path, small):
 
 
 def test_ranks_that_do_not_meet_are_a_failed_machine(tmp_path, small):
-    alone = "import datetime, os\nimport continual_pretraining.ranks as r\nos.environ['WORLD_SIZE'] = '2'\n"
+    alone = (
+        "import datetime, os\nimport smolconv.continual_pretraining.run.ranks as r\nos.environ['WORLD_SIZE'] = '2'\n"
+    )
     patience = "r._TRAINING_PATIENCE = datetime.timedelta(seconds=2)\n"
     ended = forked_worker.work(small, tmp_path / "run", before=alone + patience)
     assert ended.code == 4 and "127.0.0.1" in ended.message, ended.log
@@ -652,7 +663,7 @@ def test_ranks_that_do_not_meet_are_a_failed_machine(tmp_path, small):
 def test_training_waits_for_half_an_hour_and_the_export_for_twelve(tmp_path, small):
     """By torch's own record of what its groups were made with."""
     says = RANK + (
-        "import continual_pretraining.worker as worker, torch.distributed as dist, torch\n"
+        "import smolconv.continual_pretraining.run.worker as worker, torch.distributed as dist, torch\n"
         "join = worker.join_ranks\n"
         "def joined(*given, **more):\n"
         "    ranks = join(*given, **more)\n"

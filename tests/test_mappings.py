@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lazy import literal, to_torch
 from specs import nanotron_specs, tiny
 
-from smolconv.checkpoint import LazyTensor
 from smolconv.errors import NameMismatch, ShapeMismatch, UsageError
 from smolconv.layouts.nanotron.topology import (
     EMBEDDING,
@@ -29,10 +28,12 @@ from smolconv.layouts.nanotron.topology import (
     slice_pairs,
     tensor_parallel,
 )
-from smolconv.mappings import huggingface, smollm2, smollm3
-from smolconv.mappings.ops import JoinRows, PadVocabulary, Rename, RotaryPairs
-from smolconv.mappings.table import Rule, WeightTable
-from smolconv.spec import ModelSpec, parameter_shapes
+from smolconv.models import huggingface, smollm3
+from smolconv.models import llama as smollm2
+from smolconv.models.operations import JoinRows, PadVocabulary, Rename, RotaryPairs
+from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.weights import Rule, WeightTable
+from smolconv.tensors.lazy import LazyTensor
 
 PAIRS = st.booleans()  # whether rotary rows are stored as interleaved pairs
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from continual_pretraining.metrics import StepRecord, Watch, _lines_backwards, peak_flops
-from continual_pretraining.recipe import Recipe, Spikes
-from continual_pretraining.spikes import SpikeDetector
+from smolconv.continual_pretraining.recipe.schema import Recipe, Spikes
+from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch, _lines_backwards, peak_flops
+from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, NotInstalled
 
 
@@ -315,7 +315,7 @@ def test_no_peak_is_made_up(name):
 
 
 def test_watching_imports_no_torch(tmp_path):
-    code = "import sys, continual_pretraining.metrics, continual_pretraining.spikes; sys.exit('torch' in sys.modules)"
+    code = "import sys, smolconv.continual_pretraining.watch.metrics, smolconv.continual_pretraining.watch.spikes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

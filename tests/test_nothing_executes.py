@@ -23,15 +23,15 @@ from conftest import FIXTURES, convert
 from forked_worker import Ended, work
 from training import losses, recipe, recipe_document, token_folder
 
-from continual_pretraining.checkpoint_files import random_file
-from continual_pretraining.resuming import find_origin
-from continual_pretraining.run_checkpoints import step_folder
-from continual_pretraining.start import prepare
+from smolconv.continual_pretraining.run.checkpoint_files import random_file
+from smolconv.continual_pretraining.run.checkpoints import step_folder
+from smolconv.continual_pretraining.run.resuming import find_origin
+from smolconv.continual_pretraining.run.start import prepare
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, MixedCheckpoint, UnsafePickle
-from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine, digest_file, load_torch_archive
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.engines import engine_logits
+from smolconv.verify.engines.start import engine_logits
 from smolconv.verify.inputs import choose_rows
 
 deepspeed = pytest.importorskip("deepspeed")
@@ -166,8 +166,8 @@ def test_a_global_that_another_library_has_declared_safe_is_still_refused(canary
 
 
 def test_what_deepspeed_saves_comes_back_as_torch_itself_loads_it(tmp_path):
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: PLC0415
-    from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: PLC0415
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
 
     flat = torch.arange(24, dtype=torch.float32)
     content = {
@@ -407,7 +407,7 @@ def test_a_file_of_any_rank_is_looked_into_before_the_engine_starts(name, canary
     options = ReadOptions(config=case / "config.json")
     checkpoint = read_checkpoint(folder, options)
     as_zip({"module": {}, "code": Touch(canary)}, found)  # after it was read: a race
-    monkeypatch.setattr("smolconv.verify.engines._run_all", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr("smolconv.verify.engines.start._run_all", lambda *_: pytest.fail("a rank was started"))
     rows = choose_rows(vocab_size=256, max_positions=64, tokenizer=None, length=8)
     with pytest.raises(UnsafePickle, match=found.name), engine_logits("deepspeed", checkpoint, folder, options, rows):
         pass

@@ -21,8 +21,8 @@ from conftest import Finished, command, environment
 from test_metrics import recipe, record, watch
 from test_verify_report import read_png
 
-from commands import plot  # noqa: F401  (registers itself)
-from continual_pretraining.plot import Curve, read_run, render_html, render_svg, write_plot
+from smolconv.commands import plot  # noqa: F401  (registers itself)
+from smolconv.continual_pretraining.watch.plot import Curve, read_run, render_html, render_svg, write_plot
 from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
 
 
@@ -49,7 +49,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def cli(*words: object) -> Finished:
-    before = "import commands.plot"
+    before = "import smolconv.commands.plot"
     done = subprocess.run(
         command(*words, before=before), capture_output=True, text=True, check=False, env=environment()
     )

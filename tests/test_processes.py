@@ -15,8 +15,8 @@ from conftest import FIXTURES
 from test_launch import recipe
 from training import recipe_document, token_folder
 
-from continual_pretraining.launch import batch_script, launch_command
-from continual_pretraining.recipe_file import dump_recipe
+from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+from smolconv.continual_pretraining.recipe.files import dump_recipe
 from smolconv.processes import BOOTSTRAP, EMPTY_FOLDER, module_words, safe_children, safe_environment, script_words
 
 TESTS = Path(__file__).parent
@@ -26,8 +26,8 @@ NAMES = ("queue", "runpy", "json", "os", "socket", "selectors", "importlib", "lo
 LAUNCH = """
 import sys
 from pathlib import Path
-from continual_pretraining.launch import launch
-from continual_pretraining.recipe_file import load_recipe
+from smolconv.continual_pretraining.launchers.launch import launch
+from smolconv.continual_pretraining.recipe.files import load_recipe
 run = Path(sys.argv[1])
 sys.exit(launch(load_recipe(run / "recipe.resolved.yaml"), run, resume=sys.argv[2], worker="fake_worker"))
 """
@@ -37,7 +37,7 @@ sys.exit(launch(load_recipe(run / "recipe.resolved.yaml"), run, resume=sys.argv[
 def trap(tmp_path) -> Path:
     """A folder beside whose recipe lies a module of every name, which says that it was imported, and by whom."""
     folder = tmp_path / "user"
-    for package in ("continual_pretraining", "commands"):
+    for package in ("continual_pretraining", "commands"):  # foreign packages of these names
         (folder / package).mkdir(parents=True)
     code = f"import sys\nopen({str(tmp_path / 'imported')!r}, 'a').write(__name__ + ' ' + ' '.join(sys.orig_argv) + '\\n')\n"
     code = code.replace("sys.orig_argv", "getattr(sys, 'orig_argv', [])")
@@ -156,8 +156,8 @@ def test_python_3_10_imports_nothing_either_when_deepspeed_starts_its_own_launch
     given = recipe(launch={"launcher": "deepspeed"})
     (run / "recipe.resolved.yaml").write_text(dump_recipe(given))
     (tmp_path / "words.py").write_text(
-        "import json, sys\nfrom pathlib import Path\nfrom continual_pretraining.launch import launch_command\n"
-        "from continual_pretraining.recipe_file import load_recipe\nrun = Path(sys.argv[1])\n"
+        "import json, sys\nfrom pathlib import Path\nfrom smolconv.continual_pretraining.launchers.launch import launch_command\n"
+        "from smolconv.continual_pretraining.recipe.files import load_recipe\nrun = Path(sys.argv[1])\n"
         "print(json.dumps(launch_command(load_recipe(run / 'recipe.resolved.yaml'), run, worker='fake_worker')))\n"
     )
     words = json.loads(run_in(trap, [sys.executable, str(tmp_path / "words.py"), str(run)]).stdout)
@@ -168,7 +168,7 @@ def test_python_3_10_imports_nothing_either_when_deepspeed_starts_its_own_launch
 
 def test_the_command_and_doctor_import_nothing_from_there(trap, tmp_path):
     smolconv = Path(sys.executable).with_name("smolconv")
-    words = [str(smolconv)] if smolconv.exists() else module_words("commands.main")
+    words = [str(smolconv)] if smolconv.exists() else module_words("smolconv.commands.main")
     done = run_in(trap, [*words, "doctor", "--json"], PYTHONPATH=str(TESTS.parent))
     assert done.returncode in (0, 4, 5) and json.loads(done.stdout)["commands"], done.stderr
     assert imported(trap) == ""
@@ -182,7 +182,7 @@ def test_the_real_ranks_import_nothing_from_the_folder_of_the_recipe(trap, tmp_p
         yaml.safe_dump(recipe_document(source, token_folder(tmp_path / "tokens"), **changes))
     )
     smolconv = Path(sys.executable).with_name("smolconv")
-    words = [str(smolconv)] if smolconv.exists() else module_words("commands.main")
+    words = [str(smolconv)] if smolconv.exists() else module_words("smolconv.commands.main")
     done = run_in(
         trap, [*words, "continue-train", "recipe.yaml", "--output", "run", "--nproc-per-node", "1"],
         PYTHONPATH=str(TESTS.parent),

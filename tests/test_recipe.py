@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from continual_pretraining import recipe as schema
-from continual_pretraining.nanotron_recipe import recipe_from_nanotron
-from continual_pretraining.recipe import Recipe
-from continual_pretraining.recipe_file import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
-from continual_pretraining.schedule import learning_rate
+from smolconv.continual_pretraining.recipe import schema
+from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
+from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
+from smolconv.continual_pretraining.recipe.schedules import learning_rate
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingShard, MixedCheckpoint, ShapeMismatch
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
 AUTOTP, AUTOTP3, ALIGNED = "autotp2-zero1-bf16", "autotp2-zero3-ws4", "zero1-bf16-alignment-ws2"

@@ -16,11 +16,11 @@ from conftest import FIXTURES
 from forked_worker import Ended, work
 from training import losses, recipe, recipe_document, token_folder
 
-from continual_pretraining.checkpoint_files import examine, share_of
-from continual_pretraining.resuming import find_origin
-from continual_pretraining.run_checkpoints import RESUME_FROM, latest, saved_steps, step_folder
+from smolconv.continual_pretraining.run.checkpoint_files import examine, share_of
+from smolconv.continual_pretraining.run.checkpoints import RESUME_FROM, latest, saved_steps, step_folder
+from smolconv.continual_pretraining.run.resuming import find_origin
 from smolconv.errors import BadCheckpoint, DigestMismatch, MixedCheckpoint
-from smolconv.storage.torch_archive import read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
 
 pytest.importorskip("deepspeed")
 #: One process of pytest, and so one server of forked workers.
@@ -81,7 +81,7 @@ def adam_offset(path: Path) -> int:
 
 
 def _anything() -> Any:
-    from smolconv.layouts.deepspeed.documents import STAND_INS  # noqa: PLC0415
+    from smolconv.layouts.deepspeed.documents import STAND_INS
 
     return STAND_INS
 
@@ -297,7 +297,7 @@ def test_a_damaged_run_stops_with_3_and_with_previous_it_trains_what_it_would_ha
 
 DIES_BEFORE_A_SAVE = """
 import os
-from continual_pretraining import trainer
+from smolconv.continual_pretraining.run import trainer
 trainer.Trainer._save = lambda *_, **__: os._exit(9)
 """
 
@@ -323,7 +323,7 @@ def test_what_was_gone_back_to_is_exported_when_all_steps_are_done(trained, run,
 
 
 def test_the_command_line_ends_with_3(cli, run, trained, tokens, tmp_path):
-    import yaml  # noqa: PLC0415
+    import yaml
 
     an_exponent(step_folder(run, 6))
     file = tmp_path / "recipe.yaml"

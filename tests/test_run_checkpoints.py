@@ -19,8 +19,8 @@ from conftest import FIXTURES, convert
 from forked_worker import Ended, work
 from training import losses, metrics, recipe, recipe_document, token_folder
 
-from continual_pretraining.recipe import Checkpoints
-from continual_pretraining.run_checkpoints import (
+from smolconv.continual_pretraining.recipe.schema import Checkpoints
+from smolconv.continual_pretraining.run.checkpoints import (
     RESUME_FROM,
     choose,
     find_resume,
@@ -32,7 +32,7 @@ from continual_pretraining.run_checkpoints import (
     set_aside,
     step_folder,
 )
-from continual_pretraining.start import prepare
+from smolconv.continual_pretraining.run.start import prepare
 from smolconv.errors import MissingFile, UsageError
 
 pytest.importorskip("deepspeed")
@@ -44,13 +44,13 @@ STEPS = 4
 #: The node is lost when the run would save.
 DIES_BEFORE_A_SAVE = """
 import os
-from continual_pretraining import trainer
+from smolconv.continual_pretraining.run import trainer
 trainer.Trainer._save = lambda *_, **__: os._exit(9)
 """
 #: In step 2's save the disk is full for rank 0 alone, at a place where the other ranks do not look.
 FULL = """
 import errno, os
-from continual_pretraining import saving
+from smolconv.continual_pretraining.run import saving
 save_run, saves = saving.save_run, []
 def full(path):
     if os.environ["RANK"] == "0" and len(saves) == 2:
@@ -58,7 +58,7 @@ def full(path):
 def counted(*given):
     saves.append(1)
     return save_run(*given)
-from continual_pretraining import trainer
+from smolconv.continual_pretraining.run import trainer
 trainer.save_run = counted
 """
 #: What DeepSpeed does beside saving its files: its scripts, and the folders.
@@ -75,7 +75,7 @@ def refused(self, path, exist_ok=False):
 TorchCheckpointEngine.makedirs = refused
 """
 FULL_FOR_LATEST = f"""{FULL}
-from continual_pretraining import run_checkpoints
+from smolconv.continual_pretraining.run import checkpoints as run_checkpoints
 write = run_checkpoints.write_bytes
 def refused(path, content):
     if path.name == "latest.partial":

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from continual_pretraining.recipe import Schedule
-from continual_pretraining.schedule import Phases, learning_rate, notes, resolved
+from smolconv.continual_pretraining.recipe.schedules import Phases, learning_rate, notes, resolved
+from smolconv.continual_pretraining.recipe.schema import Schedule
 
 SHAPES = ("linear", "cosine", "1-sqrt")
 

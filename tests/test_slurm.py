@@ -17,9 +17,9 @@ from slurm_cluster import SlurmCluster, missing, slurm_cluster
 from test_launch import LAUNCHER, TESTS, recipe, starts_slowly, wait_until
 from training import recipe_document, token_folder
 
-from continual_pretraining.launch import batch_script, launch_command
-from continual_pretraining.recipe import Recipe
-from continual_pretraining.recipe_file import dump_recipe
+from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+from smolconv.continual_pretraining.recipe.files import dump_recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 
 RUN = Path("/runs/a run")
@@ -339,7 +339,7 @@ def test_training_over_two_nodes_gives_the_losses_of_training_on_one(cluster, tm
     def continue_train(run: str, *words: object) -> str:
         argv = command(
             "continue-train", tmp_path / "recipe.yaml", "--output", tmp_path / run, *words,
-            before="import commands.continue_train",
+            before="import smolconv.commands.continue_train",
         )  # fmt: skip
         done = subprocess.run(
             argv, capture_output=True, text=True, check=False, env=environment(**cluster.environment), cwd=TESTS.parent

@@ -23,31 +23,37 @@ _READS = re.compile(
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "imp", "code", "codeop"}
 #: (file, what is named there): why nothing of a checkpoint's, a recipe's or a data file's is executed.
 ACCOUNTED = {
-    ("smolconv/storage/torch_archive.py", "import pickle"): "the numbers of its instructions; it unpickles nothing",
-    ("smolconv/storage/torch_archive.py", "_Unpickler"): "our own, of an allow-list; it imports and calls nothing else",
+    (
+        "smolconv/storage/torch_archive/archive.py",
+        "import pickle",
+    ): "the numbers of its instructions; it unpickles nothing",
+    (
+        "smolconv/storage/torch_archive/archive.py",
+        "_Unpickler",
+    ): "our own, of an allow-list; it imports and calls nothing else",
     (
         "smolconv/verify/hf.py",
         "torch.load",
     ): "weights_only=True, after our reader has read all of it; mmap takes zips only",
     ("smolconv/verify/hf.py", "transformers.AutoConfig.from_pretrained"): "trust_remote_code=False, a local folder",
     ("smolconv/verify/inputs.py", "np.load"): "allow_pickle=False",
-    ("smolconv/verify/engines.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
-    ("smolconv/verify/deepspeed_engine.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
-    ("smolconv/verify/nanotron_engine.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
-    ("smolconv/verify/deepspeed_engine.py", "engine.load_checkpoint"): "by our CheckpointEngine, never universal",
-    ("smolconv/verify/nanotron_engine.py", "nanotron.serialize.load_weights"): "reads safetensors and JSON",
-    ("continual_pretraining/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
+    ("smolconv/verify/engines/start.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
+    ("smolconv/verify/engines/deepspeed.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
+    ("smolconv/verify/engines/nanotron.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
+    ("smolconv/verify/engines/deepspeed.py", "engine.load_checkpoint"): "by our CheckpointEngine, never universal",
+    ("smolconv/verify/engines/nanotron.py", "nanotron.serialize.load_weights"): "reads safetensors and JSON",
+    ("continual_pretraining/run/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
     ("smolconv/layouts/nanotron/reader.py", "yaml.load"): "by the safe loader",
-    ("smolconv/layouts/gguf.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
-    ("continual_pretraining/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
+    ("smolconv/layouts/gguf/gguf.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
+    ("continual_pretraining/watch/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
     ("smolconv/bootstrap/run_module.py", "import runpy"): "runs a module of ours by its name",
     ("smolconv/bootstrap/run_module.py", "runpy.run_module"): "runs a module of ours by its name",
-    ("continual_pretraining/recipe_file.py", "_Loader"): "a safe loader of our own",
-    ("continual_pretraining/recipe_file.py", "yaml.SafeLoader"): "it makes plain values",
+    ("continual_pretraining/recipe/files.py", "_Loader"): "a safe loader of our own",
+    ("continual_pretraining/recipe/files.py", "yaml.SafeLoader"): "it makes plain values",
     ("smolconv/layouts/nanotron/reader.py", "yaml.SafeLoader"): "it makes plain values",
-    ("smolconv/checkpoint.py", "importlib.util.LazyLoader"): "numpy, once it is needed",
-    ("smolconv/checkpoint.py", "spec.loader.exec_module"): "numpy, once it is needed",
-    ("continual_pretraining/recipe.py", "compile"): "a field of the recipe",
+    ("smolconv/tensors/lazy.py", "importlib.util.LazyLoader"): "numpy, once it is needed",
+    ("smolconv/tensors/lazy.py", "spec.loader.exec_module"): "numpy, once it is needed",
+    ("continual_pretraining/recipe/schema.py", "compile"): "a field of the recipe",
     ("benchmarks/demo.py", "AutoModelForCausalLM.from_pretrained"): "the demonstration's own model",
     ("benchmarks/resume_check.py", "torch.load"): "weights_only=True; what the benchmark wrote",
     ("benchmarks/train_peers.py", "AutoModelForCausalLM.from_pretrained"): "the benchmark's own model",
@@ -157,8 +163,8 @@ def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():
     """``sys.executable`` begins the words of ``smolconv.processes``, and of a script that lies in a folder of its own."""
     allowed = {
         "smolconv/processes.py": "the bootstrap",
-        "continual_pretraining/doctor.py": "works in the bootstrap's empty folder",
-        "continual_pretraining/tokenization.py": "only the folder that it lies in, for PATH",
+        "smolconv/doctor.py": "works in the bootstrap's empty folder",
+        "continual_pretraining/tokens/tokenize.py": "only the folder that it lies in, for PATH",
     }
     places = {
         str(path.relative_to(ROOT))

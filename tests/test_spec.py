@@ -14,7 +14,7 @@ from specs import hf_specs, nanotron_specs, tiny
 from transformers import LlamaConfig, SmolLM3Config
 
 from smolconv.errors import UnsupportedModel
-from smolconv.spec import (
+from smolconv.models.spec import (
     HF_DEFAULTS,
     parameter_shapes,
     spec_differences,
@@ -232,8 +232,8 @@ def test_nanotrons_llama_never_has_the_attention_bias_that_its_config_offers():
 @settings(max_examples=15, deadline=None)
 @given(hf_specs())
 def test_parameters_are_those_of_the_transformers_model_in_its_order(spec):
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM
 
     if not hasattr(CONFIGS[spec.architecture](), "mlp_bias"):
         spec = replace(spec, mlp_bias=False)

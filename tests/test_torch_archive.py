@@ -25,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, SmolconvError, UnsafePickle
-from smolconv.storage import torch_archive
-from smolconv.storage.torch_archive import (
+from smolconv.storage.torch_archive.archive import (
     ArchivePlan,
     ArchiveTensor,
     DtypeRef,
@@ -38,6 +37,7 @@ from smolconv.storage.torch_archive import (
     plan_torch_archive,
     read_torch_archive,
 )
+from smolconv.storage.torch_archive.archive import archive as torch_archive
 
 DTYPES = [
     "float64",
@@ -1011,9 +1011,7 @@ def test_deeply_nested_pickles_do_not_exhaust_the_stack(tmp_path):
 
 
 def test_importing_the_module_does_not_import_torch():
-    program = (
-        "import sys, smolconv.storage.torch_archive; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
-    )
-    root = Path(torch_archive.__file__).parents[2]
+    program = "import sys, smolconv.storage.torch_archive.archive; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
+    root = Path(torch_archive.__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -227,7 +227,7 @@ def test_missing_deepspeed_is_said_with_what_to_install(tokens, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(recipe_document(SMOLLM3, tokens, **QUICK)))
-    program = "import sys; sys.modules['deepspeed'] = None\nfrom continual_pretraining.worker import main\nmain()"
+    program = "import sys; sys.modules['deepspeed'] = None\nfrom smolconv.continual_pretraining.run.worker import main\nmain()"
     done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False)
     assert done.returncode == 5
     assert "deepspeed" in done.stderr and "pip install 'smolconv[train]'" in done.stderr

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from continual_pretraining.blending import Blend
-from continual_pretraining.data import (
+from smolconv.checkpoint import DataStage
+from smolconv.continual_pretraining.data.blending import Blend
+from smolconv.continual_pretraining.data.stream import (
     BEGINNING,
     Batch,
     StepData,
@@ -34,9 +35,8 @@ from continual_pretraining.data import (
     position_from_stages,
     stages_of,
 )
-from continual_pretraining.recipe import Data, Source
-from continual_pretraining.token_files import RowReader, Wanted
-from smolconv.checkpoint import DataStage
+from smolconv.continual_pretraining.recipe.schema import Data, Source
+from smolconv.continual_pretraining.tokens.files import RowReader, Wanted
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 
@@ -541,8 +541,8 @@ def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path: Path) ->
     program = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
-from continual_pretraining.data import TrainingData
-from continual_pretraining.recipe import Data
+from smolconv.continual_pretraining.data.stream import TrainingData
+from smolconv.continual_pretraining.recipe.schema import Data
 stages = [{{"name": "s", "sources": [{{"path": {str(tmp_path / "many")!r}}}]}}]
 data = TrainingData(
     Data.model_validate({{"sequence_length": 3, "eos_token_id": 0, "boundaries": "index", "stages": stages}}),

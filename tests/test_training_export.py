@@ -13,7 +13,7 @@ from conftest import FIXTURES, files_below
 from fake_hub import FakeHub
 from training import metrics, recipe_document, token_folder
 
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
 SOURCE = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
@@ -25,7 +25,7 @@ def train(recipe: Path, hub: FakeHub, home: Path) -> subprocess.CompletedProcess
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_fake", "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", "from commands.main import main; main()", "continue-train", str(recipe)]
+    command = [sys.executable, "-c", "from smolconv.commands.main import main; main()", "continue-train", str(recipe)]
     return subprocess.run(command, env={**clean, **settings}, capture_output=True, text=True, timeout=240, check=False)
 
 

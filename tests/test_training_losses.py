@@ -20,7 +20,7 @@ from training import EOS, losses, metrics, recipe_document, token_folder, train
 from transformers import AutoModelForCausalLM
 
 from smolconv.checkpoint import Slot
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.forward import to_torch
 

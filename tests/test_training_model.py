@@ -27,14 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_model_worker import Packed, packed
 from transformers import masking_utils
 
-from continual_pretraining import attention, model, recipe
-from continual_pretraining.attention import attend_by_document, choose_attention, pack
-from continual_pretraining.data import Batch
-from continual_pretraining.estimate import memory_parts
-from continual_pretraining.gate import source_loss
-from continual_pretraining.model import SummedCrossEntropy, build_model, check_no_leak
+from smolconv.continual_pretraining.data.stream import Batch
+from smolconv.continual_pretraining.engine import attention, model
+from smolconv.continual_pretraining.engine.attention import attend_by_document, choose_attention, pack
+from smolconv.continual_pretraining.engine.model import SummedCrossEntropy, build_model, check_no_leak
+from smolconv.continual_pretraining.estimate.estimate import memory_parts
+from smolconv.continual_pretraining.recipe import schema as recipe
+from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
-from smolconv.spec import parameter_shapes, spec_from_hf
+from smolconv.models.spec import parameter_shapes, spec_from_hf
 
 ARCHITECTURES = {"llama": hf_models.llama, "smollm3": hf_models.smollm3}
 VOCABULARY = 64
@@ -309,7 +310,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_t
 
 def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """The inputs' sizes of every graph that torch.compile makes from now on. The graphs run as they are: no compiler."""
-    from torch._dynamo.backends.debugging import aot_eager  # noqa: PLC0415
+    from torch._dynamo.backends.debugging import aot_eager
 
     graphs: list[list[Any]] = []
 
@@ -595,7 +596,7 @@ def fake_flash(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
 
 def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
     """Stands in for the installed torch's function, by its own signature."""
-    from torch.nn.attention import varlen  # noqa: PLC0415
+    from torch.nn.attention import varlen
 
     signature = inspect.signature(varlen.varlen_attn)
 

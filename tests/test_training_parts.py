@@ -23,18 +23,18 @@ from torch.nn.functional import cross_entropy
 from training import EOS, losses, metrics, recipe, recipe_document, token_folder
 from transformers import AutoModelForCausalLM, Trainer
 
-from continual_pretraining.data import Batch
-from continual_pretraining.engine_config import engine_config
-from continual_pretraining.export import export_run
-from continual_pretraining.gate import SourceLoss, check_first_loss, source_loss
-from continual_pretraining.optimizer import group_parameters
-from continual_pretraining.recipe import Export, Optimizer
-from continual_pretraining.run_checkpoints import RunState, find_resume, latest, saved_steps, step_folder
-from continual_pretraining.start import prepare
+from smolconv.continual_pretraining.data.stream import Batch
+from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.optimizer import group_parameters
+from smolconv.continual_pretraining.recipe.schema import Export, Optimizer
+from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume, latest, saved_steps, step_folder
+from smolconv.continual_pretraining.run.export import export_run
+from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
+from smolconv.continual_pretraining.run.start import prepare
 from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.spec import parameter_shapes
+from smolconv.models.spec import parameter_shapes
 from smolconv.verify.compare import Stored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
@@ -242,7 +242,7 @@ def test_the_gate_lets_through_what_is_within_its_tolerance(dtype, tolerance, wi
 
 
 THETA = """
-from continual_pretraining import trainer
+from smolconv.continual_pretraining.run import trainer
 build = trainer.build_model
 def other(config, *rest):
     scaled = {**config["rope_parameters"], "rope_theta": 50.0}
@@ -250,7 +250,7 @@ def other(config, *rest):
 trainer.build_model = other
 """
 BLIND = """
-from continual_pretraining import model
+from smolconv.continual_pretraining.engine import model
 import torch
 pack = model.pack
 model.pack = lambda positions, *a, **k: pack(torch.arange(positions.shape[1]).expand_as(positions), *a, **k)
@@ -281,7 +281,7 @@ def test_attention_that_sees_other_documents_does_not_start(tokens, tmp_path):
 
 #: The third step's loss is called a spike, whatever it is. When a loss is one is test_metrics.py's.
 THIRD = """
-from continual_pretraining.spikes import SpikeDetector
+from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 SpikeDetector.is_spike = lambda self, loss: len(self._window) == 2 and not self._above
 """
 SKIPPING = [
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_names_its_documents_and_saves_nothing(ranks, 
 
 
 GRADIENTS = """
-from continual_pretraining import model
+from smolconv.continual_pretraining.engine import model
 import torch
 cross = model._ChunkedCrossEntropy.backward
 seen = []
@@ -415,7 +415,7 @@ def test_a_signal_during_evaluation_saves_and_ends_with_75(tokens, tmp_path):
         evaluation={"every_steps": 2, "sources": [{"path": str(tokens)}]},
     )  # fmt: skip
     interrupt = f"""
-from continual_pretraining import trainer
+from smolconv.continual_pretraining.run import trainer
 import os
 batches = trainer.evaluation_batches
 calls = []

@@ -18,8 +18,15 @@ from conftest import FIXTURES
 from safetensors.torch import load_file
 from training import Ranks, losses, metrics, recipe_document, token_folder, train
 
-from continual_pretraining.recipe import Checkpoints
-from continual_pretraining.run_checkpoints import latest, prune, publish, remove_partial, saved_steps, step_folder
+from smolconv.continual_pretraining.recipe.schema import Checkpoints
+from smolconv.continual_pretraining.run.checkpoints import (
+    latest,
+    prune,
+    publish,
+    remove_partial,
+    saved_steps,
+    step_folder,
+)
 from smolconv.errors import MissingFile
 
 SOURCE = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
@@ -107,7 +114,7 @@ def test_another_world_size_or_stage_goes_on_with_the_same_losses(ranks, stage, 
 
 def test_the_export_is_what_the_engine_held(uninterrupted):
     """``export.verify`` compared them in the run; here the exported folder is a model that transformers loads."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(uninterrupted / "export" / "hf")
     assert torch.isfinite(model(torch.arange(1, 30)[None]).logits).all()
@@ -180,7 +187,7 @@ def test_retention_never_takes_what_latest_names(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_full_disk_during_a_save_loses_nothing(policy, tokens, tmp_path):
-    import subprocess  # noqa: PLC0415
+    import subprocess
 
     disk = tmp_path / "disk"
     disk.mkdir()

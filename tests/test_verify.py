@@ -20,16 +20,16 @@ from lazy import literal
 from nanotron_folders import run_differences, step_folder
 from test_round_trips import as_interleaved
 
-from smolconv.checkpoint import LazyTensor, join, row_slice
 from smolconv.convert import ConversionPlan
 from smolconv.errors import ParityFailed, UnsupportedModel, UsageError
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.mappings import smollm2
-from smolconv.mappings import smollm3 as smollm3_mapping
-from smolconv.mappings.ops import JoinRows, Rename
-from smolconv.mappings.table import Rule
-from smolconv.spec import ModelSpec, parameter_shapes
+from smolconv.models import llama as smollm2
+from smolconv.models import smollm3 as smollm3_mapping
+from smolconv.models.operations import JoinRows, Rename
+from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.weights import Rule
+from smolconv.tensors.lazy import LazyTensor, join, row_slice
 from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
 from smolconv.verify.tensors import compare_tensors, forward_order, module_of
 
@@ -700,7 +700,7 @@ def test_rope_scaling_that_nanotron_would_ignore_does_not_verify(cli, tmp_path):
 
 def with_tokenizer(source: Path, target: Path, size: int) -> Path:
     """A copy of a folder with a tokenizer whose ids go up to ``size``: bytes are the last 256."""
-    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={letter: size - 256 + i for i, letter in enumerate(letters)}, merges=[]))

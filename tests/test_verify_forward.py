@@ -346,7 +346,7 @@ def test_distances_are_those_of_plain_float64_formulas(difference, chunk):
 @pytest.mark.parametrize("difference", [1e-5, 1e-4, 1e-2, 1.0])
 def test_small_divergences_are_told_apart_where_plain_float64_cancels(difference):
     a, b = pair(difference)
-    from decimal import Decimal, getcontext  # noqa: PLC0415
+    from decimal import Decimal, getcontext
 
     getcontext().prec = 50
 
@@ -406,7 +406,7 @@ def choose(**options) -> Rows:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
     """Bytes as tokens 0 to 255."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -418,7 +418,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def decoded(rows: Rows, tokenizer: Path) -> str:
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(tokenizer)).decode(rows.tokens[0].tolist())
 
@@ -437,7 +437,7 @@ def test_the_shipped_text_comes_through_the_tokenizer(tokenizer):
 
 
 def test_the_shipped_text_says_nothing_twice_and_is_of_many_scripts():
-    from unicodedata import name  # noqa: PLC0415
+    from unicodedata import name
 
     text = shipped_text()
     lines = [line for line in text.splitlines() if line]

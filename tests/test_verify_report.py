@@ -19,7 +19,7 @@ import pytest
 from conftest import FIXTURES
 from hf_models import edited
 
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints
 from smolconv.verify.report import render_html

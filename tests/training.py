@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from continual_pretraining.recipe import Recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
 
 EOS = 0
 #: Of the tiny oracles' vocabularies.
@@ -88,7 +88,14 @@ class Ranks:
                 "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
             }  # fmt: skip
             with (run / "logs" / f"rank-{rank:05d}.log").open("wb") as log:
-                command = [sys.executable, "-m", "continual_pretraining.worker", str(run), "--resume", resume]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "smolconv.continual_pretraining.run.worker",
+                    str(run),
+                    "--resume",
+                    resume,
+                ]
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def wait(self, seconds: float = 240) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import deepspeed_worker as worker
 import torch
 
-from continual_pretraining import recipe
-from continual_pretraining.model import build_model, check_no_leak
+from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
+from smolconv.continual_pretraining.recipe import schema as recipe
 
 #: Token ids below end a document.
 ENDS = 6

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, LazyTensor, Slot
+from smolconv.checkpoint import MOMENTS, Checkpoint, Slot
 from smolconv.errors import MixedCheckpoint, UnsupportedModel
+from smolconv.tensors.lazy import LazyTensor
 
 #: nanotron, DeepSpeed and Transformers train and save in these three. float64 and float8 are left out: none of them
 #: trains these models so, and no target can be asked for them. Masters are float32, or of the module's own dtype

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from smolconv.checkpoint import Checkpoint, close_thread_files
+from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.files import noting_files
-from smolconv.layouts.base import ReadOptions
 from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
-from smolconv.layouts.huggingface import is_huggingface, read_huggingface
+from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
+from smolconv.tensors.lazy import close_thread_files
 
 
 def detect_layout(folder: Path) -> str:

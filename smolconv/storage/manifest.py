@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, LazyTensor
+from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile
 from smolconv.files import read_bytes
 from smolconv.storage.integrity import (
@@ -25,6 +25,7 @@ from smolconv.storage.integrity import (
     refuse_seals,
 )
 from smolconv.storage.output import PlannedFile, WrittenTensor
+from smolconv.tensors.lazy import LazyTensor
 
 MANIFEST = "smolconv_manifest.json"
 SCHEMA = 1

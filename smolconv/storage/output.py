@@ -19,7 +19,9 @@ from typing import Protocol
 
 from zlib_ng.zlib_ng import crc32
 
-from smolconv.checkpoint import (
+from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
+from smolconv.storage.torch_archive.archive import crc_of_zeros
+from smolconv.tensors.lazy import (
     CHUNK_BYTES,
     DTYPE_BYTES,
     LazyTensor,
@@ -32,8 +34,6 @@ from smolconv.checkpoint import (
     scratch,
     uncast,
 )
-from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
-from smolconv.storage.torch_archive import crc_of_zeros
 
 #: A worker has this much written before the disk is asked to begin with it.
 _WRITEBACK_BYTES = 8 << 20

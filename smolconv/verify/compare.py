@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
 from smolconv.errors import UnsupportedModel, UsageError
-from smolconv.layouts.base import ReadOptions
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron import read_native_model
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.spec import spec_differences
-from smolconv.verify.engines import ENGINES, engine_logits
+from smolconv.models.spec import spec_differences
+from smolconv.verify.engines.start import ENGINES, engine_logits
 from smolconv.verify.inputs import choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
 from smolconv.verify.tensors import (
@@ -232,11 +232,11 @@ def side_of(checkpoint: Checkpoint, stored: Stored | None, options: VerifyOption
     nanotron: our own on its native tensors. Hugging Face: transformers on the folder. DeepSpeed, and whatever is not as
     it was stored: transformers on the canonical tensors.
     """
-    import torch  # noqa: PLC0415
-    from transformers.activations import ACT2FN  # noqa: PLC0415
+    import torch
+    from transformers.activations import ACT2FN
 
-    from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide  # noqa: PLC0415
-    from smolconv.verify.native import NanotronSide  # noqa: PLC0415
+    from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide
+    from smolconv.verify.native import NanotronSide
 
     if checkpoint.spec.activation not in ACT2FN:
         raise UnsupportedModel(

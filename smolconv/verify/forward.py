@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from smolconv.checkpoint import LazyTensor, as_bytes, raw_dtype, row_slice
+from smolconv.tensors.lazy import LazyTensor, as_bytes, raw_dtype, row_slice
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class Side(Protocol):
 
 def to_torch(tensor: LazyTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole tensor in torch, in its own dtype or another, without a second copy of the stored bytes."""
-    import torch  # noqa: PLC0415
+    import torch
 
     stored = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
     if tensor.numel:
@@ -72,14 +72,14 @@ def to_torch(tensor: LazyTensor, dtype: torch.dtype | None = None) -> torch.Tens
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
-    import torch  # noqa: PLC0415
+    import torch
 
     return as_bytes(tensor.flatten().view(torch.uint8).numpy())
 
 
 def return_freed_memory() -> None:
     """Give pages of freed activations back to the system: glibc keeps them between blocks, a GB at 2048 positions."""
-    import ctypes  # noqa: PLC0415
+    import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -88,7 +88,7 @@ def return_freed_memory() -> None:
 
 def embedding_rows(embedding: LazyTensor, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The rows that the tokens look up, [B, T, E]: of 128,256 rows a text needs few."""
-    import torch  # noqa: PLC0415
+    import torch
 
     wanted, inverse = torch.unique(tokens, return_inverse=True)
     rows = torch.stack([to_torch(row_slice(embedding, int(i), int(i) + 1))[0] for i in wanted])

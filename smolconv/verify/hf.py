@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from smolconv.checkpoint import Checkpoint, row_slice
+from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint
-from smolconv.spec import spec_to_hf
+from smolconv.models.spec import spec_to_hf
+from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import Run, embedding_rows, to_torch
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class FolderWeights:
                 return
 
     def config(self) -> Any:
-        import transformers  # noqa: PLC0415
+        import transformers
 
         # As below: a padding id beyond the vocabulary plays no part in a forward pass.
         return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
@@ -71,14 +72,14 @@ class FolderWeights:
         path = self._single if self._files is None else self._files[name]
         if path.suffix == ".bin":
             return take(self._archive(path)[name])
-        from safetensors import safe_open  # noqa: PLC0415
+        from safetensors import safe_open
 
         # Opened each time: the pages that a mapping has touched count as this process's memory until it is closed.
         with safe_open(path, framework="pt") as file:
             return take(file.get_slice(name)).clone()
 
     def _archive(self, path: Path) -> Any:
-        import torch  # noqa: PLC0415
+        import torch
 
         if path not in self._archives:
             self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -91,7 +92,7 @@ class FolderWeights:
         return self._read(name, lambda stored: stored[start:stop])
 
     def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        import torch  # noqa: PLC0415
+        import torch
 
         wanted, inverse = torch.unique(tokens, return_inverse=True)
         return self._read(name, lambda stored: torch.cat([stored[int(i) : int(i) + 1] for i in wanted]))[inverse]
@@ -105,7 +106,7 @@ class CanonicalWeights:
         self.title = f"transformers on the {checkpoint.layout} checkpoint's canonical tensors"
 
     def config(self) -> Any:
-        import transformers  # noqa: PLC0415
+        import transformers
 
         origin = self.checkpoint.origin
         carried = json.loads(origin.get("config.json") or origin.get("model_config.json") or b"{}")
@@ -120,7 +121,7 @@ class CanonicalWeights:
         return to_torch(row_slice(self.checkpoint.parameters[name], start, stop))
 
     def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        import torch  # noqa: PLC0415
+        import torch
 
         tensor = self.checkpoint.parameters[name]
         return embedding_rows(tensor, tokens, getattr(torch, tensor.dtype))
@@ -131,7 +132,7 @@ def _attention(run: Run, device: str) -> str:
     # With a mask, which only packed documents need, transformers repeats keys and values by itself.
     if run.attention != "sdpa" or run.packed or not device.startswith("cuda"):
         return run.attention
-    from transformers import AttentionInterface  # noqa: PLC0415
+    from transformers import AttentionInterface
 
     # No mask is registered under this name, so transformers makes none: v4 would, of T x T, for any positions.
     AttentionInterface.register(_ON_GPUS, _sdpa_on_gpus)
@@ -147,7 +148,7 @@ def _sdpa_on_gpus(
     Given fewer, it leaves them to torch, whose only kernel for that in float32 on GPUs writes all scores: 69 GB for 16
     heads and a document of 32,768 tokens.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
     whole = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # the module, but for num_key_value_groups
@@ -166,7 +167,7 @@ class TransformersSide:
     """A ``Side``: transformers' modules, made on the meta device and filled one at a time."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: str = "cpu") -> None:
-        import transformers  # noqa: PLC0415
+        import transformers
 
         transformers.utils.logging.disable_progress_bar()
         self.weights, self.dtype, self.device = weights, dtype, device
@@ -180,8 +181,8 @@ class TransformersSide:
 
     def _model(self, attention: str) -> Any:
         if attention not in self._models:
-            import torch  # noqa: PLC0415
-            import transformers  # noqa: PLC0415
+            import torch
+            import transformers
 
             config = self.weights.config()
             config._attn_implementation = attention
@@ -193,7 +194,7 @@ class TransformersSide:
         return self._models[attention]
 
     def begin(self, runs: Sequence[Run]) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         def stop(module: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
             raise _Reached(arguments)
@@ -216,7 +217,7 @@ class TransformersSide:
             assert torch.is_tensor(run.hidden)
 
     def advance(self, layer: int, runs: Sequence[Run]) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         prefix = f"model.layers.{layer}."
         wanted = self._model("sdpa").model.layers[layer].state_dict()
@@ -252,7 +253,7 @@ class TransformersSide:
         )
 
     def finish(self, runs: Sequence[Run]) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         weight = self._loaded(_NORM, self._model("sdpa").model.norm.weight)
         for run in runs:

@@ -122,7 +122,7 @@ def _read(path: Path) -> str:
 
 def _encoded(content: str, tokenizer: Path) -> NDArray[np.int64]:
     try:
-        from tokenizers import Tokenizer  # noqa: PLC0415
+        from tokenizers import Tokenizer
     except ImportError:
         raise NotInstalled("reading text needs tokenizers: pip install 'smolconv[verify]'.") from None
     try:

@@ -72,7 +72,7 @@ class LogitsReport:
 
 def require_torch() -> None:
     """Raise ``NotInstalled`` when the logits tier cannot run."""
-    from importlib.util import find_spec  # noqa: PLC0415
+    from importlib.util import find_spec
 
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
@@ -95,7 +95,7 @@ def compare_logits(
 
     ``engines`` are logits [T, V] that a real engine gave for side "a" or "b"; they must be that side's own.
     """
-    import torch  # noqa: PLC0415
+    import torch
 
     layers = _Layers(compute)
     plain = {"tokens": torch.from_numpy(rows.tokens), "positions": torch.from_numpy(rows.positions)}
@@ -171,7 +171,7 @@ def _walk_vocabulary(
     engines: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Distances]:
     """Over chunks of the vocabulary: "floor", "found" (B), "apart" (A's documents alone), "engine a", "engine b"."""
-    import torch  # noqa: PLC0415
+    import torch
 
     targets = torch.from_numpy(rows.targets).flatten()
     names = ["found", *(["apart"] if alone else []), *(f"engine {label}" for label in engines)]

@@ -39,7 +39,7 @@ class Walk:
 
     def __init__(self, targets: torch.Tensor) -> None:
         """``targets`` [N] are the next tokens, -1 where there is none to predict."""
-        import torch  # noqa: PLC0415
+        import torch
 
         self.targets = targets
         self.seen = 0
@@ -59,7 +59,7 @@ class Walk:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """The next chunk of both, [N, C] in float32."""
-        import torch  # noqa: PLC0415
+        import torch
 
         difference = a - b
         size = difference.abs()
@@ -104,7 +104,7 @@ class Walk:
         self.seen += a.shape[1]
 
     def finish(self) -> Distances:
-        import torch  # noqa: PLC0415
+        import torch
 
         shift = self.shift / self.mass
         log_total_a = self.top + self.mass.log()

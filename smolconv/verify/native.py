@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolconv.checkpoint import LazyTensor, row_slice
 from smolconv.layouts.nanotron import NativeModel
+from smolconv.tensors.lazy import LazyTensor, row_slice
 from smolconv.verify.forward import Run, embedding_rows, to_torch
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class NanotronSide:
     # --- one block ---
 
     def _block(self, layer: int, weights: Mapping[str, torch.Tensor], run: Run) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         linear, name = torch.nn.functional.linear, f"model.layers.{layer}"
         normed = self._rms_norm(run.hidden, weights["input_layernorm.weight"])
@@ -119,21 +119,21 @@ class NanotronSide:
         run.hidden = run.hidden + output
 
     def _rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        import torch  # noqa: PLC0415
+        import torch
 
         wide = hidden.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * scaled.to(hidden.dtype)
 
     def _activated(self, gate: torch.Tensor) -> torch.Tensor:
-        from transformers.activations import ACT2FN  # noqa: PLC0415
+        from transformers.activations import ACT2FN
 
         activated: torch.Tensor = ACT2FN[self.activation](gate)
         return activated
 
     def _rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """nanotron rotates by the index in the row, whether documents begin in it or not."""
-        import torch  # noqa: PLC0415
+        import torch
 
         powers = torch.arange(0, self.head_size, 2, dtype=torch.float32) / self.head_size
         angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / self.theta**powers)
@@ -141,7 +141,7 @@ class NanotronSide:
 
     def _rotate(self, heads: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[B, heads, T, D], by pairs (x0, y0, x1, y1, ..) when interleaved, else (x0, x1, .., y0, y1, ..)."""
-        import torch  # noqa: PLC0415
+        import torch
 
         cosine, sine = (table.to(heads.dtype) for table in rotary)
         if self.interleaved:
@@ -158,7 +158,7 @@ class NanotronSide:
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run) -> torch.Tensor:
         """[B, H, T, D]; a position sees itself and what came before it, in its document where they are separated."""
-        import torch  # noqa: PLC0415
+        import torch
 
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

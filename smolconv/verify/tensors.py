@@ -8,18 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smolconv.checkpoint import (
-    FLOAT_DTYPES,
-    Cast,
-    Checkpoint,
-    LazyTensor,
-    OptimizerState,
-    Raw,
-    Slot,
-    raw_dtype,
-    scratch,
-    uncast,
-)
+from smolconv.checkpoint import Checkpoint, OptimizerState, Slot
+from smolconv.tensors.lazy import FLOAT_DTYPES, Cast, LazyTensor, Raw, raw_dtype, scratch, uncast
 
 #: Hyperparameters in which two optimizers have to agree to be the same.
 _HYPERPARAMETERS = ("weight_decay", "lr", "betas", "eps")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolconv.checkpoint import DTYPE_BYTES
 from smolconv.errors import CorruptFile
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.storage.integrity import digest_text, new_hasher
-from smolconv.storage.torch_archive import ArchiveTensor, DtypeRef, TorchSize, read_torch_archive
+from smolconv.storage.torch_archive.archive import ArchiveTensor, DtypeRef, TorchSize, read_torch_archive
+from smolconv.tensors.lazy import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def replace_checkpoint_engine(engine: Any) -> None:
 
 def deepspeed_classes() -> Mapping[tuple[str, str], Callable[..., object]]:
     """What DeepSpeed's files may name beside tensors, and what is made in its place. The list is closed."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: PLC0415
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     scaler = "deepspeed.runtime.fp16.loss_scaler"
     # A ZeRO stage is compared as a number. An enum's members are the process's own, whose state no file may set.
@@ -115,7 +115,7 @@ def _tensors(value: object, seen: set[int]) -> Iterator[ArchiveTensor]:
 
 def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Tensor]:
     """By the ``id`` of what stands for them; each storage is read once, as far as tensors reach in it."""
-    import torch  # noqa: PLC0415
+    import torch
 
     spans: dict[str, tuple[int, int]] = {}
     for tensor in found:
@@ -148,7 +148,7 @@ def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Ten
 
 def _with_tensors(value: Any, tensors: Mapping[int, torch.Tensor], done: dict[int, Any]) -> Any:
     """``value`` with torch's own objects; containers are filled in place, so that what was shared still is."""
-    import torch  # noqa: PLC0415
+    import torch
 
     if isinstance(value, ArchiveTensor):
         return tensors[id(value)]
@@ -204,7 +204,7 @@ class _HashedFile:
 
 def save_torch_archive(content: Any, path: Path) -> FileDigest:
     """``torch.save`` onto the disk, with the digest of the file's bytes as they were meant to be written."""
-    import torch  # noqa: PLC0415
+    import torch
 
     file = _HashedFile(path)
     try:

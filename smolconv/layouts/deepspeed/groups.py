@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, LazyTensor, OptimizerState, ParameterGroup, Slot, Zeros, cast
+from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
-from smolconv.layouts.base import parse_json
 from smolconv.layouts.documents import is_number, with_tuples
+from smolconv.layouts.layout import parse_json
+from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
 EMBEDDING = "model.embed_tokens.weight"
 #: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.

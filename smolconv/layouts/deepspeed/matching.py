@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from smolconv.checkpoint import LazyTensor, Stored, cast, equal, flat_slice
+from smolconv.tensors.lazy import LazyTensor, Stored, cast, equal, flat_slice
 
 #: Comparisons after which the search for an order is given up: what is left are many equal shapes, told by nothing.
 _MOST_COMPARISONS = 300_000
@@ -121,7 +121,7 @@ def alike(weight: LazyTensor, master: LazyTensor, start: int, count: int = 1024)
     stored, rounded = flat_slice(weight, start, stop), cast(flat_slice(master, start, stop), weight.dtype)
     if equal(stored, rounded):
         return True
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     # Which NaN a rounded NaN becomes is everybody's own choice.
     left, right = (cast(tensor, "float32").numpy().view(np.float32) for tensor in (stored, rounded))

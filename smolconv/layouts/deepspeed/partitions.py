@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 
-from smolconv.checkpoint import LazyTensor, Zeros, flat_slice, join
 from smolconv.errors import CorruptFile, ShapeMismatch
+from smolconv.tensors.lazy import LazyTensor, Zeros, flat_slice, join
 
 #: Elements of a partition are a multiple of this (``nccl_start_alignment_factor``).
 ALIGNMENT = 2

@@ -19,20 +19,11 @@ from smolconv.checkpoint import (
     MOMENTS,
     Checkpoint,
     DataStage,
-    LazyTensor,
     OptimizerState,
     ParameterGroup,
     Slot,
-    Stored,
     Topology,
     TrainingProgress,
-    Zeros,
-    cast,
-    equal,
-    flat_slice,
-    join,
-    join_columns,
-    reshape,
 )
 from smolconv.errors import (
     CorruptFile,
@@ -43,7 +34,6 @@ from smolconv.errors import (
     ShapeMismatch,
 )
 from smolconv.files import read_bytes
-from smolconv.layouts.base import ASSET_NAMES, ReadOptions, read_json, without_aliases
 from smolconv.layouts.deepspeed.documents import (
     AdamState,
     AnotherOptimizer,
@@ -73,10 +63,12 @@ from smolconv.layouts.deepspeed.partitions import (
 )
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.layouts.dtypes import check_dtype
-from smolconv.mappings.huggingface import weight_table
-from smolconv.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json, without_aliases
+from smolconv.models.huggingface import weight_table
+from smolconv.models.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
 from smolconv.storage.integrity import archive_seals, refuse_seals
-from smolconv.storage.torch_archive import read_pickle_bytes
+from smolconv.storage.torch_archive.archive import read_pickle_bytes
+from smolconv.tensors.lazy import LazyTensor, Stored, Zeros, cast, equal, flat_slice, join, join_columns, reshape
 
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
 CLIENT_KEY = "smolconv"

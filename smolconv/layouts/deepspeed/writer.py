@@ -15,21 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from smolconv import __version__
-from smolconv.checkpoint import (
-    MOMENTS,
-    Checkpoint,
-    LazyTensor,
-    Literal,
-    OptimizerState,
-    ParameterGroup,
-    Slot,
-    TrainingProgress,
-    Zeros,
-    join,
-    reshape,
-)
+from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
 from smolconv.errors import UsageError
-from smolconv.layouts.base import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
 from smolconv.layouts.deepspeed.documents import (
     DEEPSPEED_VERSION,
     MODEL_KEYS,
@@ -56,8 +43,10 @@ from smolconv.layouts.deepspeed.partitions import (
     sub_groups,
 )
 from smolconv.layouts.deepspeed.reader import CLIENT_KEY
+from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
 from smolconv.storage.output import PlannedFile, plain_file
-from smolconv.storage.torch_archive import Storage, TensorRef, TorchSize, plan_torch_archive
+from smolconv.storage.torch_archive.archive import Storage, TensorRef, TorchSize, plan_torch_archive
+from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
 
 #: The newest that ``ds_to_universal`` knows.
 _UNIVERSAL_VERSION = 0.4

@@ -16,17 +16,11 @@ from smolconv.checkpoint import (
     MOMENTS,
     Checkpoint,
     DataStage,
-    LazyTensor,
     OptimizerState,
     ParameterGroup,
     Slot,
-    Stored,
     Topology,
     TrainingProgress,
-    equal,
-    flat_slice,
-    join,
-    reshape,
 )
 from smolconv.errors import (
     CorruptFile,
@@ -38,9 +32,9 @@ from smolconv.errors import (
     UnsupportedModel,
 )
 from smolconv.files import read_bytes
-from smolconv.layouts.base import ReadOptions, read_json
 from smolconv.layouts.documents import adam_step, check_config, check_plain, check_progress, is_count, understood
 from smolconv.layouts.dtypes import check_dtype, check_named_dtypes
+from smolconv.layouts.layout import ReadOptions, read_json
 from smolconv.layouts.nanotron.topology import (
     EMBEDDING,
     HEAD,
@@ -57,11 +51,13 @@ from smolconv.layouts.nanotron.topology import (
     tensor_parallel,
     zero1_slices,
 )
-from smolconv.mappings import smollm2, smollm3
-from smolconv.mappings.table import WeightTable
-from smolconv.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
+from smolconv.models import llama as smollm2
+from smolconv.models import smollm3
+from smolconv.models.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
+from smolconv.models.weights import WeightTable
 from smolconv.storage.safetensors_file import read_safetensors
-from smolconv.storage.torch_archive import ArchiveTensor, read_torch_archive
+from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
+from smolconv.tensors.lazy import LazyTensor, Stored, equal, flat_slice, join, reshape
 
 FORMATS = ("1.2", "1.3", "1.4", "1.5")
 _DOCUMENTS = ("model_config.json", "config.yaml", "checkpoint_metadata.json")
@@ -199,7 +195,7 @@ def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, A
 
 def read_yaml(data: bytes, where: object) -> dict[str, Any]:
     """A YAML mapping of plain types. Raises ``CorruptFile``."""
-    import yaml  # noqa: PLC0415
+    import yaml
 
     try:
         value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from smolconv.checkpoint import LazyTensor, column_slice, join, join_columns, row_slice
 from smolconv.errors import CorruptFile, ShapeMismatch, UsageError
-from smolconv.spec import ModelSpec
+from smolconv.models.spec import ModelSpec
+from smolconv.tensors.lazy import LazyTensor, column_slice, join, join_columns, row_slice
 
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 FINAL_NORM = "model.final_layer_norm.pp_block.weight"

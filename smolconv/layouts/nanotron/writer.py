@@ -9,20 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import (
-    Checkpoint,
-    LazyTensor,
-    Literal,
-    Slot,
-    TrainingProgress,
-    Zeros,
-    flat_slice,
-    raw_dtype,
-    scratch,
-)
+from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
-from smolconv.layouts.base import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
 from smolconv.layouts.documents import check_config, understood
+from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
 from smolconv.layouts.nanotron.reader import read_yaml, weight_table
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
@@ -40,12 +30,13 @@ from smolconv.layouts.nanotron.topology import (
     weight_path,
     zero1_slices,
 )
-from smolconv.mappings.ops import PadVocabulary
-from smolconv.mappings.table import WeightTable
-from smolconv.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
+from smolconv.models.operations import PadVocabulary
+from smolconv.models.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
+from smolconv.models.weights import WeightTable
 from smolconv.storage.output import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
-from smolconv.storage.torch_archive import Storage, TensorRef
+from smolconv.storage.torch_archive.archive import Storage, TensorRef
+from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice, raw_dtype, scratch
 
 FORMAT = "1.5"
 #: What torch.optim.AdamW stores in a group, as nanotron builds it.
@@ -397,7 +388,7 @@ class _Writer:
             "latest.txt": step,
         }
         if self.config is not None:
-            import yaml  # noqa: PLC0415
+            import yaml
 
             documents[f"{step}/config.yaml"] = yaml.safe_dump(self.config, sort_keys=True)
         has_tokenizer = any("tokenizer" in name for name in assets)

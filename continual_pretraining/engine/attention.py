@@ -1,0 +1,216 @@
+"""Attention that stays within documents, for transformers' models.
+
+A micro-batch is flattened to one row of T tokens, and documents are ranges of it; no mask is ever built. The rows of a
+micro-batch are documents too, or begin some, so they never see each other. Shapes use: B rows, S tokens of a row,
+T = B·S, N documents, H query heads, K key/value heads, D head size.
+
+Importing this module registers the attention with transformers, under ``ATTENTION``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from smolconv.errors import NotInstalled, UsageError
+
+#: The name that a config gives as its attention implementation.
+ATTENTION = "smolconv_packed"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packing:
+    """Where the documents of one flattened micro-batch lie: found once a forward pass, used by every layer."""
+
+    cu_seqlens: torch.Tensor  #: int32 [N + 1], where documents begin, and T
+    max_length: int
+    order: torch.Tensor | None  #: int64 [T], which token comes at each place; None: as they are
+    groups: tuple[tuple[int, int], ...]  #: (length, how many documents), in the order of the places
+    kernel: Kernel
+
+
+#: ``kernel(query [1, H, T, D], key [1, K, T, D], value [1, K, T, D], packing, scale) -> [1, T, H, D]``
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing, float], torch.Tensor]
+
+
+def pack(positions: torch.Tensor, device: torch.device, kernel: Kernel, *, by_length: bool) -> Packing:
+    """Find the documents of ``positions``, int64 [B, S], which are 0 where a document begins.
+
+    ``by_length`` gives an order in which documents of equal length lie together, for ``attend_by_document``.
+    Cheapest where ``positions`` are on the CPU: their boundaries are needed there, and a GPU would be waited for.
+
+    Raises ``ValueError`` when a row does not begin a document: it would continue the row before it.
+    """
+    places = positions.detach().cpu().numpy()
+    if places[:, 0].any():
+        row = int(places[:, 0].nonzero()[0][0])
+        raise ValueError(f"row {row} begins at position {places[row, 0]}; every row begins a document, at position 0")
+    bounds = np.append(np.flatnonzero(places == 0), places.size)
+    lengths = np.diff(bounds)
+    order, known = None, np.unique(lengths, return_counts=True)
+    if by_length and len(known[0]) > 1:
+        # The tokens are moved once a forward pass, so that no layer gathers them. The rest of the model looks at one
+        # token at a time, and the loss is a sum: neither minds the order.
+        order = move(torch.from_numpy(np.argsort(np.repeat(lengths, lengths), kind="stable")), device)
+    return Packing(
+        cu_seqlens=move(torch.from_numpy(bounds.astype(np.int32)), device),
+        max_length=int(lengths.max()),
+        order=order,
+        groups=tuple(zip(known[0].tolist(), known[1].tolist())),
+        kernel=kernel,
+    )
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. On the way to a GPU it is pinned: the CPU would otherwise wait until it is there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def packed_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, packing: Packing | None = None, scaling: float | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What transformers' layers call. ``packing`` has come to them as a keyword of the model's forward."""
+    if packing is None or attention_mask is not None:
+        raise ValueError(f"{ATTENTION} needs the documents' places and no mask: call the model through TrainingForward")
+    return packing.kernel(query, key, value, packing, scaling or query.shape[-1] ** -0.5), None
+
+
+# And no mask for it: transformers then makes none, and does not look for documents in the positions, on the GPU.
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def attend_by_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
+) -> torch.Tensor:
+    """torch's own attention, one call for all documents of a length; tokens lie in ``packing.order``.
+
+    The cost is that of each document alone: it grows with the sum of squares of their lengths.
+    """
+    given = query.dtype
+    query, key, value = (tensor[0].to(multiplied_dtype(tensor)) for tensor in (query, key, value))
+    if query.is_cuda and query.dtype == torch.float32:
+        # In float32 no kernel on GPUs takes fewer key/value heads but the one that writes all scores: 69 GB for 16
+        # heads and a document of 32,768 tokens.
+        key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
+    sizes = [length * count for length, count in packing.groups]
+    parts = []
+    # split, and not slices: its backward is one copy, where each slice's fills a whole tensor with zeros first.
+    for (length, count), *group in zip(packing.groups, *(tensor.split(sizes, 1) for tensor in (query, key, value))):
+        # [heads, count·length, D] -> [count, heads, length, D]
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in group)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None].to(given)
+
+
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float) -> torch.Tensor:
+    """flash-attn's kernel (2.x), which takes fewer key/value heads as they are."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    out: torch.Tensor = flash_attn_varlen_func(
+        q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
+    )
+    return out[None]
+
+
+def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float) -> torch.Tensor:
+    """torch's own variable-length kernel; its ``window_size`` (-1, 0) is what it knows as causal."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    out: torch.Tensor = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out[None]
+
+
+KERNELS: dict[str, Kernel] = {"documents": attend_by_document, "flash": flash, "varlen": varlen}
+
+
+# --- which one --------------------------------------------------------------------------------------------------------
+
+
+def choose_attention(asked: str, device: str, dtype: torch.dtype) -> str:
+    """The name of a kernel in ``KERNELS`` for a recipe's ``model.attention``.
+
+    "auto" is flash-attn, else torch's varlen_attn, else documents; the first two run in bfloat16 on NVIDIA GPUs of
+    compute capability 8.0 and above. Asked for by name where it cannot run: ``NotInstalled``, or ``UsageError``.
+    """
+    if asked == "documents":
+        return asked
+    unable = _unable(device, dtype)
+    missing = {"flash": _no_flash(), "varlen": _no_varlen()}
+    if asked == "auto":
+        return next((name for name in ("flash", "varlen") if not unable and not missing[name]), "documents")
+    if unable:
+        raise UsageError(f"model.attention is {asked}, which {unable}.\nSet model.attention to auto or documents.")
+    if missing[asked]:
+        raise NotInstalled(f"model.attention is {asked}, but {missing[asked]}.\nInstall it, or set it to auto.")
+    return asked
+
+
+def _unable(device: str, dtype: torch.dtype) -> str | None:
+    if not device.startswith("cuda"):
+        return f"runs on NVIDIA GPUs, and this run is on {device}"
+    if dtype != torch.bfloat16:
+        return f"computes in bfloat16, and model.dtype is {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0, which this GPU does not have"
+    return None
+
+
+def _no_flash() -> str | None:
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:  # also for an installation that was built for another torch
+        return "flash-attn is not installed"
+    return None
+
+
+def _no_varlen() -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        varlen_attn = None
+    # Earlier ones, of torch 2.10 and 2.11, take other arguments.
+    if varlen_attn is None or "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} has no varlen_attn for grouped queries; torch 2.12 has"
+    return None
+
+
+def multiplied_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype to multiply ``tensor`` in: its own, or float32 where a CPU has no instructions for bfloat16.
+
+    torch's bfloat16 is then emulated one number at a time. Measured on an AVX2 machine, one thread: attention with its
+    backward pass over 16 documents of 128 tokens (9 and 3 heads of 64) takes 166 ms in bfloat16, 43 ms in float32; a
+    product of 256 x 576 and 576 x 4096 takes 123 ms and 16 ms.
+    """
+    slow = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not _cpu_multiplies_bfloat16()
+    return torch.float32 if slow else tensor.dtype
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False

@@ -1,0 +1,389 @@
+"""The model that is trained: transformers' own, with packed attention and a loss that never holds all logits.
+
+It is a subclass of the transformers class and wraps nothing, so that its parameters keep their canonical names.
+Shapes use: B rows, S tokens of a row, T = B·S, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, LlamaForCausalLM, SmolLM3ForCausalLM
+
+from smolconv.continual_pretraining.engine.attention import (
+    ATTENTION,
+    KERNELS,
+    choose_attention,
+    move,
+    multiplied_dtype,
+    pack,
+)
+from smolconv.continual_pretraining.recipe import schema as recipe
+from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
+from smolconv.models.spec import spec_from_hf, spec_to_hf
+
+#: A label that is not trained on.
+IGNORED = -100
+#: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
+#: given more rows, since every round adds to a gradient of [V, E].
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+#: Of one function, in torch.compile. torch's 8 would be used up by what comes before the first step: with and without
+#: rotation, the leak test, the start gate, and each held-out source's last batch.
+MAX_GRAPHS = 64
+
+
+def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> torch.nn.Module:
+    """The training model of a Hugging Face ``config``, on ``device`` and in training mode. Its weights are not set.
+
+    They are what the memory held before: load a checkpoint. ``model``'s rope_theta and max_positions replace the
+    config's. Weights are in ``model.dtype``, rotary frequencies in float32.
+
+    Raises ``UnsupportedModel`` for a config that we cannot represent or that drops attention weights, ``UsageError``
+    and ``NotInstalled`` for an attention or for Liger's kernels where they cannot be had.
+    """
+    if config.get("attention_dropout"):
+        raise UnsupportedModel(
+            f"config.json: attention_dropout is {config['attention_dropout']}; smolconv trains without dropout.\n"
+            "Set attention_dropout to 0 in config.json."
+        )
+    dtype = getattr(torch, model.dtype)
+    spec = spec_from_hf(config)
+    spec = replace(
+        spec,
+        rope_theta=model.rope_theta or spec.rope_theta,
+        max_positions=model.max_positions or spec.max_positions,
+    )
+    # A padding token would have no gradient in transformers' embedding, and stop it when beyond the vocabulary.
+    raw = spec_to_hf(spec, {**config, "pad_token_id": None, "use_cache": False}, model.dtype)
+    hf_config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    hf_config._attn_implementation = ATTENTION
+    with torch.device("meta"):
+        built = _CLASSES[spec.architecture](hf_config)
+    built.to(dtype).to_empty(device=device)
+    if spec.tied:  # two tensors since to_empty
+        built.lm_head.weight = built.model.embed_tokens.weight
+    # No checkpoint stores these, and on the meta device they were never computed.
+    built.model.rotary_emb = type(built.model.rotary_emb)(config=hf_config).to(device)
+    built.attention = choose_attention(model.attention, device, dtype)
+    built.attend = KERNELS[built.attention]
+    if multiplied_dtype(built.lm_head.weight) != dtype:
+        for module in built.model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = _Float32Linear
+    liger = _wanted_liger(model.liger, device, spec.architecture)
+    if liger is not None:
+        _use_liger(built, spec.architecture, liger)
+    if model.compile:
+        _compile(built, checkpointed=model.activation_checkpointing)
+    elif model.activation_checkpointing:
+        # v4's name, and v5's
+        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        enable(_CHECKPOINTING)
+    return built.train()
+
+
+class TrainingForward:
+    """Mixed in before a transformers model: its forward pass gives the loss of packed documents."""
+
+    attention: str  #: the kernel's name
+    attend: Callable[..., torch.Tensor]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.lm_head = SummedCrossEntropy(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy summed over the labels that are not ``IGNORED``, fp32, and how many they are, int64.
+
+        All are int64 [B, S]: ``positions`` are 0 where a document begins, and ``labels`` are what follows each token,
+        already shifted. Without any label the sum is 0, with a graph. Leave ``positions`` on the CPU: see ``pack``.
+        """
+        shape = input_ids.shape
+        for name, given in (("input_ids", input_ids), ("positions", positions), ("labels", labels)):
+            if given.dtype != torch.int64 or given.shape != shape or given.ndim != 2 or not given.numel():
+                raise ValueError(
+                    f"{name} is {given.dtype} {list(given.shape)}; expected int64 [rows, tokens], and all three alike "
+                    f"(input_ids is {list(shape)})"
+                )
+        device = input_ids.device
+        packing = pack(positions, device, self.attend, by_length=self.attention == "documents")
+        tokens, places, targets = (move(x, device).reshape(1, -1) for x in (input_ids, positions, labels))
+        if packing.order is not None:
+            tokens, places, targets = (x[:, packing.order] for x in (tokens, places, targets))
+        hidden = self.model(  # type: ignore[attr-defined]
+            input_ids=tokens, position_ids=places, attention_mask=None, use_cache=False, packing=packing
+        ).last_hidden_state
+        return self.lm_head(hidden[0], targets[0]), (targets != IGNORED).sum()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Some DeepSpeed releases cast a whole module to bfloat16, and rotary frequencies then lose their digits.
+        before = dict(self.model.rotary_emb.named_buffers())  # type: ignore[attr-defined]
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, buffer in self.model.rotary_emb.named_buffers():  # type: ignore[attr-defined]
+            if buffer.dtype != before[name].dtype:
+                setattr(self.model.rotary_emb, name, before[name].to(buffer.device))  # type: ignore[attr-defined]
+        return applied
+
+
+class TrainingLlama(TrainingForward, LlamaForCausalLM):  # type: ignore[misc]
+    """SmolLM2 and other Llamas."""
+
+
+class TrainingSmolLM3(TrainingForward, SmolLM3ForCausalLM):  # type: ignore[misc]
+    """SmolLM3, whose every fourth layer does not rotate."""
+
+
+_CLASSES: dict[str, Any] = {"llama": TrainingLlama, "smollm3": TrainingSmolLM3}
+#: torch.utils.checkpoint's options. Nothing in a layer is random.
+_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+class SummedCrossEntropy(torch.nn.Linear):  # type: ignore[misc]
+    """The language model's head and the loss in one: under ZeRO-3 its weight is whole while a module is called."""
+
+    fused: Callable[..., torch.Tensor] | None = None  #: Liger's, (weight, hidden, labels)
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed cross entropy, fp32, of ``hidden`` [T, E] and ``labels`` [T]."""
+        if self.fused is not None:
+            return self.fused(self.weight, hidden, labels).float()
+        if torch.is_grad_enabled():
+            return _ChunkedCrossEntropy.apply(hidden, self.weight, labels)
+        return _chunked_cross_entropy(hidden, self.weight, labels, None)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
+    """Gradients are made in the forward pass, while the logits of some rows are there: nothing is computed twice.
+
+    The gradient of the weight is summed in fp32 over the chunks and is held, [V, E], until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        gradients = _Gradients(torch.empty_like(hidden))
+        loss = _chunked_cross_entropy(hidden, weight, labels, gradients)
+        ctx.save_for_backward(gradients.hidden, gradients.weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden, weight = ctx.saved_tensors
+        # In place: a second backward pass through the same graph is refused by autograd.
+        return (hidden * scale).to(hidden.dtype), weight.mul_(scale).to(ctx.dtype), None
+
+
+class _Gradients:
+    """Of a loss that is being summed, by its inputs."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+        self.weight: torch.Tensor | None = None
+
+
+def _chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, gradients: _Gradients | None
+) -> torch.Tensor:
+    hidden, given = hidden.detach(), weight.detach()
+    weight = given.to(multiplied_dtype(given))
+    rows = max(1, MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cuda"]) // weight.shape[0])
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), rows):
+        inputs = hidden[start : start + rows].to(weight.dtype)
+        wanted = labels[start : start + rows, None]
+        kept = wanted != IGNORED
+        wanted = wanted.clamp_min(0)
+        logits = (inputs @ weight.t()).log_softmax(-1, dtype=torch.float32)
+        loss -= (logits.gather(1, wanted) * kept).sum()
+        if gradients is None:
+            continue
+        # Of the logits: probabilities less one at the label. Rows without a label are cleared in the products, which
+        # are smaller.
+        probabilities = logits.exp_()
+        probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
+        of_logits = probabilities.to(weight.dtype)
+        gradients.hidden[start : start + rows] = (of_logits @ weight) * kept
+        masked = inputs * kept
+        if gradients.weight is None:
+            whole = len(hidden) <= rows
+            gradients.weight = of_logits.t() @ masked if whole else (of_logits.t() @ masked).float()
+        elif weight.dtype == torch.float32:
+            gradients.weight.addmm_(of_logits.t(), masked)
+        else:
+            gradients.weight += of_logits.t() @ masked
+        del logits, probabilities, of_logits  # before the next ones are made
+    return loss
+
+
+# --- faster, where it can be had --------------------------------------------------------------------------------------
+
+
+def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
+    """liger_kernel.transformers for a recipe's ``model.liger``; None where it is to be left out.
+
+    "auto" goes on without it, and warns where it is installed. Raises ``NotInstalled`` and ``UsageError`` for "on".
+    """
+    on_gpu = device.startswith("cuda")
+    if asked == "off" or (asked == "auto" and not on_gpu):
+        return None
+    try:
+        import liger_kernel.transformers as liger
+
+        getattr(liger, _patch_name(architecture))  # imported only now, and with it what it expects of transformers
+    except (ImportError, AttributeError, RuntimeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel"
+        why = str(error).partition("\n")[0].rstrip(".")
+        found = "is not installed" if missing else f"cannot be used for {architecture} here: {why}"
+        advice = (
+            "Install it (pip install liger-kernel)" if missing else "Install what it needs, or another release of it"
+        )
+        if asked == "on":
+            raise NotInstalled(
+                f"model.liger is on, but liger-kernel {found}.\n{advice}, or set model.liger to auto."
+            ) from error
+        if not missing:
+            warnings.warn(
+                f"training goes on without Liger: liger-kernel {found}. {advice}, or set model.liger to off.",
+                stacklevel=2,
+            )
+        return None
+    if not on_gpu:
+        raise UsageError(f"model.liger is on, but Liger's kernels run on GPUs, and this run is on {device}.")
+    return liger
+
+
+def _patch_name(architecture: str) -> str:
+    return f"apply_liger_kernel_to_{architecture}"
+
+
+def _use_liger(built: Any, architecture: str, liger: Any) -> None:
+    """Liger's RMSNorm, rotary embedding, SwiGLU and its loss from hidden states.
+
+    Liger replaces the first three in transformers' module for the whole process, besides those of ``built``. The module
+    gets its own back, since an export is verified in this process on the CPU, which Triton refuses. What rotates has no
+    other place than the module, so it chooses by where its tensors are.
+    """
+    modeling = sys.modules[type(built.model).__module__]
+    before = dict(vars(modeling))
+    try:
+        getattr(liger, _patch_name(architecture))(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=built
+        )
+        fused = modeling.apply_rotary_pos_emb
+    finally:
+        vars(modeling).update(before)
+    modeling.apply_rotary_pos_emb = _on_gpus(fused, modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
+    built.lm_head.fused = liger.LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+    ).forward  # not the module itself, which would become a part of the head
+
+
+def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def chosen(query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return (fused if query.is_cuda else plain)(query, *rest, **options)
+
+    return chosen
+
+
+def _compile(built: Any, *, checkpointed: bool) -> None:
+    """Each layer in place, which keeps the names. Attention stays outside: every packing would be compiled anew."""
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MAX_GRAPHS)
+    built.attend = torch.compiler.disable(built.attend)
+    for layer in built.model.layers:
+        # One graph for each number of tokens: a run has few. Otherwise the leak test's would make the steps' dynamic.
+        layer.compile(dynamic=False)
+        if checkpointed:
+            # Outside of what is compiled. transformers' own has been inside since v5: attention breaks off the graph
+            # there, and torch then leaves the whole layer uncompiled without a word.
+            layer._compiled_call_impl = functools.partial(checkpoint, layer._compiled_call_impl, **_CHECKPOINTING)
+
+
+class _Float32Linear(torch.nn.Linear):  # type: ignore[misc]
+    """A bfloat16 layer on a CPU that cannot multiply bfloat16: see ``multiplied_dtype``."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return _Float32Product.apply(inputs, self.weight, self.bias)
+
+
+class _Float32Product(torch.autograd.Function):  # type: ignore[misc]
+    """``F.linear`` computed in float32; inputs, results and gradients keep their dtype, and so does what is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.biased = bias is not None
+        product = inputs.float() @ weight.float().t()
+        return (product if bias is None else product + bias).to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        whole = gradient.float()
+        rows = whole.flatten(0, -2)
+        of_weight = rows.t() @ inputs.flatten(0, -2).float()
+        return (
+            (whole @ weight.float()).to(inputs.dtype),
+            of_weight.to(weight.dtype),
+            rows.sum(0).to(weight.dtype) if ctx.biased else None,
+        )
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------
+
+
+def check_no_leak(model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str) -> None:
+    """Refuse to train when a document's loss depends on the document before it, or on nothing before it.
+
+    ``model`` is one of ours or an engine that holds one. Every rank calls this, and does the same three forward passes
+    of one row, whose second half is a document: its loss must not move when the first is another text, and must move
+    when its own first token is another one.
+
+    Raises ``TrainingStopped``.
+    """
+    if sequence_length < 4 or vocab_size < 2:
+        return  # no room for two documents with something to say
+    half = sequence_length // 2
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (1, sequence_length), generator=generator)
+    positions = torch.cat([torch.arange(half), torch.arange(sequence_length - half)])[None]
+    # The changed token's own row is left out: only through attention can it reach the others.
+    labels = tokens.roll(-1, 1)
+    labels[:, : half + 1] = IGNORED
+
+    def loss(changed: slice) -> float:
+        ids = tokens.clone()
+        ids[:, changed] = (ids[:, changed] + 1) % vocab_size
+        with torch.no_grad():
+            return float(model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0])
+
+    training = model.training
+    model.eval()
+    try:
+        alone, other_document, own_token = loss(slice(0, 0)), loss(slice(0, half)), loss(slice(half, half + 1))
+    finally:
+        model.train(training)
+    name = getattr(getattr(model, "module", model), "attention", "the model's")
+    # The same numbers are computed in the same order, so that nothing but a leak can change them.
+    if other_document != alone:
+        raise TrainingStopped(
+            f"documents of a packed row see each other in {name} attention: the loss of one is {alone!r}, and "
+            f"{other_document!r} after another document.\nSet model.attention to another one."
+        )
+    if own_token == alone:
+        raise TrainingStopped(
+            f"tokens of a document do not see the ones before them in {name} attention: the loss stays {alone!r} when "
+            "its first token is another one.\nCheck the checkpoint's weights; set model.attention to another one."
+        )

@@ -1,0 +1,69 @@
+"""AdamW's parameter groups, and the update of a step.
+
+nanotron's rule, which Hugging Face's Trainer turns around: RMSNorm weights decay, the (tied) embedding does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolconv.continual_pretraining.recipe.schema import Optimizer
+
+if TYPE_CHECKING:
+    import torch
+
+#: A tied head is the embedding; a regex that names either takes it.
+_ALIASES: Mapping[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("lm_head.weight",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share their weight decay, in the order of ``named_parameters``."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+
+    def to_json(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As a --groups file of ``smolconv convert`` has it."""
+        return {
+            "names": list(self.names), "weight_decay": self.weight_decay, "lr": 0.0,
+            "betas": list(optimizer.betas), "eps": optimizer.eps,
+        }  # fmt: skip
+
+
+def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool) -> tuple[Group, ...]:
+    """Decayed parameters first, then undecayed ones; a group without members is left out.
+
+    ``optimizer.no_decay`` are regexes matched from the start of a name, or of its tied name.
+    """
+    patterns = [re.compile(pattern) for pattern in optimizer.no_decay]
+    members: dict[bool, list[str]] = {True: [], False: []}
+    for name in names:
+        spellings = (name, *(_ALIASES.get(name, ()) if tied else ()))
+        members[not any(p.match(spelling) for p in patterns for spelling in spellings)].append(name)
+    return tuple(
+        Group(names=tuple(found), weight_decay=optimizer.weight_decay if decayed else 0.0)
+        for decayed, found in members.items()
+        if found
+    )
+
+
+def torch_groups(groups: Sequence[Group], parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """For torch's optimizers. By name: under ZeRO-3 a parameter's own shape is (0,)."""
+    return [
+        {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups
+    ]
+
+
+def set_hyperparameters(param_groups: Sequence[dict[str, Any]], groups: Sequence[Group], optimizer: Optimizer) -> None:
+    """The recipe's own, in the place of those that loading a checkpoint brought."""
+    for running, group in zip(param_groups, groups, strict=True):
+        running.update(weight_decay=group.weight_decay, betas=tuple(optimizer.betas), eps=optimizer.eps)
+
+
+def set_learning_rate(param_groups: Sequence[dict[str, Any]], lr: float) -> None:
+    for group in param_groups:
+        group["lr"] = lr

@@ -1,0 +1,264 @@
+"""A run's own checkpoints: ``checkpoints/step-N``, what DeepSpeed saved and beside it what the run needs to go on.
+
+A step's folder is written as ``step-N.partial``, put on disk, renamed, and only then named by ``latest``. A kill at any
+moment leaves the newest whole checkpoint where ``--resume auto`` finds it.
+
+A run that goes back to an earlier step leaves a branch: the steps that were saved after it. They become
+``step-N.left-1`` with the first save of the new branch, and no longer count as the run's steps. Only the user deletes
+them: they may be the newest work there is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smolconv.continual_pretraining.recipe.schema import Checkpoints
+from smolconv.errors import CorruptFile, MissingFile
+from smolconv.layouts.documents import is_count, understood
+from smolconv.layouts.layout import read_json
+from smolconv.storage.atomic import sync_folder
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+STATE = "trainer.json"
+#: Below the run's folder: the checkpoint that --resume named, until the first save after it.
+RESUME_FROM = "resume-from"
+_MOST_RANKS = 1 << 20
+_STEP = re.compile(r"step-(\d{1,18})")
+_LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a run must know to go on, beside the engine's tensors. Plain JSON types."""
+
+    step: int  #: completed
+    position: Mapping[str, Any]  #: of the data
+    zero_stage: int
+    world_size: int
+    dtype: str
+    micro_batch_sequences: int
+    global_batch_sequences: int
+    spikes: Mapping[str, Any]
+    skipped_steps: int = 0
+    manifest: bool = True  #: lists the files and their digests; early versions wrote none
+
+    def __post_init__(self) -> None:
+        counts = {"step": self.step, "world_size": self.world_size, "skipped_steps": self.skipped_steps}
+        if wrong := [name for name, value in counts.items() if not is_count(value) or value > 1 << 40]:
+            raise ValueError(f"{wrong[0]} is {counts[wrong[0]]!r:.60}, expected a count")
+        if self.zero_stage not in (0, 1, 2, 3) or not 1 <= self.world_size <= _MOST_RANKS:
+            raise ValueError(f"no run has ZeRO stage {self.zero_stage!r:.60} and {self.world_size} ranks")
+
+    def write(self, folder: Path) -> None:
+        write_text(folder / STATE, json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> RunState:
+        """Raises ``MissingFile`` where no run of ours saved, ``CorruptFile`` for a state that is not whole."""
+        path = folder / STATE
+        if not path.is_file():
+            raise MissingFile(
+                f"{folder} has no {STATE}: it was not saved by smolconv continue-train.\n"
+                "To start from it, name it as model.source; its optimizer is taken with start.optimizer."
+            )
+        document = {"manifest": False, **read_json(path)}
+        document.pop("schema", None)
+        with understood(path):
+            return RunState(**document)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps with a whole checkpoint, ascending."""
+    return sorted(int(match[1]) for match in _folders(run, _STEP))
+
+
+def _folders(run: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    found = (name.fullmatch(entry.name) for entry in os.scandir(folder) if entry.is_dir())
+    return [match for match in found if match]
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; None before the first. Raises ``MissingFile`` when it is not there."""
+    pointer = run / FOLDER / LATEST
+    if not pointer.is_file():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CorruptFile(
+            f"{pointer} holds {name!r:.60}; the name of a folder beside it, as step-1000, was expected.\n"
+            f"Whole checkpoints: {_named(saved_steps(run))}. Write one of these into it."
+        )
+    folder = pointer.parent / name
+    if not folder.is_dir():
+        raise MissingFile(
+            f"{pointer} names {folder.name}, which is not there; whole checkpoints: {_named(saved_steps(run))}.\n"
+            f"Write one of these into {pointer}, or start anew with --resume never and another --output."
+        )
+    return folder
+
+
+def _named(steps: Sequence[int]) -> str:
+    return ", ".join(f"step-{step}" for step in steps) or "none"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after, also when it was set aside; None for other names."""
+    match = _STEP.fullmatch(folder.name) or _LEFT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def earlier_steps(checkpoint: Path) -> list[Path]:
+    """The whole folders beside a step's that were saved before it, the newest first."""
+    step = step_of(checkpoint)
+    beside = [] if step is None else saved_steps(checkpoint.parent.parent)
+    return [checkpoint.with_name(f"step-{other}") for other in reversed(beside) if step is not None and other < step]
+
+
+def find_resume(run: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from: --resume auto, never or a path (a step's folder, or another run's).
+
+    ``auto`` is what an earlier start was told by a path, when nothing was saved since, else what ``latest`` names.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return chosen(run) or latest(run)
+    path = Path(resume)
+    found = latest(path) if (path / FOLDER).is_dir() and not (path / STATE).exists() else path
+    if found is None or not found.is_dir():
+        raise MissingFile(f"--resume {resume}: no checkpoint is there. Name a step-N folder, or a run's folder.")
+    return found
+
+
+def choose(run: Path, checkpoint: Path) -> None:
+    """Remember the checkpoint that --resume named: a start that dies before it saves must not go on from another."""
+    run.mkdir(parents=True, exist_ok=True)
+    folder, root = checkpoint.resolve(), run.resolve()
+    # Its own steps are still found when the run's folder has moved.
+    write_text(run / RESUME_FROM, str(folder.relative_to(root) if root in folder.parents else folder) + "\n")
+    sync_folder(run)
+
+
+def chosen(run: Path) -> Path | None:
+    """What ``choose`` remembered; None after the next save. Raises ``MissingFile`` when it is not there."""
+    record = run / RESUME_FROM
+    if not record.is_file():
+        return None
+    folder = run / record.read_bytes().decode(errors="replace").strip()
+    if not folder.is_dir():
+        raise MissingFile(
+            f"an earlier start was told to go on from {folder}, which is not there; nothing was saved since.\n"
+            f"Put it back, name another with --resume PATH, or delete {record} to go on from the run's latest."
+        )
+    return folder
+
+
+def forget(run: Path) -> None:
+    """What --resume named matters no more."""
+    (run / RESUME_FROM).unlink(missing_ok=True)
+
+
+def remove_partial(run: Path) -> list[str]:
+    """Delete what interrupted saves left. Returns what could not be deleted, and why."""
+    folder = run / FOLDER
+    partial = [entry.path for entry in os.scandir(folder) if entry.name.endswith(".partial")] if folder.is_dir() else []
+    return [note for path in sorted(partial) for note in _delete(Path(path))]
+
+
+def publish(run: Path, step: int) -> Path:
+    """Give a partial folder, whose files are on disk, its final name, and point ``latest`` at it.
+
+    An older folder of that name is set aside first, never deleted while ``latest`` names it.
+    """
+    final = step_folder(run, step)
+    pointer, partial = final.parent / LATEST, _partial(final)
+    sync_folder(partial)
+    # Written first: from here on there are only renames, which a full disk does not stop.
+    write_bytes(_partial(pointer), final.name.encode())
+    if final.exists():  # a step that is saved once more, after a resume from an earlier one
+        _set_aside(final)
+    partial.rename(final)
+    _partial(pointer).rename(pointer)
+    sync_folder(final.parent)
+    forget(run)
+    sync_folder(run)
+    return final
+
+
+def set_aside(run: Path, *, after: int, saved: int) -> None:
+    """Rename the steps that follow ``after``, but for ``saved``: they belong to the branch that the run has left.
+
+    ``after`` is the step that ``saved`` goes on from.
+    """
+    for step in saved_steps(run):
+        if step > after and step != saved:
+            _set_aside(step_folder(run, step))
+
+
+def _set_aside(folder: Path) -> None:
+    names = (folder.with_name(f"{folder.name}.left-{number}") for number in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
+
+
+def left_behind(run: Path) -> list[str]:
+    """Names of what was set aside, in the order of steps."""
+    return [match[0] for match in sorted(_folders(run, _LEFT), key=lambda match: (int(match[1]), int(match[2])))]
+
+
+def prune(run: Path, policy: Checkpoints) -> list[str]:
+    """Delete what the policy does not keep, never what ``latest`` names. Returns what could not be deleted, and why."""
+    newest = latest(run)
+    steps = saved_steps(run)
+    kept = set(steps if policy.keep is None else steps[-policy.keep :])
+    if policy.keep_every_steps:
+        kept |= {step for step in steps if step % policy.keep_every_steps == 0}
+    gone = [step for step in steps if step not in kept and (newest is None or newest.name != f"step-{step}")]
+    return [note for step in gone for note in _delete(step_folder(run, step))]
+
+
+def _delete(path: Path) -> list[str]:
+    """Delete a folder or a file; a note when it cannot be, as on NFS while another process reads it."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            # Renamed first: a kill in the middle of deleting must not leave something that looks whole.
+            doomed = path if path.name.endswith(".partial") else path.rename(_partial(path))
+            shutil.rmtree(doomed)
+        else:
+            path.unlink()
+    except OSError as error:
+        return [f"{path} could not be deleted ({error}). The next start tries again."]
+    return []
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file as a whole, on disk before it gets its name."""
+    write_bytes(_partial(path), text.encode())
+    _partial(path).rename(path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file and put it on disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

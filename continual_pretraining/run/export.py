@@ -1,0 +1,70 @@
+"""What is written after the last step: the model in the layouts that others read, compared with what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolconv.continual_pretraining.recipe.schema import Export
+from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
+from smolconv.errors import ParityFailed
+from smolconv.layouts.layout import ReadOptions
+from smolconv.layouts.registry import read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER = "export"
+
+
+def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str, torch.Tensor] | None) -> list[str]:
+    """Convert ``checkpoint`` to every format below ``run/export``; returns what to tell the user.
+
+    With ``export.verify`` what was written must equal ``weights``, the engine's own, bit for bit, and compute the
+    same logits as the checkpoint. Raises ``ParityFailed`` otherwise; what was written is then kept as ``.failed``.
+    """
+    said = []
+    for layout in export.formats:
+        target = run / FOLDER / layout
+        target.parent.mkdir(parents=True, exist_ok=True)
+        options = ConvertOptions(to=layout, optimizer=None if export.optimizer else False)
+        plan = plan_conversion(checkpoint, target, options)
+        reason = ""
+        if export.verify:
+            from smolconv.verify.compare import verify_conversion
+
+            result = run_conversion(
+                plan, overwrite=True, verifier=lambda plan, folder: verify_conversion(plan.prepared, folder).to_json()
+            )
+            reason = f": {(result.verification or {})['reason']}"
+            if weights is not None:
+                reason += f"; equal to the engine's {_compared(target, weights)} tensors"
+        else:
+            run_conversion(plan, overwrite=True)
+        said.append(f"exported {target}{reason}")
+        if export.push is not None and layout == "hf":
+            from smolconv.hub.hub import push_folder
+
+            said.append(f"pushed {push_folder(target, export.push, message='Trained with smolconv continue-train')}")
+    return said
+
+
+def _compared(target: Path, weights: Mapping[str, torch.Tensor]) -> int:
+    """How many tensors equal the engine's: all of them. Raises ``ParityFailed`` for the first that does not."""
+    import torch
+
+    from smolconv.verify.forward import to_torch
+
+    written = read_checkpoint(target, ReadOptions(optimizer=False)).parameters
+    if sorted(written) != sorted(weights):
+        wrong = sorted(set(written) ^ set(weights))[0]
+    else:
+        unequal = (name for name, tensor in weights.items() if not torch.equal(to_torch(written[name]), tensor))
+        wrong = next(unequal, "")
+    if wrong:
+        names = (target.with_name(f"{target.name}.failed{number}") for number in ("", *range(2, 1000)))
+        failed = next(name for name in names if not name.exists() and not name.is_symlink())
+        target.rename(failed)
+        raise ParityFailed(f"{target}: {wrong} is not what the engine holds. What was written is kept as {failed}.")
+    return len(written)

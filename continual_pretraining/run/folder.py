@@ -1,0 +1,171 @@
+"""A run's folder before its ranks start: which recipe it was trained by, and whether another may go on with it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoints import FOLDER, STATE, RunState, find_resume, latest
+from smolconv.errors import BadCheckpoint, OutputLocked, UsageError
+
+RECIPE = "recipe.resolved.yaml"
+LOCK = "run.lock"  #: held by rank 0 for as long as it trains
+#: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
+#: others would go on as something that neither recipe describes.
+_DECIDING = (
+    "seed", "model.source", "model.config", "model.step", "model.rope_theta", "model.max_positions", "data",
+    "optimizer.betas", "optimizer.eps", "optimizer.no_decay", "loss", "global batch", "micro-batch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A field in which two recipes differ."""
+
+    field: str
+    old: object
+    new: object
+    decides: bool  #: the model or its data
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new}"
+
+
+def changes(old: Recipe, new: Recipe) -> list[Change]:
+    """Where ``new`` differs from ``old``, in the order of fields."""
+    before, after = dict(_fields(old)), dict(_fields(new))
+    # With a mean over all tokens the loss does not depend on how a step is cut up.
+    free = {"micro-batch"} if old.loss.normalisation == new.loss.normalisation == "tokens" else set()
+    return [
+        Change(
+            field=field, old=before.get(field), new=after.get(field),
+            decides=field not in free and any(field == name or field.startswith(f"{name}.") for name in _DECIDING),
+        )
+        for field in dict.fromkeys([*before, *after])
+        if before.get(field) != after.get(field)
+    ]  # fmt: skip
+
+
+def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
+    """What the user should know before the run goes on, or begins. Writes nothing.
+
+    Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
+
+    Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise,
+    and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no checkpoint where ``resume`` says.
+    """
+    if resume == "never" and latest(run) is not None:
+        raise UsageError(
+            f"{run} holds a run's checkpoints, which --resume never would write over.\n"
+            "Choose another folder with --output, or leave --resume never out to go on."
+        )
+    checkpoint = find_resume(run, resume)
+    if checkpoint is None:
+        return []
+    of_run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
+    notes = [f"goes on from {checkpoint}"]
+    if not (of_run / RECIPE).is_file():
+        return notes
+    old, step = load_recipe(of_run / RECIPE), _completed(checkpoint)
+    if deciding := [change for change in changes(_begun(old, step), _begun(recipe, step)) if change.decides]:
+        raise UsageError(
+            "\n".join(
+                [f"{checkpoint} was trained by another recipe ({of_run / RECIPE}):", *(f"  {c}" for c in deciding)]
+            )
+            + "\nThe rest of this run would not be what either says. Take these back, or start a new run from it:\n"
+            f"another --output, model.source={checkpoint}, and what start.* shall carry over.\n"
+            f"If only a path has moved, change it in {of_run / RECIPE} too."
+        )
+    return [*notes, *(f"changed since its last start: {change}" for change in changes(old, recipe))]
+
+
+def _completed(checkpoint: Path) -> int | None:
+    """The step that a checkpoint was saved after; None where it does not say, which the ranks will refuse."""
+    try:
+        return RunState.read(checkpoint).step if (checkpoint / STATE).is_file() else None
+    except BadCheckpoint:
+        return None
+
+
+def _begun(recipe: Recipe, step: int | None) -> Recipe:
+    """The recipe with the stages that have read something by ``step``: the others may still be changed."""
+    stages = recipe.data.stages
+    begun = tuple(stage for stage in stages if step is None or stage.start_step <= step) or stages[:1]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"stages": begun})})
+
+
+def write_recipe(recipe: Recipe, run: Path) -> None:
+    """Write ``recipe.resolved.yaml`` as a whole; every node of a torchrun run does, at the same time.
+
+    Raises ``OutputLocked`` when another process trains in the folder by another recipe: its ranks read this file.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    path, text = run / RECIPE, dump_recipe(recipe)
+    if path.is_file() and path.read_text(encoding="utf-8") != text and _is_trained(run):
+        raise trained_elsewhere(run, ", by another recipe")
+    partial = run / f"{RECIPE}.{socket.gethostname()}-{os.getpid()}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def held_elsewhere(lock: int) -> bool:
+    """Whether another process holds the open lock file; it is ours from now on where none does.
+
+    A file system without locks has nobody hold them.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
+
+
+def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
+    """The error for a folder in which another process trains; ``how`` says more of that."""
+    return OutputLocked(
+        f"another process trains in {run} (it holds {run / LOCK}){how}.\n"
+        "Wait for it to end, or choose another --output."
+    )
+
+
+def _is_trained(run: Path) -> bool:
+    try:
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return held_elsewhere(lock)
+    finally:
+        os.close(lock)
+
+
+def _fields(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    document = recipe.model_dump(mode="json")
+    parallelism = document["parallelism"]
+    # However the batch was written down.
+    parallelism.pop("global_batch_sequences")
+    parallelism.pop("global_batch_tokens")
+    yield "global batch", f"{recipe.global_batch_sequences} sequences"
+    yield "micro-batch", f"{parallelism.pop('micro_batch_sequences')} sequences"
+    for name in ("output", "description"):
+        document.pop(name)
+    yield from _flat(document, "")
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _flat(below, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{name}.{index}")
+    else:
+        yield name, value

@@ -1,0 +1,215 @@
+"""The processes of a run, and what they tell each other."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from smolconv.errors import MachineError, NotInstalled, SmolconvError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+#: In the environment of a rank: which start of its run it belongs to. Its failure file repeats it, so that nobody takes
+#: another start's failure for this one's.
+ATTEMPT = "SMOLCONV_ATTEMPT"
+#: How long ranks wait for one that prepares or exports: a terabyte takes its time, and the launcher ends a run whose
+#: ranks have died.
+_PATIENCE = timedelta(hours=12)
+#: For everything else: a rank that hangs, but lives, must not hold the others' GPUs for longer. DeepSpeed makes groups
+#: of its own beside ours, with torch's default: 10 minutes for NCCL, 30 for gloo.
+_TRAINING_PATIENCE = timedelta(minutes=30)
+NVIDIA = Path("/dev/nvidiactl")  #: there where NVIDIA's driver is loaded, whether or not it works
+
+
+class Elsewhere(SmolconvError):
+    """Another rank failed, and has said why."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Which process this is, and where it computes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    patient: torch.distributed.ProcessGroup  #: all ranks, by gloo; to wait for one that takes hours
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        import torch.distributed
+
+        torch.distributed.barrier(group=self.patient)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. An error of rank 0's is raised on all, so that none waits for ever."""
+        import torch.distributed
+
+        result: list[Any] = [None]
+        error: BaseException | None = None
+        if self.first:
+            try:
+                result = [(make(), None)]
+            except Exception as caught:
+                error = caught
+                result = [(None, (getattr(caught, "exit_code", 70), f"{type(caught).__name__}: {caught}"))]
+        torch.distributed.broadcast_object_list(result, src=0, group=self.patient)
+        value, failed = result[0]
+        if error is not None:
+            raise error
+        if failed is not None:
+            raise Elsewhere(*failed)
+        return value  # type: ignore[no-any-return]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        import torch
+
+        vector = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(vector)
+        return [float(value) for value in vector.tolist()]
+
+    def everyone(self, value: T) -> list[T]:
+        """A value of every rank, in their order."""
+        import torch.distributed
+
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+
+def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
+    """Meet the other processes that the launcher started, as RANK, WORLD_SIZE and MASTER_ADDR say.
+
+    ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell.
+
+    Raises ``NotInstalled`` without torch and deepspeed; ``MachineError`` where a GPU is missing, when ranks see
+    different devices, and when they do not meet.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "transformers", "deepspeed") if find_spec(name) is None]
+    if missing:
+        raise NotInstalled(f"training needs {' and '.join(missing)}: pip install 'smolconv[train]'.")
+    import torch
+
+    local_rank, local_size = (int(os.environ.get(name, "0") or 0) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    cuda = torch.cuda.is_available()
+    _check_gpu(gpus, local_rank, local_size)
+    store = _meet(cuda)
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // max(1, local_size)))
+        _keep_freed_memory()
+    import deepspeed
+    import deepspeed.ops
+
+    if not cuda:
+        # Compiled at init_distributed otherwise, for a minute, for ranks that share memory; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(local_rank)
+    # DeepSpeed meets the ranks by the same store, and leaves a group that is there already as it is.
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_TRAINING_PATIENCE, verbose=False)
+    try:
+        patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise MachineError(
+            f"the ranks cannot reach each other by gloo: {_first_line(error)}\n"
+            "Where a node's name leads to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
+        ) from error
+    del store  # not before: a server of our own ends with it
+    return Ranks(
+        rank=torch.distributed.get_rank(),
+        local_rank=local_rank,
+        world_size=torch.distributed.get_world_size(),
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        patient=patient,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse what a step has freed, as torch does on GPUs, instead of giving it back to the kernel.
+
+    By default every large tensor is mapped anew, and the kernel fills its pages with zeros: a quarter of a ZeRO-2 step
+    of 512 tokens, measured. Without glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
+def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
+    """Raise ``MachineError`` where this rank should have a GPU, and has none: training on CPUs would go unnoticed."""
+    import torch
+
+    node = socket.gethostname()
+    if torch.cuda.is_available():
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise MachineError(
+                f"{node}: {local_size} ranks run on it, but it has {count} GPU{'s' * (count > 1)} for them, and each "
+                "needs its own.\nAsk for more, or give --nproc-per-node at most that."
+            )
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    if expected or (expected is None and NVIDIA.exists() and not hidden):
+        why = "the job asks for GPUs" if expected else f"{NVIDIA} is there"
+        build = "" if torch.version.cuda or torch.version.hip else ", which was built for CPUs only"
+        raise MachineError(
+            f"{node}: {why}, but torch {torch.__version__}{build} sees none.\n"
+            "Look at `nvidia-smi` there, and at which torch is installed. To train on CPUs: for Slurm, "
+            "launch.slurm.gpus_per_node=0; else set CUDA_VISIBLE_DEVICES to nothing."
+        )
+
+
+def _meet(cuda: bool) -> torch.distributed.Store:
+    """Meet the others, and agree on the device before a backend is chosen: gloo and NCCL would wait for each other.
+
+    The store in which they met. Raises ``MachineError`` on all ranks when only some have GPUs.
+    """
+    import torch.distributed
+
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=_TRAINING_PATIENCE))
+        store.set(f"smolconv/device/{rank}", f"{'with a GPU' if cuda else 'without'} on {socket.gethostname()}")
+        if rank == 0:
+            seen = Counter(store.get(f"smolconv/device/{other}").decode() for other in range(world_size))
+            kinds = {text.partition(" on ")[0] for text in seen}
+            told = ", ".join(f"{count} {text}" for text, count in seen.items())
+            store.set("smolconv/devices", told if len(kinds) > 1 else "alike")
+        found = store.get("smolconv/devices").decode()
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise MachineError(
+            f"the ranks did not meet at {where}: {_first_line(error)}\n"
+            "Check that every node reaches it, and that nothing else listens there."
+        ) from error
+    if found != "alike":
+        message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
+        raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
+    return store
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

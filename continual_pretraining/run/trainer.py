@@ -1,0 +1,422 @@
+"""One rank's training: an engine, a stream of micro-batches, a step at a time.
+
+A step is a pure function of the recipe, the step's number and the state: learning rate and data are looked up by
+number, never advanced, so that a resumed run cannot drift from one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from smolconv.checkpoint import TrainingProgress
+from smolconv.continual_pretraining.data.stream import (
+    Batch,
+    StepData,
+    TokenFolder,
+    TrainingData,
+    evaluation_batches,
+    open_folders,
+    open_held_out,
+    stages_of,
+)
+from smolconv.continual_pretraining.engine.attention import move
+from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
+from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
+from smolconv.continual_pretraining.estimate.estimate import FORMULA, flops_per_token
+from smolconv.continual_pretraining.recipe.schedules import learning_rate
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoints import RunState, latest
+from smolconv.continual_pretraining.run.gate import check_first_loss
+from smolconv.continual_pretraining.run.ranks import Ranks
+from smolconv.continual_pretraining.run.saving import restore_random, save_run
+from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
+from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
+from smolconv.continual_pretraining.watch.spikes import SpikeDetector
+from smolconv.errors import MachineError, SmolconvError, TrainingStopped
+from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
+from smolconv.models.spec import ModelSpec, spec_from_hf
+
+#: How many micro-batches without a finite loss an error lists.
+_NAMED_MICRO_BATCHES = 8
+
+
+class StoppedBySignal(SmolconvError):
+    """SIGTERM or SIGUSR1 arrived; everything is saved."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """What a step's micro-batches gave, over all ranks."""
+
+    loss: float  #: mean of micro-batch means, or mean over all targets, as loss.normalisation says
+    grad_norm: float  #: before clipping
+    skipped: bool
+
+
+class Trainer:
+    """Lives from the engine's start to its end. All methods are called by all ranks."""
+
+    def __init__(self, recipe: Recipe, run: Path, start: StartPoint, ranks: Ranks) -> None:
+        self.recipe, self.run, self.start, self.ranks = recipe, run, start, ranks
+        self.spec: ModelSpec = spec_from_hf(dict(start.config))
+        self.spikes = SpikeDetector(recipe.spikes)
+        if start.spikes:
+            self.spikes.restore(start.spikes)
+        self.skipped_steps = start.skipped_steps
+        self.stop_asked = 0
+        self.saved_step: int | None = start.step if start.resumed else None
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(start.config, recipe.model, str(ranks.device))
+        self.groups = groups_of(recipe, self.spec)
+        self.engine = self._engine()
+        self._load()
+        self.watch: Watch | None = None
+        self.data: TrainingData | None = None
+        self.held_out: Sequence[TokenFolder] = ()
+        self.step_began = 0.0
+
+    # --- the engine ---
+
+    def _engine(self) -> Any:
+        import deepspeed
+
+        parameters = dict(self.model.named_parameters())
+        given = self.recipe.optimizer
+        optimizer = torch.optim.AdamW(
+            torch_groups(self.groups, parameters), lr=0.0, betas=given.betas, eps=given.eps,
+            # One kernel over a flat tensor: as fast as DeepSpeed's own Adams, which are compiled first, for minutes.
+            fused=True,
+        )  # fmt: skip
+        optimizer.register_load_state_dict_pre_hook(_stay_fused)
+        engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
+        )
+        replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
+        if self.ranks.world_size == 1:
+            # Nothing to sum: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back.
+            engine.buffered_allreduce_fallback = lambda **_: None
+        return engine
+
+    def _load(self) -> None:
+        path, _ = self.engine.load_checkpoint(
+            self.start.folder, tag=self.start.tag, load_lr_scheduler_states=False, load_optimizer_states=True
+        )
+        if path is None:
+            raise MachineError(f"DeepSpeed found nothing to load in {self.start.folder}, tag {self.start.tag}.")
+        # Counted by us: a source's own count would move DeepSpeed's accumulation boundary and file names.
+        self.engine.global_steps = self.start.step
+        self.engine.micro_steps = self.start.step * self.engine.gradient_accumulation_steps()
+        self.engine.global_samples = self.start.step * self.recipe.global_batch_sequences
+        set_hyperparameters(self.engine.optimizer.param_groups, self.groups, self.recipe.optimizer)
+        if hasattr(self.engine.optimizer, "clip_grad"):  # ZeRO 1 and 2 load the checkpoint's
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+        if self.start.resumed:
+            restore_random(Path(self.start.folder) / self.start.tag, self.ranks)
+
+    @property
+    def _clips_itself(self) -> bool:
+        """ZeRO-0 in fp32: DeepSpeed's optimizer is torch's own there, which neither clips nor skips."""
+        return self.recipe.parallelism.zero_stage == 0 and self.recipe.model.dtype == "float32"
+
+    # --- one micro-batch ---
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the targets' losses, fp32; number of targets)."""
+        device = self.ranks.device
+        loss_sum, targets = self.engine(
+            input_ids=move(torch.from_numpy(batch.input_ids), device),
+            positions=torch.from_numpy(batch.positions),  # where documents begin is looked up on the CPU
+            labels=move(torch.from_numpy(batch.labels), device),
+        )
+        return loss_sum, targets
+
+    def check_start(self) -> None:
+        """The leak test, and the start gate. Raises ``TrainingStopped``."""
+        self.engine.eval()
+        length = min(64, self.recipe.data.sequence_length)
+        if self.recipe.data.mask_documents and length >= 4:
+            check_no_leak(self.engine, self.spec.vocab_size, length, str(self.ranks.device))
+        if self.start.gate is not None:
+            batch = self.ranks.from_first(
+                lambda: first_micro_batch(self.recipe, self.spec, self.start.step, self.start.position)
+            )
+            with torch.no_grad():
+                loss_sum, targets = self._forward(batch)
+            loss = float(loss_sum) / max(int(targets), 1)
+            check_first_loss(
+                loss, self.start.gate, dtype=self.recipe.model.dtype, tolerance=self.recipe.start.gate_tolerance
+            )
+            self._say(f"start gate: first loss {loss:.6f}, the source model's {self.start.gate.loss:.6f}")
+        self.engine.train()
+
+    # --- the run ---
+
+    def train(self) -> None:
+        """Every step that is left. Raises ``TrainingStopped`` and ``StoppedBySignal``."""
+        recipe, ranks, first = self.recipe, self.ranks, self.start.step + 1
+        try:
+            # First what a recipe gets wrong: opening the metrics drops the lines of steps that come again.
+            folders, self.held_out = ranks.from_first(self._open_data)
+            self.data = TrainingData(
+                recipe.data, global_batch_sequences=recipe.global_batch_sequences,
+                micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=self.spec.vocab_size,
+                rank=ranks.rank, world_size=ranks.world_size,
+                position=self.start.position, folders=folders,
+            )  # fmt: skip
+            if ranks.first:
+                self.watch = self._watch(first)
+                if self.start.went_back is not None:
+                    self.watch.event(self.start.step, self.start.went_back)
+            self.check_start()
+            _listen(self)
+            if recipe.evaluation is not None and self.start.resumed is None:
+                self._evaluate(self.start.step)  # what the run is to better
+            self.step_began = time.perf_counter()
+            for step in self.data.steps(first, recipe.schedule.train_steps):
+                self._step(step)
+        finally:
+            if self.data is not None:
+                self.data.close()
+            if self.watch is not None:
+                self.watch.close()
+
+    def _open_data(self) -> tuple[Mapping[str, TokenFolder], Sequence[TokenFolder]]:
+        recipe, vocab_size = self.recipe, self.spec.vocab_size
+        sources = [] if recipe.evaluation is None else recipe.evaluation.sources
+        held_out = [open_held_out(source, recipe.data, vocab_size) for source in sources]
+        return open_folders(recipe.data, self.start.position, vocab_size), held_out
+
+    def _step(self, data: StepData) -> None:
+        recipe, step = self.recipe, data.step
+        lr = learning_rate(recipe.schedule, step - 1)
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
+        found, stop = self._update(data)
+        if self.watch is not None:
+            seconds = time.perf_counter() - self.step_began  # with what it waited for its data
+            record = StepRecord(
+                step=step, loss=found.loss, lr=lr, grad_norm=found.grad_norm, tokens=sum(data.tokens.values()),
+                step_tokens=recipe.tokens_per_step, seconds=seconds, stage=data.stage, sources=data.tokens,
+                skipped=found.skipped,
+            )  # fmt: skip
+            self.watch.step(record)
+        evaluation = recipe.evaluation
+        if evaluation is not None and step % evaluation.every_steps == 0 and not stop:
+            stop = self._evaluate(step)
+        last = step == recipe.schedule.train_steps
+        if stop or last or step % recipe.checkpoints.every_steps == 0:
+            self._save(data, must=stop or last)
+        if stop:
+            raise StoppedBySignal(f"stopped by a signal after step {step}, which is saved. --resume auto goes on.")
+        self.step_began = time.perf_counter()
+
+    def _update(self, data: StepData) -> tuple[StepLoss, bool]:
+        """Forward, backward and the optimizer's step, and whether a rank was asked to stop."""
+        by_tokens = self.recipe.loss.normalisation == "tokens"
+        count = self.recipe.micro_batches_per_step
+        scale = 1.0
+        if by_tokens:
+            own = sum(int((batch.labels >= 0).sum()) for batch in data.micro_batches)
+            # DeepSpeed takes the mean over micro-batches; this makes it the mean over the step's targets.
+            scale = count / max(self.ranks.sums([own])[0], 1.0)
+        losses: list[torch.Tensor] = []
+        stop, skip, mean = False, False, math.nan
+        for index, batch in enumerate(data.micro_batches):
+            loss_sum, targets = self._forward(batch)
+            loss = loss_sum * scale if by_tokens else loss_sum / targets.clamp(min=1)
+            losses.append(loss.detach())
+            if index == len(data.micro_batches) - 1:
+                # Before the last backward, which may still be turned into nothing.
+                mean, stop = self._agree(data, losses, count)
+                skip = self.spikes.is_spike(mean) and self.recipe.spikes.action == "skip"
+                if self.spikes.is_spike(mean) and self.watch is not None:
+                    done = "skipped" if skip else "kept"
+                    self.watch.event(data.step, f"loss spike: {mean:.4f}, {done}", kind="spike")
+            if skip:
+                loss = loss * math.nan  # gradients that are not finite are DeepSpeed's own reason to skip a step
+            self.engine.backward(loss)
+            grad_norm = self._optimizer_step(index == len(data.micro_batches) - 1, skip)
+        self.spikes.observe(mean)
+        self.skipped_steps += skip
+        if not skip and not math.isfinite(grad_norm):
+            raise TrainingStopped(
+                f"the gradients of step {data.step} are not finite, though its loss is {mean:.4f}. Weights are those "
+                "before the step; nothing was saved after it. Look at this step's data, or lower the learning rate."
+            )
+        return StepLoss(loss=mean, grad_norm=grad_norm, skipped=skip), stop
+
+    def _agree(self, data: StepData, losses: Sequence[torch.Tensor], count: int) -> tuple[float, bool]:
+        """The step's loss over all ranks, and whether any was asked to stop, in one exchange."""
+        own = torch.stack(losses).double()
+        total, asked = self.ranks.sums([float(own.sum()), float(self.stop_asked > 0)])
+        if not math.isfinite(total):
+            bad = [
+                f"micro-batch {index * self.ranks.world_size + self.ranks.rank}: " + "; ".join(self._named(batch))
+                for index, (batch, loss) in enumerate(zip(data.micro_batches, own.tolist()))
+                if not math.isfinite(loss)
+            ]
+            named = [line for lines in self.ranks.everyone(bad) for line in lines]
+            if len(named) > _NAMED_MICRO_BATCHES:
+                named[_NAMED_MICRO_BATCHES:] = [f"and {len(named) - _NAMED_MICRO_BATCHES} more"]
+            raise TrainingStopped(
+                f"the loss of step {data.step} is not finite. It came from\n  " + "\n  ".join(named) + "\n"
+                "Nothing was changed by this step. Look at these documents, or lower the learning rate."
+            )
+        return total / count, asked > 0
+
+    def _named(self, batch: Batch) -> list[str]:
+        """Where a batch's rows and documents lie in the token files."""
+        assert self.data is not None
+        return self.data.describe(batch)
+
+    def _optimizer_step(self, last: bool, skip: bool) -> float:
+        engine, norm = self.engine, math.nan
+        if not (last and self._clips_itself):
+            engine.step()
+            if last:
+                found = engine.get_global_grad_norm()
+                norm = math.nan if found is None else float(found)
+            return norm
+        if skip:
+            update, engine.optimizer.step = engine.optimizer.step, lambda *_, **__: None
+            try:
+                engine.step()
+            finally:
+                engine.optimizer.step = update
+            return norm
+        limit = self.recipe.optimizer.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else math.inf))
+        if math.isfinite(norm):
+            engine.step()
+        return norm
+
+    def _evaluate(self, step: int) -> bool:
+        """Mean loss of every held-out source, and whether a rank was asked to stop meanwhile."""
+        self.engine.eval()
+        found: dict[str, float] = {}
+        for folder in self.held_out:
+            total, targets = 0.0, 0
+            for batch in self._batches_of(folder):
+                with torch.no_grad():
+                    loss_sum, count = self._forward(batch)
+                total, targets = total + float(loss_sum), targets + int(count)
+                if self.ranks.sums([float(self.stop_asked > 0)])[0]:
+                    self.engine.train()
+                    return True
+            total, counted = self.ranks.sums([total, targets])
+            found[folder.name] = total / max(counted, 1.0)
+        self.engine.train()
+        if self.watch is not None:
+            self.watch.evaluation(step, found)
+        return False
+
+    def _batches_of(self, folder: TokenFolder) -> Iterator[Batch]:
+        assert self.recipe.evaluation is not None
+        return evaluation_batches(
+            folder, self.recipe.data, self.recipe.evaluation.sequences,
+            self.recipe.parallelism.micro_batch_sequences, self.ranks.rank, self.ranks.world_size, self.spec.vocab_size,
+        )  # fmt: skip
+
+    # --- saving ---
+
+    def _save(self, data: StepData, *, must: bool) -> None:
+        given = self.recipe.parallelism
+        state = RunState(
+            step=data.step, position=data.position, zero_stage=given.zero_stage, world_size=self.ranks.world_size,
+            dtype=self.recipe.model.dtype, micro_batch_sequences=given.micro_batch_sequences,
+            global_batch_sequences=self.recipe.global_batch_sequences, spikes=self.spikes.state(),
+            skipped_steps=self.skipped_steps,
+        )  # fmt: skip
+        stages = stages_of(data.position)
+        progress = TrainingProgress(
+            step=data.step,
+            consumed_samples=sum(stage.consumed_train_samples for stage in stages),
+            consumed_tokens=sum(data.tokens.values()),
+            stages=stages,
+            last_stage_index=len(stages) - 1 if stages else None,
+        )
+        started = time.perf_counter()
+        after = self.start.step if self.saved_step is None else self.saved_step
+        try:
+            folder, notes = save_run(self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after)
+        except MachineError as error:
+            if must or self.recipe.checkpoints.on_full_disk == "stop":
+                raise
+            self._say(f"{error} Training goes on (checkpoints.on_full_disk: continue).", step=data.step)
+            return
+        self.saved_step = data.step
+        for text in (f"saved {folder} in {time.perf_counter() - started:.1f} s", *notes):
+            self._say(text, step=data.step)
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The weights of the forward pass, whole, on rank 0's CPU; the other ranks take part and get none."""
+        import deepspeed
+
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.ranks.first:
+                    found[name] = parameter.detach().cpu().clone()
+        return found
+
+    # --- watching ---
+
+    def _watch(self, first: int) -> Watch:
+        return Watch(
+            self.run, self.recipe, first_step=first,
+            flops_per_token=flops_per_token(self.spec, self.recipe.data.sequence_length),
+            flops_formula=FORMULA, peak_flops=self._peak_flops(),
+        )  # fmt: skip
+
+    def _peak_flops(self) -> float | None:
+        from smolconv.continual_pretraining.watch.metrics import peak_flops
+
+        name = torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else None
+        one = peak_flops(name, self.recipe.logging.peak_tflops)
+        return None if one is None else one * self.ranks.world_size
+
+    def _say(self, text: str, step: int | None = None) -> None:
+        if self.watch is not None:
+            self.watch.event(self.start.step if step is None else step, text)
+
+
+def _stay_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loading takes over how a checkpoint's optimizer was executed, which is ten times slower on a CPU when not fused.
+
+    Before it is loaded: Adam's step then goes to the device where the fused kernel wants it.
+    """
+    for group in state["param_groups"]:
+        group.update(fused=True, foreach=None, capturable=False)
+
+
+def _listen(trainer: Trainer) -> None:
+    """SIGTERM and SIGUSR1 ask for an end after the step; it is agreed on by all ranks.
+
+    They are heard until the process ends: a second signal must not kill a rank that is saving, or has just saved. The
+    export, which looks at ``stop_asked`` once, has handlers of its own (worker.py).
+    """
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        trainer.stop_asked = signum
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, ask)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """What an export is made from. Raises ``MachineError`` when nothing was saved."""
+    found = latest(run)
+    if found is None:
+        raise MachineError(f"{run} has no checkpoint to export.")
+    return found

@@ -1,0 +1,191 @@
+"""One rank of a run, as launchers start it: this module with RUN [--resume R]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.recipe.schema import Export, Recipe
+from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
+from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
+from smolconv.errors import SmolconvError
+
+if TYPE_CHECKING:
+    from smolconv.continual_pretraining.run.trainer import Trainer
+
+#: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
+_LOCK_PATIENCE_SECONDS = 180.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_rank(run: Path, resume: str) -> None:
+    """Join the others, prepare, train, export."""
+    recipe = load_recipe(run / RECIPE)
+    ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
+    from smolconv.continual_pretraining.engine.config import engine_config
+    from smolconv.continual_pretraining.run.resuming import find_origin
+    from smolconv.continual_pretraining.run.start import prepare
+
+    engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
+    lock = ranks.from_first(lambda: lock_run(run))
+    origin = find_origin(recipe, run, resume, ranks)
+    start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin))
+    _say(ranks, *start.notes)
+    done = start.step >= recipe.schedule.train_steps
+    if done:
+        _say(
+            ranks, *([start.went_back] if start.went_back else []), f"all {recipe.schedule.train_steps} steps are done"
+        )
+    from smolconv.continual_pretraining.run.trainer import Trainer, newest_checkpoint
+
+    trainer = Trainer(recipe, run, start, ranks)
+    if not done:
+        trainer.train()
+    if recipe.export is not None:
+        own = Path(start.resumed) if done and start.resumed else newest_checkpoint(run)
+        _export(recipe.export, run, trainer, own)
+    ranks.barrier()
+    if ranks.first:
+        os.close(lock)
+
+
+def _asks_for_gpus(recipe: Recipe) -> bool | None:
+    """Whether the launch has asked for GPUs; None for launchers that take what the node has."""
+    return recipe.launch.slurm.gpus_per_node != 0 if recipe.launch.launcher == "slurm" else None
+
+
+def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
+    """Rank 0 exports, and the others wait for it.
+
+    Raises ``StoppedBySignal`` on rank 0, and ``Elsewhere`` on the others: all is saved, and the next start exports.
+    """
+    from smolconv.continual_pretraining.run.export import export_run
+    from smolconv.continual_pretraining.run.trainer import StoppedBySignal
+
+    weights = trainer.weights() if export.verify else None
+
+    def make() -> list[str]:
+        try:
+            with _ended_by_signals():
+                if trainer.stop_asked:  # after the last step had looked
+                    raise KeyboardInterrupt
+                return export_run(export, run, checkpoint, weights)
+        except KeyboardInterrupt:
+            raise StoppedBySignal(
+                "stopped by a signal in the export; all steps are saved. The next start exports again."
+            ) from None
+
+    if not trainer.ranks.first:
+        _ignore_signals()
+    _say(trainer.ranks, *trainer.ranks.from_first(make))
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 do what Ctrl-C does, once. They are ignored from then on: what is left is to close."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        _ignore_signals()
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        _ignore_signals()
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def lock_run(run: Path) -> int:
+    """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
+
+    A job that Slurm has queued again waits for three minutes: its earlier start may have died with its node.
+    Raises ``OutputLocked``. A file system without locks gives none.
+    """
+    patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    deadline, told = time.monotonic() + patience, False
+    descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    while held_elsewhere(descriptor):
+        if time.monotonic() >= deadline:
+            os.close(descriptor)
+            raise trained_elsewhere(run)
+        if not told:
+            print(f"waits up to {patience:.0f} s for {run / LOCK}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1.0)
+    return descriptor
+
+
+def _say(ranks: Ranks, *lines: str) -> None:
+    if ranks.first:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run one rank and end with its exit code; what failed lies in ``logs/failure-rank-N.json`` for the launcher."""
+    parser = argparse.ArgumentParser(description="One rank of smolconv continue-train.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--resume", default="auto")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    given = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    code = 0
+    # torch and DeepSpeed announce each other's changes; on every rank, between the lines about the run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        run_rank(given.run, given.resume)
+    except Elsewhere as error:
+        code = error.exit_code
+    except BaseException as error:
+        code = exit_code_of(error)
+        _record(given.run, rank, error, code)
+        if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
+            traceback.print_exc()
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's and NCCL's threads may outlive an orderly end
+
+
+def exit_code_of(error: BaseException) -> int:
+    """As docs/cli.md has them."""
+    if isinstance(error, SmolconvError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return 4 if out_of_memory or isinstance(error, OSError) else 70
+
+
+def _record(run: Path, rank: int, error: BaseException, code: int) -> None:
+    try:
+        logs = run / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        document = {"rank": rank, "exit_code": code, "error": type(error).__name__, "message": str(error)}
+        document["attempt"] = os.environ.get(ATTEMPT, "")
+        (logs / f"failure-rank-{rank:05d}.json").write_text(json.dumps(document) + "\n")
+    except OSError:
+        pass  # the disk may be what failed; the message is printed all the same
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What a folder of token files holds, for people: lengths of documents, how they end, what windows make of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
+from smolconv.errors import CorruptFile
+
+#: Tokens that are read at most, shared evenly by the files; lengths come from the indexes and count every document.
+SCANNED_TOKENS = 1 << 28
+_CHUNK = 1 << 20
+
+Int64s = NDArray[np.int64]
+
+
+def report_tokens(
+    path: Path, *, sequence_length: int, eos_token_id: int | None = None, documents: int = 3, tokenizer: Any = None
+) -> dict[str, Any]:
+    """The report as JSON types, ``schema`` 1. ``tokenizer`` is one of the tokenizers library.
+
+    Documents are told apart by the index, or by ``eos_token_id`` where a file has none; without both, what needs them
+    is null. ``problems`` holds sentences on what is allowed but rarely meant.
+
+    Raises what ``TokenFolder.open`` does, and ``CorruptFile`` for a token outside the tokenizer's vocabulary.
+    """
+    vocab_size = None if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=True)
+    # With one token a row every folder can be opened; windows of the asked length are counted below.
+    folder = TokenFolder.open(path, 1, vocab_size=vocab_size)
+    lengths: Counter[int] = Counter()
+    last_tokens: Counter[int] = Counter()
+    inside = pieces = windows_scanned = masked = highest = scanned = empty = 0
+    told_apart = all(file.documents is not None for file in folder.files) or eos_token_id is not None
+    share = max(1, SCANNED_TOKENS // len(folder.files))
+    for file in folder.files:
+        part = file.ids[:share]
+        scanned += len(part)
+        if told_apart:
+            for ends, previous in _ends(file, part, eos_token_id):
+                some = np.diff(ends, prepend=previous)
+                empty += int((some == 0).sum())
+                _count(lengths, some)
+                real = ends[(some > 0) & (ends <= len(part))]
+                _count(last_tokens, part[real - 1])
+                row, used = sequence_length + 1, len(part) // (sequence_length + 1) * (sequence_length + 1)
+                # A document that begins at a window's last token is seen by it only as a label.
+                column = real[real < used] % row
+                pieces += int(((column > 0) & (column < sequence_length)).sum())
+        windows_scanned += len(part) // (sequence_length + 1)
+        if file.has_loss:
+            masked += int((file.losses[: len(part)] == 0).sum())
+        for start in range(0, len(part), _CHUNK):
+            chunk = part[start : start + _CHUNK]
+            highest = max(highest, int(chunk.max()))
+    if vocab_size is not None and highest >= vocab_size:
+        raise CorruptFile(
+            f"{path}: token id {highest} is outside the tokenizer's vocabulary of {vocab_size}.\n"
+            f"The folder was tokenised with {folder.files[0].tokenizer or 'another tokenizer'}.\n"
+            "Name that tokenizer, or tokenise the text again."
+        )
+    windows = sum(file.tokens // (sequence_length + 1) for file in folder.files)
+    end = eos_token_id if eos_token_id is not None else _most(last_tokens)
+    if end is not None:
+        found = sum(_occurrences(file.ids[:share], end) for file in folder.files)
+        inside = found - last_tokens[end]
+    endings = [
+        {"id": token, "token": None if tokenizer is None else tokenizer.id_to_token(token), "documents": count}
+        for token, count in last_tokens.most_common(5)
+    ]
+    report = {
+        "schema": 1,
+        "folder": str(path),
+        "files": [
+            {"name": f.path.name, "tokens": f.tokens, "documents": f.documents, "loss_mask": f.has_loss}
+            for f in folder.files
+        ],
+        "tokens": folder.tokens,
+        "token_bytes": folder.token_size,
+        "tokenizer": folder.files[0].tokenizer,
+        "scanned_tokens": scanned,
+        "highest_id": highest,
+        "documents": sum(lengths.values()) if told_apart else None,
+        "empty_documents": empty if told_apart else None,
+        "lengths": _statistics(lengths) if lengths else None,
+        "endings": endings,
+        "eos": None if end is None else {
+            "id": end,
+            "given": eos_token_id is not None,
+            "documents_ending": last_tokens[end],
+            "documents_seen": sum(last_tokens.values()),
+            "inside_documents": inside,
+        },
+        "sequence_length": sequence_length,
+        "windows": windows,
+        "tail_share": 1 - windows * (sequence_length + 1) / folder.tokens,
+        "documents_per_window": 1 + pieces / windows_scanned if windows_scanned and told_apart else None,
+        "masked_share": masked / scanned if folder.has_loss else None,
+        "first_documents": [_shown(ids, tokenizer) for ids in _first(folder, documents, eos_token_id)],
+        "problems": [],
+    }  # fmt: skip
+    report["problems"] = _problems(report)
+    return report
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    found = []
+    eos, windows = report["eos"], report["windows"]
+    if report["documents"] is None:
+        found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
+    elif eos is None or 2 * eos["documents_ending"] <= eos["documents_seen"]:
+        most = report["endings"][0]
+        if eos and 2 * most["documents"] > eos["documents_seen"]:
+            found.append(
+                f"{eos['documents_ending']} of {eos['documents_seen']} documents end in {eos['id']}; "
+                f"{most['documents']} end in {most['id']}: set data.eos_token_id to that"
+            )
+        else:
+            found.append(
+                "documents end in no common token: they were tokenised without an EOS, so only "
+                "data.boundaries: index tells them apart"
+            )
+    if report["empty_documents"]:
+        found.append(f"{report['empty_documents']} documents are empty (equal entries of the index)")
+    if eos and 2 * eos["documents_ending"] > eos["documents_seen"] and eos["inside_documents"] > 0:
+        found.append(
+            f"{eos['id']} occurs {eos['inside_documents']} times within documents: "
+            "boundaries by EOS and by index differ"
+        )
+    if windows == 0:
+        found.append(f"not one window of {report['sequence_length']} tokens: windows do not cross files")
+    return found
+
+
+def _ends(file: TokenFile, part: NDArray[Any], eos_token_id: int | None) -> Iterator[tuple[Int64s, int]]:
+    """Ends of documents in pieces, each with the end before it; by the EOS only those within ``part``."""
+    previous = 0
+    if file.documents is not None:
+        for start in range(0, file.documents, _CHUNK):
+            ends = file.ends[start : start + _CHUNK].astype(np.int64)
+            yield ends, previous
+            previous = int(ends[-1])
+        return
+    for start in range(0, len(part), _CHUNK):
+        ends = np.flatnonzero(part[start : start + _CHUNK] == eos_token_id) + start + 1
+        if len(ends):
+            yield ends, previous
+            previous = int(ends[-1])
+
+
+def _most(last_tokens: Counter[int]) -> int | None:
+    """The token that more than half of the documents end in."""
+    for token, count in last_tokens.most_common(1):
+        if 2 * count > last_tokens.total():
+            return token
+    return None
+
+
+def _occurrences(ids: NDArray[Any], token: int) -> int:
+    return sum(int((ids[start : start + _CHUNK] == token).sum()) for start in range(0, len(ids), _CHUNK))
+
+
+def _count(counter: Counter[int], values: NDArray[Any]) -> None:
+    for value, count in zip(*np.unique(values, return_counts=True)):
+        counter[int(value)] += int(count)
+
+
+def _statistics(lengths: Counter[int]) -> dict[str, Any]:
+    """In tokens, EOS included; percentiles are lengths that occur. Bins of the histogram double in width."""
+    values = np.array(sorted(lengths), np.int64)
+    counts = np.array([lengths[int(value)] for value in values], np.int64)
+    upto, total = np.cumsum(counts), int(counts.sum())
+
+    def percentile(share: float) -> int:
+        return int(values[np.searchsorted(upto, share * total)])
+
+    edges = [0, *(1 << power for power in range(4, int(values[-1]).bit_length() + 1))]
+    if edges[-1] <= values[-1]:
+        edges.append(2 * max(edges[-1], 8))
+    return {
+        "min": int(values[0]),
+        "median": percentile(0.5),
+        "mean": float((values * counts).sum() / total),
+        "p90": percentile(0.9),
+        "p99": percentile(0.99),
+        "max": int(values[-1]),
+        "histogram": [
+            {"from": low, "below": high, "documents": int(counts[(values >= low) & (values < high)].sum())}
+            for low, high in itertools.pairwise(edges)
+        ],
+    }
+
+
+def _first(folder: TokenFolder, count: int, eos_token_id: int | None) -> list[NDArray[Any]]:
+    found: list[NDArray[Any]] = []
+    for file in folder.files:
+        if file.documents is None and eos_token_id is None:
+            continue
+        for ends, previous in _ends(file, file.ids[:SCANNED_TOKENS], eos_token_id):
+            for end in ends[: count - len(found)]:
+                found.append(file.ids[previous:end])
+                previous = int(end)
+            if len(found) == count:
+                return found
+    return found
+
+
+def _shown(ids: NDArray[Any], tokenizer: Any) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"tokens": len(ids), "ids": ids.tolist()}
+    return {"tokens": len(ids), "text": tokenizer.decode(ids.tolist(), skip_special_tokens=False)}

@@ -1,0 +1,401 @@
+"""What a run says while it trains: metrics.jsonl and events.jsonl, the terminal, and the trackers of a recipe.
+
+Rank 0 has a ``Watch``; other ranks have none. Nothing here imports torch before TensorBoard is asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.errors import MachineError, NotInstalled
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+EventKind = Literal["note", "spike", "resume", "evaluation"]
+#: Speed on the terminal and the time left are means over this many steps.
+_RECENT_STEPS = 100
+_BLOCK_BYTES = 1 << 20
+
+#: Dense bf16 FLOP/s with fp32 accumulation, by what torch calls the device. NVIDIA's datasheets print the double, "with
+#: sparsity", for Hopper and later: H100 (SXM 1,979, PCIe 1,513, NVL 1,671), H200 (SXM 1,979, NVL 1,671), HGX B200 (36
+#: PFLOPS of 8). A100 312; L40S 362; Ada GPU architecture whitepaper: RTX 4090 165.2. A slice of a GPU (MIG) has none.
+_PEAKS = (
+    (r"NVIDIA H100 80GB HBM3", 989e12),
+    (r"NVIDIA H100 PCIe", 756e12),
+    (r"NVIDIA H100 NVL", 835e12),
+    (r"NVIDIA (H200|GH200.*)", 989e12),
+    (r"NVIDIA H200 NVL", 835e12),
+    (r"(NVIDIA )?A100[ -].*", 312e12),
+    (r"NVIDIA B200", 2250e12),
+    (r"NVIDIA L40S", 362e12),
+    (r"NVIDIA GeForce RTX 4090", 165e12),
+)
+
+
+def peak_flops(device_name: str | None, peak_tflops: float | None = None) -> float | None:
+    """FLOP/s that one device could do in dense bf16: the recipe's ``peak_tflops``, or by its name; None: unknown."""
+    if peak_tflops is not None:
+        return peak_tflops * 1e12
+    if device_name is None or "MIG" in device_name:
+        return None
+    return next((peak for name, peak in _PEAKS if re.fullmatch(name, device_name)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, over all ranks."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float  #: before clipping
+    tokens: int  #: consumed in the run so far
+    step_tokens: int  #: consumed by this step
+    seconds: float  #: of wall time
+    stage: str
+    sources: Mapping[str, int] = field(default_factory=dict)  #: tokens so far
+    skipped: bool = False  #: a spike, which changed no weights
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.step_tokens / self.seconds
+
+
+class Watch:
+    """Open while a run trains. Lines of a file that belong to ``first_step`` or later are dropped on opening.
+
+    ``flops_per_token`` is by the formula that ``flops_formula`` names, ``peak_flops`` of all ranks together; without a
+    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when that is a terminal.
+
+    Raises ``NotInstalled`` and ``MachineError`` when a tracker of the recipe cannot be started.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, first_step: int, flops_per_token: float, flops_formula: str,
+        peak_flops: float | None, interactive: bool | None = None,
+    ) -> None:  # fmt: skip
+        self._recipe, self._first, self._last = recipe, first_step, recipe.schedule.train_steps
+        self._flops_per_token, self._formula, self._peak = flops_per_token, flops_formula, peak_flops
+        self._recent: deque[StepRecord] = deque(maxlen=_RECENT_STEPS)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        run_id = _run_id(folder, new=first_step == 1)
+        self._sinks = _open_sinks(folder, recipe, first_step, run_id)
+        patient = recipe.checkpoints.on_full_disk == "continue"
+        self._metrics = _Lines(folder / METRICS, first_step, patient=patient, warn=self._say)
+        self._events = _Lines(folder / EVENTS, first_step, patient=patient, warn=self._say)
+        if sys.stderr.isatty() if interactive is None else interactive:
+            self._start_display()
+        if first_step > 1:
+            self.event(first_step, f"resumed after step {first_step - 1}", kind="resume")
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Write, show and send on one step."""
+        mfu = self._mfu(record.tokens_per_second)
+        values = {
+            "loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm,
+            "tokens_per_second": record.tokens_per_second, "seconds": record.seconds, "mfu": mfu,
+        }  # fmt: skip
+        broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+        line: dict[str, Any] = {"step": record.step, "tokens": record.tokens, "stage": record.stage}
+        line |= {name: None if name in broken else value for name, value in values.items()}
+        line["sources"] = dict(record.sources)
+        # JSON has no NaN: its null would look like an MFU that is not known.
+        line |= {"not_finite": broken} if broken else {}
+        line |= {"skipped": True} if record.skipped else {}
+        self._metrics.append(line)
+        sent = {f"train/{name}": value for name, value in values.items() if value is not None}
+        sent |= {f"tokens/{name}": float(count) for name, count in record.sources.items()}
+        self._send(record.step, sent | {"tokens/all": float(record.tokens)})
+        if record.step > self._first:  # the first step also compiles, allocates and fills caches
+            self._recent.append(record)
+        self._show(record)
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Losses on held-out sources, by their names, after ``step``."""
+        found = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+        said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.event(step, f"evaluation: {said}", kind="evaluation", losses=found)
+        self._send(step, {f"evaluation/{name}": loss for name, loss in losses.items()})
+
+    def event(self, step: int, text: str, *, kind: EventKind = "note", **more: Any) -> None:
+        """A line in events.jsonl and on the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``."""
+        self._events.append({"step": step, "kind": kind, "text": text, **more})
+        self._say(f"step {step:,}  {text}")
+
+    def close(self) -> None:
+        """End the display, the files and the trackers; a second call does nothing."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        for lines in (self._metrics, self._events):
+            lines.close()
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                self._say(f"warning: {sink.name} did not end well: {_first_line(error)}")
+        self._sinks = []
+
+    # --- trackers ---
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, values)
+            except Exception as error:  # whatever a tracker's trouble is, it is not worth a run
+                self._sinks.remove(sink)
+                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {_first_line(error)}")
+
+    # --- the terminal ---
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return None if self._peak is None else self._flops_per_token * tokens_per_second / self._peak
+
+    def _start_display(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True, highlight=False, force_terminal=True)
+        text = TextColumn("{task.fields[said]}", markup=False)
+        self._progress = Progress(TextColumn("training"), BarColumn(20), text, console=console, refresh_per_second=4)
+        self._task = self._progress.add_task("", total=self._last, completed=self._first - 1, said="the first step")
+        self._progress.start()
+
+    def _show(self, record: StepRecord) -> None:
+        every = self._recipe.logging.every_steps
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record.step, said=self._described(record))
+        elif record.step % every == 0 or record.step in (self._first, self._last):
+            self._say(self._described(record))
+
+    def _described(self, record: StepRecord) -> str:
+        recent = self._recent or [record]
+        seconds = sum(each.seconds for each in recent)
+        speed = sum(each.step_tokens for each in recent) / seconds
+        mfu = self._mfu(speed)
+        left = timedelta(seconds=round((self._last - record.step) * seconds / len(recent)))
+        parts = [
+            f"step {record.step:,}/{self._last:,}", f"loss {record.loss:.4f}", f"lr {record.lr:.2e}",
+            f"grad norm {record.grad_norm:.3f}", f"{speed:,.0f} tokens/s",
+            *([] if mfu is None else [f"MFU {mfu:.1%} ({self._formula})"]),
+            f"ETA {left}", record.stage,
+        ]  # fmt: skip
+        return "  ".join(parts)
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, soft_wrap=True)
+        else:
+            # A reader that has gone must not end the run.
+            with suppress(BrokenPipeError):
+                print(text, file=sys.stderr, flush=True)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """A file of JSON lines, each on its way to the disk when ``append`` returns.
+
+    When the disk is full, ``patient`` ones keep their lines until there is room; others raise ``MachineError``.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, patient: bool, warn: Callable[[str], None]) -> None:
+        self._path, self._patient, self._warn = path, patient, warn
+        self._waiting = bytearray()
+        self._warned = False
+        self._file: int | None = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # One system call: the file is never seen, and never left by a kill, with half of the lines dropped.
+        os.ftruncate(self._file, _bytes_before(self._file, first_step))
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._waiting += json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            # A full disk takes a part of a line: the rest stays here and goes first.
+            while self._waiting:
+                del self._waiting[: os.write(self._file, self._waiting)]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not self._patient:
+                raise MachineError(
+                    f"{self._path}: no space left to write step {line['step']}.\nFree some, and resume the run."
+                ) from None
+            if not self._warned:
+                self._warn(f"warning: {self._path}: no space left; its lines wait in memory until there is.")
+            self._warned = True
+        else:
+            self._warned = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+
+def _bytes_before(file: int, first_step: int) -> int:
+    """How much of a file to keep: up to the last whole line of a step before ``first_step``. Reads from the end."""
+    if first_step == 1:
+        return 0
+    for end, line in _lines_backwards(file):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(step := found.get("step"), int) and step < first_step:
+            return end
+    return 0
+
+
+def _lines_backwards(file: int) -> Iterator[tuple[int, bytes]]:
+    """Where each whole line ends, and the line, from the last to the first."""
+    start = os.fstat(file).st_size
+    tail, whole = b"", False  # of the line that is being found, and whether its line feed was seen
+    while start > 0:
+        size = min(_BLOCK_BYTES, start)
+        start -= size
+        block = os.pread(file, size, start) + tail
+        stop = len(block)
+        while (cut := block.rfind(b"\n", 0, stop - whole)) >= 0:
+            if whole:
+                yield start + stop, block[cut + 1 : stop]
+            stop, whole = cut + 1, True
+        tail = block[:stop]
+    if whole:
+        yield len(tail), tail
+
+
+def _run_id(folder: Path, *, new: bool) -> str:
+    """What trackers know the run by, also after it is resumed or its folder moved."""
+    path = folder / "logs" / "run-id"
+    with suppress(FileNotFoundError):
+        if not new:
+            return path.read_text(encoding="utf-8").strip()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(run_id := secrets.token_hex(4), encoding="utf-8")
+    return run_id
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+class _Sink(Protocol):
+    """A tracker that takes named numbers of a step."""
+
+    name: str
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # On resume the viewer is told to forget what an earlier attempt wrote of these steps.
+        purge = first_step if first_step > 1 else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=30)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Trackio:
+    """It knows a run by its name alone. Steps that are repeated after a crash are there twice."""
+
+    name = "trackio"
+
+    def __init__(self, project: str, recipe: Recipe, run_id: str) -> None:
+        import trackio
+
+        config = recipe.model_dump(mode="json")
+        self._run = trackio.init(project=project, name=f"{recipe.name}-{run_id}", config=config, resume="allow")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Wandb:
+    """It ignores steps that it has seen, so what is repeated after a crash stays as it was."""
+
+    name = "wandb"
+
+    def __init__(self, folder: Path, project: str, recipe: Recipe, run_id: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=project, name=recipe.name, config=recipe.model_dump(mode="json"), dir=str(folder / "logs"),
+            id=run_id, resume="allow",
+        )  # fmt: skip
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _open_sinks(folder: Path, recipe: Recipe, first_step: int, run_id: str) -> list[_Sink]:
+    given = recipe.logging
+    wanted: list[tuple[str, bool, Callable[[], _Sink]]] = [
+        ("tensorboard", given.tensorboard, lambda: _TensorBoard(folder, first_step)),
+        ("trackio", given.trackio is not None, lambda: _Trackio(given.trackio or "", recipe, run_id)),
+        ("wandb", given.wandb is not None, lambda: _Wandb(folder, given.wandb or "", recipe, run_id)),
+    ]
+    return [_open_sink(name, start) for name, on, start in wanted if on]
+
+
+def _open_sink(name: str, start: Callable[[], _Sink]) -> _Sink:
+    try:
+        return start()
+    except ImportError as error:
+        raise NotInstalled(
+            f"logging.{name} needs {name}, which cannot be imported: {_first_line(error)}\n"
+            f"pip install {name}, or take logging.{name} out of the recipe."
+        ) from None
+    except Exception as error:
+        raise MachineError(
+            f"logging.{name}: {name} could not be started: {type(error).__name__}: {_first_line(error)}\n"
+            f"Set it up (an account, the network, its offline mode), or take logging.{name} out of the recipe."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

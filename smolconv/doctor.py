@@ -1,0 +1,268 @@
+"""What this machine has for each command, and what would go wrong: ``smolconv doctor``.
+
+Every package is imported by a process of its own, as a command would: an installed version says little about a package
+that was built for another torch. What is wanted is read from smolconv's own metadata, so that nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smolconv import __version__
+from smolconv.continual_pretraining.run.ranks import NVIDIA
+from smolconv.processes import EMPTY_FOLDER, safe_environment
+
+#: The extra that each command needs besides the base installation; None: nothing.
+EXTRAS: Mapping[str, str | None] = {
+    "convert": None,
+    "hub": "hub",  # hf:// sources and --push
+    "verify": "verify",
+    "continue-train": "train",
+    "tokenize": "data",
+    "import-gguf": "gguf",
+}
+#: Taken when they are there, on a GPU: no command waits for them.
+_FASTER = ("flash-attn", "liger-kernel")
+#: Programs that a launcher runs besides Python's own packages.
+_LAUNCHERS: Mapping[str, Sequence[str]] = {
+    "local": (), "torchrun": (), "deepspeed": ("pdsh",), "slurm": ("sbatch", "srun"),
+}  # fmt: skip
+_IMPORT_SECONDS = 300
+#: Docker's default of 64 MB is too small for NCCL, which says so only in the middle of a start.
+_SHARED_MEMORY_BYTES = 1 << 30
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?\s*\(?([^;)]*)\)?(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?")
+#: What torch says of this machine. Its own process: torch takes seconds and memory that the doctor needs not.
+_TORCH = """
+import json, torch
+from smolconv.continual_pretraining.engine.attention import choose_attention
+count = torch.cuda.device_count()
+gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+print(json.dumps({
+    "cuda": torch.version.cuda,
+    "gpus": [{"name": gpu.name, "bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"} for gpu in gpus],
+    "attention": choose_attention("auto", "cuda:0" if gpus else "cpu", torch.bfloat16),
+    "cpu_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A distribution that a command imports."""
+
+    name: str
+    wanted: str  #: as ">=2.4"; empty: any version
+    version: str | None  #: None: not installed
+    problem: str | None  #: why it cannot be used
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandState:
+    """Whether a command can run here."""
+
+    ready: bool
+    install: str | None  #: what to type, where it cannot
+    packages: Sequence[Package]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the operating system says. None where it does not."""
+
+    system: str
+    python: str
+    cores: int  #: that this process may run on
+    memory_bytes: int | None  #: of the machine, or of the container where that is less
+    shared_memory_bytes: int | None  #: free in /dev/shm
+    open_files: int  #: that a process may have
+    disk_free_bytes: int  #: where the command was started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """Everything that was found."""
+
+    smolconv: str
+    machine: Machine
+    commands: Mapping[str, CommandState]
+    faster: Sequence[Package]  #: what training takes on a GPU when it is there
+    torch: Mapping[str, Any] | None  #: ``cuda``, ``gpus``, ``attention``, ``cpu_bf16``; None without torch
+    launchers: Mapping[str, Sequence[str]]  #: name -> programs that it lacks here
+    problems: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self)}
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove does: seconds."""
+    wanted = {command: _wanted(extra) for command, extra in EXTRAS.items()}
+    versions = {name: version for needs in wanted.values() for name, version in needs.items()}
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        packages = dict(zip(versions, pool.map(_package, versions, versions.values())))
+        faster = list(pool.map(lambda name: _package(name, ""), _FASTER))
+    commands = {}
+    for command, needs in wanted.items():
+        found = [packages[name] for name in needs]
+        ready = all(package.version is not None and package.problem is None for package in found)
+        install = None if ready else f'pip install "smolconv[{EXTRAS[command]}]"'
+        commands[command] = CommandState(ready=ready, install=install, packages=found)
+    machine, torch = _machine(), None
+    if packages["torch"].version is not None and packages["torch"].problem is None and commands["verify"].ready:
+        torch = _ask_torch()
+    everything = [*packages.values(), *faster]
+    return Diagnosis(
+        smolconv=__version__, machine=machine, commands=commands, faster=faster, torch=torch,
+        launchers={
+            name: [program for program in programs if shutil.which(program) is None]
+            for name, programs in _LAUNCHERS.items()
+        },
+        problems=_problems(everything, machine, torch),
+    )  # fmt: skip
+
+
+# --- packages --------------------------------------------------------------------------------------------------------
+
+
+def _wanted(extra: str | None) -> dict[str, str]:
+    """Distribution -> versions that smolconv asks for, of the base installation or of an extra."""
+    found: dict[str, str] = {}
+    for line in importlib.metadata.requires("smolconv") or ():
+        match = _REQUIREMENT.match(line)
+        if match is None or match[4] != extra:
+            continue
+        if match[1] == "smolconv":  # an extra that includes others
+            for other in match[2].split(","):
+                found |= _wanted(other)
+        else:
+            found[match[1]] = match[3].strip()
+    return found
+
+
+def _package(name: str, wanted: str) -> Package:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Package(name=name, wanted=wanted, version=None, problem=None)
+    problem = None if _fits(version, wanted) else f"smolconv needs {name}{wanted}"
+    return Package(name=name, wanted=wanted, version=version, problem=problem or _import_problem(name))
+
+
+def _fits(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # comes with everything whose version matters
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _import_problem(name: str) -> str | None:
+    module = {"pyyaml": "yaml"}.get(name, name.replace("-", "_"))
+    ended = _python(f"import {module}")
+    if ended is None:
+        return f"importing it did not end within {_IMPORT_SECONDS} s"
+    if ended.returncode == 0:
+        return None
+    said = ended.stderr.strip().splitlines()
+    return said[-1][:300] if said else f"importing it ended with {ended.returncode}"
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str] | None:
+    """Run it as a command would, in a folder that nothing is imported from; None when it does not end."""
+    environment = safe_environment({**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=_IMPORT_SECONDS,
+            check=False, cwd=EMPTY_FOLDER,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _ask_torch() -> Mapping[str, Any] | None:
+    ended = _python(_TORCH)
+    if ended is None or ended.returncode:
+        return None
+    answer: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return answer
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def _machine() -> Machine:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = Path("/dev/shm")
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        python=platform.python_version(),
+        cores=cores,
+        memory_bytes=_memory_bytes(),
+        shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        disk_free_bytes=shutil.disk_usage(".").free,
+    )
+
+
+def _memory_bytes() -> int | None:
+    found = []
+    with contextlib.suppress(ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # "max", or no such kind of limit
+            continue
+    return min(found, default=None)
+
+
+def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong, and what to do about it."""
+    found = [
+        f"{package.name} {package.version} cannot be used: {package.problem}."
+        for package in packages
+        if package.version is not None and package.problem is not None
+    ]
+    if torch is not None and torch["cuda"] is None and has_nvidia():
+        found.append("this machine has an NVIDIA GPU, but torch was built without CUDA. Install torch for CUDA.")
+    if torch is not None and torch["cuda"] is not None and has_nvidia() and not torch["gpus"]:
+        found.append(
+            "this machine has an NVIDIA GPU, but torch sees none. Look at nvidia-smi and CUDA_VISIBLE_DEVICES; the "
+            "driver may be too old for this torch."
+        )
+    for lock in _stale_locks():
+        found.append(
+            f"{lock}: an extension of DeepSpeed is being compiled, or was when its process was killed. Every start "
+            "that needs it waits for this file without a word. Delete it if nothing is compiling."
+        )
+    if machine.shared_memory_bytes is not None and machine.shared_memory_bytes < _SHARED_MEMORY_BYTES:
+        found.append(
+            f"/dev/shm has {machine.shared_memory_bytes / 1e6:.0f} MB free. NCCL fails in the middle of a start with "
+            "so little: start the container with --shm-size 8g, or with --ipc host."
+        )
+    return found
+
+
+def has_nvidia() -> bool:
+    """Whether NVIDIA's driver is loaded, whatever torch says."""
+    return NVIDIA.exists()
+
+
+def _stale_locks() -> list[Path]:
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    place = Path(given) if given else Path.home() / ".cache/torch_extensions"
+    return sorted([*place.glob("*/lock"), *place.glob("*/*/lock")])

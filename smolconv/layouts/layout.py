@@ -1,0 +1,200 @@
+"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from smolconv import __version__
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import CorruptFile, MissingFile, NameMismatch
+from smolconv.files import read_bytes
+from smolconv.models.spec import spec_to_hf
+from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
+from smolconv.storage.torch_archive.archive import (
+    ArchiveTensor,
+    Storage,
+    crc32_combine,
+    plan_torch_archive,
+    read_torch_archive,
+)
+from smolconv.tensors.lazy import LazyTensor, Stored, equal
+
+#: Files that travel with the weights, beside config.json.
+ASSET_NAMES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
+    "LICENSE",
+)  # fmt: skip
+#: What the pass over the tensors found, by file: digests are known only then.
+Written = Mapping[str, Sequence[WrittenTensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user may say about a source beside its path."""
+
+    config: Path | None = None  #: a config to use instead of the folder's own
+    step: int | None = None  #: which step of a run folder; the latest by default
+    rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
+    optimizer: bool = True  #: read Adam's state when it is there
+    check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
+    base: Path | None = None  #: a checkpoint that supplies weights which were left out (DeepSpeed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedOutput:
+    """A whole output folder, planned: nothing has been read or written yet but headers."""
+
+    files: tuple[PlannedFile, ...]
+    #: Small files whose content needs the digests: path -> made from what was written.
+    late: Mapping[str, Callable[[Written], bytes]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ``MissingFile``, or ``CorruptFile`` for anything else."""
+    try:
+        value = parse_json(read_bytes(path))
+    except FileNotFoundError:
+        raise MissingFile(f"{path} is not there.") from None
+    except IsADirectoryError:
+        raise MissingFile(f"{path} is a folder; a JSON file was expected. Name the file itself.") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path} is not valid JSON ({error}).\nCopy the file again.") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{path} holds {type(value).__name__}, expected an object.")
+    return value
+
+
+def parse_json(data: bytes) -> Any:
+    """Any JSON value. Raises ``ValueError``, also for NaN and infinity, which no document of ours could hold."""
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+
+    return json.loads(data, parse_float=finite, parse_constant=finite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveContent:
+    """One tensor among those that fill a storage of a torch archive, one after the other."""
+
+    name: str
+    slot: str
+    source: LazyTensor
+
+
+def archive_file(
+    path: str,
+    obj: object,
+    contents: Mapping[Storage, Sequence[ArchiveContent]],
+    *,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+) -> PlannedFile:
+    """Plan a torch archive that holds ``obj``, whose storages are filled by ``contents``.
+
+    ``allow`` are the classes that ``obj`` names, for reading it back.
+    """
+    plan = plan_torch_archive(PurePosixPath(path).stem, obj)
+    tensors: list[PlannedTensor] = []
+    records: list[tuple[Storage, int]] = []  # with the number of tensors in it
+    for storage, (offset, nbytes) in sorted(plan.records.items(), key=lambda item: item[1]):
+        parts = contents[storage]
+        assert sum(part.source.nbytes for part in parts) == nbytes, path
+        records.append((storage, len(parts)))
+        for part in parts:
+            tensors.append(PlannedTensor(name=part.name, slot=part.slot, offset=offset, source=part.source))
+            offset += part.source.nbytes
+
+    def finish(crcs: Sequence[int]) -> Sequence[Piece]:
+        found, at = {}, 0
+        for storage, count in records:
+            crc = 0
+            for tensor, part_crc in zip(tensors[at : at + count], crcs[at : at + count]):
+                crc = crc32_combine(crc, part_crc, tensor.source.nbytes)
+            found[storage] = crc
+            at += count
+        return plan.finish(found)
+
+    def check(written: Path) -> None:
+        found = {(t.offset, t.dtype) for t in _archive_tensors(read_torch_archive(written, allow=allow)) if t.nbytes}
+        wanted = {(t.offset, t.source.dtype) for t in tensors if t.source.nbytes}
+        if found != wanted or written.stat().st_size != plan.size:
+            raise CorruptFile(f"{written} reads back differently from what was planned.")
+
+    return PlannedFile(
+        path=PurePosixPath(path), size=plan.size, tensors=tuple(tensors), pieces=plan.pieces, finish=finish, check=check
+    )
+
+
+def _archive_tensors(value: object) -> Iterator[ArchiveTensor]:
+    if isinstance(value, ArchiveTensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _archive_tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _archive_tensors(item)
+
+
+def without_aliases(
+    found: Mapping[str, LazyTensor], aliases: Mapping[str, str], where: object
+) -> dict[str, LazyTensor]:
+    """Without a tied head's second copy, once it is known to be the same, bit for bit. Raises ``NameMismatch``."""
+    kept = dict(found)
+    for alias, name in aliases.items():
+        if alias not in found or name not in found:
+            continue
+        if found[alias] != found[name] and not equal(found[alias], found[name]):
+            raise NameMismatch(
+                f"{where}: config.json ties {alias} to {name}, but they are different tensors.\n"
+                "Set tie_word_embeddings to false if the head was trained apart."
+            )
+        del kept[alias]
+    return kept
+
+
+def copied_file(path: str, source: Path) -> PlannedFile:
+    """A file that is carried over byte for byte."""
+    size = source.stat().st_size
+    content = Stored(path=source, offset=0, shape=(size,), dtype="uint8")
+    tensors = (PlannedTensor(name=source.name, slot=None, offset=0, source=content),) if size else ()
+    return PlannedFile(path=PurePosixPath(path), size=size, tensors=tensors)
+
+
+def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """config.json of the model: the spec, and what the source's own document says beside it."""
+    origin = checkpoint.origin
+    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
+    if not known and "config.json" in checkpoint.assets:
+        # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
+        known = read_json(checkpoint.assets["config.json"])
+    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
+    return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
+
+
+def model_card(checkpoint: Checkpoint, what: str, source: str, tokenizer: bool) -> bytes:
+    """A README stub that states where the weights come from."""
+    spec = checkpoint.spec
+    lines = [
+        "---", "library_name: transformers", "tags: [smolconv]", "---", f"# {spec.architecture} checkpoint", "",
+        f"{what} written by smolconv {__version__} from `{source}` ({checkpoint.layout} layout).",
+        "Digests of every tensor are in `smolconv_manifest.json`; `smolconv inspect --check .` compares them.", "",
+        f"- {spec.num_layers} layers, hidden size {spec.hidden_size}, {spec.num_heads} query and {spec.num_kv_heads} "
+        f"key/value heads, vocabulary {spec.vocab_size}, rope theta {spec.rope_theta:g}",
+    ]  # fmt: skip
+    if checkpoint.progress is not None:
+        lines.append(f"- trained for {checkpoint.progress.step} steps")
+    if not tokenizer:
+        lines.append("- no tokenizer came with the source: add the one that the model was trained with")
+    return ("\n".join(lines) + "\n").encode()

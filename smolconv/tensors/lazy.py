@@ -1,0 +1,647 @@
+"""Tensors that are not read yet: where their bytes lie, and what is done to them on the way.
+
+A ``LazyTensor`` knows its shape, its dtype and how its bytes are made of bytes in files; nothing is read until a range
+is asked for. Whatever a layout does to a tensor (fuse, cut over ranks, reorder rotary rows, flatten) is an expression
+over ``Stored`` leaves. Expressions simplify on creation, so that a tensor which is contiguous in files says so.
+
+All ranges count elements of the flattened, row-major tensor. Shapes use R rows and W elements in a row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
+from smolconv.files import note
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    #: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
+    Raw = NDArray[Any]
+else:
+
+    def _on_first_use(name: str) -> Any:
+        """A module that is loaded when the first of its attributes is asked for."""
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    # numpy is half of the time to start, and whoever only inspects a checkpoint moves no element.
+    np = _on_first_use("numpy")
+    Raw = Any
+
+#: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
+#: A MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took up to three
+#: times the system time on ext4 (benchmarks/README.md).
+CHUNK_BYTES = 1 << 20
+#: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
+_DIRECT_RUN_BYTES = 32 << 10
+
+
+@cache
+def raw_dtype(dtype: str) -> np.dtype[Any]:
+    """The unsigned integer dtype of the same width."""
+    return np.dtype(f"uint{8 * DTYPE_BYTES[dtype]}")
+
+
+class LazyTensor(ABC):
+    """Shape, dtype, and where the bytes are. Immutable; reading from several threads at once is safe."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @cached_property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: the product of all dimensions but the first; 1 for vectors and scalars."""
+        return prod(self.shape[1:])
+
+    @abstractmethod
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        """Fill ``out``, contiguous ``[stop - start]`` of ``raw_dtype``, with that range of elements.
+
+        Raises ``CorruptFile`` when a file ends early and ``MissingFile`` when it has gone.
+        """
+
+    @abstractmethod
+    def leaves(self) -> Iterator[Stored]:
+        """The stored ranges that this tensor is made of, in no particular order."""
+
+    def extents(self) -> tuple[Stored, ...] | None:
+        """The file ranges whose bytes, one after the other, are the tensor; None when it takes arithmetic."""
+        return None
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+        """Element ranges of about ``chunk_bytes``, on row borders where rows are shorter than that."""
+        step = max(1, chunk_bytes // DTYPE_BYTES[self.dtype])
+        if self.width <= step:
+            step -= step % max(1, self.width)
+        for start in range(0, self.numel, step):
+            yield start, min(start + step, self.numel)
+
+    def numpy(self) -> Raw:
+        """The whole tensor in memory, as raw unsigned integers of its shape. For small tensors and tests."""
+        out = np.empty(self.numel, raw_dtype(self.dtype))
+        for start, stop in self.chunks():
+            self.read(start, stop, out[start:stop])
+        return out.reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(LazyTensor):
+    """A contiguous range of one file."""
+
+    path: Path
+    offset: int  #: bytes from the start of the file
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        offset, view = self.offset + start * DTYPE_BYTES[self.dtype], as_bytes(out)
+        _pread(self.path, offset, view)
+        if _thread.observer is not None:
+            _thread.observer(self.path, offset, view)
+
+    def leaves(self) -> Iterator[Stored]:
+        yield self
+
+    def extents(self) -> tuple[Stored, ...]:
+        return (self,)
+
+    def raw_bytes(self) -> bytes:
+        """All of its bytes. For scalars and other small tensors."""
+        data = bytearray(self.nbytes)
+        _pread(self.path, self.offset, memoryview(data))
+        return bytes(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Literal(LazyTensor):
+    """A small tensor held in memory: scalars such as Adam's step."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert len(self.data) == self.nbytes
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        out[:] = np.frombuffer(self.data, raw_dtype(self.dtype))[start:stop]
+
+    def leaves(self) -> Iterator[Stored]:
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros(LazyTensor):
+    """Zeros in every dtype: padding rows, biases that a layout leaves out, moments before the first step."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        out[:] = 0
+
+    def leaves(self) -> Iterator[Stored]:
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(LazyTensor):
+    """The flattened parts one after the other, seen in another shape. Build it with ``join``."""
+
+    parts: tuple[LazyTensor, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  #: of each part, in elements
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", tuple(accumulate(part.numel for part in self.parts)))
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        at, index = start, bisect_right(self.ends, start)
+        while at < stop:
+            part_start = self.ends[index] - self.parts[index].numel
+            end = min(stop, self.ends[index])
+            self.parts[index].read(at - part_start, end - part_start, out[at - start : end - start])
+            at, index = end, index + 1
+
+    def leaves(self) -> Iterator[Stored]:
+        for part in self.parts:
+            yield from part.leaves()
+
+    def extents(self) -> tuple[Stored, ...] | None:
+        found: list[Stored] = []
+        for part in self.parts:
+            extents = part.extents()
+            if extents is None:
+                return None
+            found.extend(extents)
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatSlice(LazyTensor):
+    """Elements ``start`` to ``start + numel`` of a base that is not contiguous. Build it with ``flat_slice``."""
+
+    base: LazyTensor
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        self.base.read(self.start + start, self.start + stop, out)
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
+class _Blocks(LazyTensor):
+    """A tensor that is easy to make in whole blocks of ``block`` elements (a row, a head); ranges may cut blocks."""
+
+    block: int
+
+    @abstractmethod
+    def produce(self, first: int, last: int, out: Raw) -> None:
+        """Fill ``out`` with blocks ``first`` to ``last``."""
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        block, item = self.block, DTYPE_BYTES[self.dtype]
+        most = max(1, CHUNK_BYTES // (block * item))
+        at = start
+        while at < stop:
+            first, inside = divmod(at, block)
+            whole = min((stop - at) // block, most)
+            if inside == 0 and whole:
+                end = at + whole * block
+                self.produce(first, first + whole, out[at - start : end - start])
+            else:
+                end = min(stop, (first + 1) * block)
+                with scratch(block, out.dtype) as one:
+                    self.produce(first, first + 1, one)
+                    out[at - start : end - start] = one[inside : inside + end - at]
+            at = end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(_Blocks):
+    """Columns ``start`` to ``stop`` of ``base`` [R, W]. Build it with ``column_slice``."""
+
+    base: LazyTensor
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.base.shape[0], self.stop - self.start)
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.stop - self.start
+
+    def produce(self, first: int, last: int, out: Raw) -> None:
+        width, item = self.base.width, DTYPE_BYTES[self.dtype]
+        rows = out.reshape(last - first, self.block)
+        if self.block * item >= _DIRECT_RUN_BYTES:
+            for row in range(first, last):
+                self.base.read(row * width + self.start, row * width + self.stop, rows[row - first])
+            return
+        step = max(1, CHUNK_BYTES // (width * item))
+        for row in range(first, last, step):
+            end = min(row + step, last)
+            with scratch((end - row) * width, out.dtype) as whole:
+                self.base.read(row * width, end * width, whole)
+                rows[row - first : end - first] = whole.reshape(-1, width)[:, self.start : self.stop]
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide(_Blocks):
+    """Parts [R, Wi] joined along their columns. Build it with ``join_columns``."""
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.parts[0].dtype
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.shape[1]
+
+    def produce(self, first: int, last: int, out: Raw) -> None:
+        rows, column = out.reshape(last - first, self.block), 0
+        for part in self.parts:
+            width = part.shape[1]
+            with scratch((last - first) * width, out.dtype) as piece:
+                part.read(first * width, last * width, piece)
+                rows[:, column : column + width] = piece.reshape(-1, width)
+            column += width
+
+    def leaves(self) -> Iterator[Stored]:
+        for part in self.parts:
+            yield from part.leaves()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryRows(_Blocks):
+    """Rows of ``base`` [heads * D, W] reordered within each head, between the two rotary conventions.
+
+    ``to_interleaved`` takes half-split order (x0 .. xD/2-1, y0 .. yD/2-1; Hugging Face) to interleaved pairs
+    (x0, y0, x1, y1, ..; GPT-J); otherwise the other way. Works for weights [heads * D, W] and biases [heads * D].
+    """
+
+    base: LazyTensor
+    head_size: int
+    to_interleaved: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.head_size * self.width
+
+    def produce(self, first: int, last: int, out: Raw) -> None:
+        inner = (2, self.head_size // 2) if self.to_interleaved else (self.head_size // 2, 2)
+        with scratch(out.size, out.dtype) as stored:
+            self.base.read(first * self.block, last * self.block, stored)
+            swapped = stored.reshape(last - first, *inner, self.width).swapaxes(1, 2)
+            out.reshape(swapped.shape)[:] = swapped
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(LazyTensor):
+    """``base`` in another floating-point dtype, rounded to nearest even. Build it with ``cast``."""
+
+    base: LazyTensor
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    def read(self, start: int, stop: int, out: Raw) -> None:
+        step = CHUNK_BYTES // 8
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            with scratch(end - at, raw_dtype(self.base.dtype)) as stored:
+                self.base.read(at, end, stored)
+                out[at - start : end - start] = _cast_raw(stored, self.base.dtype, self.dtype)
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
+def join(parts: Sequence[LazyTensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
+    """The parts one after the other: rows joined when ``shape`` is None, else seen in ``shape``.
+
+    Raises ``ShapeMismatch`` when dtypes, row widths or the number of elements disagree.
+    """
+    flat: list[LazyTensor] = []
+    for part in parts:
+        flat.extend(part.parts if isinstance(part, Joined) else (part,))
+    if shape is None:
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise ShapeMismatch(f"rows of different widths cannot be joined: {[part.shape for part in parts]}")
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    if len({part.dtype for part in flat}) != 1:
+        raise ShapeMismatch(f"parts of one tensor have different dtypes: {sorted({part.dtype for part in flat})}")
+    if sum(part.numel for part in flat) != prod(shape):
+        raise ShapeMismatch(f"parts with {[part.numel for part in flat]} elements cannot make a tensor {list(shape)}")
+    merged: list[LazyTensor] = []
+    for part in flat:
+        last = merged[-1] if merged else None
+        if (
+            isinstance(part, Stored)
+            and isinstance(last, Stored)
+            and part.path == last.path
+            and last.offset + last.nbytes == part.offset
+        ):
+            merged[-1] = Stored(path=last.path, offset=last.offset, shape=(last.numel + part.numel,), dtype=last.dtype)
+        elif isinstance(part, Zeros) and isinstance(last, Zeros):
+            merged[-1] = Zeros(shape=(last.numel + part.numel,), dtype=last.dtype)
+        elif part.numel or not merged:
+            merged.append(part)
+    if len(merged) == 1:
+        return reshape(merged[0], shape)
+    return Joined(parts=tuple(merged), shape=shape, dtype=flat[0].dtype)
+
+
+def reshape(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The same elements in another shape."""
+    return tensor if tensor.shape == shape else flat_slice(tensor, 0, tensor.numel, shape)
+
+
+def flat_slice(tensor: LazyTensor, start: int, stop: int, shape: tuple[int, ...] | None = None) -> LazyTensor:
+    """Elements ``start`` to ``stop`` of the flattened tensor, seen in ``shape`` (default: a vector)."""
+    shape = (stop - start,) if shape is None else shape
+    if not 0 <= start <= stop <= tensor.numel or prod(shape) != stop - start:
+        raise ShapeMismatch(f"elements {start}:{stop} as {list(shape)} do not fit a tensor {list(tensor.shape)}")
+    if start == 0 and stop == tensor.numel and shape == tensor.shape:
+        return tensor
+    match tensor:
+        case Stored():
+            offset = tensor.offset + start * DTYPE_BYTES[tensor.dtype]
+            return Stored(path=tensor.path, offset=offset, shape=shape, dtype=tensor.dtype)
+        case Zeros():
+            return Zeros(shape=shape, dtype=tensor.dtype)
+        case FlatSlice():
+            return FlatSlice(base=tensor.base, start=tensor.start + start, shape=shape)
+        case Cast():
+            return Cast(base=flat_slice(tensor.base, start, stop, shape), dtype=tensor.dtype)
+        case Joined():
+            parts, at, index = [], start, bisect_right(tensor.ends, start)
+            while at < stop:
+                part, end = tensor.parts[index], tensor.ends[index]
+                begin = end - part.numel
+                parts.append(flat_slice(part, at - begin, min(stop, end) - begin))
+                at, index = end, index + 1
+            return join(parts, shape) if parts else Zeros(shape=shape, dtype=tensor.dtype)
+    return FlatSlice(base=tensor, start=start, shape=shape)
+
+
+def row_slice(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows ``start`` to ``stop``."""
+    width = tensor.width
+    if isinstance(tensor, SideBySide):
+        return join_columns([row_slice(part, start, stop) for part in tensor.parts])
+    if isinstance(tensor, Columns):
+        return column_slice(row_slice(tensor.base, start, stop), tensor.start, tensor.stop)
+    return flat_slice(tensor, start * width, stop * width, (stop - start, *tensor.shape[1:]))
+
+
+def column_slice(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Columns ``start`` to ``stop`` of a matrix."""
+    if not 0 <= start <= stop <= tensor.shape[1]:
+        raise ShapeMismatch(f"columns {start}:{stop} do not fit a tensor {list(tensor.shape)}")
+    if (start, stop) == (0, tensor.shape[1]):
+        return tensor
+    match tensor:
+        case Zeros():
+            return Zeros(shape=(tensor.shape[0], stop - start), dtype=tensor.dtype)
+        case Columns():
+            return Columns(base=tensor.base, start=tensor.start + start, stop=tensor.start + stop)
+        case SideBySide():
+            parts, at = [], 0
+            for part in tensor.parts:
+                first, last = max(start, at), min(stop, at + part.shape[1])
+                if first < last:
+                    parts.append(column_slice(part, first - at, last - at))
+                at += part.shape[1]
+            return join_columns(parts)
+    return Columns(base=tensor, start=start, stop=stop)
+
+
+def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Matrices [R, Wi] side by side: [R, sum Wi]. Raises ``ShapeMismatch`` when rows or dtypes disagree."""
+    if len({(part.shape[0], part.dtype) for part in parts}) != 1:
+        raise ShapeMismatch(f"cannot be joined side by side: {[(part.shape, part.dtype) for part in parts]}")
+    flat: list[LazyTensor] = []
+    for part in parts:
+        flat.extend(part.parts if isinstance(part, SideBySide) else (part,))
+    merged: list[LazyTensor] = []
+    for part in flat:
+        last = merged[-1] if merged else None
+        if (
+            isinstance(part, Columns)
+            and isinstance(last, Columns)
+            and part.base is last.base
+            and last.stop == part.start
+        ):
+            merged[-1] = column_slice(part.base, last.start, part.stop)
+        else:
+            merged.append(part)
+    return merged[0] if len(merged) == 1 else SideBySide(parts=tuple(merged))
+
+
+def rotary_rows(tensor: LazyTensor, head_size: int, *, to_interleaved: bool) -> LazyTensor:
+    """Reorder rows within heads; the two directions cancel. See ``RotaryRows``."""
+    if tensor.shape[0] % head_size or head_size % 2:
+        raise ShapeMismatch(f"a tensor {list(tensor.shape)} has no whole heads of {head_size} rows")
+    if isinstance(tensor, RotaryRows) and tensor.head_size == head_size and tensor.to_interleaved != to_interleaved:
+        return tensor.base
+    return RotaryRows(base=tensor, head_size=head_size, to_interleaved=to_interleaved)
+
+
+def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """The tensor in another floating-point dtype; the tensor itself when it has it already."""
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
+        raise UnsupportedModel(f"{tensor.dtype} cannot be cast to {dtype}: only {', '.join(FLOAT_DTYPES)} can.")
+    if isinstance(tensor, Zeros):
+        return Zeros(shape=tensor.shape, dtype=dtype)
+    return Cast(base=tensor, dtype=dtype)
+
+
+def uncast(tensor: LazyTensor) -> LazyTensor:
+    """The tensor as it was before the first of its casts."""
+    while isinstance(tensor, Cast):
+        tensor = tensor.base
+    return tensor
+
+
+def equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bytes. Reads both, a chunk at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    for start, stop in a.chunks():
+        with scratch(stop - start, raw_dtype(a.dtype)) as left, scratch(stop - start, raw_dtype(a.dtype)) as right:
+            a.read(start, stop, left)
+            b.read(start, stop, right)
+            if not np.array_equal(left, right):
+                return False
+    return True
+
+
+def _cast_raw(raw: Raw, source: str, target: str) -> Raw:
+    if source == "bfloat16":
+        values: Any = (raw.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = raw.view(np.dtype(source))
+    if target != "bfloat16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(np.dtype(target)).view(raw_dtype(target))  # type: ignore[no-any-return]
+    with np.errstate(over="ignore", invalid="ignore"):
+        bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding may carry a NaN over into infinity: keep its sign and make it quiet.
+    rounded = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
+    narrow: Raw = rounded.astype(np.uint16)
+    return narrow
+
+
+#: Told of every range that is read of a file: path, offset in bytes, the bytes.
+ReadObserver = Callable[[Path, int, memoryview], None]
+
+
+class _ThreadState(threading.local):
+    """One thread's open files (newest last) and idle scratch buffers, and who watches what it reads."""
+
+    def __init__(self) -> None:
+        self.observer: ReadObserver | None = None
+        self.files: OrderedDict[Path, int] = OrderedDict()
+        self.buffers: list[NDArray[np.uint8]] = []
+
+    def __del__(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+
+_thread = _ThreadState()
+_OPEN_FILES = 16
+
+
+def _pread(path: Path, offset: int, view: memoryview) -> None:
+    # Opening costs a round trip on network file systems, so each thread keeps the files that it read last.
+    descriptor = _thread.files.get(path)
+    if descriptor is None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise MissingFile(f"{path} is gone. It was there when the conversion was planned; start again.") from None
+        note(path, descriptor)
+        _thread.files[path] = descriptor
+        if len(_thread.files) > _OPEN_FILES:
+            os.close(_thread.files.popitem(last=False)[1])
+    else:
+        _thread.files.move_to_end(path)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise CorruptFile(
+                f"{path} ends at byte {offset + done}, but its header promises {offset + len(view)}.\n"
+                "The file is truncated: copy it again."
+            )
+        done += count
+
+
+def as_bytes(raw: Raw) -> memoryview:
+    """A contiguous array's bytes, without a copy."""
+    return memoryview(raw.view(np.uint8).data) if raw.size else memoryview(b"")
+
+
+def close_thread_files() -> None:
+    """Close the files that the calling thread keeps open for reading."""
+    while _thread.files:
+        os.close(_thread.files.popitem()[1])
+
+
+@contextmanager
+def observed(observer: ReadObserver | None) -> Iterator[None]:
+    """Inside, the observer is told of what this thread reads of files."""
+    outer, _thread.observer = _thread.observer, observer
+    try:
+        yield
+    finally:
+        _thread.observer = outer
+
+
+@contextmanager
+def scratch(size: int, dtype: np.dtype[Any]) -> Iterator[Raw]:
+    """A buffer of ``size`` elements, reused by this thread: fresh pages cost more than the copy into them."""
+    needed = size * dtype.itemsize
+    held = _thread.buffers.pop() if _thread.buffers else np.empty(0, np.uint8)
+    if held.nbytes < needed:
+        held = np.empty(max(needed, 1 << 16), np.uint8)
+    try:
+        yield held[:needed].view(dtype)
+    finally:
+        _thread.buffers.append(held)

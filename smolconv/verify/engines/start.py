@@ -1,0 +1,192 @@
+"""Logits of the real engines, run in processes of their own: what DeepSpeed or nanotron itself makes of a folder.
+
+``--engine deepspeed`` starts as many gloo processes as the checkpoint has ranks, each of which loads it with
+``load_checkpoint``. Of ours are the parameter groups' names, and the reading of files: DeepSpeed's own runs what a file
+asks for. It reads the parameters of a universal folder by code that cannot be replaced, so that such a folder is first
+written as ZeRO-1 of one rank. ``--engine nanotron`` needs nanotron and a GPU: it was written from nanotron's source and
+has not run where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import BadCheckpoint, MixedCheckpoint, NotInstalled, UsageError
+from smolconv.layouts.deepspeed.documents import STAND_INS
+from smolconv.layouts.deepspeed.files import find_tag_folder, tag_files
+from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
+from smolconv.layouts.layout import ReadOptions, hf_config
+from smolconv.layouts.nanotron import find_step_folder
+from smolconv.processes import module_words, safe_environment
+from smolconv.storage.atomic import OutputFolder, require_space
+from smolconv.storage.output import write_files
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.verify.inputs import Rows
+
+ENGINES = ("deepspeed", "nanotron")
+_TIMEOUT_SECONDS = 3600
+#: How the names of files end that DeepSpeed looks for in a tag folder, by patterns and by older names.
+_LOADED = ("_model_states.pt", "optim_states.pt")
+
+
+@contextmanager
+def engine_logits(
+    engine: str, checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows
+) -> Iterator[NDArray[np.float32]]:
+    """The engine's own logits [T, V] for one row, mapped from a file that is there while the context is open.
+
+    Raises ``NotInstalled``, ``UsageError`` for a checkpoint that the engine cannot load here, and ``BadCheckpoint``
+    with the end of the engine's output when it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="smolconv-engine-") as scratch:
+        work = Path(scratch)
+        np.save(work / "tokens.npy", rows.tokens)
+        np.save(work / "positions.npy", rows.positions)
+        if engine == "deepspeed":
+            _run_deepspeed(checkpoint, folder, options, rows, work)
+        else:
+            _run_nanotron(folder, options, work)
+        yield np.load(work / "logits.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows, work: Path) -> None:
+    _require("deepspeed", "deepspeed")
+    topology, optimizer = checkpoint.topology, checkpoint.optimizer
+    if topology.tp is not None:
+        raise UsageError("--engine deepspeed: AutoTP checkpoints load only where their model was sharded by AutoTP.")
+    if optimizer is None:
+        raise UsageError(
+            f"--engine deepspeed: {folder} has no optimizer, without whose groups DeepSpeed loads nothing."
+        )
+    tag = find_tag_folder(folder, options.step)
+    _check_files(tag)
+    zero_stage, ranks = topology.zero_stage or 0, (topology.world_size or 1) if topology.zero_stage else 1
+    if topology.universal:
+        zero_stage, ranks = 1, 1
+        tag = _as_zero1(checkpoint, work / "zero1")
+    dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
+    job = {
+        "load_dir": str(tag.parent),
+        "tag": tag.name,
+        "zero_stage": zero_stage,
+        "bf16": dtype == "bfloat16",
+        "config": hf_config(checkpoint, dtype),
+        "groups": [list(group.names) for group in optimizer.groups],
+        "frozen": list(checkpoint.frozen),
+    }
+    (work / "job.json").write_text(json.dumps(job))
+    commands = [
+        (
+            module_words("smolconv.verify.engines.deepspeed", str(work)),
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"},
+        )
+        for rank in range(ranks)
+    ]
+    _run_all(commands, work)
+
+
+def _check_files(tag: Path) -> None:
+    """Look into every file that a rank will load, before any is started.
+
+    Raises ``MixedCheckpoint`` where a rank has two files: DeepSpeed would load another than ``read_deepspeed`` read.
+    """
+    files = tag_files(tag)
+    ours = {*files.models.values(), *files.optimizers.values()}
+    twice = sorted(path for path in tag.iterdir() if path.name.endswith(_LOADED) and path not in ours)
+    if twice:
+        raise MixedCheckpoint(
+            f"{tag.name} holds {twice[0].name}, a second file of a rank that has one.\n"
+            f"DeepSpeed would load it ({twice[0]}); one file a rank and kind was expected.\n"
+            "Keep the one that belongs to this checkpoint, and move the other away."
+        )
+    for path in sorted(ours):
+        read_torch_archive(path, allow=STAND_INS)
+
+
+def _as_zero1(checkpoint: Checkpoint, target: Path) -> Path:
+    """The tag folder of the checkpoint as DeepSpeed's ZeRO-1 saves it with one rank: 16 bytes a parameter on disk."""
+    written = plan_deepspeed(
+        with_adam(checkpoint, groups=None, zero_stage=1), DeepSpeedOptions(zero_stage=1, world_size=1)
+    )
+    require_space(target, sum(file.size for file in written.files))
+    with OutputFolder(target, "", resume=False, overwrite=False, loses=lambda _: None) as folder:
+        found = write_files(written.files, folder.partial, folder, workers=1, digest="none")
+        for path, make in written.late.items():
+            folder.write(path, make(found))
+        folder.publish()
+    return find_tag_folder(target)
+
+
+def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
+    _require("nanotron", "nanotron")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("--engine nanotron needs a GPU: nanotron's attention is a CUDA kernel.")
+    (work / "job.json").write_text(json.dumps({"step_folder": str(find_step_folder(folder, options.step))}))
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29531",
+    }
+    _run_all([(module_words("smolconv.verify.engines.nanotron", str(work)), environment)], work)
+
+
+def _require(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise NotInstalled(f"--engine {module} needs {package}: pip install {package}.")
+
+
+def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: Path) -> None:
+    """Start every rank, wait for all, and end all when one fails."""
+    logs = [work / f"rank-{rank}.log" for rank in range(len(commands))]
+    processes: list[subprocess.Popen[Any]] = []
+    try:
+        for (command, environment), path in zip(commands, logs):
+            with path.open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        env=safe_environment({**os.environ, **environment}),
+                    )
+                )
+        failed = _first_failure(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if failed is not None:
+        said = logs[failed].read_text(errors="replace").strip().splitlines()[-6:]
+        raise BadCheckpoint(f"rank {failed} of {len(commands)} of the engine failed:\n" + "\n".join(said))
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
+    import time
+
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or all(code == 0 for code in codes):
+            return failed
+        time.sleep(0.1)
+    return 0
