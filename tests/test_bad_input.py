@@ -37,10 +37,11 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConvertOptions, lost_with, plan_conversion
+from smolconv.convert import ConvertOptions, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
+from smolconv.replacing import lost_with
 
 TINY = FIXTURES / "nanotron" / "smollm2-tiny"
 TP2 = TINY / "tp2-pp1-dp2-zero1"

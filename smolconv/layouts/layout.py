@@ -1,9 +1,14 @@
-"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files."""
+"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files.
+
+A layout is a package with a ``layout.py`` that holds its ``Layout``, and a line in ``registry.py``. Whoever converts,
+verifies or downloads asks the record, and names no layout.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +20,7 @@ from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
 from smolconv.models.spec import spec_to_hf
+from smolconv.storage.manifest import MANIFEST
 from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import (
     ArchiveTensor,
@@ -31,6 +37,8 @@ ASSET_NAMES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
     "LICENSE",
 )  # fmt: skip
+#: The same as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
+ASSET_PATTERN = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
 #: What the pass over the tensors found, by file: digests are known only then.
 Written = Mapping[str, Sequence[WrittenTensor]]
 
@@ -55,6 +63,38 @@ class PlannedOutput:
     #: Small files whose content needs the digests: path -> made from what was written.
     late: Mapping[str, Callable[[Written], bytes]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFiles:
+    """Which files of a folder are a checkpoint of the layout, and what programs write beside one."""
+
+    names: frozenset[str] = frozenset()  #: paths within the folder
+    pattern: str = ""  #: of such paths, for what no reader opens
+    step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One layout: how it is recognised, read and written."""
+
+    name: str  #: in JSON, manifests and messages
+    words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
+    title: str  #: for people
+    signs: str  #: what its folders are recognised by, for the message that nothing was
+    detect: Callable[[Path], bool]
+    #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
+    read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
+    own_files: Callable[[Path], OwnFiles]
+    options: type[Any]  #: a dataclass of what only its writer knows; raises ``UsageError`` for what does not fit
+    plan: Callable[[Checkpoint, Any], PlannedOutput]
+    #: The checkpoint as its writer takes it, after dtype and vocabulary are chosen.
+    prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
+    #: Why Adam's state of a checkpoint has no place in it, or None.
+    without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.
+    of_an_engine: bool = False
+    takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from smolconv import __version__
@@ -59,6 +60,7 @@ class DeepSpeedOptions:
     zero_stage: int | None = None
     world_size: int | None = None
     universal: bool = False
+    groups: Path | None = None  #: a JSON file of the parameter groups to write
     sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that goes on; DeepSpeed's own by default
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ class NanotronOptions:
     pp: int = 1
     dp: int = 1
     zero_stage: int = 0  #: 0 or 1, of the optimizer's files
-    config: Path | None = None  #: a training YAML of nanotron
+    nanotron_config: Path | None = None  #: a training YAML of nanotron
 
     def __post_init__(self) -> None:
         for name, value in (("--tp", self.tp), ("--pp", self.pp), ("--dp", self.dp)):
@@ -320,12 +320,12 @@ class _Writer:
     def _scheduler_state(self) -> Mapping[str, Any] | None:
         if self.config is None:
             return None
-        if self.progress.scheduler is not None and self.options.config is None:
+        if self.progress.scheduler is not None and self.options.nanotron_config is None:
             return self.progress.scheduler
-        if self.options.config is None:
+        if self.options.nanotron_config is None:
             return None
-        with understood(self.options.config):
-            base, last = scheduled_lr(self.config, self.progress.step, str(self.options.config))
+        with understood(self.options.nanotron_config):
+            base, last = scheduled_lr(self.config, self.progress.step, str(self.options.nanotron_config))
         every = [parts[0] for parts in self.canonical.values()]
         return {
             "base_lrs": dict.fromkeys(every, base), "last_epoch": self.progress.step,
@@ -334,7 +334,7 @@ class _Writer:
         }  # fmt: skip
 
     def _training_config(self) -> dict[str, Any] | None:
-        given = self.options.config
+        given = self.options.nanotron_config
         if given is not None and (given.is_dir() or not given.exists()):
             found = "is a folder" if given.is_dir() else "is not there"
             raise MissingFile(f"--nanotron-config {given} {found}. Name a training config of nanotron.")
