@@ -23,13 +23,13 @@ from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
-from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions
+from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
 from smolconv.replacing import lost_with
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
-from smolconv.storage.integrity import SourceCheck, SourceReport
+from smolconv.storage.integrity import SourceCheck
 from smolconv.storage.manifest import MANIFEST, make_manifest, source_seals
-from smolconv.storage.output import PlannedFile, WrittenTensor, finiteness, total_bytes, write_files
+from smolconv.storage.output import PlannedFile, finiteness, total_bytes, write_files
 from smolconv.tensors.lazy import CHUNK_BYTES, FLOAT_DTYPES, Cast, LazyTensor, Stored, cast
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -360,23 +360,8 @@ def run_conversion(
             "unchecked": [f"{seal.path.name}: {seal.what}" for seal in report.unchecked],
             "without_digest": [str(path) for path in sealed.unsealed],
         }
-        warnings = (*plan.warnings, *sealed.warnings, *_unchecked(report), *_nonfinite(plan, written))
-        for path, make in plan.output.late.items():
-            folder.write(path, make(written))
-        manifest = make_manifest(
-            folder.partial,
-            plan.output.files,
-            plan.output.late,
-            written,
-            digest=plan.options.digest,
-            versions=_versions(),
-            source={
-                "uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": source_check,
-            },
-            plan_digest=plan.digest,
-            warnings=warnings,
-        )  # fmt: skip
-        folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
+        warnings = (*plan.warnings, *sealed.warnings, *_unchecked(source_check), *_nonfinite(plan, written))
+        _write_documents(plan, folder, written, source_check, warnings)
         verification = None if verifier is None else _verified(plan, folder.partial, verifier)
         if verification is not None and not verification["passed"]:
             failed = folder.publish_failed()
@@ -392,13 +377,26 @@ def run_conversion(
     )  # fmt: skip
 
 
-def _unchecked(report: SourceReport) -> list[str]:
-    if not report.unchecked:
+def _write_documents(
+    plan: ConversionPlan, folder: OutputFolder, written: Written, check: Mapping[str, Any], warnings: tuple[str, ...]
+) -> None:
+    """What can only be said once every tensor was read: the late files, and the manifest over all."""
+    for path, make in plan.output.late.items():
+        folder.write(path, make(written))
+    source = {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": check}
+    manifest = make_manifest(
+        folder.partial, plan.output.files, plan.output.late, written, digest=plan.options.digest, versions=_versions(),
+        source=source, plan_digest=plan.digest, warnings=warnings,
+    )  # fmt: skip
+    folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
+
+
+def _unchecked(check: Mapping[str, Any]) -> list[str]:
+    if not check["unchecked"]:
         return []
-    shown = _shown([f"{seal.path.name}: {seal.what}" for seal in report.unchecked], 3)
     return [
-        f"{len(report.unchecked)} digests of the source were not compared, as only parts of their bytes, or not in "
-        f"order, were read ({shown}). --check-source reads them whole."
+        f"{len(check['unchecked'])} digests of the source were not compared, as only parts of their bytes, or not in "
+        f"order, were read ({_shown(check['unchecked'], 3)}). --check-source reads them whole."
     ]
 
 
@@ -436,7 +434,7 @@ def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
     return min(each, 4 * CHUNK_BYTES)
 
 
-def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTensor]]) -> list[str]:
+def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     """What is said of infinity and NaN: apart, what a cast made of finite values, and what was there before."""
     names = [
         f"{tensor.name} ({tensor.slot})"
