@@ -25,8 +25,9 @@ from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
-from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
 from smolconv.layouts.deepspeed.files import find_tag_folder
+from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron

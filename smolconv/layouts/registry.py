@@ -8,7 +8,8 @@ from pathlib import Path
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.files import noting_files
-from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
+from smolconv.layouts.deepspeed.files import is_deepspeed
+from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.layout import ReadOptions
