@@ -30,7 +30,8 @@ from smolconv.layouts.deepspeed.groups import with_adam
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
-from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
+from smolconv.layouts.nanotron.reader import find_step_folder
+from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 from smolconv.layouts.registry import detect_layout, read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport

@@ -13,7 +13,7 @@ from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.nanotron import is_nanotron, read_nanotron
+from smolconv.layouts.nanotron.reader import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.lazy import close_thread_files
 
