@@ -28,7 +28,7 @@ from smolconv.hub.hub import open_source
 from smolconv.layouts.deepspeed.files import find_tag_folder
 from smolconv.layouts.deepspeed.groups import with_adam
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
-from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.nanotron.reader import find_step_folder
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
@@ -178,7 +178,7 @@ def plan_conversion(
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
-    from smolconv.layouts.gguf.gguf import read_gguf
+    from smolconv.layouts.gguf.reader import read_gguf
 
     _checked(options)
     refuse_nested(path, target)

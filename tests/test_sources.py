@@ -44,7 +44,7 @@ ACCOUNTED = {
     ("smolconv/verify/engines/nanotron.py", "nanotron.serialize.load_weights"): "reads safetensors and JSON",
     ("continual_pretraining/run/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
     ("smolconv/layouts/nanotron/documents.py", "yaml.load"): "by the safe loader",
-    ("smolconv/layouts/gguf/gguf.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
+    ("smolconv/layouts/gguf/reader.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
     ("continual_pretraining/watch/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
     ("smolconv/bootstrap/run_module.py", "import runpy"): "runs a module of ours by its name",
     ("smolconv/bootstrap/run_module.py", "runpy.run_module"): "runs a module of ours by its name",

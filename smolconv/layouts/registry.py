@@ -11,7 +11,7 @@ from smolconv.files import noting_files
 from smolconv.layouts.deepspeed.files import is_deepspeed
 from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
-from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
+from smolconv.layouts.huggingface.reader import is_huggingface, read_huggingface
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.reader import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE

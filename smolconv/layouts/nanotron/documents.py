@@ -27,6 +27,7 @@ def read_yaml(data: bytes, where: object) -> dict[str, Any]:
 
 
 def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:
+    """The model's config and where it was found: ``override``, model_config.json, or within config.yaml."""
     if override is not None:
         return read_json(override), str(override)
     path = step_folder / "model_config.json"
@@ -45,6 +46,7 @@ def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[st
 def read_progress(
     metadata: Mapping[str, Any] | None, path: Path, scheduler: Mapping[str, Any] | None
 ) -> TrainingProgress | None:
+    """From checkpoint_metadata.json, with the scheduler's state beside it. Raises ``CorruptFile``."""
     if metadata is None:
         return None
     metas = metadata.get("metas") or {}

@@ -87,6 +87,7 @@ def _optimizer_files(folder: Path, weights_topology: Topology) -> dict[tuple[int
 
 
 def optimizer_topology(folder: Path, topology: Topology) -> Topology:
+    """The weights' topology, with DP and the ZeRO stage by the names of the optimizer's files."""
     ranked = [parse_state_file(path.name) for path in folder.glob("optimizer_*.pt")]
     zero1 = [r.dp_size for r in ranked if r is not None and r.dp_size is not None]
     return Topology(tp=topology.tp, pp=topology.pp, dp=zero1[0] if zero1 else topology.dp, zero_stage=int(bool(zero1)))
@@ -95,6 +96,7 @@ def optimizer_topology(folder: Path, topology: Topology) -> Topology:
 def read_optimizer(
     folder: Path, spec: ModelSpec, table: WeightTable, weights: Mapping[str, NativeParameter], topology: Topology
 ) -> NativeState:
+    """Adam's state of every rank, joined. Raises ``BadCheckpoint`` and its kind."""
     files = _optimizer_files(folder, topology)
     topology = optimizer_topology(folder, topology)
     dp_size = (topology.dp or 1) if topology.zero_stage else 1

@@ -189,6 +189,7 @@ def _data(path: Path) -> tuple[Stored, Mapping[str, str]]:
 
 
 def weights_topology(weights: Mapping[str, NativeParameter], metadata: Mapping[str, Any] | None) -> Topology:
+    """TP and PP by the files' names, DP by the metadata."""
     cut = next((p for p in weights.values() if p.pairs), None)
     return Topology(
         tp=len(cut.shards) if cut else 1,
