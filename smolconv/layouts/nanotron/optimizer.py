@@ -99,7 +99,7 @@ def read_optimizer(
     """Adam's state of every rank, joined. Raises ``BadCheckpoint`` and its kind."""
     files = _optimizer_files(folder, topology)
     topology = optimizer_topology(folder, topology)
-    dp_size = (topology.dp or 1) if topology.zero_stage else 1
+    dp_size, tp_size = (topology.dp or 1) if topology.zero_stage else 1, topology.tp or 1
     names = {rule.layout for rule in table.rules}
     # (slot, name) -> (dp, tp) -> tensor. A tied head's copy on the last pipeline rank must equal the first rank's.
     pieces: dict[tuple[Slot, str], dict[tuple[int, int], LazyTensor]] = {}
@@ -143,7 +143,6 @@ def read_optimizer(
                     own = (pieces if weights[name].pp in (None, pp) else copies).setdefault((Slot.MASTER, name), {})
                     own[dp, tp] = _stored(tensor, Slot.MASTER, path, name)
     slots: dict[Slot, dict[str, LazyTensor]] = {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
-    tp_size = topology.tp or 1
     for (slot, name), found in pieces.items():
         where = f"{folder} ({slot.value} of {name})"
         slots[slot][name] = _whole_state(weights[name], found, dp_size, tp_size, where)
