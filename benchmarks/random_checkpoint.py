@@ -16,9 +16,10 @@ import numpy as np
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
 from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
-from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
-from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
-from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
+from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
+from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 from smolconv.models.spec import parameter_shapes, spec_from_hf
 from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Raw, Stored, cast
 

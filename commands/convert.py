@@ -105,7 +105,7 @@ def convert(
         run_conversion,
     )
     from smolconv.errors import UsageError
-    from smolconv.layouts.huggingface.huggingface import parse_size
+    from smolconv.layouts.huggingface.writer import parse_size
 
     def parsed(name: str, text: str) -> int:
         try:

@@ -170,7 +170,7 @@ def plan_conversion(
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
-    from smolconv.layouts.gguf.gguf import read_gguf
+    from smolconv.layouts.gguf.reader import read_gguf
 
     _checked(options)
     refuse_nested(path, target)

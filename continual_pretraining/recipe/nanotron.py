@@ -16,7 +16,8 @@ from typing import Any
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import BadCheckpoint, UsageError
-from smolconv.layouts.nanotron.reader import read_yaml, weight_table
+from smolconv.layouts.nanotron.documents import read_yaml
+from smolconv.layouts.nanotron.reader import weight_table
 from smolconv.models.spec import nanotron_interleaved, spec_from_nanotron
 
 #: End-of-document tokens of the tokenizers in the published YAMLs.

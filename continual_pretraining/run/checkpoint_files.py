@@ -24,10 +24,10 @@ from smolconv.errors import (
     MixedCheckpoint,
     SmolconvError,
 )
-from smolconv.layouts.deepspeed import read_deepspeed
 from smolconv.layouts.deepspeed.checkpoint_engine import FileDigest, digest_file
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.layouts.deepspeed.files import model_file, optimizer_file
+from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.documents import is_count, understood
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json
 from smolconv.storage.integrity import archive_seals, refuse_seals

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from smolconv.checkpoint import Checkpoint, without_padding
 from smolconv.errors import UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.nanotron import read_native_model
+from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import spec_differences
 from smolconv.verify.engines.start import ENGINES, engine_logits

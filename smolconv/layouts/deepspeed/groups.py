@@ -80,22 +80,44 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
         found = [group for group in found if group.names]
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
-        if any("lr" not in group.hyperparameters for group in found):
-            warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
-        if any("weight_decay" not in group.hyperparameters for group in found):
-            warnings.append(
-                f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses)."
-            )
-        found = [
-            replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters})
-            for group in found
-        ]
+        found = _in_full(found, decay, warnings)
     if "deepspeed.json" not in checkpoint.origin:
         found = [
             replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
             for group in found
         ]
     steps = {name: 0.0 if known is None else known.steps[name] for name in trained}
+    # Where set, nothing but the weights is to be carried on from there.
+    own["weights_only"] = known is None and not checkpoint.tensors.get(Slot.MASTER)
+    own.pop("groups", None)
+    schedule = own.get("lr_scheduler") or {}
+    if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
+        own.pop("lr_scheduler", None)  # its lists are of the source's groups
+    return replace(
+        checkpoint,
+        tensors=_tensors(checkpoint, trained, moments_known=known is not None, zero_stage=zero_stage),
+        origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
+        optimizer=OptimizerState(steps=steps, groups=tuple(found)),
+        progress=None if known is None else checkpoint.progress,
+        warnings=tuple(warnings),
+    )
+
+
+def _in_full(groups: Sequence[ParameterGroup], decay: float, warnings: list[str]) -> list[ParameterGroup]:
+    """With every hyperparameter that torch's AdamW stores."""
+    if any("lr" not in group.hyperparameters for group in groups):
+        warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
+    if any("weight_decay" not in group.hyperparameters for group in groups):
+        warnings.append(f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses).")
+    return [
+        replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters}) for group in groups
+    ]
+
+
+def _tensors(
+    checkpoint: Checkpoint, trained: Sequence[str], *, moments_known: bool, zero_stage: int | None
+) -> dict[Slot, dict[str, LazyTensor]]:
+    """fp32 masters and moments of all that is trained, and the weights, rounded where nothing else stores them."""
     tensors = {slot: dict(by_name) for slot, by_name in checkpoint.tensors.items() if by_name}
     masters = tensors.get(Slot.MASTER, {})
     rounded = {name for name in trained if checkpoint.parameters[name].dtype != "float32"}
@@ -105,7 +127,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         if name in rounded or name in masters
     }
     for slot in MOMENTS:
-        moments = tensors.get(slot, {}) if known is not None else {}
+        moments = tensors.get(slot, {}) if moments_known else {}
         tensors[slot] = {
             name: cast(moments[name], "float32") if name in moments
             else Zeros(shape=checkpoint.parameters[name].shape, dtype="float32")
@@ -118,19 +140,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         }
     if not tensors[Slot.MASTER]:
         del tensors[Slot.MASTER]
-    own["weights_only"] = known is None and not masters  # then nothing but the weights is to be carried on from there
-    own.pop("groups", None)
-    schedule = own.get("lr_scheduler") or {}
-    if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
-        own.pop("lr_scheduler", None)  # its lists are of the source's groups
-    return replace(
-        checkpoint,
-        tensors=tensors,
-        origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
-        optimizer=OptimizerState(steps=steps, groups=tuple(found)),
-        progress=None if known is None else checkpoint.progress,
-        warnings=tuple(warnings),
-    )
+    return tensors
 
 
 def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:

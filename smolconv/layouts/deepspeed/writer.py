@@ -19,6 +19,7 @@ from smolconv import __version__
 from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
 from smolconv.errors import UsageError
 from smolconv.layouts.deepspeed.documents import (
+    CLIENT_KEY,
     DEEPSPEED_VERSION,
     MODEL_KEYS,
     STAND_INS,
@@ -26,13 +27,7 @@ from smolconv.layouts.deepspeed.documents import (
     loss_scaler,
     zero_stage_enum,
 )
-from smolconv.layouts.deepspeed.files import (
-    LATEST,
-    LATEST_UNIVERSAL,
-    SOURCE_DOCUMENTS,
-    model_file,
-    optimizer_file,
-)
+from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
 from smolconv.layouts.deepspeed.groups import common_values, master, one_step
 from smolconv.layouts.deepspeed.partitions import (
     SUB_GROUP_SIZE,
@@ -43,7 +38,6 @@ from smolconv.layouts.deepspeed.partitions import (
     piece_numel,
     sub_groups,
 )
-from smolconv.layouts.deepspeed.reader import CLIENT_KEY
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
 from smolconv.storage.output import PlannedFile, plain_file
 from smolconv.storage.torch_archive.archive import Storage, TensorRef, TorchSize, plan_torch_archive
@@ -92,10 +86,10 @@ class DeepSpeedOptions:
 
 def plan_deepspeed(checkpoint: Checkpoint, options: DeepSpeedOptions) -> PlannedOutput:
     """Plan every file of a checkpoint that ``with_adam`` completed."""
-    return _Writer(checkpoint, options).plan()
+    return _DeepSpeedWriter(checkpoint, options).plan()
 
 
-class _Writer:
+class _DeepSpeedWriter:
     """Holds what all parts of one plan need; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: DeepSpeedOptions) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolconv.layouts.huggingface.huggingface import (
-    HuggingFaceOptions,
-    is_huggingface,
-    plan_huggingface,
-    read_huggingface,
-)
+from smolconv.layouts.huggingface.reader import is_huggingface, read_huggingface
+from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
 
 

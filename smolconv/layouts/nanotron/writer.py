@@ -13,7 +13,8 @@ from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
-from smolconv.layouts.nanotron.reader import read_yaml, weight_table
+from smolconv.layouts.nanotron.documents import read_yaml
+from smolconv.layouts.nanotron.reader import weight_table
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
     block_of,
@@ -70,10 +71,10 @@ class NanotronOptions:
 
 def plan_nanotron(checkpoint: Checkpoint, options: NanotronOptions) -> PlannedOutput:
     """Plan every file. Raises ``UsageError`` for a topology that the model does not fit."""
-    return _Writer(checkpoint, options).plan()
+    return _NanotronWriter(checkpoint, options).plan()
 
 
-class _Writer:
+class _NanotronWriter:
     """Holds what all parts of one plan need; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: NanotronOptions) -> None:
