@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from smolconv import __version__
-from smolconv.checkpoint import Checkpoint, Slot, without_padding
+from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
@@ -224,7 +224,7 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
         raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
     layout, own = _checked(options)
     checkpoint = _cast_parameters(checkpoint, options, layout)
-    if not layout.of_an_engine and options.optimizer is None and _is_weights_only(checkpoint):
+    if not layout.of_an_engine and options.optimizer is None and _is_weights_only(checkpoint.source):
         note = "Adam has made no step since the weights were converted to DeepSpeed: only the weights are carried."
         checkpoint = replace(checkpoint, optimizer=None, progress=None, warnings=(*checkpoint.warnings, note))
     reason = layout.without_adam(checkpoint) if checkpoint.has_optimizer else None
@@ -244,8 +244,8 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     return layout.prepare(checkpoint, own)
 
 
-def _is_weights_only(checkpoint: Checkpoint) -> bool:
-    return json.loads(checkpoint.origin.get("deepspeed.json", b"{}")).get("weights_only") is True
+def _is_weights_only(source: SourceRecord) -> bool:
+    return source.engine is not None and source.engine.weights_only
 
 
 def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: Layout) -> Checkpoint:

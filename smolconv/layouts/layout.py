@@ -214,12 +214,11 @@ def copied_file(path: str, source: Path) -> PlannedFile:
 
 def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """config.json of the model: the spec, and what the source's own document says beside it."""
-    origin = checkpoint.origin
-    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
+    known = checkpoint.source.hf_config or {}
     if not known and "config.json" in checkpoint.assets:
         # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
         known = read_json(checkpoint.assets["config.json"])
-    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
+    carried = {**(checkpoint.source.nanotron_config or {}), **known}
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 

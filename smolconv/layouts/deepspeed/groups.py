@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot
+from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerState, ParameterGroup, Slot
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
-from smolconv.layouts.documents import is_number, with_tuples
+from smolconv.layouts.documents import is_number
 from smolconv.layouts.layout import parse_json
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
@@ -57,7 +57,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     warnings = list(checkpoint.warnings)
     trained = [name for name in checkpoint.parameters if name not in checkpoint.frozen]
     known = checkpoint.optimizer if checkpoint.has_optimizer else None
-    own: dict[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
+    own = checkpoint.source.engine or EngineRecord()
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
         raise CorruptFile(f"{checkpoint.root}: Adam's state has no {_some(lost)}. Pass --no-optimizer.")
     decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
@@ -65,11 +65,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         found = _from_file(groups, trained, known)
     elif known is not None:
         found = list(known.groups)
-    elif own.get("groups"):  # the run's own, though its Adam state was left behind
-        found = [
-            ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
-            for group in own["groups"]
-        ]
+    elif own.groups:
+        found = list(own.groups)
         warnings.append(f"moments are zero and steps 0; the {len(found)} groups are the source's.")
     else:
         found = _default_groups(checkpoint, trained)
@@ -81,22 +78,22 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         found = [group for group in found if group.names]
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
         found = _in_full(found, decay, warnings)
-    if "deepspeed.json" not in checkpoint.origin:
+    if checkpoint.source.engine is None:
         found = [
             replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
             for group in found
         ]
     steps = {name: 0.0 if known is None else known.steps[name] for name in trained}
-    # Where set, nothing but the weights is to be carried on from there.
-    own["weights_only"] = known is None and not checkpoint.tensors.get(Slot.MASTER)
-    own.pop("groups", None)
-    schedule = own.get("lr_scheduler") or {}
-    if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
-        own.pop("lr_scheduler", None)  # its lists are of the source's groups
+    schedule = own.lr_scheduler
+    lists = isinstance(schedule, Mapping) and any(isinstance(value, list) for value in schedule.values())
+    if known is None or (lists and len(found) != len(known.groups)):  # the lists are of the source's groups
+        schedule = None
+    weights_only = known is None and not checkpoint.tensors.get(Slot.MASTER)
+    own = replace(own, weights_only=weights_only, groups=(), lr_scheduler=schedule)
     return replace(
         checkpoint,
         tensors=_tensors(checkpoint, trained, moments_known=known is not None, zero_stage=zero_stage),
-        origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
+        source=replace(checkpoint.source, engine=own),
         optimizer=OptimizerState(steps=steps, groups=tuple(found)),
         progress=None if known is None else checkpoint.progress,
         warnings=tuple(warnings),

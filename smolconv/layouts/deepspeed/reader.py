@@ -6,15 +6,22 @@ alone: ``param_slice_mappings`` is wrong under ``round_robin_gradients``.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from smolconv.checkpoint import Checkpoint, DataStage, OptimizerState, ParameterGroup, Slot, Topology, TrainingProgress
+from smolconv.checkpoint import (
+    Checkpoint,
+    DataStage,
+    EngineRecord,
+    OptimizerState,
+    ParameterGroup,
+    Slot,
+    SourceRecord,
+    Topology,
+    TrainingProgress,
+)
 from smolconv.errors import CorruptFile, MissingShard, MixedCheckpoint, NameMismatch
-from smolconv.files import read_bytes
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, find_tag_folder, optimizer_file
@@ -24,6 +31,7 @@ from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
 from smolconv.layouts.documents import check_progress, understood
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, without_aliases
+from smolconv.layouts.record import read_documents
 from smolconv.models.spec import is_nanotron_config
 from smolconv.tensors.lazy import LazyTensor, cast
 
@@ -64,7 +72,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
     optimizer = None
     if reading.options.optimizer and state.steps:
         optimizer = OptimizerState(steps=state.steps, groups=state.groups)
-    kept_documents = _source_documents(reading, state.groups)
+    source = _source(reading, state.groups)
     assets = _assets(reading)
     reading.read_files += [*assets.values()]
     return Checkpoint(
@@ -82,9 +90,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
         optimizer=optimizer,
         progress=_progress(reading),
         assets=assets,
-        origin={**kept_documents, "config.json": json.dumps(reading.config).encode()}
-        if not is_nanotron_config(reading.config)
-        else {**kept_documents, "model_config.json": json.dumps(reading.config).encode()},
+        source=source,
         files=tuple(reading.read_files),
         warnings=tuple(reading.warnings),
         frozen=frozen,
@@ -212,14 +218,14 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
     return check_progress(progress, first.path)
 
 
-def _source_documents(reading: DeepSpeedReading, groups: Sequence[ParameterGroup]) -> dict[str, bytes]:
-    """The documents of the layout it came from, and what DeepSpeed alone knows, as ``deepspeed.json``."""
-    kept: dict[str, bytes] = {}
-    folder = reading.tag.parent / SOURCE_DOCUMENTS
-    if folder.is_dir():
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            kept[path.name] = read_bytes(path)
-            reading.read_files.append(path)
+def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> SourceRecord:
+    """The documents of the layout it came from, the model's config, and what DeepSpeed alone knows."""
+    kept, files = read_documents(reading.tag.parent / SOURCE_DOCUMENTS)
+    reading.read_files += files
+    if is_nanotron_config(reading.config):
+        kept = replace(kept, nanotron_config=reading.config)
+    else:
+        kept = replace(kept, hf_config=reading.config)
     client, dropped = {}, []
     for key, value in reading.first.client_state.items():
         if key == CLIENT_KEY:
@@ -231,18 +237,19 @@ def _source_documents(reading: DeepSpeedReading, groups: Sequence[ParameterGroup
     if dropped:
         reading.warnings.append(f"client_state: {some_of(dropped)} cannot be carried (tensors or objects).")
     mine = reading.first.client_state.get(CLIENT_KEY)
-    own: dict[str, Any] = {
-        "client_state": client,
-        "skipped_steps": reading.first.skipped_steps,
-        "groups": [{"names": list(g.names), "hyperparameters": dict(g.hyperparameters)} for g in groups],
-        "weights_only": isinstance(mine, Mapping) and mine.get("weights_only") is True and reading.first.step == 0,
-    }
     try:
-        own["lr_scheduler"] = plain(reading.first.lr_scheduler)
+        scheduler = plain(reading.first.lr_scheduler)
     except ValueError:
+        scheduler = None
         reading.warnings.append("the learning-rate scheduler's state holds objects and was left out.")
-    kept["deepspeed.json"] = json.dumps(own).encode()
-    return kept
+    engine = EngineRecord(
+        weights_only=isinstance(mine, Mapping) and mine.get("weights_only") is True and reading.first.step == 0,
+        client_state=client,
+        skipped_steps=reading.first.skipped_steps,
+        groups=groups,
+        lr_scheduler=scheduler,
+    )
+    return replace(kept, engine=engine)
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smolconv import __version__
-from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import NameMismatch, NotInstalled, UnsupportedModel
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.gguf.header import Entry, read_header
@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> Checkpoint:
         tensors={Slot.PARAMETER: gguf_table(spec).to_canonical(stored, str(path))},
         documents=_documents(metadata, found, spec, ids, path),
         # A key that is null says that the file names no such token; HF would fill in its class's own id.
-        origin={"config.json": json.dumps({name: ids[name] for name in ids if name != "unk_token_id"}).encode()},
+        source=SourceRecord(hf_config={name: ids[name] for name in ids if name != "unk_token_id"}),
         files=(path,),
         warnings=tuple(
             f"the chat template {key.removeprefix('tokenizer.chat_template.')!r} was left out; the default one is kept."

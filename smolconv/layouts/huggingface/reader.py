@@ -6,11 +6,11 @@ comes back without losing a bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import MissingFile
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.dtypes import check_named_dtypes
@@ -49,13 +49,13 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     parameters = table.to_canonical(without_aliases(found, table.aliases, folder), str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
     optimizer, progress = None, None
-    origin = {"config.json": json.dumps(config).encode()}
+    source = SourceRecord()
     warnings: tuple[str, ...] = ()
     if (folder / SIDECAR / "state.json").is_file():
         sidecar = read_sidecar(folder, table, parameters, options)
         tensors.update(sidecar.slots)
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
-        origin.update(sidecar.origin)
+        source = sidecar.source
         files = (*files, *sidecar.files)
     ignored = next((f"{name}.index.json" for name in _WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
@@ -74,7 +74,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         optimizer=optimizer,
         progress=progress,
         assets=assets,
-        origin=origin,
+        source=replace(source, hf_config=config),
         files=(folder / "config.json", *files, *assets.values()),
         warnings=warnings,
         frozen=() if optimizer is None else tuple(name for name in parameters if name not in optimizer.steps),

@@ -7,12 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, DataStage, OptimizerState, ParameterGroup, Slot, TrainingProgress
+from smolconv.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    DataStage,
+    OptimizerState,
+    Slot,
+    SourceRecord,
+    TrainingProgress,
+)
 from smolconv.errors import CorruptFile, DigestMismatch, MissingShard
-from smolconv.files import read_bytes
-from smolconv.layouts.documents import adam_step, check_config, check_progress, understood, with_tuples
+from smolconv.layouts.documents import adam_step, check_progress, understood
 from smolconv.layouts.huggingface.shards import plan_sharded, read_indexed
 from smolconv.layouts.layout import ReadOptions, Written, read_json
+from smolconv.layouts.record import documents_of, group_from_json, group_to_json, read_documents
 from smolconv.models.weights import WeightTable
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.tensors.lazy import LazyTensor
@@ -27,7 +35,7 @@ class Sidecar:
     slots: Mapping[Slot, Mapping[str, LazyTensor]]
     optimizer: OptimizerState | None
     progress: TrainingProgress | None
-    origin: Mapping[str, bytes]
+    source: SourceRecord
     files: tuple[Path, ...]
     warnings: tuple[str, ...] = ()
 
@@ -39,15 +47,10 @@ def read_sidecar(
     home = folder / SIDECAR
     state = read_json(home / "state.json")
     progress = _progress_from_json(state.get("progress"), home / "state.json")
-    source = home / "source"
-    documents = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
-    origin = {path.name: read_bytes(path) for path in documents}
-    for name in ("model_config.json", "checkpoint_metadata.json"):
-        if name in origin:
-            check_config(read_json(source / name), source / name)
+    source, documents = read_documents(home / "source")
     if not options.optimizer or state.get("optimizer") is None:
         return Sidecar(
-            slots={}, optimizer=None, progress=progress, origin=origin, files=(home / "state.json", *documents)
+            slots={}, optimizer=None, progress=progress, source=source, files=(home / "state.json", *documents)
         )
     slots: dict[Slot, Mapping[str, LazyTensor]] = {}
     files = [home / "state.json", *documents]
@@ -68,16 +71,13 @@ def read_sidecar(
     with understood(where):
         optimizer = OptimizerState(
             steps={name: adam_step(step, f"{where}: {name}") for name, step in state["optimizer"]["steps"].items()},
-            groups=tuple(
-                ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
-                for group in state["optimizer"]["groups"]
-            ),
+            groups=tuple(group_from_json(group) for group in state["optimizer"]["groups"]),
         )
         grouped = [name for group in optimizer.groups for name in group.names]
         same = len(grouped) == len(optimizer.steps) and set(grouped) == optimizer.steps.keys()
     if not same or not optimizer.steps.keys() <= slots[Slot.EXP_AVG].keys():
         raise CorruptFile(f"{where}: its steps, its groups and the moments beside it are not of the same parameters.")
-    return Sidecar(slots=slots, optimizer=optimizer, progress=progress, origin=origin, files=tuple(files))
+    return Sidecar(slots=slots, optimizer=optimizer, progress=progress, source=source, files=tuple(files))
 
 
 def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[str, LazyTensor]) -> None:
@@ -106,9 +106,7 @@ def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:
 def sidecar_files(checkpoint: Checkpoint, max_shard_bytes: int) -> list[PlannedFile]:
     """Its files but state.json, which needs the weights' digests."""
     folder = f"{SIDECAR}/"
-    files = [
-        plain_file(f"{folder}source/{name}", data) for name, data in checkpoint.origin.items() if name != "config.json"
-    ]
+    files = [plain_file(f"{folder}source/{name}", data) for name, data in documents_of(checkpoint.source).items()]
     if checkpoint.has_optimizer:
         for slot in (Slot.MASTER, Slot.EXP_AVG, Slot.EXP_AVG_SQ):
             tensors = checkpoint.tensors.get(slot)
@@ -135,8 +133,7 @@ def sidecar_state(checkpoint: Checkpoint, files: Sequence[PlannedFile], written:
         "optimizer": None if optimizer is None else {
             "steps": dict(optimizer.steps),
             "groups": [
-                {"names": list(group.names), "hyperparameters": dict(group.hyperparameters)}
-                for group in optimizer.groups
+                group_to_json(group) for group in optimizer.groups
             ],
         },
         "progress": None if progress is None else asdict(progress),

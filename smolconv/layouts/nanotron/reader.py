@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.checkpoint import Checkpoint, Document, Slot, SourceRecord
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, is_count
@@ -24,8 +23,6 @@ from smolconv.models import smollm3
 from smolconv.models.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
 from smolconv.models.weights import WeightTable
 from smolconv.tensors.lazy import LazyTensor
-
-_DOCUMENTS = ("model_config.json", "config.yaml", "checkpoint_metadata.json")
 
 
 def is_nanotron(folder: Path) -> bool:
@@ -125,10 +122,18 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         optimizer=optimizer,
         progress=read_progress(metadata, metadata_path, scheduler),
         assets=_assets(step_folder.parent),
-        origin={name: read_bytes(step_folder / name) for name in _DOCUMENTS if (step_folder / name).is_file()}
-        | ({"model_config.json": json.dumps(config).encode()}),
+        source=_source(step_folder, config, metadata),
         files=tuple(paths),
         warnings=tuple(warnings),
+    )
+
+
+def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> SourceRecord:
+    training, path = step_folder / "config.yaml", step_folder / "checkpoint_metadata.json"
+    return SourceRecord(
+        nanotron_config=config,
+        nanotron_training=read_bytes(training) if training.is_file() else None,
+        nanotron_metadata=None if metadata is None else Document(data=read_bytes(path), value=metadata),
     )
 
 

@@ -127,14 +127,13 @@ class _NanotronWriter:
         return replace(spec, vocab_size=rows)
 
     def _model_config(self) -> dict[str, Any]:
-        spec, original = self.spec, self.checkpoint.origin.get("model_config.json")
-        if original is not None:
-            config = {**json.loads(original), "vocab_size": spec.vocab_size}
+        spec, source = self.spec, self.checkpoint.source
+        if source.nanotron_config is not None:
+            config = {**source.nanotron_config, "vocab_size": spec.vocab_size}
             # The source's own document, if it still speaks of this model: it holds switches that no spec knows.
             if _speaks_of(config, spec):
                 return config
-        document = self.checkpoint.origin.get("config.json")
-        config = spec_to_nanotron(spec, json.loads(document) if document else {})
+        config = spec_to_nanotron(spec, source.hf_config or {})
         if spec.rope_scaling is not None:
             self.warnings.append(
                 "rope_scaling is written to model_config.json, but nanotron's forward ignores it: trained there, the "
@@ -276,7 +275,7 @@ class _NanotronWriter:
 
     def _own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters as nanotron stores them: how DeepSpeed carries Adam out is none of its business."""
-        if "deepspeed.json" not in self.checkpoint.origin:
+        if self.checkpoint.source.engine is None:
             return dict(values)
         factory = ((self.config or {}).get("optimizer") or {}).get("optimizer_factory") or {}
         fused = factory.get("torch_adam_is_fused", True) if isinstance(factory, dict) else True
@@ -339,7 +338,7 @@ class _NanotronWriter:
         if given is not None and (given.is_dir() or not given.exists()):
             found = "is a folder" if given.is_dir() else "is not there"
             raise MissingFile(f"--nanotron-config {given} {found}. Name a training config of nanotron.")
-        original = given.read_bytes() if given is not None else self.checkpoint.origin.get("config.yaml")
+        original = given.read_bytes() if given is not None else self.checkpoint.source.nanotron_training
         if original is None:
             return None
         where = str(given or "the source's config.yaml")
@@ -403,7 +402,8 @@ class _NanotronWriter:
         ]
 
     def _hf_config(self) -> bytes | None:
-        return None if "config.json" in self.checkpoint.assets else self.checkpoint.origin.get("config.json")
+        config = None if "config.json" in self.checkpoint.assets else self.checkpoint.source.hf_config
+        return None if config is None else json.dumps(config).encode()
 
     def _metadata(self) -> dict[str, Any]:
         """Counts whose sums hold: nanotron refuses to load a checkpoint where they do not."""
@@ -432,10 +432,10 @@ class _NanotronWriter:
             )
         if progress.consumed_tokens not in (None, tokens):
             self.warnings.append(f"consumed_tokens_total {progress.consumed_tokens} became {tokens}, the folders' sum.")
-        original = self.checkpoint.origin.get("checkpoint_metadata.json")
+        original = self.checkpoint.source.nanotron_metadata
         return {
             "version": FORMAT, "tp": self.options.tp, "dp": self.options.dp, "cp": 1,
-            "custom_metas": json.loads(original).get("custom_metas") if original else None,
+            "custom_metas": None if original is None else original.value.get("custom_metas"),
             "metas": {
                 "consumed_train_samples": samples, "consumed_tokens_total": tokens, "last_train_step": progress.step,
                 "last_stage_idx": (progress.last_stage_index or 0) if progress.stages else 0,
