@@ -14,7 +14,7 @@ from smolconv.errors import CorruptFile
 from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
 from smolconv.storage.integrity import refuse_seals
 from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, read_manifest, source_seals
-from smolconv.storage.torch_archive.archive import is_torch_archive
+from smolconv.storage.torch_archive.records import is_torch_archive
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:

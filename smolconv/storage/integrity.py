@@ -22,7 +22,8 @@ import xxhash
 from zlib_ng.zlib_ng import crc32
 
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile
-from smolconv.storage.torch_archive.archive import crc32_combine, is_torch_archive, read_archive_records
+from smolconv.storage.torch_archive.crc32 import crc32_combine
+from smolconv.storage.torch_archive.records import is_torch_archive, read_archive_records
 
 _READ_BYTES = 1 << 20
 #: As much is read again without being asked for, a seal: the padding of flat partitions, scalars, headers.

@@ -20,7 +20,7 @@ from typing import Protocol
 from zlib_ng.zlib_ng import crc32
 
 from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
-from smolconv.storage.torch_archive.archive import crc_of_zeros
+from smolconv.storage.torch_archive.crc32 import crc_of_zeros
 from smolconv.tensors.lazy import (
     CHUNK_BYTES,
     DTYPE_BYTES,

@@ -35,7 +35,8 @@ from smolconv.models.spec import spec_from_hf
 from smolconv.models.weights import WeightTable
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
-from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored
 
 SIDECAR = "smolconv_state"

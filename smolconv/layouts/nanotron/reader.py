@@ -56,7 +56,8 @@ from smolconv.models import smollm3
 from smolconv.models.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
 from smolconv.models.weights import WeightTable
 from smolconv.storage.safetensors_file import read_safetensors
-from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored, equal, flat_slice, join, reshape
 
 FORMATS = ("1.2", "1.3", "1.4", "1.5")

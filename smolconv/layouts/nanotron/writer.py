@@ -35,7 +35,7 @@ from smolconv.models.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spe
 from smolconv.models.weights import WeightTable
 from smolconv.storage.output import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
-from smolconv.storage.torch_archive.archive import Storage, TensorRef
+from smolconv.storage.torch_archive.values import Storage, TensorRef
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice, raw_dtype, scratch
 
 FORMAT = "1.5"
