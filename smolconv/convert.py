@@ -34,8 +34,11 @@ from smolconv.layouts.registry import detect_layout, read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
 from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
-from smolconv.storage.output import PlannedFile, WrittenTensor, finiteness, total_bytes, write_files
-from smolconv.tensors.lazy import CHUNK_BYTES, FLOAT_DTYPES, Cast, LazyTensor, Stored, cast
+from smolconv.storage.output import write_files
+from smolconv.storage.planned import PlannedFile, WrittenTensor, total_bytes
+from smolconv.tensors.dtypes import FLOAT_DTYPES
+from smolconv.tensors.finite import finiteness
+from smolconv.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, Stored, cast
 
 #: What a user may ask for with --to; "hf" is a synonym.
 TARGETS: Mapping[str, str] = {

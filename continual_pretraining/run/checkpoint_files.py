@@ -33,7 +33,7 @@ from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json
 from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.storage.manifest import MANIFEST, SCHEMA
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.tensors.lazy import close_thread_files
+from smolconv.tensors.reading import close_thread_files
 
 CONFIG = "config.json"
 RANDOM = "random"

@@ -14,7 +14,7 @@ from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggin
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
-from smolconv.tensors.lazy import close_thread_files
+from smolconv.tensors.reading import close_thread_files
 
 
 def detect_layout(folder: Path) -> str:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from smolconv.errors import Interrupted, MachineError, OutputLocked, SignalReceived, UsageError
-from smolconv.storage.output import WrittenTensor
+from smolconv.storage.planned import WrittenTensor
 
 JOURNAL = "smolconv_journal.jsonl"
 LOCK = "smolconv.lock"

@@ -15,6 +15,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from zlib_ng.zlib_ng import crc32
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile
 from smolconv.storage.torch_archive.crc32 import crc32_combine
 from smolconv.storage.torch_archive.records import is_torch_archive, read_archive_records
+from smolconv.tensors.lazy import LazyTensor
+from smolconv.tensors.reading import as_bytes
 
 _READ_BYTES = 1 << 20
 #: As much is read again without being asked for, a seal: the padding of flat partitions, scalars, headers.
@@ -64,6 +67,26 @@ def digest_text(hasher: Any) -> str | None:
     if hasher is None:
         return None
     return f"{hasher.name if hasher.name in ('sha256', 'crc32') else 'xxh3-128'}:{hasher.hexdigest()}"
+
+
+@lru_cache(maxsize=1024)
+def digest_of_zeros(nbytes: int, digest: str) -> str | None:
+    """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
+    hasher, block = new_hasher(digest), bytes(_READ_BYTES)
+    if hasher is not None:
+        for start in range(0, nbytes, _READ_BYTES):
+            hasher.update(block[: min(_READ_BYTES, nbytes - start)])
+    return digest_text(hasher)
+
+
+def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
+    """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
+    hasher = new_hasher(algorithm)
+    for values in tensor.raw_chunks():
+        hasher.update(as_bytes(values))
+    text = digest_text(hasher)
+    assert text is not None
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)

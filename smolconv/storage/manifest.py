@@ -24,7 +24,7 @@ from smolconv.storage.integrity import (
     refuse,
     refuse_seals,
 )
-from smolconv.storage.output import PlannedFile, WrittenTensor
+from smolconv.storage.planned import PlannedFile, WrittenTensor
 from smolconv.tensors.lazy import LazyTensor
 
 MANIFEST = "smolconv_manifest.json"

@@ -44,7 +44,7 @@ from smolconv.layouts.deepspeed.partitions import (
 )
 from smolconv.layouts.deepspeed.reader import CLIENT_KEY
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
-from smolconv.storage.output import PlannedFile, plain_file
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.torch_archive.archive import plan_torch_archive
 from smolconv.storage.torch_archive.values import Storage, TensorRef, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape

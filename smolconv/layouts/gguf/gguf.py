@@ -25,7 +25,8 @@ from smolconv.layouts.dtypes import check_dtypes
 from smolconv.models.operations import Operation, Rename, RotaryPairs
 from smolconv.models.spec import ModelSpec, parameter_shapes
 from smolconv.models.weights import Rule, WeightTable
-from smolconv.tensors.lazy import LazyTensor, Raw, Stored, cast, scratch
+from smolconv.tensors.elements import Raw, scratch
+from smolconv.tensors.lazy import LazyTensor, Stored, cast
 
 if TYPE_CHECKING:
     from types import ModuleType

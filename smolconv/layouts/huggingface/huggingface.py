@@ -33,7 +33,8 @@ from smolconv.layouts.layout import (
 from smolconv.models.huggingface import weight_table
 from smolconv.models.spec import spec_from_hf
 from smolconv.models.weights import WeightTable
-from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
+from smolconv.storage.integrity import digest_tensor
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.values import ArchiveTensor
