@@ -22,7 +22,7 @@ import xxhash
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, without_padding
-from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
@@ -31,6 +31,7 @@ from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_hu
 from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
 from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
 from smolconv.layouts.registry import detect_layout, read_checkpoint
+from smolconv.processes import usable_cores
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport
 from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
@@ -440,10 +441,9 @@ def _unchecked(report: SourceReport) -> list[str]:
     if not report.unchecked:
         return []
     names = [f"{seal.path.name}: {seal.what}" for seal in report.unchecked]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return [
         f"{len(names)} digests of the source were not compared, as only parts of their bytes, or not in order, were "
-        f"read ({shown}). --check-source reads them whole."
+        f"read ({some_of(names, more=True)}). --check-source reads them whole."
     ]
 
 
@@ -529,7 +529,7 @@ def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mappin
 
 def default_workers() -> int:
     """Workers that keep the disk busy: more than a few only share the same memory bandwidth."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
@@ -554,7 +554,7 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
     if not names:
         return []
     if not any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values()):
-        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {_shown(names)}"]
+        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {some_of(names, 5, more=True)}"]
     # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
     before, lost = list[str](), list[str]()
     for slot, tensors in plan.prepared.tensors.items():
@@ -563,20 +563,20 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
             label = f"{name} ({slot.value})"
             before += [label] if was else []
             lost += [label] if became else []
-    said = [
-        f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {_shown(lost)}. "
-        "Choose another --dtype."
-    ] if lost else []  # fmt: skip
-    kept = [f"{_tensors(before)} NaN or infinity and were kept as they are: {_shown(before)}"] if before else []
-    return [*said, *kept]
+    said: list[str] = []
+    if lost:
+        names = some_of(lost, 5, more=True)
+        said.append(
+            f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {names}. "
+            "Choose another --dtype."
+        )
+    if before:
+        said.append(f"{_tensors(before)} NaN or infinity and were kept as they are: {some_of(before, 5, more=True)}")
+    return said
 
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor holds" if len(names) == 1 else f"{len(names)} tensors hold"
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _sources(output: PlannedOutput) -> list[Stored]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
-from smolconv.errors import UnsupportedModel, UsageError
+from smolconv.errors import UnsupportedModel, UsageError, some_of
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron import read_native_model
 from smolconv.layouts.registry import read_checkpoint
@@ -166,8 +166,8 @@ def _counted(report: TensorReport) -> str:
 
 
 def _overflowed(report: TensorReport) -> str:
-    names = ", ".join(report.overflowed[:3]) + (", ..." if len(report.overflowed) > 3 else "")
-    return f"{len(report.overflowed)} tensors hold finite values that are no longer finite ({names})"
+    found = report.overflowed
+    return f"{len(found)} tensors hold finite values that are no longer finite ({some_of(found)})"
 
 
 def _plain_json(value: Any) -> Any:

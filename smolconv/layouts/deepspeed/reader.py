@@ -32,6 +32,7 @@ from smolconv.errors import (
     MixedCheckpoint,
     NameMismatch,
     ShapeMismatch,
+    some_of,
 )
 from smolconv.files import read_bytes
 from smolconv.layouts.deepspeed.documents import (
@@ -671,7 +672,8 @@ class _Reader:
         ]
         if wrong:
             raise MixedCheckpoint(
-                f"{zero}: fp32.pt of {len(wrong)} parameters ({_some(wrong)}) is not what {model.path.name} holds.\n"
+                f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong, 5, more=True)}) is not what "
+                f"{model.path.name} holds.\n"
                 "Files of two checkpoints are mixed, or ds_to_universal made it from a run with round_robin_gradients, "
                 "which it scrambles: convert the ZeRO checkpoint itself."
             )
@@ -769,10 +771,12 @@ class _Reader:
                 if tensor.dtype != default:
                     self.warnings.append(f"{name} comes from the base as {tensor.dtype}; the checkpoint is {default}.")
                 state.weights[name] = cast(tensor, default)
-            self.warnings.append(f"{len(missing)} weights come from {self.base.root}: {_some(missing)}.")
+            self.warnings.append(
+                f"{len(missing)} weights come from {self.base.root}: {some_of(missing, 5, more=True)}."
+            )
         elif missing and len(missing) < len(self.shapes):
             raise NameMismatch(
-                f"{self.tag} has no weights of {len(missing)} parameters: {_some(missing)}.\n"
+                f"{self.tag} has no weights of {len(missing)} parameters: {some_of(missing, 5, more=True)}.\n"
                 "They were frozen and left out when it was saved (exclude_frozen_parameters), or the config is another "
                 "model's. Supply the checkpoint that training began with by --base PATH."
             )
@@ -810,7 +814,9 @@ class _Reader:
             except ValueError:
                 dropped.append(key)
         if dropped:
-            self.warnings.append(f"client_state: {_some(dropped)} cannot be carried (tensors or objects).")
+            self.warnings.append(
+                f"client_state: {some_of(dropped, 5, more=True)} cannot be carried (tensors or objects)."
+            )
         mine = self.first.client_state.get(CLIENT_KEY)
         own: dict[str, Any] = {
             "client_state": client,
@@ -979,7 +985,3 @@ def _whole_groups(
 
 def _steps(steps: Mapping[int, float]) -> str:
     return " and ".join(f"{step:g}" for step in sorted(set(steps.values()))) or "no"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
