@@ -565,9 +565,9 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
             lost += [label] if became else []
     said: list[str] = []
     if lost:
-        names = some_of(lost, 5, more=True)
+        shown = some_of(lost, 5, more=True)
         said.append(
-            f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {names}. "
+            f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {shown}. "
             "Choose another --dtype."
         )
     if before:

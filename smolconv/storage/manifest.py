@@ -108,6 +108,7 @@ class Manifest:
     seals: tuple[Seal, ...]  #: those that have a digest
     checksums: tuple[Seal, ...]  #: CRC-32s of tensors that have a digest, too
     without_digest: tuple[Path, ...]  #: files that were written with --digest none, or by an early version
+    step: object  #: of a run's checkpoint, as it was read; None for others
 
 
 def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
@@ -179,7 +180,12 @@ def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
             what = "all but the tensors" if path in inside else "the content"
             seals.append(Seal(path=path, ranges=ranges, digest=_digest(digest), what=what))
     return Manifest(
-        folder=folder, files=files, seals=tuple(seals), checksums=tuple(checksums), without_digest=tuple(bare)
+        folder=folder,
+        files=files,
+        seals=tuple(seals),
+        checksums=tuple(checksums),
+        without_digest=tuple(bare),
+        step=document.get("step"),
     )
 
 

@@ -49,7 +49,7 @@ def write_files(
     todo = [file for file in files if str(file.path) not in journal.done]
     for parent in sorted({(folder / file.path).parent for file in todo}):
         parent.mkdir(parents=True, exist_ok=True)
-    _Engine(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
+    _WritePass(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
     return {str(file.path): journal.done[str(file.path)] for file in files}
 
 
@@ -75,7 +75,7 @@ class _Abandoned(Exception):
     """Another worker failed; this one stops in the middle of its tensor."""
 
 
-class _Engine:
+class _WritePass:
     def __init__(
         self, files: Sequence[PlannedFile], folder: Path, journal: Journal, digest: str, chunk_bytes: int,
         progress: Callable[[int], None], check: SourceCheck | None,

@@ -190,23 +190,29 @@ class Joined(LazyTensor):
         return tuple(found)
 
 
+class _Rearranged(LazyTensor):
+    """Elements of one base, none of them changed."""
+
+    base: LazyTensor
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
 @dataclass(frozen=True, kw_only=True)
-class FlatSlice(LazyTensor):
+class FlatSlice(_Rearranged):
     """Elements ``start`` to ``start + numel`` of a base that is not contiguous. Build it with ``flat_slice``."""
 
     base: LazyTensor
     start: int
     shape: tuple[int, ...]
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
     def read(self, start: int, stop: int, out: Raw) -> None:
         self.base.read(self.start + start, self.start + stop, out)
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 class _Blocks(LazyTensor):
@@ -239,7 +245,7 @@ class _Blocks(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns(_Blocks):
+class Columns(_Rearranged, _Blocks):
     """Columns ``start`` to ``stop`` of ``base`` [R, W]. Build it with ``column_slice``."""
 
     base: LazyTensor
@@ -249,10 +255,6 @@ class Columns(_Blocks):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.base.shape[0], self.stop - self.start)
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
 
     @property
     def block(self) -> int:  # type: ignore[override]
@@ -273,9 +275,6 @@ class Columns(_Blocks):
             with scratch((end - row) * width, out.dtype) as whole:
                 self.base.read(row * width, end * width, whole)
                 rows[row - first : end - first] = whole.reshape(-1, width)[:, self.start : self.stop]
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +312,7 @@ class SideBySide(_Blocks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryRows(_Blocks):
+class RotaryRows(_Rearranged, _Blocks):
     """Rows of ``base`` [heads * D, W] reordered within each head, between the two rotary conventions.
 
     ``to_interleaved`` takes half-split order (x0 .. xD/2-1, y0 .. yD/2-1; Hugging Face) to interleaved pairs
@@ -329,10 +328,6 @@ class RotaryRows(_Blocks):
         return self.base.shape
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         return self.head_size * self.width
 
@@ -344,9 +339,6 @@ class RotaryRows(_Blocks):
             self.base.read(first * self.block, last * self.block, stored)
             swapped = stored.reshape(last - first, *inner, self.width).swapaxes(1, 2)
             out.reshape(swapped.shape)[:] = swapped
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ReadObserver = Callable[[Path, int, memoryview], None]
 
 
-class _Reader(threading.local):
+class _ThreadFiles(threading.local):
     """One thread's open files, newest last, and who watches what it reads of tensors."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class _Reader(threading.local):
             os.close(descriptor)
 
 
-_thread = _Reader()
+_thread = _ThreadFiles()
 _OPEN_FILES = 16
 
 
