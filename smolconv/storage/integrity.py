@@ -79,6 +79,21 @@ def digest_of_zeros(nbytes: int, digest: str) -> str | None:
     return digest_text(hasher)
 
 
+def digest_of_ranges(
+    path: Path, ranges: Iterable[tuple[int, int]], algorithm: str, abandoned: Callable[[], bool] = lambda: False
+) -> str | None:
+    """The digest of ranges of a file, (offset, bytes), one after the other; None for "none", and when abandoned."""
+    hasher = new_hasher(algorithm)
+    if hasher is not None:
+        with open(path, "rb", buffering=0) as file:
+            for offset, nbytes in ranges:
+                for _, data in _read(file.fileno(), path, offset, nbytes):
+                    if abandoned():
+                        return None
+                    hasher.update(data)
+    return digest_text(hasher)
+
+
 def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
     """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
     hasher = new_hasher(algorithm)
@@ -108,20 +123,11 @@ class Seal:
 
     def differs(self, abandoned: Callable[[], bool] = lambda: False) -> str | None:
         """Read the bytes, and say how they are not what was recorded; None when they are, and when abandoned."""
-        hasher = new_hasher(self.algorithm)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            found = digest_of_ranges(self.path, self.ranges, self.algorithm, abandoned)
         except FileNotFoundError:
             raise MissingFile(f"{self.path} is gone.\nA digest of its bytes was to be compared. Put it back.") from None
-        try:
-            for offset, nbytes in self.ranges:
-                for _, data in _read(descriptor, self.path, offset, nbytes):
-                    if abandoned():
-                        return None
-                    hasher.update(data)
-        finally:
-            os.close(descriptor)
-        return self.contradicted(digest_text(hasher))
+        return None if found is None else self.contradicted(found)
 
     def contradicted(self, found: str | None) -> str | None:
         return None if found == self.digest else f"{self.what} in {self.path.name}: {found}, was {self.digest}"

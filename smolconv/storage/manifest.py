@@ -19,7 +19,7 @@ from smolconv.storage.integrity import (
     RECORDED_BY_US,
     Seal,
     archive_seals,
-    digest_text,
+    digest_of_ranges,
     new_hasher,
     refuse,
     refuse_seals,
@@ -76,15 +76,8 @@ def make_manifest(
 
 
 def _file_entry(path: Path, tensors: Iterable[tuple[int, int]], digest: str) -> dict[str, Any]:
-    size, hasher = path.stat().st_size, new_hasher(digest)
-    if hasher is not None:
-        with open(path, "rb") as file:
-            for offset, nbytes in _outside(tensors, size):
-                file.seek(offset)
-                while nbytes and (data := file.read(min(nbytes, 1 << 20))):
-                    hasher.update(data)
-                    nbytes -= len(data)
-    return {"bytes": size, "digest": digest_text(hasher)}
+    size = path.stat().st_size
+    return {"bytes": size, "digest": digest_of_ranges(path, _outside(tensors, size), digest)}
 
 
 def _outside(tensors: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:

@@ -48,24 +48,6 @@ class _Pickler:
             raise TypeError(f"a {kind.__module__}.{kind.__qualname__} cannot be saved in a torch archive")
         writer(self, value)
 
-    def write_bool(self, value: bool) -> None:
-        self.out += pickle.NEWTRUE if value else pickle.NEWFALSE
-
-    def write_int(self, value: int) -> None:
-        self.out += _int_instruction(value)
-
-    def write_float(self, value: float) -> None:
-        self.out += pickle.BINFLOAT + struct.pack(">d", value)
-
-    def write_none(self, _: None) -> None:
-        self.out += pickle.NONE
-
-    def write_dtype(self, value: DtypeRef) -> None:
-        self.write_memoized(GlobalRef(module="torch", name=str(value)))
-
-    def write_size(self, value: TorchSize) -> None:
-        self.write_call("torch", "Size", (tuple(value),))
-
     def write_list(self, items: list[object]) -> None:
         self.out += pickle.EMPTY_LIST
         self.write_marked(items, pickle.APPENDS)
@@ -148,17 +130,17 @@ class _Pickler:
 
 #: By exact type: a subclass may mean more than its value, and what it means would be lost.
 _WRITERS: Mapping[type, Callable[[_Pickler, Any], None]] = {
-    type(None): _Pickler.write_none,
-    bool: _Pickler.write_bool,
-    int: _Pickler.write_int,
-    float: _Pickler.write_float,
+    type(None): lambda p, _: p.out.extend(pickle.NONE),
+    bool: lambda p, value: p.out.extend(pickle.NEWTRUE if value else pickle.NEWFALSE),
+    int: lambda p, value: p.out.extend(_int_instruction(value)),
+    float: lambda p, value: p.out.extend(pickle.BINFLOAT + struct.pack(">d", value)),
     str: _Pickler.write_memoized,
     tuple: _Pickler.write_tuple,
     list: _Pickler.write_list,
     dict: _Pickler.write_dict,
     OrderedDict: _Pickler.write_ordered_dict,
-    TorchSize: _Pickler.write_size,
-    DtypeRef: _Pickler.write_dtype,
+    TorchSize: lambda p, value: p.write_call("torch", "Size", (tuple(value),)),
+    DtypeRef: lambda p, value: p.write_memoized(GlobalRef(module="torch", name=str(value))),
     GlobalRef: _Pickler.write_memoized,
     TensorRef: _Pickler.write_tensor,
     PickledObject: _Pickler.write_object,

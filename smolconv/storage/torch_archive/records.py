@@ -86,7 +86,8 @@ class Archive:
         offset, nbytes = place
         if nbytes > most_bytes:
             raise self.damaged(f"{record} has {nbytes} bytes", f"At most {most_bytes} were expected.{advice}")
-        data = self._read(offset, nbytes)
+        self.file.seek(offset)
+        data = self.file.read(nbytes)
         if self.directory.has_checksums and (expected := self.entries[record].crc) != crc32(data):
             raise self.damaged(f"{record} has CRC-32 {crc32(data):08x}", f"{expected:08x} was recorded for it.")
         return data
@@ -112,10 +113,6 @@ class Archive:
 
     def damaged(self, found: str, expected: str, advice: str = _COPY_AGAIN) -> CorruptFile:
         return CorruptFile(f"{self.path}: {found}.\n{expected}\n{advice}")
-
-    def _read(self, offset: int, nbytes: int) -> bytes:
-        self.file.seek(offset)
-        return self.file.read(nbytes)
 
 
 def is_torch_archive(path: Path) -> bool:

@@ -142,9 +142,6 @@ class _Unpickler:
     def long(self, length_bytes: int) -> None:
         self.push(self.take_int(self.take_int(length_bytes), signed=True))
 
-    def double(self) -> None:
-        self.push(struct.unpack(">d", self.take(8))[0])
-
     def set_protocol(self) -> None:
         self.protocol = self.take_int(1)
         if self.protocol > 5:
@@ -385,7 +382,7 @@ _INSTRUCTIONS: Mapping[bytes, Callable[[_Unpickler], object]] = {
     pickle.BININT2: lambda u: u.push(u.take_int(2)),
     pickle.LONG1: lambda u: u.long(1),
     pickle.LONG4: lambda u: u.long(4),
-    pickle.BINFLOAT: _Unpickler.double,
+    pickle.BINFLOAT: lambda u: u.push(struct.unpack(">d", u.take(8))[0]),
     pickle.BINUNICODE: lambda u: u.text(4),
     pickle.SHORT_BINUNICODE: lambda u: u.text(1),
     pickle.BINUNICODE8: lambda u: u.text(8),
