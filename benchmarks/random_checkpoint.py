@@ -21,7 +21,9 @@ from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 from smolconv.models.spec import parameter_shapes, spec_from_hf
-from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Raw, Stored, cast
+from smolconv.tensors.dtypes import DTYPE_BYTES
+from smolconv.tensors.elements import Raw
+from smolconv.tensors.lazy import LazyTensor, Stored, cast
 
 _SMOLLM2: Mapping[str, Any] = {
     "model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,

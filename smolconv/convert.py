@@ -7,7 +7,6 @@ streams the tensors into ``DST.partial``, reopens what was written, and gives th
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import time
@@ -20,17 +19,21 @@ import xxhash
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
-from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
 from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
+from smolconv.processes import usable_cores
 from smolconv.replacing import lost_with
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck
 from smolconv.storage.manifest import MANIFEST, make_manifest, source_seals
-from smolconv.storage.output import PlannedFile, finiteness, total_bytes, write_files
-from smolconv.tensors.lazy import CHUNK_BYTES, FLOAT_DTYPES, Cast, LazyTensor, Stored, cast
+from smolconv.storage.output import write_files
+from smolconv.storage.planned import PlannedFile, total_bytes
+from smolconv.tensors.dtypes import FLOAT_DTYPES
+from smolconv.tensors.finite import finiteness
+from smolconv.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, Stored, cast
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
@@ -396,7 +399,7 @@ def _unchecked(check: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"{len(check['unchecked'])} digests of the source were not compared, as only parts of their bytes, or not in "
-        f"order, were read ({_shown(check['unchecked'], 3)}). --check-source reads them whole."
+        f"order, were read ({some_of(check['unchecked'], more=True)}). --check-source reads them whole."
     ]
 
 
@@ -421,7 +424,7 @@ def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mappin
 
 def default_workers() -> int:
     """Workers that keep the disk busy: more than a few only share the same memory bandwidth."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
@@ -446,7 +449,7 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     if not names:
         return []
     if not any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values()):
-        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {_shown(names)}"]
+        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {some_of(names, 5, more=True)}"]
     # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
     before, lost = list[str](), list[str]()
     for slot, tensors in plan.prepared.tensors.items():
@@ -455,20 +458,20 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
             label = f"{name} ({slot.value})"
             before += [label] if was else []
             lost += [label] if became else []
-    said = [
-        f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {_shown(lost)}. "
-        "Choose another --dtype."
-    ] if lost else []  # fmt: skip
-    kept = [f"{_tensors(before)} NaN or infinity and were kept as they are: {_shown(before)}"] if before else []
-    return [*said, *kept]
+    said: list[str] = []
+    if lost:
+        shown = some_of(lost, 5, more=True)
+        said.append(
+            f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {shown}. "
+            "Choose another --dtype."
+        )
+    if before:
+        said.append(f"{_tensors(before)} NaN or infinity and were kept as they are: {some_of(before, 5, more=True)}")
+    return said
 
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor holds" if len(names) == 1 else f"{len(names)} tensors hold"
-
-
-def _shown(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _sources(output: PlannedOutput) -> list[Stored]:

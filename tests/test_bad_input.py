@@ -1102,13 +1102,13 @@ def test_a_conversion_under_nohup_outlives_its_terminal(tmp_path):
 
 #: What is read of tensors never comes.
 SLOW_READ = """
-import smolconv.tensors.lazy, smolconv.storage.integrity, time
+import smolconv.tensors.reading, smolconv.storage.integrity, time
 def never(*_):
     open(WAITING, "w").close()
     while True:
         time.sleep(0.05)
         yield 0, b""
-smolconv.tensors.lazy._pread = lambda *_: list(never())
+smolconv.tensors.reading.pread = lambda *_: list(never())
 smolconv.storage.integrity._read = never
 """
 

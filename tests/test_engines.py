@@ -14,7 +14,8 @@ from conftest import FIXTURES, convert
 from smolconv.errors import UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.tensors.lazy import Stored
+from smolconv.verify.compare import VerifyOptions, VerifyReport, verify_checkpoints
 from smolconv.verify.engines.start import engine_logits
 from smolconv.verify.inputs import choose_rows
 

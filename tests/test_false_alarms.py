@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
+from smolconv.tensors.lazy import Stored
+from smolconv.verify.compare import VerifyOptions, VerifyReport, side_of, verify_checkpoints
 from smolconv.verify.forward import Run, Side
 from smolconv.verify.inputs import Rows, choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits

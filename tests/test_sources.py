@@ -23,14 +23,10 @@ _READS = re.compile(
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "imp", "code", "codeop"}
 #: (file, what is named there): why nothing of a checkpoint's, a recipe's or a data file's is executed.
 ACCOUNTED = {
-    (
-        "smolconv/storage/torch_archive/archive.py",
-        "import pickle",
-    ): "the numbers of its instructions; it unpickles nothing",
-    (
-        "smolconv/storage/torch_archive/archive.py",
-        "_Unpickler",
-    ): "our own, of an allow-list; it imports and calls nothing else",
+    ("smolconv/storage/torch_archive/records.py", "import pickle"): "the number of an instruction",
+    ("smolconv/storage/torch_archive/pickle.py", "import pickle"): "the numbers of its instructions; it writes",
+    ("smolconv/storage/torch_archive/unpickle.py", "import pickle"): "the numbers of its instructions",
+    ("smolconv/storage/torch_archive/unpickle.py", "_Unpickler"): "our own, of an allow-list; it imports nothing",
     (
         "smolconv/verify/hf.py",
         "torch.load",

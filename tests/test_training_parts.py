@@ -23,7 +23,6 @@ from torch.nn.functional import cross_entropy
 from training import EOS, losses, metrics, recipe, recipe_document, token_folder
 from transformers import AutoModelForCausalLM, Trainer
 
-from smolconv.continual_pretraining.data.stream import Batch
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.optimizer import group_parameters
 from smolconv.continual_pretraining.recipe.schema import Export, Optimizer
@@ -31,11 +30,13 @@ from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
 from smolconv.continual_pretraining.run.export import export_run
 from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
 from smolconv.continual_pretraining.run.start import prepare
+from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import parameter_shapes
-from smolconv.verify.compare import Stored, VerifyOptions, side_of
+from smolconv.tensors.lazy import Stored
+from smolconv.verify.compare import VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")

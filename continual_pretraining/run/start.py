@@ -277,11 +277,15 @@ def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
     """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
-    from smolconv.verify.compare import Stored, VerifyOptions, side_of
+    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
-    stored = None if masters or spec_differences(own.spec, checkpoint.spec) else Stored(folder=folder, options=read)
+    stored = (
+        None
+        if masters or spec_differences(own.spec, checkpoint.spec)
+        else StoredCheckpoint(folder=folder, options=read)
+    )
     if masters:
         parameters = {**checkpoint.tensors[Slot.PARAMETER], **masters}
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, Slot.PARAMETER: parameters})

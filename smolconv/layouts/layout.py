@@ -21,14 +21,10 @@ from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
 from smolconv.models.spec import spec_to_hf
 from smolconv.storage.manifest import MANIFEST
-from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
-from smolconv.storage.torch_archive.archive import (
-    ArchiveTensor,
-    Storage,
-    crc32_combine,
-    plan_torch_archive,
-    read_torch_archive,
-)
+from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
+from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
+from smolconv.storage.torch_archive.crc32 import crc32_combine
+from smolconv.storage.torch_archive.values import ArchiveTensor, Storage
 from smolconv.tensors.lazy import LazyTensor, Stored, equal
 
 #: Files that travel with the weights, beside config.json.

@@ -14,7 +14,7 @@ from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.layout import Layout, ReadOptions
 from smolconv.layouts.nanotron.layout import NANOTRON
 from smolconv.storage.atomic import INCOMPLETE
-from smolconv.tensors.lazy import close_thread_files
+from smolconv.tensors.reading import close_thread_files
 
 #: A folder that could be read as several is the first of them.
 LAYOUTS: tuple[Layout, ...] = (HUGGINGFACE, NANOTRON, DEEPSPEED)

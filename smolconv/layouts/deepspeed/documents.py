@@ -16,7 +16,8 @@ from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
 from smolconv.layouts.documents import adam_step, check_plain, is_count, understood, with_tuples
 from smolconv.layouts.dtypes import check_dtype
-from smolconv.storage.torch_archive.archive import ArchiveTensor, PickledObject, TorchSize, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.

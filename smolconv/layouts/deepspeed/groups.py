@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerState, ParameterGroup, Slot
-from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
+from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError, some_of
 from smolconv.layouts.documents import is_number
 from smolconv.layouts.layout import parse_json
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
@@ -59,7 +59,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     known = checkpoint.optimizer if checkpoint.has_optimizer else None
     own = checkpoint.source.engine or EngineRecord()
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
-        raise CorruptFile(f"{checkpoint.root}: Adam's state has no {_some(lost)}. Pass --no-optimizer.")
+        raise CorruptFile(f"{checkpoint.root}: Adam's state has no {some_of(lost)}. Pass --no-optimizer.")
     decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
     if groups is not None:
         found = _from_file(groups, trained, known)
@@ -236,7 +236,3 @@ def _read_rules(path: Path) -> list[_Rule]:
             raise UsageError(f"{where}: regex {regex!r:.60} cannot be used ({error}).") from None
         rules.append(_Rule(names=tuple(names), pattern=pattern, values=values))
     return rules
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

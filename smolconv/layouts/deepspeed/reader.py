@@ -21,11 +21,11 @@ from smolconv.checkpoint import (
     Topology,
     TrainingProgress,
 )
-from smolconv.errors import CorruptFile, MissingShard, MixedCheckpoint, NameMismatch
+from smolconv.errors import CorruptFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, find_tag_folder, optimizer_file
-from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState, some_of
+from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.universal import read_universal
 from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
@@ -194,10 +194,12 @@ def _complete(reading: DeepSpeedReading, state: StoredState) -> tuple[str, ...]:
             if tensor.dtype != default:
                 reading.warnings.append(f"{name} comes from the base as {tensor.dtype}; the checkpoint is {default}.")
             state.weights[name] = cast(tensor, default)
-        reading.warnings.append(f"{len(missing)} weights come from {reading.base.root}: {some_of(missing)}.")
+        reading.warnings.append(
+            f"{len(missing)} weights come from {reading.base.root}: {some_of(missing, 5, more=True)}."
+        )
     elif missing and len(missing) < len(reading.shapes):
         raise NameMismatch(
-            f"{reading.tag} has no weights of {len(missing)} parameters: {some_of(missing)}.\n"
+            f"{reading.tag} has no weights of {len(missing)} parameters: {some_of(missing, 5, more=True)}.\n"
             "They were frozen and left out when it was saved (exclude_frozen_parameters), or the config is another "
             "model's. Supply the checkpoint that training began with by --base PATH."
         )
@@ -235,7 +237,9 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         except ValueError:
             dropped.append(key)
     if dropped:
-        reading.warnings.append(f"client_state: {some_of(dropped)} cannot be carried (tensors or objects).")
+        reading.warnings.append(
+            f"client_state: {some_of(dropped, 5, more=True)} cannot be carried (tensors or objects)."
+        )
     mine = reading.first.client_state.get(CLIENT_KEY)
     try:
         scheduler = plain(reading.first.lr_scheduler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,3 @@ def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDoc
         f"{', '.join(map(str, looked))} and in the client_state.\n"
         "Put the model's config.json beside latest, or pass it (or nanotron's model_config.json) with --config."
     )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from smolconv.checkpoint import ParameterGroup, Slot
-from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, NameMismatch
+from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
 from smolconv.layouts.deepspeed.documents import (
     WITHOUT,
     ModelDocument,
@@ -18,7 +18,7 @@ from smolconv.layouts.deepspeed.documents import (
     read_universal_tensor,
 )
 from smolconv.layouts.deepspeed.matching import starts_alike
-from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState, some_of
+from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.zero3 import require_model_files, whole_groups
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.tensors.lazy import LazyTensor, reshape
@@ -65,7 +65,7 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     ]
     if wrong:
         raise MixedCheckpoint(
-            f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong)}) is not what {model.path.name} holds.\n"
+            f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong, 5, more=True)}) is not what {model.path.name} holds.\n"
             "Files of two checkpoints are mixed, or ds_to_universal made it from a run with round_robin_gradients, "
             "which it scrambles: convert the ZeRO checkpoint itself."
         )

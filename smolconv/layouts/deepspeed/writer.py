@@ -25,6 +25,7 @@ from smolconv.checkpoint import (
     Slot,
     TrainingProgress,
 )
+from smolconv.continual_pretraining.run.checkpoints import LATEST
 from smolconv.errors import UsageError
 from smolconv.layouts.deepspeed.documents import (
     CLIENT_KEY,
@@ -35,7 +36,7 @@ from smolconv.layouts.deepspeed.documents import (
     loss_scaler,
     zero_stage_enum,
 )
-from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
+from smolconv.layouts.deepspeed.files import LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
 from smolconv.layouts.deepspeed.groups import common_values, master, one_step
 from smolconv.layouts.deepspeed.partitions import (
     SUB_GROUP_SIZE,
@@ -48,8 +49,9 @@ from smolconv.layouts.deepspeed.partitions import (
 )
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
 from smolconv.layouts.record import documents_of
-from smolconv.storage.output import PlannedFile, plain_file
-from smolconv.storage.torch_archive.archive import Storage, TensorRef, TorchSize, plan_torch_archive
+from smolconv.storage.planned import PlannedFile, plain_file
+from smolconv.storage.torch_archive.archive import plan_torch_archive
+from smolconv.storage.torch_archive.values import Storage, TensorRef, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
 
 #: The newest that ``ds_to_universal`` knows.

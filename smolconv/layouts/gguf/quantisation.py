@@ -11,7 +11,8 @@ import numpy as np
 
 from smolconv.errors import UnsupportedModel
 from smolconv.layouts.gguf.header import Entry
-from smolconv.tensors.lazy import LazyTensor, Raw, Stored, cast, scratch
+from smolconv.tensors.elements import Raw, scratch
+from smolconv.tensors.lazy import LazyTensor, Stored, cast
 
 if TYPE_CHECKING:
     from types import ModuleType

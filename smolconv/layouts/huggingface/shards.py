@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from smolconv.checkpoint import Slot
 from smolconv.errors import CorruptFile, MissingShard, NameMismatch, UnsupportedModel
 from smolconv.layouts.layout import read_json
-from smolconv.storage.output import PlannedFile, plain_file
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
-from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored
 
 

@@ -22,7 +22,8 @@ from smolconv.layouts.huggingface.shards import plan_sharded, read_indexed
 from smolconv.layouts.layout import ReadOptions, Written, read_json
 from smolconv.layouts.record import documents_of, group_from_json, group_to_json, read_documents
 from smolconv.models.weights import WeightTable
-from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
+from smolconv.storage.integrity import digest_tensor
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.tensors.lazy import LazyTensor
 
 SIDECAR = "smolconv_state"

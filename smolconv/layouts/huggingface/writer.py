@@ -13,7 +13,7 @@ from smolconv.layouts.huggingface.shards import json_bytes, plan_sharded
 from smolconv.layouts.huggingface.sidecar import SIDECAR, sidecar_files, sidecar_state
 from smolconv.layouts.layout import PlannedOutput, copied_file, hf_config, model_card
 from smolconv.models.huggingface import weight_table
-from smolconv.storage.output import plain_file
+from smolconv.storage.planned import plain_file
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 

@@ -33,7 +33,8 @@ from smolconv.layouts.nanotron.topology import (
 from smolconv.layouts.nanotron.weights import NativeParameter
 from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import WeightTable
-from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored, equal, flat_slice, join, reshape
 
 #: How much of two large tensors is compared that must be equal.

@@ -34,10 +34,10 @@ from smolconv.layouts.nanotron.topology import (
 from smolconv.models.operations import PadVocabulary
 from smolconv.models.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
 from smolconv.models.weights import WeightTable
-from smolconv.storage.output import PlannedFile, plain_file
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
-from smolconv.storage.torch_archive.archive import Storage, TensorRef
-from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice, raw_dtype, scratch
+from smolconv.storage.torch_archive.values import Storage, TensorRef
+from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice
 
 FORMAT = "1.5"
 #: What torch.optim.AdamW stores in a group, as nanotron builds it.
@@ -476,11 +476,4 @@ def _views_of_one_buffer(
 
 
 def _is_zero(tensor: LazyTensor) -> bool:
-    if isinstance(tensor, Zeros):
-        return True
-    for start, stop in tensor.chunks():
-        with scratch(stop - start, raw_dtype(tensor.dtype)) as values:
-            tensor.read(start, stop, values)
-            if values.any():
-                return False
-    return True
+    return isinstance(tensor, Zeros) or not any(values.any() for values in tensor.raw_chunks())
