@@ -19,7 +19,7 @@ from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
 from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
-from smolconv.models.spec import parameter_shapes, spec_from_hf
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Raw, Stored, cast
 
 _SMOLLM2: Mapping[str, Any] = {

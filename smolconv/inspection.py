@@ -11,7 +11,8 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile
-from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.storage.integrity import refuse_seals
 from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, read_manifest, source_seals
 from smolconv.storage.torch_archive.archive import is_torch_archive

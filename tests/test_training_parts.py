@@ -34,7 +34,7 @@ from smolconv.continual_pretraining.run.start import prepare
 from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.models.spec import parameter_shapes
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.verify.compare import Stored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 

@@ -64,8 +64,10 @@ from smolconv.layouts.deepspeed.partitions import (
 from smolconv.layouts.documents import check_config, check_progress, understood
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json, without_aliases
-from smolconv.models.huggingface import weight_table
-from smolconv.models.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
+from smolconv.models.nanotron import spec_from_nanotron
+from smolconv.models.registry import is_nanotron_config
+from smolconv.models.spec import ModelSpec
 from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.storage.torch_archive.archive import read_pickle_bytes
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros, cast, equal, flat_slice, join, join_columns, reshape

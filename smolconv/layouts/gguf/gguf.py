@@ -22,8 +22,9 @@ from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch, NotInstalled, UnsupportedModel
 from smolconv.layouts.dtypes import check_dtypes
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.operations import Operation, Rename, RotaryPairs
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule, WeightTable
 from smolconv.tensors.lazy import LazyTensor, Raw, Stored, cast, scratch
 

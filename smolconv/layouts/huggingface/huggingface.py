@@ -30,8 +30,7 @@ from smolconv.layouts.layout import (
     read_json,
     without_aliases,
 )
-from smolconv.models.huggingface import weight_table
-from smolconv.models.spec import spec_from_hf
+from smolconv.models.huggingface import spec_from_hf, weight_table
 from smolconv.models.weights import WeightTable
 from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors

@@ -51,9 +51,8 @@ from smolconv.layouts.nanotron.topology import (
     tensor_parallel,
     zero1_slices,
 )
-from smolconv.models import llama as smollm2
-from smolconv.models import smollm3
-from smolconv.models.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
+from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
+from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import WeightTable
 from smolconv.storage.safetensors_file import read_safetensors
 from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
@@ -124,7 +123,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     config, where = _model_config(step_folder, options.config)
     check_config(config, where)
     spec = spec_from_nanotron(config, where, rope_as_configured=options.rope_as_configured)
-    table = weight_table(spec, nanotron_interleaved(config, where))
+    table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None
     if metadata is not None and not is_count(metadata.get("dp", 1)):
@@ -168,13 +167,6 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         files=tuple(paths),
         warnings=tuple(warnings),
     )
-
-
-def weight_table(spec: ModelSpec, interleaved: bool) -> WeightTable:
-    """The table between canonical names and nanotron's, in the order of nanotron's optimizer."""
-    if spec.architecture == "llama":
-        return smollm2.nanotron_table(spec, interleaved=interleaved)
-    return smollm3.nanotron_table(spec, interleaved=interleaved)
 
 
 def _model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:
