@@ -20,7 +20,7 @@ from smolconv.layouts.deepspeed.groups import with_adam
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
-from smolconv.models.spec import parameter_shapes, spec_from_hf
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 from smolconv.tensors.dtypes import DTYPE_BYTES
 from smolconv.tensors.elements import Raw
 from smolconv.tensors.lazy import LazyTensor, Stored, cast

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.storage.integrity import refuse_seals
 from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, source_seals
 from smolconv.storage.torch_archive.records import is_torch_archive

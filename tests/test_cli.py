@@ -14,7 +14,7 @@ from conftest import FIXTURES, environment, files_below, run_cli
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 
-from smolconv.models.spec import parameter_shapes, spec_from_hf
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
 COMMANDS = ("inspect", "diff", "convert", "verify", "import-gguf", "tokenize", "plot", "doctor")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from smolconv.errors import DigestMismatch, MissingFile, NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.huggingface.reader import read_huggingface
-from smolconv.models.spec import spec_from_hf
+from smolconv.models.huggingface import spec_from_hf
 from smolconv.storage import output
 
 NANOTRON = FIXTURES / "nanotron"

@@ -23,6 +23,10 @@ _READS = re.compile(
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "imp", "code", "codeop"}
 #: (file, what is named there): why nothing of a checkpoint's, a recipe's or a data file's is executed.
 ACCOUNTED = {
+    **{
+        ("smolconv/models/registry.py", name): "our own modules, by the names in a tuple beside it"
+        for name in ("import_module", "importlib.import_module")
+    },
     ("smolconv/storage/torch_archive/records.py", "import pickle"): "the number of an instruction",
     ("smolconv/storage/torch_archive/pickle.py", "import pickle"): "the numbers of its instructions; it writes",
     ("smolconv/storage/torch_archive/unpickle.py", "import pickle"): "the numbers of its instructions",

@@ -35,7 +35,7 @@ from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
-from smolconv.models.spec import parameter_shapes, spec_from_hf
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 
 ARCHITECTURES = {"llama": hf_models.llama, "smollm3": hf_models.smollm3}
 VOCABULARY = 64

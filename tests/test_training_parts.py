@@ -34,9 +34,8 @@ from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.models.spec import parameter_shapes
-from smolconv.tensors.lazy import Stored
-from smolconv.verify.compare import VerifyOptions, side_of
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")
@@ -226,7 +225,7 @@ def test_the_sources_loss_is_that_of_nanotron(source, packed, tmp_path):
         input_ids=known[f"{prefix}input_ids"].numpy(), positions=known[f"{prefix}position_ids"].numpy(),
         labels=labels.numpy(), rows=(),
     )  # fmt: skip
-    side = side_of(read_checkpoint(source), Stored(folder=source, options=ReadOptions()), VerifyOptions())
+    side = side_of(read_checkpoint(source), StoredCheckpoint(folder=source, options=ReadOptions()), VerifyOptions())
     assert source_loss(side, batch).loss == pytest.approx(float(known[f"{prefix}loss"]), abs=1e-5)
 
 

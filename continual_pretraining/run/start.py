@@ -26,7 +26,8 @@ from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, Usage
 from smolconv.hub.hub import is_hub_uri, open_source
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, hf_config
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.tensors.lazy import LazyTensor
 
 #: Below the run's folder; removed when the first checkpoint of the run is whole.

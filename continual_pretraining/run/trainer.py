@@ -43,7 +43,8 @@ from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
 from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
-from smolconv.models.spec import ModelSpec, spec_from_hf
+from smolconv.models.huggingface import spec_from_hf
+from smolconv.models.spec import ModelSpec
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8

@@ -19,7 +19,7 @@ from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
-from smolconv.models.spec import spec_to_hf
+from smolconv.models.huggingface import spec_to_hf
 from smolconv.storage.manifest import MANIFEST
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint
-from smolconv.models.spec import spec_to_hf
+from smolconv.models.huggingface import spec_to_hf
 from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import Run, embedding_rows, to_torch
 

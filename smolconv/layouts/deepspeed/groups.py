@@ -17,17 +17,16 @@ from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerStat
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError, some_of
 from smolconv.layouts.documents import is_number
 from smolconv.layouts.layout import parse_json
+from smolconv.models.family import Family
+from smolconv.models.registry import family_of
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
-EMBEDDING = "model.embed_tokens.weight"
 #: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
 _ADAMW: Mapping[str, Any] = {
     "lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False,
     "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
     "bias_correction": True,
 }  # fmt: skip
-#: Weight decay of the published recipes (SmolLM3's YAML; SmolLM2's), where nothing else says one.
-_PUBLISHED_DECAY = {"smollm3": 0.1, "llama": 0.01}
 #: How Adam is carried out, not what it computes: another trainer's choice is no business of the engine's.
 _EXECUTION = ("foreach", "capturable", "differentiable", "fused")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -60,7 +59,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     own = checkpoint.source.engine or EngineRecord()
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
         raise CorruptFile(f"{checkpoint.root}: Adam's state has no {some_of(lost)}. Pass --no-optimizer.")
-    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+    family = family_of(checkpoint.spec)
+    undecayed = " and ".join(family.undecayed.values())
     if groups is not None:
         found = _from_file(groups, trained, known)
     elif known is not None:
@@ -71,13 +71,14 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     else:
         found = _default_groups(checkpoint, trained)
         warnings.append(
-            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
-            f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
+            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, {undecayed} "
+            f"undecayed, the rest with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json "
+            "chooses)."
         )
     if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
         found = [group for group in found if group.names]
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
-        found = _in_full(found, decay, warnings)
+        found = _in_full(found, family, warnings)
     if checkpoint.source.engine is None:
         found = [
             replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
@@ -100,14 +101,16 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     )
 
 
-def _in_full(groups: Sequence[ParameterGroup], decay: float, warnings: list[str]) -> list[ParameterGroup]:
+def _in_full(groups: Sequence[ParameterGroup], family: Family, warnings: list[str]) -> list[ParameterGroup]:
     """With every hyperparameter that torch's AdamW stores."""
     if any("lr" not in group.hyperparameters for group in groups):
         warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
     if any("weight_decay" not in group.hyperparameters for group in groups):
-        warnings.append(f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses).")
+        known = f"{family.weight_decay:g} is stored, {family.decay_source}"
+        warnings.append(f"no weight decay is known: {known} (--groups FILE.json chooses).")
     return [
-        replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters}) for group in groups
+        replace(group, hyperparameters={**_ADAMW, "weight_decay": family.weight_decay, **group.hyperparameters})
+        for group in groups
     ]
 
 
@@ -141,12 +144,12 @@ def _tensors(
 
 
 def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:
-    """Everything but the embedding, decayed as published, and the embedding, undecayed."""
-    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
-    rest, embedding = [name for name in trained if name != EMBEDDING], [name for name in trained if name == EMBEDDING]
+    """Everything that the family's pretraining decays, and what it does not: the embedding."""
+    family = family_of(checkpoint.spec)
+    rest, undecayed = ([name for name in trained if (name in family.undecayed) == spared] for spared in (False, True))
     return [
         ParameterGroup(names=tuple(names), hyperparameters={"weight_decay": value})
-        for names, value in ((rest, decay), (embedding, 0.0))
+        for names, value in ((rest, family.weight_decay), (undecayed, 0.0))
         if names
     ]
 

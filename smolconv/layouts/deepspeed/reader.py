@@ -32,7 +32,7 @@ from smolconv.layouts.deepspeed.zero0 import read_zero0
 from smolconv.layouts.documents import check_progress, understood
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, without_aliases
 from smolconv.layouts.record import read_documents
-from smolconv.models.spec import is_nanotron_config
+from smolconv.models.registry import is_nanotron_config
 from smolconv.tensors.lazy import LazyTensor, cast
 
 

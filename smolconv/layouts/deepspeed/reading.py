@@ -13,8 +13,10 @@ from smolconv.layouts.deepspeed.documents import AnotherOptimizer, ModelDocument
 from smolconv.layouts.deepspeed.files import TagFiles, tag_files
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.layout import ReadOptions, read_json
-from smolconv.models.huggingface import weight_table
-from smolconv.models.spec import ModelSpec, is_nanotron_config, parameter_shapes, spec_from_hf, spec_from_nanotron
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
+from smolconv.models.nanotron import spec_from_nanotron
+from smolconv.models.registry import is_nanotron_config
+from smolconv.models.spec import ModelSpec
 from smolconv.tensors.lazy import LazyTensor
 
 

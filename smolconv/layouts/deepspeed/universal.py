@@ -65,7 +65,8 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     ]
     if wrong:
         raise MixedCheckpoint(
-            f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong, 5, more=True)}) is not what {model.path.name} holds.\n"
+            f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong, 5, more=True)}) is not what "
+            f"{model.path.name} holds.\n"
             "Files of two checkpoints are mixed, or ds_to_universal made it from a run with round_robin_gradients, "
             "which it scrambles: convert the ZeRO checkpoint itself."
         )

@@ -25,7 +25,6 @@ from smolconv.checkpoint import (
     Slot,
     TrainingProgress,
 )
-from smolconv.continual_pretraining.run.checkpoints import LATEST
 from smolconv.errors import UsageError
 from smolconv.layouts.deepspeed.documents import (
     CLIENT_KEY,
@@ -36,7 +35,7 @@ from smolconv.layouts.deepspeed.documents import (
     loss_scaler,
     zero_stage_enum,
 )
-from smolconv.layouts.deepspeed.files import LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
+from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
 from smolconv.layouts.deepspeed.groups import common_values, master, one_step
 from smolconv.layouts.deepspeed.partitions import (
     SUB_GROUP_SIZE,

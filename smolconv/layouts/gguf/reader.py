@@ -23,8 +23,9 @@ from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.gguf.header import Entry, read_header
 from smolconv.layouts.gguf.quantisation import stored_tensor
 from smolconv.layouts.gguf.tokenizer import listed, token_id, tokenizer_json
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.operations import Operation, Rename, RotaryPairs
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule, WeightTable
 from smolconv.tensors.lazy import LazyTensor
 

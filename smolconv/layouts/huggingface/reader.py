@@ -17,8 +17,7 @@ from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
 from smolconv.layouts.huggingface.sidecar import SIDECAR, read_sidecar
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json, without_aliases
-from smolconv.models.huggingface import weight_table
-from smolconv.models.spec import spec_from_hf
+from smolconv.models.huggingface import spec_from_hf, weight_table
 from smolconv.tensors.lazy import LazyTensor
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

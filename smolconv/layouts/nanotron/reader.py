@@ -18,10 +18,8 @@ from smolconv.layouts.layout import ReadOptions, read_json
 from smolconv.layouts.nanotron.documents import read_model_config, read_progress
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
 from smolconv.layouts.nanotron.weights import NativeParameter, read_native, weights_topology
-from smolconv.models import llama as smollm2
-from smolconv.models import smollm3
-from smolconv.models.spec import ModelSpec, nanotron_interleaved, spec_from_nanotron
-from smolconv.models.weights import WeightTable
+from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
+from smolconv.models.spec import ModelSpec
 from smolconv.tensors.lazy import LazyTensor
 
 
@@ -83,7 +81,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
     spec = spec_from_nanotron(config, where, rope_as_configured=options.rope_as_configured)
-    table = weight_table(spec, nanotron_interleaved(config, where))
+    table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None
     if metadata is not None and not is_count(metadata.get("dp", 1)):
@@ -135,13 +133,6 @@ def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str,
         nanotron_training=read_bytes(training) if training.is_file() else None,
         nanotron_metadata=None if metadata is None else Document(data=read_bytes(path), value=metadata),
     )
-
-
-def weight_table(spec: ModelSpec, interleaved: bool) -> WeightTable:
-    """The table between canonical names and nanotron's, in the order of nanotron's optimizer."""
-    if spec.architecture == "llama":
-        return smollm2.nanotron_table(spec, interleaved=interleaved)
-    return smollm3.nanotron_table(spec, interleaved=interleaved)
 
 
 def _warnings(config: Mapping[str, Any], weights: Mapping[str, NativeParameter], spec: ModelSpec) -> list[str]:

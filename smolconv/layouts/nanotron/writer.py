@@ -14,7 +14,6 @@ from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageErr
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
 from smolconv.layouts.nanotron.documents import read_yaml
-from smolconv.layouts.nanotron.reader import weight_table
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
     block_of,
@@ -31,8 +30,9 @@ from smolconv.layouts.nanotron.topology import (
     weight_path,
     zero1_slices,
 )
+from smolconv.models.nanotron import nanotron_table, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
 from smolconv.models.operations import PadVocabulary
-from smolconv.models.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
+from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import WeightTable
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
@@ -90,7 +90,7 @@ class _NanotronWriter:
             )
         self.spec = self._padded_spec()
         self.model_config = self._model_config()
-        self.table: WeightTable = weight_table(self.spec, bool(self.model_config["rope_interleaved"]))
+        self.table: WeightTable = nanotron_table(self.spec, interleaved=bool(self.model_config["rope_interleaved"]))
         self.canonical = {rule.layout: rule.canonical for rule in self.table.rules}
         self.names = list(self.canonical)
         self.ranks = pipeline_ranks(self.spec, options.pp)
