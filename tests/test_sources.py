@@ -51,8 +51,6 @@ ACCOUNTED = {
     ("continual_pretraining/recipe/files.py", "_Loader"): "a safe loader of our own",
     ("continual_pretraining/recipe/files.py", "yaml.SafeLoader"): "it makes plain values",
     ("smolconv/layouts/nanotron/documents.py", "yaml.SafeLoader"): "it makes plain values",
-    ("smolconv/tensors/lazy.py", "importlib.util.LazyLoader"): "numpy, once it is needed",
-    ("smolconv/tensors/lazy.py", "spec.loader.exec_module"): "numpy, once it is needed",
     ("continual_pretraining/recipe/schema.py", "compile"): "a field of the recipe",
     ("benchmarks/demo.py", "AutoModelForCausalLM.from_pretrained"): "the demonstration's own model",
     ("benchmarks/resume_check.py", "torch.load"): "weights_only=True; what the benchmark wrote",

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
+from smolconv.layouts.listing import Listing, Needed
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.storage.manifest import MANIFEST
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
@@ -70,6 +71,15 @@ class OwnFiles:
     step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
 
 
+class NeededFiles(Protocol):
+    """The files that reading a checkpoint takes, or None where the listing's folder holds none of this layout.
+
+    ``step`` chooses one of a run; without ``optimizer`` Adam's tensors are left out.
+    """
+
+    def __call__(self, listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """One layout: how it is recognised, read and written."""
@@ -78,7 +88,9 @@ class Layout:
     words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
     title: str  #: for people
     signs: str  #: what its folders are recognised by, for the message that nothing was
+    marks: tuple[str, ...]  #: names of files, as patterns, of which each of its folders has one
     detect: Callable[[Path], bool]
+    needed_files: NeededFiles
     #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
     read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
     own_files: Callable[[Path], OwnFiles]

@@ -12,6 +12,7 @@ from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.layout import Layout, ReadOptions
+from smolconv.layouts.listing import Listing, companions, no_checkpoint
 from smolconv.layouts.nanotron.layout import NANOTRON
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files
@@ -33,8 +34,28 @@ def detect_layout(folder: Path) -> Layout:
     for layout in LAYOUTS:
         if layout.detect(folder):
             return layout
-    signs = ", nor ".join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
-    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs} is there.")
+    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {_signs(', nor ')} is there.")
+
+
+def needed_files(listing: Listing, folder: str, *, step: int | None = None, optimizer: bool = True) -> list[str]:
+    """The paths that reading the checkpoint in a listing's folder takes, sorted; never empty.
+
+    Layouts are not exclusive: what each of them needs is added up, and the reader decides. Raises ``MissingFile`` and
+    its kind.
+    """
+    found = [layout.needed_files(listing, folder, step=step, optimizer=optimizer) for layout in LAYOUTS]
+    here = [needed for needed in found if needed is not None]
+    if not here:
+        marks = tuple(mark for layout in LAYOUTS for mark in layout.marks)
+        raise no_checkpoint(listing, folder, marks, f"Expected {_signs(', or ')}.")
+    paths = frozenset[str]().union(*(needed.paths for needed in here))
+    if not paths and here[0].lacking is not None:
+        raise here[0].lacking
+    return sorted(paths | companions(listing, folder))
+
+
+def _signs(between: str) -> str:
+    return between.join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
 
 
 def _hint(path: Path) -> str:
