@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UnsupportedModel, UsageError
 from smolconv.files import noting_files
 from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron import is_nanotron, read_nanotron
+from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.lazy import close_thread_files
 
@@ -54,15 +55,30 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
 
 
 def _read(folder: Path, options: ReadOptions) -> Checkpoint:
+    asked = None if options.architecture is None else family_named(options.architecture).name
+    checkpoint = check_dtypes(_read_layout(folder, options))
+    if asked not in (None, checkpoint.spec.architecture):
+        raise UnsupportedModel(
+            f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture says {asked}.\n"
+            "Leave it out: only a nanotron config can be of several architectures."
+        )
+    return checkpoint
+
+
+def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
     layout = detect_layout(folder)
     if options.base is not None and layout != "deepspeed":
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout}.")
     if layout == "huggingface":
-        return check_dtypes(read_huggingface(folder, options))
+        return read_huggingface(folder, options)
     if layout == "nanotron":
-        return check_dtypes(read_nanotron(folder, options))
-    base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
+        return read_nanotron(folder, options)
+    base = (
+        None
+        if options.base is None
+        else read_checkpoint(options.base, ReadOptions(optimizer=False, architecture=options.architecture))
+    )
     try:
-        return check_dtypes(read_deepspeed(folder, options, base))
+        return read_deepspeed(folder, options, base)
     finally:
         close_thread_files()  # reading steps opened them; a file that is replaced later must be opened anew
