@@ -14,6 +14,7 @@ from smolconv.models.spec import ModelSpec
 _NAMES = (
     "llama",
     "smollm3",
+    "qwen2",
 )
 FAMILIES: Mapping[str, Family] = {name: import_module(f"smolconv.models.{name}").FAMILY for name in _NAMES}
 
