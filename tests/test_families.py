@@ -25,13 +25,14 @@ from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models import nanotron as nanotron_models
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, spec_to_hf
+from smolconv.models.nanotron import spec_to_nanotron
 from smolconv.models.registry import FAMILIES
 from smolconv.models.spec import ModelSpec
 from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, verify_checkpoints
 
-MODELS: dict[str, Callable[..., torch.nn.Module]] = {"qwen2": hf_models.qwen2}
+MODELS: dict[str, Callable[..., torch.nn.Module]] = {"qwen2": hf_models.qwen2, "qwen3": hf_models.qwen3}
 #: What a layer has that Llama's has not: changed, attention is another.
-OWN = {"qwen2": "model.layers.2.self_attn.k_proj.bias"}
+OWN = {"qwen2": "model.layers.2.self_attn.k_proj.bias", "qwen3": "model.layers.2.self_attn.k_norm.weight"}
 SMOLLM2, SMOLLM3 = (FIXTURES / "nanotron" / name / "tp1-pp2-dp1-zero0" for name in ("smollm2-tiny", "smollm3-tiny"))
 #: config.json of published models, as Qwen wrote them, and how many parameters they have by the Hub.
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
@@ -46,6 +47,18 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "vocab_size": 151936,
         },
         494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+            "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+            "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+            "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        596_049_920,
     ),
 }  # fmt: skip
 
@@ -234,7 +247,8 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], str, str]] = {
     "llama": (SMOLLM2, {}, "qwen2", "sets is_llama_config, which holds llama; --architecture says qwen2"),
     "no rope": (SMOLLM3, {"attention_bias": True}, "qwen2", "layer 3 does not rotate"),
     "no bias": (SMOLLM3, {"no_rope_layer": None}, "qwen2", "attention_bias is not set"),
-    "not in nanotron": (SMOLLM3, {}, "llama", "sets is_qwen2_config, which holds smollm3 or qwen2"),
+    "smollm3": (SMOLLM3, {}, "llama", "sets is_qwen2_config, which holds smollm3 or qwen2"),
+    "not in nanotron": (SMOLLM3, {}, "qwen3", "holds smollm3 or qwen2; --architecture says qwen3"),
 }
 
 
@@ -251,6 +265,15 @@ def test_hugging_faces_model_type_stands_and_unknown_names_are_no_architecture()
     assert read_checkpoint(SMOLLM3, ReadOptions(architecture="smollm3")) == read_checkpoint(SMOLLM3)
     with pytest.raises(UsageError, match="--architecture gpt2: expected one of llama, smollm3, qwen2"):
         read_checkpoint(SMOLLM3, ReadOptions(architecture="gpt2"))
+
+
+def test_qwen3_has_no_place_in_nanotron(tmp_path):
+    source = hf_models.saved(hf_models.qwen3(), tmp_path / "hf")
+    refused = run_cli("convert", source, tmp_path / "run", "--to", "nanotron")
+    assert refused.code == 3 and "q_norm, k_norm" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UnsupportedModel, match="no class of nanotron has a place"):
+        spec_to_nanotron(spec_from_hf(config_of(source)), {})
 
 
 def test_the_command_line_reads_a_qwen2_run(qwen2, tmp_path):

@@ -15,6 +15,7 @@ _NAMES = (
     "llama",
     "smollm3",
     "qwen2",
+    "qwen3",
 )
 FAMILIES: Mapping[str, Family] = {name: import_module(f"smolconv.models.{name}").FAMILY for name in _NAMES}
 
