@@ -18,8 +18,10 @@ from specs import nanotron_specs
 from test_spec import CONFIGS, SPELLINGS, rope_of
 from test_training_model import MAX_NOISE, batch, gradients_of, noise, plain_loss, run, training
 from test_verify import tiers, turned_rows, verified
-from training import recipe_document, token_folder, train
+from training import recipe, recipe_document, token_folder, train
+from training_model_worker import Packed
 
+from smolconv.continual_pretraining.estimate.estimate import memory_parts
 from smolconv.errors import NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -309,6 +311,32 @@ def test_the_comparison_notices_a_parameter_of_its_own_that_is_lost(plain):
     with torch.no_grad():
         built.get_parameter(OWN[plain.config.model_type]).zero_()
     assert abs(run(built, given_batch)[0].item() / plain_loss(plain, given_batch).item() - 1) > 1e-4
+
+
+def kept_bytes(plain: Any, dtype: str, given_batch: Packed) -> int:
+    """Of storages that autograd keeps of a forward pass, parameters aside."""
+    built = training(plain, dtype=dtype)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        built(**given_batch._asdict())
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_counts_what_autograd_keeps_of_qwen3s_norms_of_heads(dtype, tmp_path):
+    given_batch = batch([[32]])
+    models = hf_models.qwen3(head_dim=4), hf_models.llama()
+    found = [kept_bytes(plain, dtype, given_batch) for plain in models]
+    asked = recipe(tmp_path, tmp_path, model={"dtype": dtype})
+    parts = [memory_parts(asked, spec_from_hf(plain.config.to_dict()), 1) for plain in models]
+    estimated = [next(part.bytes for part in found if part.name == "activations") for found in parts]
+    assert found[0] - found[1] == estimated[0] - estimated[1]
 
 
 def test_a_recipe_trains_a_nanotron_run_as_the_architecture_that_it_names(tmp_path):
