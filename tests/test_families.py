@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from conftest import FIXTURES, convert, files_below, hf_weights, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import nanotron_specs
+from test_sources import parsed, sources
 from test_spec import CONFIGS, SPELLINGS, rope_of
 from test_training_model import MAX_NOISE, batch, gradients_of, noise, plain_loss, run, training
 from test_verify import tiers, turned_rows, verified
@@ -91,6 +93,17 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def test_no_product_file_but_a_familys_own_and_ggufs_knows_it_by_name():
+    elsewhere = [path for path in sources() if not {"models", "gguf", "benchmarks"} & set(path.parts)]
+    named = [
+        f"{path}:{node.lineno}"
+        for path in elsewhere
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in FAMILIES
+    ]
+    assert len(elsewhere) > 50 and not named
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
