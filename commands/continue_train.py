@@ -136,7 +136,8 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     from smolconv.layouts.registry import read_checkpoint
 
     model = recipe.model
-    read = ReadOptions(config=Path(model.config) if model.config else None, step=model.step)
+    config = Path(model.config) if model.config else None
+    read = ReadOptions(config=config, step=model.step, architecture=model.architecture)
     source = read_checkpoint(open_source(model.source, headers_only=True), read)
     spec = with_overrides(source, recipe).spec
     check_model(recipe, spec, model.source)

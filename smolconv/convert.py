@@ -63,6 +63,7 @@ class ConvertOptions:
     digest: str = "xxh3"
     config: Path | None = None
     step: int | None = None
+    architecture: str | None = None
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
@@ -162,6 +163,7 @@ def plan_conversion(
         ReadOptions(
             config=options.config,
             step=options.step,
+            architecture=options.architecture,
             rope_as_configured=options.rope_scaling == "as-configured",
             optimizer=with_optimizer,
             check_sidecar=not headers_only,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 
 from smolconv.continual_pretraining.engine.attention import (
     ATTENTION,
@@ -65,7 +64,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     )
     # A padding token would have no gradient in transformers' embedding, and stop it when beyond the vocabulary.
     raw = spec_to_hf(spec, {**config, "pad_token_id": None, "use_cache": False}, model.dtype)
-    hf_config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    hf_config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     hf_config._attn_implementation = ATTENTION
     with torch.device("meta"):
         built = _training_class(family.hf_class)(hf_config)

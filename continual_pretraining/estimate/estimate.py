@@ -386,7 +386,7 @@ def _flattened_together(sizes: Iterable[int]) -> int:
 
 
 def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
-    """What autograd keeps of a micro-batch of transformers' Llama or SmolLM3, with attention that keeps no scores.
+    """What autograd keeps of a micro-batch of transformers' model, with attention that keeps no scores.
 
     Of a layer: both norms (input and normalised in fp32 or b, output), rotated q, k and v, attention's output and
     log-sum, and the four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows.
@@ -398,6 +398,8 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     positions = recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length
     norm = 2 * b * hidden if fused else (_FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + _FP32 * spec.num_heads
+    if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
+        attention += (b if fused else _FP32 + b) * (query + spec.kv_rows) + _FP32 * (spec.num_heads + spec.num_kv_heads)
     layer = 2 * norm + attention + (3 if fused else 4) * b * inner
     # Gradients of the widest block, while it is walked back.
     walking = b * (3 * inner + 2 * hidden)

@@ -32,6 +32,7 @@ class Model(Section):
 
     source: str  #: a checkpoint of any layout, or hf://owner/name
     config: str | None = None  #: for a source without one, as convert's --config
+    architecture: str | None = None  #: of a nanotron source, as convert's --architecture
     step: NotNegative | None = None  #: of a run folder with several
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
     rope_theta: PositiveFloat | None = None  #: to change the source's, for long context

@@ -125,7 +125,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
     read = ReadOptions(
         config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
-        optimizer=wanted.optimizer,
+        architecture=recipe.model.architecture, optimizer=wanted.optimizer,
     )  # fmt: skip
     source = read_checkpoint(folder, read)
     checkpoint = with_overrides(source, recipe)
@@ -225,7 +225,8 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
         return
     config = None if recipe.model.config is None else Path(recipe.model.config)
     try:
-        read = ReadOptions(config=config, step=recipe.model.step, optimizer=False)
+        given = recipe.model
+        read = ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=False)
         source = read_checkpoint(Path(recipe.model.source), read)
     except (SmolconvError, OSError):
         return

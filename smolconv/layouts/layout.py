@@ -46,6 +46,7 @@ class ReadOptions:
 
     config: Path | None = None  #: a config to use instead of the folder's own
     step: int | None = None  #: which step of a run folder; the latest by default
+    architecture: str | None = None  #: which family, where a nanotron config could be of several
     rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
     optimizer: bool = True  #: read Adam's state when it is there
     check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
@@ -227,6 +228,8 @@ def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
         known = read_json(checkpoint.assets["config.json"])
     carried = {**(checkpoint.source.nanotron_config or {}), **known}
+    if known.get("model_type") != checkpoint.spec.architecture:
+        known = {}  # --architecture asked for another family, whose class knows other fields
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UnsupportedModel, UsageError
 from smolconv.files import noting_files
 from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
@@ -14,6 +14,7 @@ from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.layout import Layout, ReadOptions
 from smolconv.layouts.listing import Listing, companions, no_checkpoint
 from smolconv.layouts.nanotron.layout import NANOTRON
+from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files
 
@@ -72,11 +73,23 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
 
 
 def _read(folder: Path, options: ReadOptions) -> Checkpoint:
+    asked = None if options.architecture is None else family_named(options.architecture).name
+    checkpoint = check_dtypes(_read_layout(folder, options))
+    if asked not in (None, checkpoint.spec.architecture):
+        raise UnsupportedModel(
+            f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture says {asked}.\n"
+            "Leave it out: only a nanotron config can be of several architectures."
+        )
+    return checkpoint
+
+
+def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
     layout = detect_layout(folder)
     if options.base is not None and not layout.takes_base:
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout.name}.")
-    base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
+    of_base = ReadOptions(optimizer=False, architecture=options.architecture)
+    base = None if options.base is None else read_checkpoint(options.base, of_base)
     try:
-        return check_dtypes(layout.read(folder, options, base))
+        return layout.read(folder, options, base)
     finally:
         close_thread_files()  # reading a layout may open them; a file that is replaced later must be opened anew

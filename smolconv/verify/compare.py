@@ -260,7 +260,10 @@ def verify_conversion(
 
     ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
     """
-    read_back = read_checkpoint(folder, ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None))
+    read_back = read_checkpoint(
+        folder,
+        ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None, architecture=prepared.spec.architecture),
+    )
     rows = prepared.spec.vocab_size
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
