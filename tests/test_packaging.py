@@ -110,7 +110,6 @@ def test_the_sdist_holds_the_product_and_what_is_read_about_it(built: Built) -> 
     assert held == product().keys() | read | made
 
 
-
 def test_setuptools_has_nothing_to_warn_of(built: Built) -> None:
     assert "smolconv/commands/main.py" in built.said
     assert [line for line in built.said.splitlines() if re.search("warn|deprecat", line, re.IGNORECASE)] == []
