@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from smolconv.processes import usable_cores
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DISKLESS = ("tmpfs", "ramfs")
 _NOT_INSTALLED = "(not installed)"
@@ -251,7 +253,7 @@ def machine_lines(packages: Sequence[str]) -> list[str]:
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return [
         f"{cores} cores ({processor}), {memory_bytes() / 1e9:.1f} GB RAM, load {os.getloadavg()[0]:.1f} at the start",
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}",

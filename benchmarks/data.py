@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from common import REPOSITORY, file_system, machine_lines, markdown_table, say, 
 from smolconv.continual_pretraining.data.blending import Blend
 from smolconv.continual_pretraining.data.stream import TrainingData
 from smolconv.continual_pretraining.recipe.schema import Data
+from smolconv.processes import usable_cores
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "data.md"
 SEQUENCE_LENGTH = 2048
@@ -135,7 +135,7 @@ def main() -> int:
     options = parser.parse_args()
     clock = options.clock
     rounds, tokens = (2, 5_000_000) if options.quick else (7, 20_000_000)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     machine = machine_lines(["smolconv", "numpy"])
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)

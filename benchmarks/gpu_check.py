@@ -34,7 +34,8 @@ from random_checkpoint import CONFIGS
 from smolconv.continual_pretraining.estimate.estimate import estimate, flops_per_token, memory_parts
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.watch.metrics import peak_flops
-from smolconv.models.spec import ModelSpec, spec_from_hf
+from smolconv.models.huggingface import spec_from_hf
+from smolconv.models.spec import ModelSpec
 
 NO_GPU = 5
 JOBS = Path(__file__).with_name("gpu_jobs.py")

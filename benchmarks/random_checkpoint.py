@@ -16,11 +16,14 @@ import numpy as np
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
 from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
-from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
-from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
-from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
-from smolconv.models.spec import parameter_shapes, spec_from_hf
-from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Raw, Stored, cast
+from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
+from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
+from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
+from smolconv.tensors.dtypes import DTYPE_BYTES
+from smolconv.tensors.elements import Raw
+from smolconv.tensors.lazy import LazyTensor, Stored, cast
 
 _SMOLLM2: Mapping[str, Any] = {
     "model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,

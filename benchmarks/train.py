@@ -41,6 +41,8 @@ from common import (
     take_turns,
 )
 
+from smolconv.processes import usable_cores
+
 RESULTS = REPOSITORY / "benchmarks" / "results" / "training.md"
 LENGTH, PACKED_LENGTH, DOCUMENT_TOKENS = 512, 2048, 128
 #: Claims, as the README and docs state them.
@@ -416,7 +418,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps of a run that are not timed")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run that are timed")
     parser.add_argument("--limit", type=float, default=8, help="seconds of timed steps that are enough")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of every side")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
     parser.add_argument("--length", type=int, default=LENGTH, help="of the rows that are not packed")
     parser.add_argument("--no-emulated", action="store_true", help="leave out sides whose bf16 this processor emulates")

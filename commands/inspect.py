@@ -9,6 +9,7 @@ import typer
 
 from smolconv.commands import console
 from smolconv.commands.app import app
+from smolconv.errors import some_of
 
 _EPILOG = """
 **Examples**
@@ -75,7 +76,7 @@ def _show(document: dict[str, Any], source: str) -> None:
         ("files", f"{document['files']}, {console.size(document['bytes'])}"),
     ]  # fmt: skip
     if document["frozen"]:
-        rows.append(("frozen", f"{len(document['frozen'])} parameters: {_some(document['frozen'])}"))
+        rows.append(("frozen", f"{len(document['frozen'])} parameters: {some_of(document['frozen'])}"))
     if "checked" in document:
         rows.append(("digests", _digests(document)))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -100,7 +101,7 @@ def _digests(document: dict[str, Any]) -> str:
     by_reason: dict[str, list[str]] = {}
     for entry in bare:
         by_reason.setdefault(entry["reason"], []).append(Path(entry["path"]).name)
-    return told + "".join(f"; NOT CHECKED: {_some(names)} ({reason})" for reason, names in by_reason.items())
+    return told + "".join(f"; NOT CHECKED: {some_of(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def _ranges(layers: list[int]) -> str:
@@ -115,10 +116,6 @@ def _optimizer(document: dict[str, Any]) -> str:
     steps = " or ".join(f"{step:g}" for step in document["adam_steps"])
     master = ", fp32 masters" if "master" in document["slots"] else ""
     return f"Adam after {steps} steps, {groups} (weight decay {', '.join(decays)}){master}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _progress(progress: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def tokenize(
         }
         if not as_json:
             console.say(
-                f"{result.documents:,} documents, {result.tokens:,} tokens in {_some(len(result.files), 'file')}, "
+                f"{result.documents:,} documents, {result.tokens:,} tokens in {_count(len(result.files), 'file')}, "
                 f"{result.seconds:.1f} s ({console.number(result.tokens / max(result.seconds, 1e-9))} tokens/s)"
             )
             console.line(_recipe_lines(plan))
@@ -141,14 +141,14 @@ def _say_plan(plan: TokenizePlan) -> None:
     )  # fmt: skip
     order = "in order" if plan.options.shuffle_seed is None else f"shuffled with seed {plan.options.shuffle_seed}"
     console.say(
-        f"{_some(len(plan.inputs), 'file')}, {console.size(plan.input_bytes)}, in {_some(plan.tasks, 'task')}, "
+        f"{_count(len(plan.inputs), 'file')}, {console.size(plan.input_bytes)}, in {_count(plan.tasks, 'task')}, "
         f"documents {order}\n"
         f"tokenizer {plan.tokenizer}: {plan.vocab_size} entries, {plan.token_bytes} bytes a token\n"
         f"documents end in {ending}"
     )
 
 
-def _some(count: int, what: str) -> str:
+def _count(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 

@@ -93,6 +93,42 @@ class Topology:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document that is carried on as it was written."""
+
+    data: bytes
+    value: Mapping[str, Any]  #: what it says
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """What a DeepSpeed engine stored beside the optimizer, for the engine that goes on."""
+
+    weights_only: bool = False  #: made of weights alone, and no step since: nothing but them is worth carrying
+    client_state: Mapping[str, Any] = field(default_factory=dict)  #: plain values only
+    skipped_steps: int = 0
+    groups: tuple[ParameterGroup, ...] = ()  #: the run's own, though Adam's state may have been left behind
+    lr_scheduler: Any = None  #: its state, of plain values
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What the documents of the source say that no other field holds. A writer of the same layout gives it back."""
+
+    hf_config: Mapping[str, Any] | None = None  #: config.json
+    nanotron_config: Mapping[str, Any] | None = None  #: model_config.json
+    nanotron_training: bytes | None = None  #: config.yaml
+    nanotron_metadata: Document | None = None  #: checkpoint_metadata.json
+    engine: EngineRecord | None = None
+    others: Mapping[str, bytes] = field(default_factory=dict)  #: carried on unread, by name
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """What is known of the model beyond the spec, such as token ids: either config, or nothing."""
+        return self.hf_config or self.nanotron_config or {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint of any layout: lazy, canonical, immutable."""
 
@@ -105,7 +141,7 @@ class Checkpoint:
     progress: TrainingProgress | None = None
     assets: Mapping[str, Path] = field(default_factory=dict)  #: tokenizer, generation config, chat template, by name
     documents: Mapping[str, bytes] = field(default_factory=dict)  #: assets that a reader made (GGUF)
-    origin: Mapping[str, bytes] = field(default_factory=dict)  #: the source's own documents, verbatim, by name
+    source: SourceRecord = SourceRecord()
     files: tuple[Path, ...] = ()  #: every file that was recognised
     opened: Mapping[Path, FileState] = field(default_factory=dict)  #: what was opened, as it was at that moment
     warnings: tuple[str, ...] = ()

@@ -6,41 +6,35 @@ streams the tensors into ``DST.partial``, reopens what was written, and gives th
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
-import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from smolconv import __version__
-from smolconv.checkpoint import Checkpoint, Slot, without_padding
-from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
+from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
+from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.hub import open_source
-from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
-from smolconv.layouts.deepspeed.files import find_tag_folder
-from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
-from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
-from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
-from smolconv.layouts.registry import detect_layout, read_checkpoint
+from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions, Written
+from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
+from smolconv.processes import usable_cores
+from smolconv.replacing import lost_with
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
-from smolconv.storage.integrity import SourceCheck, SourceReport
-from smolconv.storage.manifest import MANIFEST, make_manifest, read_manifest, source_seals
-from smolconv.storage.output import PlannedFile, WrittenTensor, finiteness, total_bytes, write_files
-from smolconv.tensors.lazy import CHUNK_BYTES, FLOAT_DTYPES, Cast, LazyTensor, Stored, cast
+from smolconv.storage.integrity import SourceCheck
+from smolconv.storage.manifest import MANIFEST, make_manifest, source_seals
+from smolconv.storage.output import write_files
+from smolconv.storage.planned import PlannedFile, total_bytes
+from smolconv.tensors.dtypes import FLOAT_DTYPES
+from smolconv.tensors.finite import finiteness
+from smolconv.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, Stored, cast
 
-#: What a user may ask for with --to; "hf" is a synonym.
-TARGETS: Mapping[str, str] = {
-    "hf": "huggingface", "huggingface": "huggingface", "nanotron": "nanotron", "deepspeed": "deepspeed",
-}  # fmt: skip
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -69,6 +63,9 @@ class ConvertOptions:
     digest: str = "xxh3"
     config: Path | None = None
     step: int | None = None
+
+
+_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +173,7 @@ def plan_conversion(
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the Hugging Face folder of a GGUF file. Raises as ``plan_conversion`` and ``read_gguf`` do."""
-    from smolconv.layouts.gguf.gguf import read_gguf
+    from smolconv.layouts.gguf.reader import read_gguf
 
     _checked(options)
     refuse_nested(path, target)
@@ -185,30 +182,16 @@ def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> Conve
 
 def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options: ConvertOptions) -> ConversionPlan:
     """Plan the output for a checkpoint that was read already. ``uri`` is where it came from, for the manifest."""
-    layout = _checked(options)
+    layout, own = _checked(options)
     prepared = prepare(checkpoint, options)
-    if layout == "huggingface":
-        output = plan_huggingface(prepared, HuggingFaceOptions(max_shard_bytes=options.max_shard_bytes))
-    elif layout == "deepspeed":
-        output = plan_deepspeed(prepared, _deepspeed_options(options))
-    else:
-        output = plan_nanotron(
-            prepared,
-            NanotronOptions(
-                tp=1 if options.tp is None else options.tp,
-                pp=1 if options.pp is None else options.pp,
-                dp=1 if options.dp is None else options.dp,
-                zero_stage=options.zero_stage or 0,
-                config=options.nanotron_config,
-            ),
-        )
+    output = layout.plan(prepared, own)
     files = {**states_of(leaf.path for leaf in _sources(output)), **checkpoint.opened}
     return ConversionPlan(
         uri=uri,
         source=checkpoint,
         prepared=prepared,
         target=target,
-        layout=layout,
+        layout=layout.name,
         options=options,
         output=output,
         files=files,
@@ -216,24 +199,17 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
     )
 
 
-#: Options that only one layout knows.
-_OWN_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "huggingface": (),
-    "nanotron": ("tp", "pp", "dp", "zero_stage", "nanotron_config"),
-    "deepspeed": ("zero_stage", "world_size", "universal", "groups", "sub_group_size"),
-}
-
-
-def _checked(options: ConvertOptions) -> str:
-    layout = TARGETS.get(options.to)
+def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
+    """The target's layout, and its own options. Raises ``UsageError``."""
+    layout = BY_WORD.get(options.to)
     if layout is None:
-        raise UsageError(f"--to {options.to}: expected one of hf, nanotron, deepspeed.")
-    for name in sorted({name for names in _OWN_OPTIONS.values() for name in names}.difference(_OWN_OPTIONS[layout])):
-        value = getattr(options, name)
-        if value is not None and value is not False:  # 0 is a ZeRO stage, and equals False
+        raise UsageError(f"--to {options.to}: expected one of {', '.join(known.words[0] for known in LAYOUTS)}.")
+    own = {field.name for field in fields(layout.options)}
+    for name in sorted({field.name for known in LAYOUTS for field in fields(known.options)} - own):
+        # What always has a value says nothing of what was asked for. 0 is a ZeRO stage, and equals False.
+        if _DEFAULTS[name] in (None, False) and getattr(options, name) is not _DEFAULTS[name]:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning for --to {options.to}.")
-    if layout == "deepspeed":
-        _deepspeed_options(options)
+    made = layout.options(**{name: getattr(options, name) for name in own if getattr(options, name) is not None})
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")
     if options.cast_from not in (None, "weights", "master"):
@@ -242,64 +218,50 @@ def _checked(options: ConvertOptions) -> str:
         raise UsageError(f"--rope-scaling {options.rope_scaling}: expected as-trained or as-configured.")
     if options.digest not in ("xxh3", "sha256", "none"):
         raise UsageError(f"--digest {options.digest}: expected xxh3, sha256 or none.")
-    return layout
-
-
-def _deepspeed_options(options: ConvertOptions) -> DeepSpeedOptions:
-    return DeepSpeedOptions(
-        zero_stage=options.zero_stage,
-        world_size=options.world_size,
-        universal=options.universal,
-        sub_group_size=options.sub_group_size,
-    )
+    return layout, made
 
 
 def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     """The checkpoint as the target will hold it: optimizer kept or not, dtype, vocabulary, tokenizer."""
     if options.optimizer and not checkpoint.has_optimizer:
         raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
-    layout = TARGETS[options.to]
-    checkpoint = _cast_parameters(checkpoint, options)
-    if layout != "deepspeed" and options.optimizer is None and _is_weights_only(checkpoint):
+    layout, own = _checked(options)
+    checkpoint = _cast_parameters(checkpoint, options, layout)
+    if not layout.of_an_engine and options.optimizer is None and _is_weights_only(checkpoint.source):
         note = "Adam has made no step since the weights were converted to DeepSpeed: only the weights are carried."
         checkpoint = replace(checkpoint, optimizer=None, progress=None, warnings=(*checkpoint.warnings, note))
-    if layout == "nanotron" and checkpoint.has_optimizer and checkpoint.frozen:
+    reason = layout.without_adam(checkpoint) if checkpoint.has_optimizer else None
+    if reason is not None:
         if options.optimizer:
-            raise UsageError(
-                f"--optimizer: {len(checkpoint.frozen)} parameters are frozen, which nanotron's optimizer cannot hold."
-            )
-        note = (
-            f"nanotron's optimizer cannot hold {len(checkpoint.frozen)} frozen parameters: Adam's state was left out."
-        )
+            raise UsageError(f"--optimizer: {reason}.")
+        note = f"{reason}: Adam's state was left out."
         checkpoint = replace(checkpoint, optimizer=None, warnings=(*checkpoint.warnings, note))
     if not checkpoint.has_optimizer:
-        kept = (Slot.PARAMETER, Slot.MASTER) if layout == "deepspeed" else (Slot.PARAMETER,)
+        kept = (Slot.PARAMETER, Slot.MASTER) if layout.of_an_engine else (Slot.PARAMETER,)
         tensors = {slot: found for slot, found in checkpoint.tensors.items() if slot in kept}
         checkpoint = replace(checkpoint, tensors=tensors, optimizer=None)
     if options.vocab_size is not None:
         checkpoint = _trim_vocabulary(checkpoint, options.vocab_size)
     if options.tokenizer is not None:
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
-    if layout == "deepspeed":
-        checkpoint = with_adam(checkpoint, groups=options.groups, zero_stage=options.zero_stage)
-    return checkpoint
+    return layout.prepare(checkpoint, own)
 
 
-def _is_weights_only(checkpoint: Checkpoint) -> bool:
-    return json.loads(checkpoint.origin.get("deepspeed.json", b"{}")).get("weights_only") is True
+def _is_weights_only(source: SourceRecord) -> bool:
+    return source.engine is not None and source.engine.weights_only
 
 
-def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: Layout) -> Checkpoint:
     master = checkpoint.tensors.get(Slot.MASTER) or {}
     if options.cast_from == "master" and not master:
         raise UsageError(f"--cast-from master: {checkpoint.root} holds no fp32 master weights.")
-    if master and options.cast_from == "weights" and TARGETS[options.to] == "deepspeed":
+    if master and options.cast_from == "weights" and layout.of_an_engine:
         raise UsageError(
-            "--cast-from weights: a DeepSpeed run's weights are its rounded masters, which the source has."
+            f"--cast-from weights: a {layout.title} run's weights are its rounded masters, which the source has."
         )
     parameters = dict(checkpoint.parameters)
     from_master = options.cast_from == "master" or (
-        options.cast_from is None and (options.dtype == "float32" or TARGETS[options.to] == "deepspeed")
+        options.cast_from is None and (options.dtype == "float32" or layout.of_an_engine)
     )
     warnings = list(checkpoint.warnings)
     if options.dtype == "keep" and options.cast_from is None:
@@ -401,23 +363,8 @@ def run_conversion(
             "unchecked": [f"{seal.path.name}: {seal.what}" for seal in report.unchecked],
             "without_digest": [str(path) for path in sealed.unsealed],
         }
-        warnings = (*plan.warnings, *sealed.warnings, *_unchecked(report), *_nonfinite(plan, written))
-        for path, make in plan.output.late.items():
-            folder.write(path, make(written))
-        manifest = make_manifest(
-            folder.partial,
-            plan.output.files,
-            plan.output.late,
-            written,
-            digest=plan.options.digest,
-            versions=_versions(),
-            source={
-                "uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": source_check,
-            },
-            plan_digest=plan.digest,
-            warnings=warnings,
-        )  # fmt: skip
-        folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
+        warnings = (*plan.warnings, *sealed.warnings, *_unchecked(source_check), *_nonfinite(plan, written))
+        _write_documents(plan, folder, written, source_check, warnings)
         verification = None if verifier is None else _verified(plan, folder.partial, verifier)
         if verification is not None and not verification["passed"]:
             failed = folder.publish_failed()
@@ -433,14 +380,26 @@ def run_conversion(
     )  # fmt: skip
 
 
-def _unchecked(report: SourceReport) -> list[str]:
-    if not report.unchecked:
+def _write_documents(
+    plan: ConversionPlan, folder: OutputFolder, written: Written, check: Mapping[str, Any], warnings: tuple[str, ...]
+) -> None:
+    """What can only be said once every tensor was read: the late files, and the manifest over all."""
+    for path, make in plan.output.late.items():
+        folder.write(path, make(written))
+    source = {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": check}
+    manifest = make_manifest(
+        folder.partial, plan.output.files, plan.output.late, written, digest=plan.options.digest, versions=_versions(),
+        source=source, plan_digest=plan.digest, warnings=warnings,
+    )  # fmt: skip
+    folder.write(MANIFEST, json.dumps(manifest, separators=(",", ":")).encode())
+
+
+def _unchecked(check: Mapping[str, Any]) -> list[str]:
+    if not check["unchecked"]:
         return []
-    names = [f"{seal.path.name}: {seal.what}" for seal in report.unchecked]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return [
-        f"{len(names)} digests of the source were not compared, as only parts of their bytes, or not in order, were "
-        f"read ({shown}). --check-source reads them whole."
+        f"{len(check['unchecked'])} digests of the source were not compared, as only parts of their bytes, or not in "
+        f"order, were read ({some_of(check['unchecked'], more=True)}). --check-source reads them whole."
     ]
 
 
@@ -455,67 +414,6 @@ def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
             )
 
 
-#: What programs write beside the files that a reader opens, by layout, as patterns of paths below the checkpoint.
-_ASSETS = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
-_BESIDE: Mapping[str, str] = {
-    "huggingface": rf"{_ASSETS}|.*\.index\.json|(modeling|configuration|tokenization)_\w+\.py|\.cache/huggingface/.*",
-    "nanotron": (
-        rf"latest\.txt|{_ASSETS}|(\d+/)?(model_config\.json|config\.yaml|checkpoint_metadata\.json|"
-        r"(model|optimizer|lr_scheduler|random|smolconv_assets)/.*\.(safetensors|pt|json|jinja|model|txt))"
-    ),
-    "deepspeed": (
-        rf"latest|latest_universal|smolconv_source/[\w.]+|([^/]+/)?({_ASSETS}|zero_to_fp32\.py|"
-        r"(\w*zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt|"
-        r"zero/(optimizer_state|[^/]+/(fp32|exp_avg|exp_avg_sq|step))\.pt)"
-    ),
-}
-_SHOWN_FILES = 3
-
-
-def lost_with(target: Path) -> str | None:
-    """What would be lost if ``target`` were replaced, beside one checkpoint or what smolconv has written there.
-
-    The answer goes on "it ..."; None when nothing would. A link is as good as what it points to, which stays.
-    """
-    if not target.is_dir():
-        return "is no folder" if target.exists() else "is a link to nothing"
-    if not any(os.scandir(target)):
-        return None
-    known: set[str] = set()
-    pattern, step = "", None
-    with contextlib.suppress(SmolconvError):
-        manifest = read_manifest(target)
-        known.update(path.relative_to(target).as_posix() for path in (manifest.files if manifest is not None else ()))
-    with contextlib.suppress(SmolconvError, OSError):
-        layout = detect_layout(target)
-        try:
-            files = read_checkpoint(target, ReadOptions(check_sidecar=False)).files
-        except MissingFile:
-            if layout != "deepspeed":  # whose runs hold no config of the model
-                raise
-            files = ()
-        known.update(path.relative_to(target).as_posix() for path in files if layout == "huggingface")
-        if layout != "huggingface":  # whose readers list whatever lies in a step's folder
-            step = (find_step_folder if layout == "nanotron" else find_tag_folder)(target, None)
-        pattern = _BESIDE[layout]
-    if not known and not pattern:
-        return "holds no checkpoint that smolconv can read"
-    others: list[str] = []
-    for folder, _, names in os.walk(target):
-        for name in sorted(names):
-            path = Path(folder) / name
-            inside = path.relative_to(target).as_posix()
-            # Of a run with several steps only one would be the checkpoint that is replaced.
-            of_step = step is None or target in (path.parent, step) or step in path.parents
-            of_step = of_step or inside.startswith("smolconv_source/")
-            fits = of_step and bool(pattern) and re.fullmatch(pattern, inside) is not None
-            if inside not in known and not fits and inside not in (MANIFEST, "README.md"):
-                others.append(inside)
-        if len(others) >= _SHOWN_FILES:
-            break
-    return f"also holds {', '.join(others[:_SHOWN_FILES])}" if others else None
-
-
 def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mapping[str, Any]:
     try:
         return verifier(plan, written)
@@ -526,7 +424,7 @@ def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mappin
 
 def default_workers() -> int:
     """Workers that keep the disk busy: more than a few only share the same memory bandwidth."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
@@ -539,7 +437,7 @@ def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
     return min(each, 4 * CHUNK_BYTES)
 
 
-def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTensor]]) -> list[str]:
+def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     """What is said of infinity and NaN: apart, what a cast made of finite values, and what was there before."""
     names = [
         f"{tensor.name} ({tensor.slot})"
@@ -551,7 +449,7 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
     if not names:
         return []
     if not any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values()):
-        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {_shown(names)}"]
+        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {some_of(names, 5, more=True)}"]
     # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
     before, lost = list[str](), list[str]()
     for slot, tensors in plan.prepared.tensors.items():
@@ -560,20 +458,20 @@ def _nonfinite(plan: ConversionPlan, written: Mapping[str, Sequence[WrittenTenso
             label = f"{name} ({slot.value})"
             before += [label] if was else []
             lost += [label] if became else []
-    said = [
-        f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {_shown(lost)}. "
-        "Choose another --dtype."
-    ] if lost else []  # fmt: skip
-    kept = [f"{_tensors(before)} NaN or infinity and were kept as they are: {_shown(before)}"] if before else []
-    return [*said, *kept]
+    said: list[str] = []
+    if lost:
+        shown = some_of(lost, 5, more=True)
+        said.append(
+            f"{_tensors(lost)} finite values that {plan.options.dtype} cannot hold, which became infinite: {shown}. "
+            "Choose another --dtype."
+        )
+    if before:
+        said.append(f"{_tensors(before)} NaN or infinity and were kept as they are: {some_of(before, 5, more=True)}")
+    return said
 
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor holds" if len(names) == 1 else f"{len(names)} tensors hold"
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _sources(output: PlannedOutput) -> list[Stored]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from smolconv import __version__
 from smolconv.continual_pretraining.run.ranks import NVIDIA
-from smolconv.processes import EMPTY_FOLDER, safe_environment
+from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
 
 #: The extra that each command needs besides the base installation; None: nothing.
 EXTRAS: Mapping[str, str | None] = {
@@ -112,7 +112,7 @@ def diagnose() -> Diagnosis:
     """Look at everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove does: seconds."""
     wanted = {command: _wanted(extra) for command, extra in EXTRAS.items()}
     versions = {name: version for needs in wanted.values() for name, version in needs.items()}
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(2, usable_cores())) as pool:
         packages = dict(zip(versions, pool.map(_package, versions, versions.values())))
         faster = list(pool.map(lambda name: _package(name, ""), _FASTER))
     commands = {}
@@ -205,12 +205,11 @@ def _ask_torch() -> Mapping[str, Any] | None:
 
 
 def _machine() -> Machine:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = Path("/dev/shm")
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         python=platform.python_version(),
-        cores=cores,
+        cores=usable_cores(),
         memory_bytes=_memory_bytes(),
         shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],

@@ -5,6 +5,14 @@ A message has three parts: what was found and where, what was expected, what to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
+    """The first few names, for a message: "a, b, c, ...", or "a, b, c and 7 more"."""
+    others = len(names) - most
+    return ", ".join(names[:most]) + ("" if others <= 0 else f" and {others} more" if more else ", ...")
+
 
 class SmolconvError(Exception):
     """The root: the command line prints the message without a traceback and exits with ``exit_code``."""

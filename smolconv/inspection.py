@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import CorruptFile
-from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.storage.integrity import refuse_seals
-from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, read_manifest, source_seals
-from smolconv.storage.torch_archive.archive import is_torch_archive
+from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, source_seals
+from smolconv.storage.torch_archive.records import is_torch_archive
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
@@ -97,17 +97,6 @@ def check_checkpoint(checkpoint: Checkpoint, workers: int = 1) -> Checked:
         for path in found.unsealed
     }  # fmt: skip
     return Checked(checked=checked, unchecked=unchecked)
-
-
-def check_digests(folder: Path) -> int:
-    """Re-read what the manifest in ``folder`` lists; returns how many digests were compared. Raises as above."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise CorruptFile(
-            f"{folder} has no smolconv_manifest.json, so there are no digests to compare.\n"
-            "Only folders that smolconv wrote have one."
-        )
-    return check_manifest(manifest)
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:

@@ -14,6 +14,11 @@ BOOTSTRAP = Path(__file__).absolute().parent / "bootstrap" / "run_module.py"
 EMPTY_FOLDER = BOOTSTRAP.parent
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, where the system tells; else those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def module_words(module: str, *words: str, folder: Path | None = None) -> list[str]:
     """The words that run ``module`` as ``python -m`` would, but for its path; ``folder``: where it shall work."""
     return [sys.executable, *script_words(module, *words, folder=folder)]

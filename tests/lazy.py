@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Literal, Stored
+from smolconv.tensors.dtypes import DTYPE_BYTES
+from smolconv.tensors.lazy import LazyTensor, Literal, Stored
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

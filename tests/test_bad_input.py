@@ -37,10 +37,11 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConvertOptions, lost_with, plan_conversion
+from smolconv.convert import ConvertOptions, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
+from smolconv.replacing import lost_with
 
 TINY = FIXTURES / "nanotron" / "smollm2-tiny"
 TP2 = TINY / "tp2-pp1-dp2-zero1"
@@ -1112,13 +1113,13 @@ def test_a_conversion_under_nohup_outlives_its_terminal(tmp_path):
 
 #: What is read of tensors never comes.
 SLOW_READ = """
-import smolconv.tensors.lazy, smolconv.storage.integrity, time
+import smolconv.tensors.reading, smolconv.storage.integrity, time
 def never(*_):
     open(WAITING, "w").close()
     while True:
         time.sleep(0.05)
         yield 0, b""
-smolconv.tensors.lazy._pread = lambda *_: list(never())
+smolconv.tensors.reading.pread = lambda *_: list(never())
 smolconv.storage.integrity._read = never
 """
 

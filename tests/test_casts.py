@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from smolconv.convert import ConversionPlan
 from smolconv.errors import ParityFailed
-from smolconv.storage.output import finiteness
+from smolconv.tensors.finite import finiteness
 from smolconv.tensors.lazy import cast
 from smolconv.verify.compare import verify_conversion
 from smolconv.verify.tensors import compare_tensors

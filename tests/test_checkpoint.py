@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 from lazy import literal, random_bits, raw_bytes, same_bits, stored, to_torch
 
 from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
-from smolconv.storage.output import digest_tensor, has_nonfinite
+from smolconv.storage.integrity import digest_tensor
+from smolconv.tensors.dtypes import DTYPE_BYTES, FLOAT_DTYPES
+from smolconv.tensors.elements import raw_dtype
+from smolconv.tensors.finite import has_nonfinite
 from smolconv.tensors.lazy import (
-    DTYPE_BYTES,
-    FLOAT_DTYPES,
     LazyTensor,
     Stored,
     Zeros,
     cast,
-    close_thread_files,
     column_slice,
     equal,
     flat_slice,
     join,
     join_columns,
-    raw_dtype,
     reshape,
     rotary_rows,
     row_slice,
 )
+from smolconv.tensors.reading import close_thread_files
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

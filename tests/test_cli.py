@@ -14,7 +14,7 @@ from conftest import FIXTURES, environment, files_below, run_cli
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 
-from smolconv.models.spec import parameter_shapes, spec_from_hf
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
 COMMANDS = ("inspect", "diff", "convert", "verify", "import-gguf", "tokenize", "plot", "doctor")
@@ -32,8 +32,8 @@ def modules_after(*words: object) -> set[str]:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["inspect", TINY], ["--version"]])
-def test_help_and_inspect_import_neither_torch_nor_transformers(words: list[object]) -> None:
-    assert not modules_after(*words) & {"torch", "transformers", "safetensors", "huggingface_hub"}
+def test_help_and_inspect_import_neither_numpy_nor_torch_nor_transformers(words: list[object]) -> None:
+    assert not modules_after(*words) & {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 
 
 def test_converting_weights_and_adam_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:

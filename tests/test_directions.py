@@ -30,7 +30,7 @@ from test_round_trips import MODELS
 
 from smolconv.convert import ConversionPlan, ConversionResult, ConvertOptions, plan_conversion, run_conversion
 from smolconv.errors import DigestMismatch, ParityFailed, UnsupportedModel
-from smolconv.inspection import check_digests
+from smolconv.storage.manifest import check_manifest, read_manifest
 from smolconv.verify.compare import verify_conversion
 
 NANOTRON = FIXTURES / "nanotron"
@@ -430,7 +430,7 @@ def test_one_bit_in_a_written_file_fails_verification_and_the_digests(stage, slo
     assert raised.value.exit_code == 1
     assert not (tmp_path / "out").exists()
     with pytest.raises(DigestMismatch, match=slot) as mismatch:
-        check_digests(tmp_path / "out.failed")
+        check_manifest(read_manifest(tmp_path / "out.failed"))
     assert mismatch.value.exit_code == 3
 
 

@@ -35,7 +35,8 @@ from smolconv.continual_pretraining.estimate.estimate import (
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
-from smolconv.models.spec import ModelSpec, spec_to_hf
+from smolconv.models.huggingface import spec_to_hf
+from smolconv.models.spec import ModelSpec
 
 N_135M = 134_515_008
 N_SMOLLM3 = 3_075_098_624

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
+from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, side_of, verify_checkpoints
 from smolconv.verify.forward import Run, Side
 from smolconv.verify.inputs import Rows, choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits
@@ -50,7 +50,7 @@ def forms(request, tmp_path_factory) -> dict[str, Path]:
 def verify(a: Path, b: Path, **options: Any) -> VerifyReport:
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    stored = (Stored(folder=a, options=read), Stored(folder=b, options=read))
+    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**options), stored=stored)
 
 
@@ -129,8 +129,8 @@ def compared(a: Path, b: Path, compute: str, **otherwise: Any) -> LogitsReport:
     spec = left.spec
     rows = choose_rows(vocab_size=spec.vocab_size, max_positions=spec.max_positions, tokenizer=None)
     return compare_logits(
-        Otherwise(side_of(left, Stored(folder=a), options), threads=1),
-        Otherwise(side_of(right, Stored(folder=b), options), **otherwise),
+        Otherwise(side_of(left, StoredCheckpoint(folder=a), options), threads=1),
+        Otherwise(side_of(right, StoredCheckpoint(folder=b), options), **otherwise),
         rows, compute=compute,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def against_recorded(release: str, folder: Path, model: str, compute: str, form:
     rows = Rows(tokens=recorded["input_ids"].numpy(), where="the fixture", spans=tuple(zip((0, *ends), ends)))
     if form == "packed":
         assert rows.positions.tolist() == recorded["packed_position_ids"].tolist()
-    side = side_of(read_checkpoint(folder), Stored(folder=folder), VerifyOptions(compute=compute))
+    side = side_of(read_checkpoint(folder), StoredCheckpoint(folder=folder), VerifyOptions(compute=compute))
     hidden = recorded[f"{model}/{compute}/{form}"]
     return compare_logits(side, Recorded(side, hidden), rows, compute=compute)
 

@@ -33,7 +33,9 @@ from smolconv.errors import (
     UnsupportedModel,
     UsageError,
 )
-from smolconv.layouts.gguf.gguf import Dequantised, _read_header, read_gguf
+from smolconv.layouts.gguf.header import read_header
+from smolconv.layouts.gguf.quantisation import Dequantised
+from smolconv.layouts.gguf.reader import read_gguf
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.tensors.lazy import Cast, LazyTensor
 
@@ -250,7 +252,7 @@ def dequantised_leaf(path: Path, size: int, kind: str, shape: tuple[int, ...]) -
 
 
 def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smolconv.layouts.gguf.gguf._STEP_ELEMENTS", 256)
+    monkeypatch.setattr("smolconv.layouts.gguf.quantisation._STEP_ELEMENTS", 256)
     sizes = []
     dequantize = gguf.quants.dequantize
 
@@ -268,7 +270,7 @@ def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch
 @pytest.mark.parametrize("which", ["tiny_gguf", "real_gguf"])
 def test_the_header_is_read_as_gguf_itself_reads_it(request: pytest.FixtureRequest, which: str) -> None:
     path = request.getfixturevalue(which)
-    metadata, entries = _read_header(path, gguf)
+    metadata, entries = read_header(path, gguf)
     reader = gguf.GGUFReader(path)
     theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert metadata == theirs

@@ -28,7 +28,8 @@ from smolconv.inspection import check_checkpoint
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage import integrity
 from smolconv.storage.integrity import Seal, SourceCheck
-from smolconv.storage.torch_archive.archive import read_archive_records, read_torch_archive
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.records import read_archive_records
 
 DEEPSPEED, NANOTRON = FIXTURES / "deepspeed", FIXTURES / "nanotron"
 UNEVEN = DEEPSPEED / "zero1-bf16-ws3-uneven"

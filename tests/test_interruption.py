@@ -18,9 +18,9 @@ from mortal import Life, Mortal
 from safetensors.torch import save_file
 
 from smolconv.errors import BadCheckpoint, UsageError
-from smolconv.inspection import check_digests
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import INCOMPLETE, JOURNAL, LOCK
+from smolconv.storage.manifest import check_manifest, read_manifest
 
 TP2 = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp1-dp2-zero1"
 KILL_POINTS, SEEDS = 50, 5
@@ -81,7 +81,7 @@ def assert_absent_or_whole(target: Path, whole: dict[str, str]) -> bool:
     found = digests_below(target)
     found.pop(LOCK, None)  # a kill right after the rename leaves the lock, which holds nothing
     assert found == whole
-    check_digests(target)
+    check_manifest(read_manifest(target))
     read_checkpoint(target)
     return True
 
@@ -263,7 +263,7 @@ def test_resume_from_a_source_that_changed_is_a_usage_error(cli: Callable[..., F
 
 def test_resume_without_anything_to_resume_begins(tmp_path):
     convert(TP2, tmp_path / "out", "hf", resume=True)
-    check_digests(tmp_path / "out")
+    check_manifest(read_manifest(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"path": "model.saf', b"\xff\xfe\x00", b"[]\n", b'{"path": 1}\n', b"null\n"])
@@ -283,7 +283,7 @@ def test_a_finished_file_that_was_cut_since_is_written_again(tmp_path):
     assert "model.safetensors" in (partial(tmp_path / "out") / JOURNAL).read_text()
     os.truncate(path, 1000)
     convert(TP2, tmp_path / "out", "hf", resume=True)
-    check_digests(tmp_path / "out")
+    check_manifest(read_manifest(tmp_path / "out"))
 
 
 # --- File systems that cannot rename folders ---

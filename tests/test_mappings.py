@@ -28,10 +28,10 @@ from smolconv.layouts.nanotron.topology import (
     slice_pairs,
     tensor_parallel,
 )
-from smolconv.models import huggingface, smollm3
-from smolconv.models import llama as smollm2
+from smolconv.models import huggingface, nanotron
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.operations import JoinRows, PadVocabulary, Rename, RotaryPairs
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule, WeightTable
 from smolconv.tensors.lazy import LazyTensor
 
@@ -39,8 +39,7 @@ PAIRS = st.booleans()  # whether rotary rows are stored as interleaved pairs
 
 
 def nanotron_table(spec: ModelSpec, interleaved: bool = False) -> WeightTable:
-    module = {"llama": smollm2, "smollm3": smollm3}[spec.architecture]
-    return module.nanotron_table(spec, interleaved=interleaved)
+    return nanotron.nanotron_table(spec, interleaved=interleaved)
 
 
 def is_zero(tensor: LazyTensor) -> bool:

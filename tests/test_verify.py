@@ -24,13 +24,13 @@ from smolconv.convert import ConversionPlan
 from smolconv.errors import ParityFailed, UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.models import llama as smollm2
-from smolconv.models import smollm3 as smollm3_mapping
+from smolconv.models import nanotron as nanotron_models
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.operations import JoinRows, Rename
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
-from smolconv.verify.compare import Stored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
+from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
 from smolconv.verify.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -43,7 +43,7 @@ def verify(a: Path, b: Path, **options: Any) -> VerifyReport:
     """As the command does: each side's own forward runs on the folder."""
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    stored = (Stored(folder=a, options=read), Stored(folder=b, options=read))
+    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored)
 
 
@@ -296,7 +296,7 @@ def test_a_config_that_changes_the_function_is_caught_by_the_spec_and_by_logits(
 def test_theta_of_smollm_1_for_that_of_smollm_2_fails_with_default_settings(tmp_path):
     run = with_config(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "run", rope_theta=100_000.0)  # and 10,000 in HF's
     left, right = read_checkpoint(run), read_checkpoint(SMOLLM2 / "expected_hf")
-    report = verify_checkpoints(left, right, stored=(Stored(folder=run), Stored(folder=right.root)))
+    report = verify_checkpoints(left, right, stored=(StoredCheckpoint(folder=run), StoredCheckpoint(folder=right.root)))
     assert tiers(report) == {"spec": False, "tensors": True, "logits": False}
     assert report.first_divergence == "model.layers.0.self_attn"
     assert report.spec_differences == ("rope_theta: 100000.0 in A, 10000.0 in B",)
@@ -456,9 +456,8 @@ SYMMETRIC: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 def test_an_error_of_the_mapping_in_both_directions_is_caught_by_our_own_forward(
     architecture, name, wrong, module, tmp_path, monkeypatch
 ):
-    tables = smollm2 if architecture == "llama" else smollm3_mapping
     run = SMOLLM2 / "tp1-pp1-dp1-zero0" if architecture == "llama" else NATIVE
-    monkeypatch.setattr(tables, name, wrong(getattr(tables, name)))
+    monkeypatch.setattr(nanotron_models, name, wrong(getattr(nanotron_models, name)))
     convert(run, tmp_path / "hf", "hf", optimizer=False)
     report = verify(run, tmp_path / "hf")
     assert tiers(report) == {"spec": True, "tensors": True, "logits": False}
@@ -534,7 +533,7 @@ def test_another_function_of_the_same_tensors_that_are_not_finite_still_fails(na
 
 def test_an_error_of_the_mapping_before_what_is_not_finite_is_still_caught_by_logits(tmp_path, monkeypatch):
     source = edited(HF, tmp_path / "hf", poisoned_with(torch.nan, LAYER.format(4, "mlp.down_proj")))
-    monkeypatch.setattr(smollm3_mapping, "mlp_rules", swapped_gate_and_up(smollm3_mapping.mlp_rules))
+    monkeypatch.setattr(nanotron_models, "mlp_rules", swapped_gate_and_up(nanotron_models.mlp_rules))
     convert(source, tmp_path / "run", "nanotron", optimizer=False)
     report = verify(source, tmp_path / "run")
     assert tiers(report) == {"spec": True, "tensors": True, "logits": False}

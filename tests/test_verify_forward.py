@@ -21,7 +21,7 @@ from test_round_trips import MODELS, as_interleaved
 from transformers import AutoModelForCausalLM
 
 from smolconv.errors import CorruptFile, MissingFile, SmolconvError, UsageError
-from smolconv.layouts.nanotron import read_native_model
+from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify import hf
 from smolconv.verify.forward import Run, Side

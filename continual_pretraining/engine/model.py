@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, LlamaForCausalLM, SmolLM3ForCausalLM
+from transformers import AutoConfig
 
 from smolconv.continual_pretraining.engine.attention import (
     ATTENTION,
@@ -27,7 +28,8 @@ from smolconv.continual_pretraining.engine.attention import (
 )
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
-from smolconv.models.spec import spec_from_hf, spec_to_hf
+from smolconv.models.huggingface import spec_from_hf, spec_to_hf
+from smolconv.models.registry import family_of
 
 #: A label that is not trained on.
 IGNORED = -100
@@ -55,6 +57,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
         )
     dtype = getattr(torch, model.dtype)
     spec = spec_from_hf(config)
+    family = family_of(spec)
     spec = replace(
         spec,
         rope_theta=model.rope_theta or spec.rope_theta,
@@ -65,7 +68,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     hf_config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     hf_config._attn_implementation = ATTENTION
     with torch.device("meta"):
-        built = _CLASSES[spec.architecture](hf_config)
+        built = _training_class(family.hf_class)(hf_config)
     built.to(dtype).to_empty(device=device)
     if spec.tied:  # two tensors since to_empty
         built.lm_head.weight = built.model.embed_tokens.weight
@@ -77,9 +80,9 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
         for module in built.model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = _Float32Linear
-    liger = _wanted_liger(model.liger, device, spec.architecture)
+    liger = _wanted_liger(model.liger, device, family.name)
     if liger is not None:
-        _use_liger(built, spec.architecture, liger)
+        _use_liger(built, family.name, liger)
     if model.compile:
         _compile(built, checkpointed=model.activation_checkpointing)
     elif model.activation_checkpointing:
@@ -134,15 +137,11 @@ class TrainingForward:
         return applied
 
 
-class TrainingLlama(TrainingForward, LlamaForCausalLM):  # type: ignore[misc]
-    """SmolLM2 and other Llamas."""
+@functools.cache
+def _training_class(hf_class: str) -> Any:
+    return type(f"Training{hf_class}", (TrainingForward, getattr(transformers, hf_class)), {})
 
 
-class TrainingSmolLM3(TrainingForward, SmolLM3ForCausalLM):  # type: ignore[misc]
-    """SmolLM3, whose every fourth layer does not rotate."""
-
-
-_CLASSES: dict[str, Any] = {"llama": TrainingLlama, "smollm3": TrainingSmolLM3}
 #: torch.utils.checkpoint's options. Nothing in a layer is random.
 _CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 

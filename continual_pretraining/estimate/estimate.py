@@ -20,7 +20,8 @@ from smolconv.continual_pretraining.engine.optimizer import group_parameters
 from smolconv.continual_pretraining.recipe.schedules import learning_rate, notes, resolved
 from smolconv.continual_pretraining.recipe.schema import Recipe, Schedule
 from smolconv.errors import UsageError
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec
 
 FlopsFormula = Literal["6N", "nanotron"]
 #: By which MFU is stated where one number is.

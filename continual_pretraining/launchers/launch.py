@@ -42,7 +42,8 @@ from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.errors import Interrupted, MachineError, SmolconvError, UsageError
-from smolconv.processes import EMPTY_FOLDER, module_words, safe_environment, script_words
+from smolconv.processes import EMPTY_FOLDER, module_words, safe_environment, script_words, usable_cores
+from smolconv.storage.atomic import appearing_whole
 
 WORKER = "smolconv.continual_pretraining.run.worker"
 BESIDE = "smolconv.continual_pretraining.launchers.launch"  #: this module, as it runs beside a rank
@@ -206,7 +207,7 @@ def rank_environment(recipe: Recipe, local_world_size: int) -> dict[str, str]:
 
     The recipe alone decides the threads: sums on CPU depend on them, and a resumed run shall give the same bits.
     """
-    threads = recipe.parallelism.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    threads = recipe.parallelism.threads or max(1, usable_cores() // local_world_size)
     given = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **recipe.launch.environment}
     return safe_environment(given)
 
@@ -527,8 +528,8 @@ def _leave_end(folder: Path, end: RankEnd) -> bool:
     path = folder / f"rank-{end.rank:05d}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".partial").write_text(json.dumps(asdict(end)))
-        path.with_suffix(".partial").replace(path)
+        with appearing_whole(path) as part:
+            part.write_text(json.dumps(asdict(end)))
         if end.exit_code not in (0, SAVED):
             (folder / _FAILED).touch(exist_ok=False)
     except FileExistsError:

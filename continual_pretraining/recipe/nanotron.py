@@ -16,8 +16,8 @@ from typing import Any
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import BadCheckpoint, UsageError
-from smolconv.layouts.nanotron.reader import read_yaml, weight_table
-from smolconv.models.spec import nanotron_interleaved, spec_from_nanotron
+from smolconv.layouts.nanotron.documents import read_yaml
+from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
 
 #: End-of-document tokens of the tokenizers in the published YAMLs.
 KNOWN_EOS = {"HuggingFaceTB/cosmo2-tokenizer": 0, "meta-llama/Llama-3.2-1B": 128001}
@@ -343,7 +343,8 @@ class _Translator:
         config = self.config.get("model", {}).get("model_config", {})
         try:
             spec = spec_from_nanotron(config, f"{self.path}: model.model_config")
-            table = weight_table(spec, nanotron_interleaved(config, f"{self.path}: model.model_config"))
+            interleaved = nanotron_interleaved(config, f"{self.path}: model.model_config")
+            table = nanotron_table(spec, interleaved=interleaved)
             compiled = [re.compile(pattern) for pattern in patterns]
         except BadCheckpoint as error:
             raise UsageError(str(error)) from None

@@ -24,16 +24,15 @@ from smolconv.errors import (
     MixedCheckpoint,
     SmolconvError,
 )
-from smolconv.layouts.deepspeed import read_deepspeed
 from smolconv.layouts.deepspeed.checkpoint_engine import FileDigest, digest_file
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.layouts.deepspeed.files import model_file, optimizer_file
-from smolconv.layouts.documents import is_count, understood
-from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json
+from smolconv.layouts.deepspeed.reader import read_deepspeed
+from smolconv.layouts.layout import ASSET_NAMES, ReadOptions
 from smolconv.storage.integrity import archive_seals, refuse_seals
-from smolconv.storage.manifest import MANIFEST, SCHEMA
+from smolconv.storage.manifest import MANIFEST, SCHEMA, read_manifest
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.tensors.lazy import close_thread_files
+from smolconv.tensors.reading import close_thread_files
 
 CONFIG = "config.json"
 RANDOM = "random"
@@ -129,7 +128,7 @@ def examine(folder: Path) -> Contents:
         )
     sizes = {name: entry.stat().st_size for name, entry in _entries(folder) if entry.is_file(follow_symlinks=False)}
     needed, _ = file_names(state)
-    recorded = _read_manifest(folder, state) if state.manifest and MANIFEST in sizes else {}
+    recorded = _recorded(folder, state) if state.manifest and MANIFEST in sizes else {}
     for name in sorted(needed | set(recorded)):
         if name not in sizes:
             raise MissingFile(f"{name} in {folder.name} is missing.\n{folder / name} was saved with it.")
@@ -244,24 +243,19 @@ def write_manifest(folder: Path, step: int, source: str, files: Mapping[str, Fil
     write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
-def _read_manifest(folder: Path, state: RunState) -> dict[str, FileDigest]:
-    path = folder / MANIFEST
-    document = read_json(path)
-    with understood(path):
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r:.60}, this version reads {SCHEMA}")
-        files = {
-            str(file["path"]): FileDigest(nbytes=file["bytes"], digest=str(file["digest"]))
-            for file in document["files"]
-        }
-        step = document["step"]
-        if wrong := [name for name, file in files.items() if not is_count(file.nbytes)]:
-            raise ValueError(f"the size of {wrong[0]!r:.60} is no count of bytes")
+def _recorded(folder: Path, state: RunState) -> dict[str, FileDigest]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    files = {
+        seal.path.relative_to(folder).as_posix(): FileDigest(nbytes=manifest.files[seal.path], digest=seal.digest)
+        for seal in manifest.seals
+    }
     needed, allowed = file_names(state)
-    if step != state.step or not needed - {MANIFEST} <= set(files) <= needed | allowed:
+    if manifest.step != state.step or not needed - {MANIFEST} <= set(files) <= needed | allowed:
         raise MixedCheckpoint(
             f"{MANIFEST} in {folder.name} belongs to another checkpoint than {STATE}.\n"
-            f"Step {state.step} of {_saved_as(folder)} was expected; it is of step {step!r:.60} ({path})."
+            f"Step {state.step} of {_saved_as(folder)} was expected; it is of step {manifest.step!r:.60} "
+            f"({folder / MANIFEST})."
         )
     return files
 

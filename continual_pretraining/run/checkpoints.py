@@ -24,7 +24,7 @@ from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.layouts.documents import is_count, understood
 from smolconv.layouts.layout import read_json
-from smolconv.storage.atomic import sync_folder
+from smolconv.storage.atomic import appearing_whole, sync_folder, write_synced
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -190,7 +190,7 @@ def publish(run: Path, step: int) -> Path:
     pointer, partial = final.parent / LATEST, _partial(final)
     sync_folder(partial)
     # Written first: from here on there are only renames, which a full disk does not stop.
-    write_bytes(_partial(pointer), final.name.encode())
+    write_synced(_partial(pointer), final.name.encode())
     if final.exists():  # a step that is saved once more, after a resume from an earlier one
         _set_aside(final)
     partial.rename(final)
@@ -252,13 +252,5 @@ def _partial(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file as a whole, on disk before it gets its name."""
-    write_bytes(_partial(path), text.encode())
-    _partial(path).rename(path)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and put it on disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with appearing_whole(path, synced=True) as part:
+        part.write_text(text, encoding="utf-8")

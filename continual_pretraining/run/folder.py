@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, STATE, RunState, find_resume, latest
 from smolconv.errors import BadCheckpoint, OutputLocked, UsageError
+from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
@@ -111,9 +111,8 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     path, text = run / RECIPE, dump_recipe(recipe)
     if path.is_file() and path.read_text(encoding="utf-8") != text and _is_trained(run):
         raise trained_elsewhere(run, ", by another recipe")
-    partial = run / f"{RECIPE}.{socket.gethostname()}-{os.getpid()}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with appearing_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def held_elsewhere(lock: int) -> bool:

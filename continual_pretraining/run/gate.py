@@ -18,7 +18,7 @@ from smolconv.verify.forward import Run, Side, return_freed_memory
 if TYPE_CHECKING:
     import torch
 
-    from smolconv.continual_pretraining.data.stream import Batch
+    from smolconv.continual_pretraining.tokens.files import Batch
 
 #: Of nats, by the dtype that the run computes in. Two correct float32 forwards of the 135M differ by 1e-6, bfloat16
 #: from float32 by up to 0.01.

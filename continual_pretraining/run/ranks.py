@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv.errors import MachineError, NotInstalled, SmolconvError
+from smolconv.processes import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +116,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
     store = _meet(cuda)
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // max(1, local_size)))
+        torch.set_num_threads(threads or max(1, usable_cores() // max(1, local_size)))
         _keep_freed_memory()
     import deepspeed
     import deepspeed.ops

@@ -22,7 +22,6 @@ from smolconv.continual_pretraining.run.checkpoints import (
     remove_partial,
     set_aside,
     step_folder,
-    write_bytes,
 )
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.start import FOLDER as START
@@ -34,7 +33,7 @@ from smolconv.layouts.deepspeed.checkpoint_engine import (
     load_torch_archive,
     save_torch_archive,
 )
-from smolconv.storage.atomic import sync_folder
+from smolconv.storage.atomic import sync_folder, write_synced
 
 
 class _Writer:
@@ -156,9 +155,9 @@ def _publish_and_clean(
 
 def _write_documents(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
     state.write(folder)
-    write_bytes(folder / CONFIG, (json.dumps(dict(start.config), indent=2) + "\n").encode())
+    write_synced(folder / CONFIG, (json.dumps(dict(start.config), indent=2) + "\n").encode())
     for name, content in start.assets.items():
-        write_bytes(folder / name, content)
+        write_synced(folder / name, content)
     sync_folder(folder)
     return {name: digest_file(folder / name) for name in (STATE, CONFIG, *start.assets)}
 

@@ -26,7 +26,8 @@ from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, Usage
 from smolconv.hub.hub import is_hub_uri, open_source
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, hf_config
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.tensors.lazy import LazyTensor
 
 #: Below the run's folder; removed when the first checkpoint of the run is whole.
@@ -277,11 +278,15 @@ def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
     """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
-    from smolconv.verify.compare import Stored, VerifyOptions, side_of
+    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
-    stored = None if masters or spec_differences(own.spec, checkpoint.spec) else Stored(folder=folder, options=read)
+    stored = (
+        None
+        if masters or spec_differences(own.spec, checkpoint.spec)
+        else StoredCheckpoint(folder=folder, options=read)
+    )
     if masters:
         parameters = {**checkpoint.tensors[Slot.PARAMETER], **masters}
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, Slot.PARAMETER: parameters})

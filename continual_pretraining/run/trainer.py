@@ -19,9 +19,7 @@ import torch
 
 from smolconv.checkpoint import TrainingProgress
 from smolconv.continual_pretraining.data.stream import (
-    Batch,
     StepData,
-    TokenFolder,
     TrainingData,
     evaluation_batches,
     open_folders,
@@ -40,11 +38,13 @@ from smolconv.continual_pretraining.run.gate import check_first_loss
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.saving import restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
+from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
 from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
-from smolconv.models.spec import ModelSpec, spec_from_hf
+from smolconv.models.huggingface import spec_from_hf
+from smolconv.models.spec import ModelSpec
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8

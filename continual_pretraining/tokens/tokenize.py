@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, NotInstalled, UsageError
-from smolconv.processes import safe_children
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, NotInstalled, UsageError, some_of
+from smolconv.processes import safe_children, usable_cores
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
 #: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
@@ -167,7 +167,7 @@ def run_local(
     from datatrove.executor.local import LocalPipelineExecutor
 
     started = time.monotonic()
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_cores()
     workers = min(workers or cpus, plan.tasks)
     # Each worker's tokenizer would start a thread per core.
     threads = os.environ.get("RAYON_NUM_THREADS", str(max(1, cpus // workers)))
@@ -405,7 +405,7 @@ def _own_eos(tokenizer: Any, path: Path) -> tuple[str | None, Path]:
 
 def _special(tokenizer: Any) -> str:
     names = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "no special tokens"
+    return some_of(names, 8) or "no special tokens"
 
 
 # --- datatrove -------------------------------------------------------------------------------------------------------

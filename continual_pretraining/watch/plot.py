@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeGuard
 from smolconv import __version__
 from smolconv.continual_pretraining.watch.metrics import EVENTS, METRICS
 from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
+from smolconv.storage.atomic import appearing_whole
 
 SUFFIXES = (".html", ".svg", ".png")
 _MOST_BINS = 1000
@@ -198,12 +199,8 @@ def write_plot(folders: Sequence[Path], out: Path) -> None:
     drawn = render_html(runs) if out.suffix == ".html" else render_svg(runs, dark=to_png is None)
     data = drawn.encode() if to_png is None else to_png(drawn)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with appearing_whole(out) as part:
+        part.write_bytes(data)
 
 
 def _png_writer() -> Callable[[str], bytes]:

@@ -14,7 +14,6 @@ import json
 import re
 import shutil
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from smolconv.errors import (
     SmolconvError,
     UsageError,
 )
+from smolconv.storage.atomic import appearing_whole
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -671,7 +671,7 @@ def _remember_checked(local: Path, listed: _Listed) -> None:
     with suppress(OSError):  # a cache that cannot be written to is checked each time
         if not _was_checked(local, listed):
             mark.parent.mkdir(parents=True, exist_ok=True)
-            with _appearing_whole(mark) as part:
+            with appearing_whole(mark) as part:
                 part.write_text(_state_of(local))
 
 
@@ -739,7 +739,7 @@ def _remember_revision(snapshot: Path, revision: str, sha: str) -> None:
     with suppress(OSError):  # a cache shared by many users may be read-only; online it serves all the same
         if revision != sha and not (ref.is_file() and ref.read_text() == sha):
             ref.parent.mkdir(parents=True, exist_ok=True)
-            with _appearing_whole(ref) as part:
+            with appearing_whole(ref) as part:
                 part.write_text(sha)
 
 
@@ -792,7 +792,7 @@ class _StandIns:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         local = self._whole_file(path)
-        with _appearing_whole(target) as part:
+        with appearing_whole(target) as part:
             if local is not None:
                 _link_or_copy(local.resolve(), part)
             else:
@@ -869,18 +869,6 @@ def _link_or_copy(file: Path, target: Path) -> None:
         target.hardlink_to(file)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(file, target)
-
-
-@contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name ``target`` when the block ends well and vanishes otherwise."""
-    part = target.with_name(f".part-{uuid.uuid4().hex}")
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        # Renaming one hard link onto another of the same file leaves both names.
-        part.unlink(missing_ok=True)
 
 
 def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None:

@@ -1,9 +1,14 @@
-"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files."""
+"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files.
+
+A layout is a package with a ``layout.py`` that holds its ``Layout``, and a line in ``registry.py``. Whoever converts,
+verifies or downloads asks the record, and names no layout.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,15 +19,12 @@ from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
-from smolconv.models.spec import spec_to_hf
-from smolconv.storage.output import Piece, PlannedFile, PlannedTensor, WrittenTensor
-from smolconv.storage.torch_archive.archive import (
-    ArchiveTensor,
-    Storage,
-    crc32_combine,
-    plan_torch_archive,
-    read_torch_archive,
-)
+from smolconv.models.huggingface import spec_to_hf
+from smolconv.storage.manifest import MANIFEST
+from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
+from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
+from smolconv.storage.torch_archive.crc32 import crc32_combine
+from smolconv.storage.torch_archive.values import ArchiveTensor, Storage
 from smolconv.tensors.lazy import LazyTensor, Stored, equal
 
 #: Files that travel with the weights, beside config.json.
@@ -31,6 +33,8 @@ ASSET_NAMES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
     "LICENSE",
 )  # fmt: skip
+#: The same as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
+ASSET_PATTERN = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
 #: What the pass over the tensors found, by file: digests are known only then.
 Written = Mapping[str, Sequence[WrittenTensor]]
 
@@ -55,6 +59,38 @@ class PlannedOutput:
     #: Small files whose content needs the digests: path -> made from what was written.
     late: Mapping[str, Callable[[Written], bytes]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFiles:
+    """Which files of a folder are a checkpoint of the layout, and what programs write beside one."""
+
+    names: frozenset[str] = frozenset()  #: paths within the folder
+    pattern: str = ""  #: of such paths, for what no reader opens
+    step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One layout: how it is recognised, read and written."""
+
+    name: str  #: in JSON, manifests and messages
+    words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
+    title: str  #: for people
+    signs: str  #: what its folders are recognised by, for the message that nothing was
+    detect: Callable[[Path], bool]
+    #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
+    read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
+    own_files: Callable[[Path], OwnFiles]
+    options: type[Any]  #: a dataclass of what only its writer knows; raises ``UsageError`` for what does not fit
+    plan: Callable[[Checkpoint, Any], PlannedOutput]
+    #: The checkpoint as its writer takes it, after dtype and vocabulary are chosen.
+    prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
+    #: Why Adam's state of a checkpoint has no place in it, or None.
+    without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.
+    of_an_engine: bool = False
+    takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,12 +210,11 @@ def copied_file(path: str, source: Path) -> PlannedFile:
 
 def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """config.json of the model: the spec, and what the source's own document says beside it."""
-    origin = checkpoint.origin
-    known = json.loads(origin["config.json"]) if "config.json" in origin else {}
+    known = checkpoint.source.hf_config or {}
     if not known and "config.json" in checkpoint.assets:
         # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
         known = read_json(checkpoint.assets["config.json"])
-    carried = {**(json.loads(origin["model_config.json"]) if "model_config.json" in origin else {}), **known}
+    carried = {**(checkpoint.source.nanotron_config or {}), **known}
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 

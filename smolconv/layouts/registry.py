@@ -8,36 +8,33 @@ from pathlib import Path
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.files import noting_files
-from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
+from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
-from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
-from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.nanotron import is_nanotron, read_nanotron
+from smolconv.layouts.huggingface.layout import HUGGINGFACE
+from smolconv.layouts.layout import Layout, ReadOptions
+from smolconv.layouts.nanotron.layout import NANOTRON
 from smolconv.storage.atomic import INCOMPLETE
-from smolconv.tensors.lazy import close_thread_files
+from smolconv.tensors.reading import close_thread_files
+
+#: A folder that could be read as several is the first of them.
+LAYOUTS: tuple[Layout, ...] = (HUGGINGFACE, NANOTRON, DEEPSPEED)
+#: By what ``--to`` calls them.
+BY_WORD = {word: layout for layout in LAYOUTS for word in layout.words}
 
 
-def detect_layout(folder: Path) -> str:
-    """Raise ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there.
-
-    The result is "nanotron", "huggingface" or "deepspeed".
-    """
+def detect_layout(folder: Path) -> Layout:
+    """Raise ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there."""
     if not folder.exists():
         raise MissingFile(f"{folder} is not there. Check the path; Hub repositories are written hf://owner/name.")
     if not folder.is_dir():
         raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
     if (folder / INCOMPLETE).exists():
         raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")
-    if is_huggingface(folder):
-        return "huggingface"
-    if is_nanotron(folder):
-        return "nanotron"
-    if is_deepspeed(folder):
-        return "deepspeed"
-    raise UnknownLayout(
-        f"{folder} is not a checkpoint that smolconv knows: neither config.json beside weights (Hugging Face), nor "
-        "latest.txt or model_config.json (nanotron), nor latest or *_model_states.pt (DeepSpeed) is there."
-    )
+    for layout in LAYOUTS:
+        if layout.detect(folder):
+            return layout
+    signs = ", nor ".join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
+    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs} is there.")
 
 
 def _hint(path: Path) -> str:
@@ -55,14 +52,10 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
 
 def _read(folder: Path, options: ReadOptions) -> Checkpoint:
     layout = detect_layout(folder)
-    if options.base is not None and layout != "deepspeed":
-        raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout}.")
-    if layout == "huggingface":
-        return check_dtypes(read_huggingface(folder, options))
-    if layout == "nanotron":
-        return check_dtypes(read_nanotron(folder, options))
+    if options.base is not None and not layout.takes_base:
+        raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout.name}.")
     base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
     try:
-        return check_dtypes(read_deepspeed(folder, options, base))
+        return check_dtypes(layout.read(folder, options, base))
     finally:
-        close_thread_files()  # reading steps opened them; a file that is replaced later must be opened anew
+        close_thread_files()  # reading a layout may open them; a file that is replaced later must be opened anew

@@ -1,13 +1,39 @@
-"""Hugging Face's names are the canonical ones: the table only says what is tied and what old files hold in addition."""
+"""Hugging Face's config to and from a spec, and its parameters, whose names are the canonical ones."""
 
 from __future__ import annotations
 
-from smolconv.models.spec import ModelSpec, parameter_shapes
+from collections.abc import Mapping
+from typing import Any
+
+from smolconv.errors import UnsupportedModel
+from smolconv.models.family import Family
+from smolconv.models.registry import family_of, family_of_hf_config
+from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import Rule, WeightTable
+
+#: Fields of a config that do not change the forward pass but travel with it.
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "use_cache")
+_BIASES = ("attention_bias", "mlp_bias")
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical parameter names and shapes, in the order of ``named_parameters()`` of the transformers model.
+
+    Canonical names are Hugging Face's, unfused. A tied head is an alias and is not listed.
+    """
+    embedding, head = VOCABULARY
+    layer = family_of(spec).layer(spec)
+    shapes: dict[str, tuple[int, ...]] = {embedding: (spec.vocab_size, spec.hidden_size)}
+    for i in range(spec.num_layers):
+        shapes.update((f"model.layers.{i}.{name}", shape) for name, shape in layer.items())
+    shapes["model.norm.weight"] = (spec.hidden_size,)
+    if not spec.tied:
+        shapes[head] = (spec.vocab_size, spec.hidden_size)
+    return shapes
 
 
 def weight_table(spec: ModelSpec) -> WeightTable:
-    """Identity over the model's parameters."""
+    """Identity over the model's parameters: it only says what is tied and what old files hold in addition."""
     shapes = parameter_shapes(spec)
     return WeightTable(
         rules=tuple(Rule((name,), name) for name in shapes),
@@ -15,3 +41,111 @@ def weight_table(spec: ModelSpec) -> WeightTable:
         aliases={"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {},
         dropped={r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "a buffer that follows from rope_theta"},
     )
+
+
+def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+    """Read an HF ``config.json`` in either spelling (transformers v4 ``rope_theta``, v5 ``rope_parameters``).
+
+    Raises ``UnsupportedModel`` for other architectures, contradicting rope fields, sliding windows, quantisation.
+    """
+    family = family_of_hf_config(config, where)
+    known = {**family.hf_defaults, **config}
+    _refuse_hf(known, family, where)
+    theta, scaling = _rope_from_hf(config, family, where)
+    layers = known["num_hidden_layers"]
+    return ModelSpec(
+        architecture=family.name,
+        hidden_size=known["hidden_size"],
+        intermediate_size=known["intermediate_size"],
+        num_layers=layers,
+        num_heads=known["num_attention_heads"],
+        num_kv_heads=known["num_key_value_heads"] or known["num_attention_heads"],
+        head_size=known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"],
+        vocab_size=known["vocab_size"],
+        max_positions=known["max_position_embeddings"],
+        rms_norm_eps=float(known["rms_norm_eps"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=bool(known["tie_word_embeddings"]),
+        activation=known["hidden_act"],
+        **{
+            "use_rope": (True,) * layers,
+            # transformers does not look at a field that its class has not.
+            **{name: name in family.hf_defaults and bool(known[name]) for name in _BIASES},
+            **family.from_hf(known),
+        },
+    )
+
+
+def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
+    if known.get("quantization_config"):
+        raise UnsupportedModel(f"{where}: the model is quantised; smolconv needs its unquantised weights.")
+    layer_types = known.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layer_types) or (
+        known.get("use_sliding_window") and known.get("sliding_window") is not None
+    ):
+        raise UnsupportedModel(f"{where}: sliding-window attention is set; only full attention can be represented.")
+    if "no_rope_layers" in known and "no_rope_layers" not in family.hf_defaults:
+        raise UnsupportedModel(f"{where}: a {family.name} config with no_rope_layers has no meaning in transformers.")
+    if known.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UnsupportedModel(f"{where}: partial_rotary_factor is set; only full rotary heads can be represented.")
+
+
+def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, Mapping[str, Any] | None]:
+    parameters = dict(config.get("rope_parameters") or {})
+    thetas = [float(v) for v in (config.get("rope_theta"), parameters.pop("rope_theta", None)) if v is not None]
+    if len(set(thetas)) > 1:
+        raise UnsupportedModel(
+            f"{where}: rope_theta is {thetas[0]:g}, but rope_parameters.rope_theta is {thetas[1]:g}.\n"
+            "transformers v4 reads the first and v5 the second: make them agree."
+        )
+    scalings = [rope_scaling(config.get("rope_scaling")), rope_scaling(parameters)]
+    if "rope_parameters" in config and "rope_scaling" in config and scalings[0] != scalings[1]:
+        raise UnsupportedModel(
+            f"{where}: rope_scaling is {scalings[0]}, but rope_parameters say {scalings[1]}.\n"
+            "transformers v4 reads the first and v5 the second: make them agree."
+        )
+    return (thetas or [family.hf_defaults["rope_theta"]])[0], scalings[0] or scalings[1]
+
+
+def rope_scaling(raw: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A config's field as the spec has it; None for plain rotary embedding, however it is written."""
+    if not raw:
+        return None
+    scaling = {("rope_type" if key == "type" else key): value for key, value in raw.items() if key != "rope_theta"}
+    return None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """An HF config in both rope spellings, for transformers v4.53+ and v5. ``dtype`` is the weights'."""
+    family = family_of(spec)
+    base = family.hf_defaults
+    rope = {"rope_theta": spec.rope_theta, **(spec.rope_scaling or {"rope_type": "default"})}
+    config: dict[str, Any] = {
+        "architectures": [family.hf_class],
+        "model_type": spec.architecture,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "hidden_act": spec.activation,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": None if spec.rope_scaling is None else dict(spec.rope_scaling),
+        "rope_parameters": rope,
+        "tie_word_embeddings": spec.tied,
+        **{name: getattr(spec, name) for name in _BIASES if name in base},
+        "attention_dropout": carried.get("attention_dropout", 0.0),
+        **family.to_hf(spec),
+    }
+    if "head_dim" in base or spec.head_size * spec.num_heads != spec.hidden_size:
+        config["head_dim"] = spec.head_size
+    # Null is written out: transformers would fill in the class's own pad id, which may lie beyond this vocabulary.
+    config.update({name: carried.get(name, base.get(name)) for name in CARRIED if name in carried or name in base})
+    if isinstance(config["pad_token_id"], int) and config["pad_token_id"] >= spec.vocab_size:
+        config["pad_token_id"] = None
+    config["dtype"] = config["torch_dtype"] = dtype
+    return config

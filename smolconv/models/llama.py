@@ -1,55 +1,35 @@
-"""SmolLM2, and any Llama that nanotron's ``LlamaConfig`` holds. Data only; the rules say everything."""
+"""SmolLM2, and any other Llama."""
 
 from __future__ import annotations
 
-from smolconv.models.operations import JoinRows, Rename, RotaryPairs
-from smolconv.models.spec import ModelSpec, parameter_shapes
-from smolconv.models.weights import Rule, WeightTable
+from smolconv.models.family import Family, NanotronClass
 
-_CANONICAL = "model.layers.{i}."
-_NANOTRON = "model.decoder.{i}.pp_block."
-
-
-def attention_rule(spec: ModelSpec, kind: str, *, interleaved: bool) -> Rule:
-    """Fused q, k, v: weights [(H + 2K)*D, E] or biases [(H + 2K)*D]. k has K heads, not H."""
-    rotary = RotaryPairs(spec.head_size) if interleaved else Rename()
-    return Rule(
-        tuple(f"{_CANONICAL}self_attn.{part}_proj.{kind}" for part in "qkv"),
-        f"{_NANOTRON}attn.qkv_proj.{kind}",
-        JoinRows((spec.query_rows, spec.kv_rows, spec.kv_rows), (rotary, rotary, Rename())),
-    )
-
-
-def mlp_rules(spec: ModelSpec) -> tuple[Rule, ...]:
-    return (
-        Rule(
-            (f"{_CANONICAL}mlp.gate_proj.weight", f"{_CANONICAL}mlp.up_proj.weight"),
-            f"{_NANOTRON}mlp.gate_up_proj.weight",
-            JoinRows((spec.intermediate_size, spec.intermediate_size)),
-        ),
-        Rule((f"{_CANONICAL}mlp.down_proj.weight",), f"{_NANOTRON}mlp.down_proj.weight"),
-    )
-
-
-INPUT_NORM = Rule((f"{_CANONICAL}input_layernorm.weight",), f"{_NANOTRON}input_layernorm.weight")
-POST_NORM = Rule((f"{_CANONICAL}post_attention_layernorm.weight",), f"{_NANOTRON}post_attention_layernorm.weight")
-OUTPUT = Rule((f"{_CANONICAL}self_attn.o_proj.weight",), f"{_NANOTRON}attn.o_proj.weight")
-EMBEDDING = Rule(("model.embed_tokens.weight",), "model.token_position_embeddings.pp_block.token_embedding.weight")
-FINAL_NORM = Rule(("model.norm.weight",), "model.final_layer_norm.pp_block.weight")
-HEAD = Rule(("lm_head.weight",), "model.lm_head.pp_block.weight")
-
-
-def assemble(spec: ModelSpec, layer: tuple[Rule, ...], absent: dict[str, str]) -> WeightTable:
-    """Embedding, the layer's rules for each layer, final norm, and the head unless it is tied."""
-    rules = [EMBEDDING, *(rule.for_layer(i) for i in range(spec.num_layers) for rule in layer), FINAL_NORM]
-    return WeightTable(
-        rules=(*rules, *(() if spec.tied else (HEAD,))),
-        shapes=parameter_shapes(spec),
-        absent=absent,
-    )
-
-
-def nanotron_table(spec: ModelSpec, *, interleaved: bool) -> WeightTable:
-    """nanotron's ``LlamaConfig``, in the order in which its optimizer counts parameters."""
-    attention = attention_rule(spec, "weight", interleaved=interleaved)
-    return assemble(spec, (INPUT_NORM, attention, OUTPUT, POST_NORM, *mlp_rules(spec)), absent={})
+FAMILY = Family(
+    name="llama",
+    models="SmolLM2, Llama-3.2",
+    hf_class="LlamaForCausalLM",
+    hf_defaults={
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
+        "mlp_bias": False, "head_dim": None, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+        "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
+    },
+    nanotron=NanotronClass(
+        title="Llama",
+        flag="is_llama_config",
+        fields={
+            "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": None, "initializer_range": 0.02,
+            "intermediate_size": None, "is_llama_config": True, "max_position_embeddings": None,
+            "num_attention_heads": None, "num_hidden_layers": None, "attention_bias": False,
+            "num_key_value_heads": None, "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": None,
+            "rope_scaling": None, "rope_theta": None, "rope_interleaved": False, "tie_word_embeddings": None,
+            "use_cache": True, "vocab_size": None, "_attn_implementation": "flash_attention_2",
+            "z_loss_enabled": False, "z_loss_coefficient": 0.0001,
+        },
+        biases=False,  # though it has the field
+        norms_first=False,
+        casts_logits=True,
+    ),
+    weight_decay=0.01,  # SmolLM2's recipes
+)  # fmt: skip

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from smolconv.errors import NameMismatch, ShapeMismatch
+from smolconv.errors import NameMismatch, ShapeMismatch, some_of
 from smolconv.models.operations import Operation, Rename
 from smolconv.tensors.lazy import LazyTensor, Zeros
 
@@ -97,10 +97,6 @@ _BELONGS = "Check that the config belongs to this checkpoint."
 def _check_names(where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     missing, unexpected = list(missing), list(unexpected)
     if missing or unexpected:
-        parts = [f"{len(names)} {what} ({_some(names)})" for names, what in
+        parts = [f"{len(names)} {what} ({some_of(names)})" for names, what in
                  ((missing, "missing"), (unexpected, "unexpected")) if names]  # fmt: skip
         raise NameMismatch(f"{where}: the tensors are not those of the config: {', '.join(parts)}.\n{_BELONGS}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -14,14 +14,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from smolconv.errors import Interrupted, MachineError, OutputLocked, SignalReceived, UsageError
-from smolconv.storage.output import WrittenTensor
+from smolconv.storage.planned import WrittenTensor
 
 JOURNAL = "smolconv_journal.jsonl"
 LOCK = "smolconv.lock"
@@ -181,10 +181,7 @@ class OutputFolder:
 
     def write(self, path: str, data: bytes) -> None:
         """A small file that is known only at the end, such as the manifest."""
-        with open(self.partial / path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(self.partial / path, data)
 
     def publish(self) -> None:
         """Give the folder its final name.
@@ -275,8 +272,7 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
         copy = target / path.relative_to(partial)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-        with open(copy, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(copy)
     os.unlink(target / INCOMPLETE)
     shutil.rmtree(partial)
 
@@ -380,6 +376,31 @@ def require_space(target: Path, needed_bytes: int) -> None:
             f"{parent} has {free / 1e9:.2f} GB free; this conversion needs {needed_bytes / 1e9:.2f} GB.\n"
             "Free some space, or choose a target on another disk. Nothing was written."
         )
+
+
+@contextlib.contextmanager
+def appearing_whole(target: Path, *, synced: bool = False) -> Iterator[Path]:
+    """A path to write to, which takes the name ``target`` when the block ends well and vanishes otherwise.
+
+    ``synced``: what is written there is on disk before it gets its name. Any number of processes may do so at once.
+    """
+    part = target.with_name(f".{os.urandom(16).hex()}.partial")
+    try:
+        yield part
+        if synced:
+            sync_file(part)
+        part.replace(target)
+    finally:
+        # Renaming one hard link onto another of the same file leaves both names.
+        part.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a small file and put it on disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_file(path: Path) -> None:

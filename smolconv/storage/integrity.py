@@ -15,6 +15,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ import xxhash
 from zlib_ng.zlib_ng import crc32
 
 from smolconv.errors import CorruptFile, DigestMismatch, MissingFile
-from smolconv.storage.torch_archive.archive import crc32_combine, is_torch_archive, read_archive_records
+from smolconv.storage.torch_archive.crc32 import crc32_combine
+from smolconv.storage.torch_archive.records import is_torch_archive, read_archive_records
+from smolconv.tensors.lazy import LazyTensor
+from smolconv.tensors.reading import as_bytes
 
 _READ_BYTES = 1 << 20
 #: As much is read again without being asked for, a seal: the padding of flat partitions, scalars, headers.
@@ -65,6 +69,41 @@ def digest_text(hasher: Any) -> str | None:
     return f"{hasher.name if hasher.name in ('sha256', 'crc32') else 'xxh3-128'}:{hasher.hexdigest()}"
 
 
+@lru_cache(maxsize=1024)
+def digest_of_zeros(nbytes: int, digest: str) -> str | None:
+    """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
+    hasher, block = new_hasher(digest), bytes(_READ_BYTES)
+    if hasher is not None:
+        for start in range(0, nbytes, _READ_BYTES):
+            hasher.update(block[: min(_READ_BYTES, nbytes - start)])
+    return digest_text(hasher)
+
+
+def digest_of_ranges(
+    path: Path, ranges: Iterable[tuple[int, int]], algorithm: str, abandoned: Callable[[], bool] = lambda: False
+) -> str | None:
+    """The digest of ranges of a file, (offset, bytes), one after the other; None for "none", and when abandoned."""
+    hasher = new_hasher(algorithm)
+    if hasher is not None:
+        with open(path, "rb", buffering=0) as file:
+            for offset, nbytes in ranges:
+                for _, data in _read(file.fileno(), path, offset, nbytes):
+                    if abandoned():
+                        return None
+                    hasher.update(data)
+    return digest_text(hasher)
+
+
+def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
+    """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
+    hasher = new_hasher(algorithm)
+    for values in tensor.raw_chunks():
+        hasher.update(as_bytes(values))
+    text = digest_text(hasher)
+    assert text is not None
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seal:
     """A digest of some of a file's bytes, as it was recorded when they were written."""
@@ -84,20 +123,11 @@ class Seal:
 
     def differs(self, abandoned: Callable[[], bool] = lambda: False) -> str | None:
         """Read the bytes, and say how they are not what was recorded; None when they are, and when abandoned."""
-        hasher = new_hasher(self.algorithm)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            found = digest_of_ranges(self.path, self.ranges, self.algorithm, abandoned)
         except FileNotFoundError:
             raise MissingFile(f"{self.path} is gone.\nA digest of its bytes was to be compared. Put it back.") from None
-        try:
-            for offset, nbytes in self.ranges:
-                for _, data in _read(descriptor, self.path, offset, nbytes):
-                    if abandoned():
-                        return None
-                    hasher.update(data)
-        finally:
-            os.close(descriptor)
-        return self.contradicted(digest_text(hasher))
+        return None if found is None else self.contradicted(found)
 
     def contradicted(self, found: str | None) -> str | None:
         return None if found == self.digest else f"{self.what} in {self.path.name}: {found}, was {self.digest}"

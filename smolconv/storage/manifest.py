@@ -19,12 +19,12 @@ from smolconv.storage.integrity import (
     RECORDED_BY_US,
     Seal,
     archive_seals,
-    digest_text,
+    digest_of_ranges,
     new_hasher,
     refuse,
     refuse_seals,
 )
-from smolconv.storage.output import PlannedFile, WrittenTensor
+from smolconv.storage.planned import PlannedFile, WrittenTensor
 from smolconv.tensors.lazy import LazyTensor
 
 MANIFEST = "smolconv_manifest.json"
@@ -76,15 +76,8 @@ def make_manifest(
 
 
 def _file_entry(path: Path, tensors: Iterable[tuple[int, int]], digest: str) -> dict[str, Any]:
-    size, hasher = path.stat().st_size, new_hasher(digest)
-    if hasher is not None:
-        with open(path, "rb") as file:
-            for offset, nbytes in _outside(tensors, size):
-                file.seek(offset)
-                while nbytes and (data := file.read(min(nbytes, 1 << 20))):
-                    hasher.update(data)
-                    nbytes -= len(data)
-    return {"bytes": size, "digest": digest_text(hasher)}
+    size = path.stat().st_size
+    return {"bytes": size, "digest": digest_of_ranges(path, _outside(tensors, size), digest)}
 
 
 def _outside(tensors: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:
@@ -108,6 +101,7 @@ class Manifest:
     seals: tuple[Seal, ...]  #: those that have a digest
     checksums: tuple[Seal, ...]  #: CRC-32s of tensors that have a digest, too
     without_digest: tuple[Path, ...]  #: files that were written with --digest none, or by an early version
+    step: object  #: of a run's checkpoint, as it was read; None for others
 
 
 def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
@@ -179,7 +173,12 @@ def _parsed(folder: Path, document: Mapping[str, Any]) -> Manifest:
             what = "all but the tensors" if path in inside else "the content"
             seals.append(Seal(path=path, ranges=ranges, digest=_digest(digest), what=what))
     return Manifest(
-        folder=folder, files=files, seals=tuple(seals), checksums=tuple(checksums), without_digest=tuple(bare)
+        folder=folder,
+        files=files,
+        seals=tuple(seals),
+        checksums=tuple(checksums),
+        without_digest=tuple(bare),
+        step=document.get("step"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Planned output files, and the engine that streams tensors into them.
+"""The engine that streams tensors into planned files.
 
 A writer decides every byte offset before any data moves. The engine then runs one task per tensor: read a chunk, add it
 to the digest, write it in its place. Nothing larger than a few chunks a worker is ever in memory, files are flushed
@@ -11,81 +11,23 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
 
-from smolconv.storage.integrity import SourceCheck, digest_text, new_hasher
-from smolconv.storage.torch_archive.archive import crc_of_zeros
-from smolconv.tensors.lazy import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
-    LazyTensor,
-    Raw,
-    Zeros,
-    as_bytes,
-    close_thread_files,
-    observed,
-    raw_dtype,
-    scratch,
-    uncast,
-)
+from smolconv.storage.integrity import SourceCheck, digest_of_zeros, digest_text, new_hasher
+from smolconv.storage.planned import Journal, PlannedFile, PlannedTensor, WrittenTensor, total_bytes
+from smolconv.storage.torch_archive.crc32 import crc_of_zeros
+from smolconv.tensors.dtypes import DTYPE_BYTES
+from smolconv.tensors.elements import Raw, raw_dtype, scratch
+from smolconv.tensors.finite import has_nonfinite
+from smolconv.tensors.lazy import CHUNK_BYTES, Zeros
+from smolconv.tensors.reading import as_bytes, close_thread_files, observed
 
 #: A worker has this much written before the disk is asked to begin with it.
 _WRITEBACK_BYTES = 8 << 20
-#: Bytes at an absolute offset of a file.
-Piece = tuple[int, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTensor:
-    """One tensor's place in an output file."""
-
-    name: str
-    slot: str | None  #: None for a file that is copied as it is
-    offset: int  #: bytes from the start of the file
-    source: LazyTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedFile:
-    """An output file whose size and every offset are known before any data is read."""
-
-    path: PurePosixPath  #: relative to the output folder
-    size: int
-    tensors: tuple[PlannedTensor, ...] = ()
-    pieces: tuple[Piece, ...] = ()
-    #: What can be written only when the tensors' CRC-32s are known (zip archives): CRCs in order -> pieces.
-    finish: Callable[[Sequence[int]], Sequence[Piece]] | None = None
-    #: Reopens the written file and raises when it is not what was planned.
-    check: Callable[[Path], None] | None = None
-
-
-def plain_file(path: str, data: bytes) -> PlannedFile:
-    """A small file held in memory."""
-    return PlannedFile(path=PurePosixPath(path), size=len(data), pieces=((0, data),))
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenTensor:
-    """What the pass over a tensor's stored bytes found."""
-
-    digest: str | None  #: "xxh3-128:..." or "sha256:..."
-    crc: int = 0
-    nonfinite: bool = False  #: holds NaN or infinity
-
-
-class Journal(Protocol):
-    """Remembers finished files, so that an interrupted conversion can go on."""
-
-    @property
-    def done(self) -> Mapping[str, Sequence[WrittenTensor]]: ...
-
-    def add(self, path: str, tensors: Sequence[WrittenTensor]) -> None: ...
 
 
 def write_files(
@@ -107,7 +49,7 @@ def write_files(
     todo = [file for file in files if str(file.path) not in journal.done]
     for parent in sorted({(folder / file.path).parent for file in todo}):
         parent.mkdir(parents=True, exist_ok=True)
-    _Engine(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
+    _WritePass(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
     return {str(file.path): journal.done[str(file.path)] for file in files}
 
 
@@ -133,7 +75,7 @@ class _Abandoned(Exception):
     """Another worker failed; this one stops in the middle of its tensor."""
 
 
-class _Engine:
+class _WritePass:
     def __init__(
         self, files: Sequence[PlannedFile], folder: Path, journal: Journal, digest: str, chunk_bytes: int,
         progress: Callable[[int], None], check: SourceCheck | None,
@@ -151,7 +93,6 @@ class _Engine:
 
     def run(self, workers: int) -> None:
         self.working = workers
-        raw_dtype("uint8")  # loads numpy here: its first use must not come from several threads at once
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         # Flushing waits for the disk, not for a processor: two threads beside the workers keep it busy.
         flushers = [threading.Thread(target=self._flush, daemon=True) for _ in range(2)]
@@ -345,74 +286,3 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-@lru_cache(maxsize=1024)
-def digest_of_zeros(nbytes: int, digest: str) -> str | None:
-    """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
-    hasher, block = new_hasher(digest), bytes(CHUNK_BYTES)
-    if hasher is not None:
-        for start in range(0, nbytes, CHUNK_BYTES):
-            hasher.update(block[: min(CHUNK_BYTES, nbytes - start)])
-    return digest_text(hasher)
-
-
-def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
-    """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
-    hasher = new_hasher(algorithm)
-    for start, stop in tensor.chunks():
-        with scratch(stop - start, raw_dtype(tensor.dtype)) as view:
-            tensor.read(start, stop, view)
-            hasher.update(as_bytes(view))
-    text = digest_text(hasher)
-    assert text is not None
-    return text
-
-
-#: Bits of positive infinity, by floating-point dtype: a larger magnitude is NaN.
-_INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-
-
-def has_nonfinite(raw: Raw, dtype: str) -> bool:
-    """Whether raw floating-point values hold NaN or infinity; False for other dtypes.
-
-    Two maxima, without a temporary: as signed integers, positive values keep their order and those from infinity on are
-    largest; as unsigned ones, the negative.
-    """
-    infinity = _INFINITY.get(dtype)
-    if infinity is None or not raw.size:
-        return False
-    bits = raw.dtype.itemsize * 8
-    signed = raw.view(f"int{bits}")
-    return bool(signed.max() >= infinity) or bool(raw.max() >= infinity + (1 << (bits - 1)))
-
-
-def finiteness(tensor: LazyTensor) -> tuple[bool, bool]:
-    """Whether a tensor held NaN or infinity before it was cast, and whether a cast made any of a finite value.
-
-    Reads the tensor: where its chunks are finite, once.
-    """
-    source = uncast(tensor)
-    was = became = False
-    for start, stop in tensor.chunks():
-        with scratch(stop - start, raw_dtype(tensor.dtype)) as after:
-            tensor.read(start, stop, after)
-            if not has_nonfinite(after, tensor.dtype):
-                continue
-            with scratch(stop - start, raw_dtype(source.dtype)) as before:
-                source.read(start, stop, before)
-                finite = _is_finite(before, source.dtype)
-                was = was or not bool(finite.all())
-                became = became or bool((finite & ~_is_finite(after, tensor.dtype)).any())
-        if was and became:
-            break
-    return was, became
-
-
-def _is_finite(raw: Raw, dtype: str) -> Raw:
-    infinity, sign = _INFINITY[dtype], 1 << (raw.dtype.itemsize * 8 - 1)
-    return (raw & raw.dtype.type(sign - 1)) < raw.dtype.type(infinity)  # type: ignore[no-any-return]
-
-
-def total_bytes(files: Iterable[PlannedFile]) -> int:
-    return sum(file.size for file in files)

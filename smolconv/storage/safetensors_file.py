@@ -16,8 +16,9 @@ from typing import Any
 
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import note
-from smolconv.storage.output import PlannedFile, PlannedTensor
-from smolconv.tensors.lazy import DTYPE_BYTES, LazyTensor, Stored
+from smolconv.storage.planned import PlannedFile, PlannedTensor
+from smolconv.tensors.dtypes import DTYPE_BYTES
+from smolconv.tensors.lazy import LazyTensor, Stored
 
 _CODES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3",

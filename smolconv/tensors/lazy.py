@@ -9,52 +9,22 @@ All ranges count elements of the flattened, row-major tensor. Shapes use R rows 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from smolconv.errors import CorruptFile, MissingFile, ShapeMismatch, UnsupportedModel
-from smolconv.files import note
+from smolconv.errors import ShapeMismatch, UnsupportedModel
+from smolconv.tensors.dtypes import DTYPE_BYTES, FLOAT_DTYPES
+from smolconv.tensors.reading import as_bytes, pread, read_observed
 
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
-}  # fmt: skip
-FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    #: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
-    Raw = NDArray[Any]
-else:
-
-    def _on_first_use(name: str) -> Any:
-        """A module that is loaded when the first of its attributes is asked for."""
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.find_spec(name)
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    # numpy is half of the time to start, and whoever only inspects a checkpoint moves no element.
-    np = _on_first_use("numpy")
-    Raw = Any
+if TYPE_CHECKING:  # numpy is half of the time to start, and whoever only inspects a checkpoint moves no element
+    from smolconv.tensors.elements import Raw
 
 #: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
 #: A MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took up to three
@@ -62,12 +32,6 @@ else:
 CHUNK_BYTES = 1 << 20
 #: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
 _DIRECT_RUN_BYTES = 32 << 10
-
-
-@cache
-def raw_dtype(dtype: str) -> np.dtype[Any]:
-    """The unsigned integer dtype of the same width."""
-    return np.dtype(f"uint{8 * DTYPE_BYTES[dtype]}")
 
 
 class LazyTensor(ABC):
@@ -112,8 +76,21 @@ class LazyTensor(ABC):
         for start in range(0, self.numel, step):
             yield start, min(start + step, self.numel)
 
+    def raw_chunks(self) -> Iterator[Raw]:
+        """All elements in order, a chunk at a time, in a buffer that the next chunk overwrites."""
+        from smolconv.tensors.elements import raw_dtype, scratch
+
+        for start, stop in self.chunks():
+            with scratch(stop - start, raw_dtype(self.dtype)) as values:
+                self.read(start, stop, values)
+                yield values
+
     def numpy(self) -> Raw:
         """The whole tensor in memory, as raw unsigned integers of its shape. For small tensors and tests."""
+        import numpy as np
+
+        from smolconv.tensors.elements import raw_dtype
+
         out = np.empty(self.numel, raw_dtype(self.dtype))
         for start, stop in self.chunks():
             self.read(start, stop, out[start:stop])
@@ -130,10 +107,7 @@ class Stored(LazyTensor):
     dtype: str
 
     def read(self, start: int, stop: int, out: Raw) -> None:
-        offset, view = self.offset + start * DTYPE_BYTES[self.dtype], as_bytes(out)
-        _pread(self.path, offset, view)
-        if _thread.observer is not None:
-            _thread.observer(self.path, offset, view)
+        read_observed(self.path, self.offset + start * DTYPE_BYTES[self.dtype], as_bytes(out))
 
     def leaves(self) -> Iterator[Stored]:
         yield self
@@ -144,7 +118,7 @@ class Stored(LazyTensor):
     def raw_bytes(self) -> bytes:
         """All of its bytes. For scalars and other small tensors."""
         data = bytearray(self.nbytes)
-        _pread(self.path, self.offset, memoryview(data))
+        pread(self.path, self.offset, memoryview(data))
         return bytes(data)
 
 
@@ -160,7 +134,9 @@ class Literal(LazyTensor):
         assert len(self.data) == self.nbytes
 
     def read(self, start: int, stop: int, out: Raw) -> None:
-        out[:] = np.frombuffer(self.data, raw_dtype(self.dtype))[start:stop]
+        import numpy as np
+
+        out[:] = np.frombuffer(self.data, out.dtype)[start:stop]
 
     def leaves(self) -> Iterator[Stored]:
         return iter(())
@@ -214,23 +190,29 @@ class Joined(LazyTensor):
         return tuple(found)
 
 
+class _Rearranged(LazyTensor):
+    """Elements of one base, none of them changed."""
+
+    base: LazyTensor
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.base.leaves()
+
+
 @dataclass(frozen=True, kw_only=True)
-class FlatSlice(LazyTensor):
+class FlatSlice(_Rearranged):
     """Elements ``start`` to ``start + numel`` of a base that is not contiguous. Build it with ``flat_slice``."""
 
     base: LazyTensor
     start: int
     shape: tuple[int, ...]
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
     def read(self, start: int, stop: int, out: Raw) -> None:
         self.base.read(self.start + start, self.start + stop, out)
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 class _Blocks(LazyTensor):
@@ -243,6 +225,8 @@ class _Blocks(LazyTensor):
         """Fill ``out`` with blocks ``first`` to ``last``."""
 
     def read(self, start: int, stop: int, out: Raw) -> None:
+        from smolconv.tensors.elements import scratch
+
         block, item = self.block, DTYPE_BYTES[self.dtype]
         most = max(1, CHUNK_BYTES // (block * item))
         at = start
@@ -261,7 +245,7 @@ class _Blocks(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns(_Blocks):
+class Columns(_Rearranged, _Blocks):
     """Columns ``start`` to ``stop`` of ``base`` [R, W]. Build it with ``column_slice``."""
 
     base: LazyTensor
@@ -273,14 +257,12 @@ class Columns(_Blocks):
         return (self.base.shape[0], self.stop - self.start)
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         return self.stop - self.start
 
     def produce(self, first: int, last: int, out: Raw) -> None:
+        from smolconv.tensors.elements import scratch
+
         width, item = self.base.width, DTYPE_BYTES[self.dtype]
         rows = out.reshape(last - first, self.block)
         if self.block * item >= _DIRECT_RUN_BYTES:
@@ -293,9 +275,6 @@ class Columns(_Blocks):
             with scratch((end - row) * width, out.dtype) as whole:
                 self.base.read(row * width, end * width, whole)
                 rows[row - first : end - first] = whole.reshape(-1, width)[:, self.start : self.stop]
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +296,8 @@ class SideBySide(_Blocks):
         return self.shape[1]
 
     def produce(self, first: int, last: int, out: Raw) -> None:
+        from smolconv.tensors.elements import scratch
+
         rows, column = out.reshape(last - first, self.block), 0
         for part in self.parts:
             width = part.shape[1]
@@ -331,7 +312,7 @@ class SideBySide(_Blocks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryRows(_Blocks):
+class RotaryRows(_Rearranged, _Blocks):
     """Rows of ``base`` [heads * D, W] reordered within each head, between the two rotary conventions.
 
     ``to_interleaved`` takes half-split order (x0 .. xD/2-1, y0 .. yD/2-1; Hugging Face) to interleaved pairs
@@ -347,22 +328,17 @@ class RotaryRows(_Blocks):
         return self.base.shape
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         return self.head_size * self.width
 
     def produce(self, first: int, last: int, out: Raw) -> None:
+        from smolconv.tensors.elements import scratch
+
         inner = (2, self.head_size // 2) if self.to_interleaved else (self.head_size // 2, 2)
         with scratch(out.size, out.dtype) as stored:
             self.base.read(first * self.block, last * self.block, stored)
             swapped = stored.reshape(last - first, *inner, self.width).swapaxes(1, 2)
             out.reshape(swapped.shape)[:] = swapped
-
-    def leaves(self) -> Iterator[Stored]:
-        return self.base.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,12 +353,14 @@ class Cast(LazyTensor):
         return self.base.shape
 
     def read(self, start: int, stop: int, out: Raw) -> None:
+        from smolconv.tensors.elements import cast_raw, raw_dtype, scratch
+
         step = CHUNK_BYTES // 8
         for at in range(start, stop, step):
             end = min(at + step, stop)
             with scratch(end - at, raw_dtype(self.base.dtype)) as stored:
                 self.base.read(at, end, stored)
-                out[at - start : end - start] = _cast_raw(stored, self.base.dtype, self.dtype)
+                out[at - start : end - start] = cast_raw(stored, self.base.dtype, self.dtype)
 
     def leaves(self) -> Iterator[Stored]:
         return self.base.leaves()
@@ -541,107 +519,4 @@ def equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes. Reads both, a chunk at a time."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    for start, stop in a.chunks():
-        with scratch(stop - start, raw_dtype(a.dtype)) as left, scratch(stop - start, raw_dtype(a.dtype)) as right:
-            a.read(start, stop, left)
-            b.read(start, stop, right)
-            if not np.array_equal(left, right):
-                return False
-    return True
-
-
-def _cast_raw(raw: Raw, source: str, target: str) -> Raw:
-    if source == "bfloat16":
-        values: Any = (raw.astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = raw.view(np.dtype(source))
-    if target != "bfloat16":
-        with np.errstate(over="ignore", invalid="ignore"):
-            return values.astype(np.dtype(target)).view(raw_dtype(target))  # type: ignore[no-any-return]
-    with np.errstate(over="ignore", invalid="ignore"):
-        bits = values.astype(np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding may carry a NaN over into infinity: keep its sign and make it quiet.
-    rounded = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
-    narrow: Raw = rounded.astype(np.uint16)
-    return narrow
-
-
-#: Told of every range that is read of a file: path, offset in bytes, the bytes.
-ReadObserver = Callable[[Path, int, memoryview], None]
-
-
-class _ThreadState(threading.local):
-    """One thread's open files (newest last) and idle scratch buffers, and who watches what it reads."""
-
-    def __init__(self) -> None:
-        self.observer: ReadObserver | None = None
-        self.files: OrderedDict[Path, int] = OrderedDict()
-        self.buffers: list[NDArray[np.uint8]] = []
-
-    def __del__(self) -> None:
-        for descriptor in self.files.values():
-            os.close(descriptor)
-
-
-_thread = _ThreadState()
-_OPEN_FILES = 16
-
-
-def _pread(path: Path, offset: int, view: memoryview) -> None:
-    # Opening costs a round trip on network file systems, so each thread keeps the files that it read last.
-    descriptor = _thread.files.get(path)
-    if descriptor is None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise MissingFile(f"{path} is gone. It was there when the conversion was planned; start again.") from None
-        note(path, descriptor)
-        _thread.files[path] = descriptor
-        if len(_thread.files) > _OPEN_FILES:
-            os.close(_thread.files.popitem(last=False)[1])
-    else:
-        _thread.files.move_to_end(path)
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise CorruptFile(
-                f"{path} ends at byte {offset + done}, but its header promises {offset + len(view)}.\n"
-                "The file is truncated: copy it again."
-            )
-        done += count
-
-
-def as_bytes(raw: Raw) -> memoryview:
-    """A contiguous array's bytes, without a copy."""
-    return memoryview(raw.view(np.uint8).data) if raw.size else memoryview(b"")
-
-
-def close_thread_files() -> None:
-    """Close the files that the calling thread keeps open for reading."""
-    while _thread.files:
-        os.close(_thread.files.popitem()[1])
-
-
-@contextmanager
-def observed(observer: ReadObserver | None) -> Iterator[None]:
-    """Inside, the observer is told of what this thread reads of files."""
-    outer, _thread.observer = _thread.observer, observer
-    try:
-        yield
-    finally:
-        _thread.observer = outer
-
-
-@contextmanager
-def scratch(size: int, dtype: np.dtype[Any]) -> Iterator[Raw]:
-    """A buffer of ``size`` elements, reused by this thread: fresh pages cost more than the copy into them."""
-    needed = size * dtype.itemsize
-    held = _thread.buffers.pop() if _thread.buffers else np.empty(0, np.uint8)
-    if held.nbytes < needed:
-        held = np.empty(max(needed, 1 << 16), np.uint8)
-    try:
-        yield held[:needed].view(dtype)
-    finally:
-        _thread.buffers.append(held)
+    return all((left == right).all() for left, right in zip(a.raw_chunks(), b.raw_chunks(), strict=True))

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from smolconv.tensors.lazy import LazyTensor, as_bytes, raw_dtype, row_slice
+from smolconv.tensors.elements import raw_dtype
+from smolconv.tensors.lazy import LazyTensor, row_slice
+from smolconv.tensors.reading import as_bytes
 
 if TYPE_CHECKING:
     import torch

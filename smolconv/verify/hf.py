@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint
-from smolconv.models.spec import spec_to_hf
+from smolconv.models.huggingface import spec_to_hf
 from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import Run, embedding_rows, to_torch
 
@@ -108,8 +108,7 @@ class CanonicalWeights:
     def config(self) -> Any:
         import transformers
 
-        origin = self.checkpoint.origin
-        carried = json.loads(origin.get("config.json") or origin.get("model_config.json") or b"{}")
+        carried = self.checkpoint.source.model_config
         # Ids beyond the vocabulary stop transformers from building the embedding; they play no part in a forward pass.
         raw = spec_to_hf(self.checkpoint.spec, {**carried, "pad_token_id": None}, "float32")
         return transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolconv.layouts.nanotron import NativeModel
+from smolconv.layouts.nanotron.reader import NativeModel
 from smolconv.tensors.lazy import LazyTensor, row_slice
 from smolconv.verify.forward import Run, embedding_rows, to_torch
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, Slot
-from smolconv.tensors.lazy import FLOAT_DTYPES, Cast, LazyTensor, Raw, raw_dtype, scratch, uncast
+from smolconv.tensors.dtypes import FLOAT_DTYPES
+from smolconv.tensors.elements import Raw, raw_dtype, scratch
+from smolconv.tensors.lazy import Cast, LazyTensor, uncast
 
 #: Hyperparameters in which two optimizers have to agree to be the same.
 _HYPERPARAMETERS = ("weight_decay", "lr", "betas", "eps")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from smolconv.errors import CorruptFile
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.storage.integrity import digest_text, new_hasher
-from smolconv.storage.torch_archive.archive import ArchiveTensor, DtypeRef, TorchSize, read_torch_archive
-from smolconv.tensors.lazy import DTYPE_BYTES
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, TorchSize
+from smolconv.tensors.dtypes import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Slot
-from smolconv.errors import CorruptFile, UnsupportedModel
+from smolconv.checkpoint import MOMENTS, Slot
+from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
 from smolconv.layouts.documents import adam_step, check_plain, is_count, understood, with_tuples
 from smolconv.layouts.dtypes import check_dtype
-from smolconv.storage.torch_archive.archive import ArchiveTensor, PickledObject, TorchSize, read_torch_archive
-from smolconv.tensors.lazy import Stored
+from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.values import ArchiveTensor, PickledObject, TorchSize
+from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
 MODEL_KEYS = frozenset(
@@ -27,6 +28,10 @@ MODEL_KEYS = frozenset(
      "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", "autoep_layers",
      "ds_autoep_layers", "num_experts")
 )  # fmt: skip
+#: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
+CLIENT_KEY = "smolconv"
+#: How an error ends where the weights can be read without what is damaged.
+WITHOUT = "pass --no-optimizer to convert the weights only"
 #: The version whose form we write, and against which it was tried.
 DEEPSPEED_VERSION = "0.19.8"
 _SLOTS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
@@ -391,3 +396,36 @@ def plain(value: object) -> Any:
     if isinstance(value, float) and abs(value) < float("inf"):
         return value
     raise ValueError(f"{type(value).__name__} is not plain")
+
+
+def flat_tensors(
+    documents: Sequence[OptimizerDocument], index: int
+) -> tuple[float | None, dict[Slot, list[LazyTensor]]]:
+    """Adam's step and the ranks' flat tensors of one group or sub-group."""
+    flat: dict[Slot, list[LazyTensor]] = {Slot.MASTER: [document.masters[index] for document in documents]}
+    if documents[0].states is None:
+        return None, flat
+    states = [(document.states or {}).get(index) for document in documents]
+    # Without any state it was saved before the first step: Adam begins with zeros.
+    begun = any(document.states for document in documents)
+    if not begun:
+        flat |= {slot: [Zeros(shape=t.shape, dtype=t.dtype) for t in flat[Slot.MASTER]] for slot in MOMENTS}
+    there = [state for state in states if state is not None]
+    if begun and len(there) < len(documents):
+        path = documents[states.index(None)].path
+        raise CorruptFile(
+            f"{path}: Adam's state of flat tensor {index} is missing.\n"
+            "Expected it there: other flat tensors, or this one on other ranks, have theirs.\n"
+            f"Copy the file again, or {WITHOUT}."
+        )
+    if begun:
+        flat |= {slot: [state.moments[slot] for state in there] for slot in MOMENTS}
+    for slot, parts in flat.items():
+        if other := next((i for i, part in enumerate(parts) if part.dtype != parts[0].dtype), None):
+            raise MixedCheckpoint(
+                f"{documents[other].path}: {slot.value} of flat tensor {index} is {parts[other].dtype}, but "
+                f"{parts[0].dtype} in {documents[0].path.name}.\n"
+                "Expected one dtype on all ranks.\n"
+                "The file is damaged, or of another checkpoint: copy all of one from the training nodes."
+            )
+    return (there[0].step if begun else 0.0), flat

@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot
-from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
-from smolconv.layouts.documents import is_number, with_tuples
+from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerState, ParameterGroup, Slot
+from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError, some_of
+from smolconv.layouts.documents import is_number
 from smolconv.layouts.layout import parse_json
+from smolconv.models.family import Family
+from smolconv.models.registry import family_of
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
-EMBEDDING = "model.embed_tokens.weight"
 #: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
 _ADAMW: Mapping[str, Any] = {
     "lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False,
     "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
     "bias_correction": True,
 }  # fmt: skip
-#: Weight decay of the published recipes (SmolLM3's YAML; SmolLM2's), where nothing else says one.
-_PUBLISHED_DECAY = {"smollm3": 0.1, "llama": 0.01}
 #: How Adam is carried out, not what it computes: another trainer's choice is no business of the engine's.
 _EXECUTION = ("foreach", "capturable", "differentiable", "fused")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -57,45 +56,68 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     warnings = list(checkpoint.warnings)
     trained = [name for name in checkpoint.parameters if name not in checkpoint.frozen]
     known = checkpoint.optimizer if checkpoint.has_optimizer else None
-    own: dict[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
+    own = checkpoint.source.engine or EngineRecord()
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
-        raise CorruptFile(f"{checkpoint.root}: Adam's state has no {_some(lost)}. Pass --no-optimizer.")
-    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
+        raise CorruptFile(f"{checkpoint.root}: Adam's state has no {some_of(lost)}. Pass --no-optimizer.")
+    family = family_of(checkpoint.spec)
+    undecayed = " and ".join(family.undecayed.values())
     if groups is not None:
         found = _from_file(groups, trained, known)
     elif known is not None:
         found = list(known.groups)
-    elif own.get("groups"):  # the run's own, though its Adam state was left behind
-        found = [
-            ParameterGroup(names=tuple(group["names"]), hyperparameters=with_tuples(group["hyperparameters"]))
-            for group in own["groups"]
-        ]
+    elif own.groups:
+        found = list(own.groups)
         warnings.append(f"moments are zero and steps 0; the {len(found)} groups are the source's.")
     else:
         found = _default_groups(checkpoint, trained)
         warnings.append(
-            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, the embedding "
-            f"undecayed, the rest with weight decay {decay:g} as published (--groups FILE.json chooses)."
+            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, {undecayed} "
+            f"undecayed, the rest with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json "
+            "chooses)."
         )
     if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
         found = [group for group in found if group.names]
     if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
-        if any("lr" not in group.hyperparameters for group in found):
-            warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
-        if any("weight_decay" not in group.hyperparameters for group in found):
-            warnings.append(
-                f"no weight decay is known: {decay:g} is stored, as published (--groups FILE.json chooses)."
-            )
-        found = [
-            replace(group, hyperparameters={**_ADAMW, "weight_decay": decay, **group.hyperparameters})
-            for group in found
-        ]
-    if "deepspeed.json" not in checkpoint.origin:
+        found = _in_full(found, family, warnings)
+    if checkpoint.source.engine is None:
         found = [
             replace(group, hyperparameters={**group.hyperparameters, **{k: _ADAMW[k] for k in _EXECUTION}})
             for group in found
         ]
     steps = {name: 0.0 if known is None else known.steps[name] for name in trained}
+    schedule = own.lr_scheduler
+    lists = isinstance(schedule, Mapping) and any(isinstance(value, list) for value in schedule.values())
+    if known is None or (lists and len(found) != len(known.groups)):  # the lists are of the source's groups
+        schedule = None
+    weights_only = known is None and not checkpoint.tensors.get(Slot.MASTER)
+    own = replace(own, weights_only=weights_only, groups=(), lr_scheduler=schedule)
+    return replace(
+        checkpoint,
+        tensors=_tensors(checkpoint, trained, moments_known=known is not None, zero_stage=zero_stage),
+        source=replace(checkpoint.source, engine=own),
+        optimizer=OptimizerState(steps=steps, groups=tuple(found)),
+        progress=None if known is None else checkpoint.progress,
+        warnings=tuple(warnings),
+    )
+
+
+def _in_full(groups: Sequence[ParameterGroup], family: Family, warnings: list[str]) -> list[ParameterGroup]:
+    """With every hyperparameter that torch's AdamW stores."""
+    if any("lr" not in group.hyperparameters for group in groups):
+        warnings.append("no learning rate is known: 0 is stored, until the run's schedule sets one.")
+    if any("weight_decay" not in group.hyperparameters for group in groups):
+        known = f"{family.weight_decay:g} is stored, {family.decay_source}"
+        warnings.append(f"no weight decay is known: {known} (--groups FILE.json chooses).")
+    return [
+        replace(group, hyperparameters={**_ADAMW, "weight_decay": family.weight_decay, **group.hyperparameters})
+        for group in groups
+    ]
+
+
+def _tensors(
+    checkpoint: Checkpoint, trained: Sequence[str], *, moments_known: bool, zero_stage: int | None
+) -> dict[Slot, dict[str, LazyTensor]]:
+    """fp32 masters and moments of all that is trained, and the weights, rounded where nothing else stores them."""
     tensors = {slot: dict(by_name) for slot, by_name in checkpoint.tensors.items() if by_name}
     masters = tensors.get(Slot.MASTER, {})
     rounded = {name for name in trained if checkpoint.parameters[name].dtype != "float32"}
@@ -105,7 +127,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         if name in rounded or name in masters
     }
     for slot in MOMENTS:
-        moments = tensors.get(slot, {}) if known is not None else {}
+        moments = tensors.get(slot, {}) if moments_known else {}
         tensors[slot] = {
             name: cast(moments[name], "float32") if name in moments
             else Zeros(shape=checkpoint.parameters[name].shape, dtype="float32")
@@ -118,28 +140,16 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         }
     if not tensors[Slot.MASTER]:
         del tensors[Slot.MASTER]
-    own["weights_only"] = known is None and not masters  # then nothing but the weights is to be carried on from there
-    own.pop("groups", None)
-    schedule = own.get("lr_scheduler") or {}
-    if known is None or (len(found) != len(known.groups) and any(isinstance(v, list) for v in schedule.values())):
-        own.pop("lr_scheduler", None)  # its lists are of the source's groups
-    return replace(
-        checkpoint,
-        tensors=tensors,
-        origin={**checkpoint.origin, "deepspeed.json": json.dumps(own).encode()},
-        optimizer=OptimizerState(steps=steps, groups=tuple(found)),
-        progress=None if known is None else checkpoint.progress,
-        warnings=tuple(warnings),
-    )
+    return tensors
 
 
 def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:
-    """Everything but the embedding, decayed as published, and the embedding, undecayed."""
-    decay = _PUBLISHED_DECAY[checkpoint.spec.architecture]
-    rest, embedding = [name for name in trained if name != EMBEDDING], [name for name in trained if name == EMBEDDING]
+    """Everything that the family's pretraining decays, and what it does not: the embedding."""
+    family = family_of(checkpoint.spec)
+    rest, undecayed = ([name for name in trained if (name in family.undecayed) == spared] for spared in (False, True))
     return [
         ParameterGroup(names=tuple(names), hyperparameters={"weight_decay": value})
-        for names, value in ((rest, decay), (embedding, 0.0))
+        for names, value in ((rest, family.weight_decay), (undecayed, 0.0))
         if names
     ]
 
@@ -229,7 +239,3 @@ def _read_rules(path: Path) -> list[_Rule]:
             raise UsageError(f"{where}: regex {regex!r:.60} cannot be used ({error}).") from None
         rules.append(_Rule(names=tuple(names), pattern=pattern, values=values))
     return rules
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 
-from smolconv.errors import CorruptFile, ShapeMismatch
+from smolconv.errors import CorruptFile, ShapeMismatch, some_of
 from smolconv.tensors.lazy import LazyTensor, Zeros, flat_slice, join
 
 #: Elements of a partition are a multiple of this (``nccl_start_alignment_factor``).
@@ -71,7 +71,7 @@ def join_group(
     found = [part.numel for part in slices]
     if sum(filled) != numel or (found != filled and set(found) != {size}):
         raise ShapeMismatch(
-            f"{where}: the ranks hold {_some(found)} elements, but the parameters of the group have {numel:,}.\n"
+            f"{where}: the ranks hold {_counts(found)} elements, but the parameters of the group have {numel:,}.\n"
             "The model file and the optimizer files may be of different checkpoints."
         )
     kept = [flat_slice(part, 0, count) for part, count in zip(slices, filled) if count]
@@ -94,8 +94,8 @@ def check_paddings(numels: Sequence[int], paddings: Sequence[int], where: str) -
         if list(paddings) == [*expected[:-1], 0][: len(numels)]:
             return
     raise CorruptFile(
-        f"{where}: the parameters are followed by paddings of {_some(paddings)} elements.\n"
-        f"Expected none, or those that align parameters of {_some(numels)} elements to 16 bytes.\n"
+        f"{where}: the parameters are followed by paddings of {_counts(paddings)} elements.\n"
+        f"Expected none, or those that align parameters of {_counts(numels)} elements to 16 bytes.\n"
         "The file is damaged, or of another checkpoint: copy all files of one."
     )
 
@@ -155,12 +155,12 @@ def match_sub_groups(numels: Sequence[int], ranks: int, lengths: Sequence[int], 
         offset += piece_numel(numel, ranks)
     if len(found) != len(numels) or group != len(lengths) - 1 or offset != lengths[-1]:
         raise ShapeMismatch(
-            f"{where}: flat tensors of {_some(lengths)} elements do not hold the group's {len(numels)} parameters, "
+            f"{where}: flat tensors of {_counts(lengths)} elements do not hold the group's {len(numels)} parameters, "
             f"which take {sum(piece_numel(numel, ranks) for numel in numels):,} on each of {ranks} ranks.\n"
             "The model file and the optimizer files may be of different checkpoints."
         )
     return found
 
 
-def _some(numbers: Sequence[int]) -> str:
-    return ", ".join(f"{number:,}" for number in numbers[:4]) + (", ..." if len(numbers) > 4 else "")
+def _counts(numbers: Sequence[int]) -> str:
+    return some_of([f"{number:,}" for number in numbers], 4)

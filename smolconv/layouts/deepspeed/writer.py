@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from smolconv import __version__
-from smolconv.checkpoint import MOMENTS, Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
+from smolconv.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    EngineRecord,
+    OptimizerState,
+    ParameterGroup,
+    Slot,
+    TrainingProgress,
+)
 from smolconv.errors import UsageError
 from smolconv.layouts.deepspeed.documents import (
+    CLIENT_KEY,
     DEEPSPEED_VERSION,
     MODEL_KEYS,
     STAND_INS,
@@ -25,13 +35,7 @@ from smolconv.layouts.deepspeed.documents import (
     loss_scaler,
     zero_stage_enum,
 )
-from smolconv.layouts.deepspeed.files import (
-    LATEST,
-    LATEST_UNIVERSAL,
-    SOURCE_DOCUMENTS,
-    model_file,
-    optimizer_file,
-)
+from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
 from smolconv.layouts.deepspeed.groups import common_values, master, one_step
 from smolconv.layouts.deepspeed.partitions import (
     SUB_GROUP_SIZE,
@@ -42,10 +46,11 @@ from smolconv.layouts.deepspeed.partitions import (
     piece_numel,
     sub_groups,
 )
-from smolconv.layouts.deepspeed.reader import CLIENT_KEY
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
-from smolconv.storage.output import PlannedFile, plain_file
-from smolconv.storage.torch_archive.archive import Storage, TensorRef, TorchSize, plan_torch_archive
+from smolconv.layouts.record import documents_of
+from smolconv.storage.planned import PlannedFile, plain_file
+from smolconv.storage.torch_archive.archive import plan_torch_archive
+from smolconv.storage.torch_archive.values import Storage, TensorRef, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
 
 #: The newest that ``ds_to_universal`` knows.
@@ -59,6 +64,7 @@ class DeepSpeedOptions:
     zero_stage: int | None = None
     world_size: int | None = None
     universal: bool = False
+    groups: Path | None = None  #: a JSON file of the parameter groups to write
     sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that goes on; DeepSpeed's own by default
 
     def __post_init__(self) -> None:
@@ -90,10 +96,10 @@ class DeepSpeedOptions:
 
 def plan_deepspeed(checkpoint: Checkpoint, options: DeepSpeedOptions) -> PlannedOutput:
     """Plan every file of a checkpoint that ``with_adam`` completed."""
-    return _Writer(checkpoint, options).plan()
+    return _DeepSpeedWriter(checkpoint, options).plan()
 
 
-class _Writer:
+class _DeepSpeedWriter:
     """Holds what all parts of one plan need; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: DeepSpeedOptions) -> None:
@@ -108,7 +114,7 @@ class _Writer:
         self.tag = f"global_step{self.progress.step}" + ("_universal" if options.writes_universal else "")
         if self.dtype == "float16":
             self.warnings.append("a static loss scale of 1 is stored: set the run's own after loading.")
-        self.known: Mapping[str, Any] = json.loads(checkpoint.origin.get("deepspeed.json", b"{}"))
+        self.known = checkpoint.source.engine or EngineRecord()
         self.config = hf_config(checkpoint, self.dtype)
         self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
 
@@ -163,7 +169,7 @@ class _Writer:
             "lr_scheduler": scheduler,
             "data_sampler": None,
             "random_ltd": None,
-            "skipped_steps": self.known.get("skipped_steps", 0),
+            "skipped_steps": self.known.skipped_steps,
             "global_steps": step,
             "global_samples": self.progress.consumed_samples,
             "dp_world_size": self.ranks,
@@ -172,12 +178,12 @@ class _Writer:
             "ds_config": {"zero_optimization": {"stage": stage or 0}, "bf16": {"enabled": self.dtype == "bfloat16"}},
             "ds_version": DEEPSPEED_VERSION,
             "universal_checkpoint_info": {"universal_checkpoint_version": _UNIVERSAL_VERSION},
-            **{key: value for key, value in self.known.get("client_state", {}).items() if key not in MODEL_KEYS},
+            **{key: value for key, value in self.known.client_state.items() if key not in MODEL_KEYS},
             CLIENT_KEY: {
                 "version": __version__,
                 "progress": json.loads(json.dumps(asdict(self.progress))),
                 "config": self.config,
-                "weights_only": self.known.get("weights_only", False),
+                "weights_only": self.known.weights_only,
             },
         }
         if rank and not any(archive.contents.values()):
@@ -197,7 +203,7 @@ class _Writer:
 
     def _scheduler(self) -> dict[str, Any]:
         """For DeepSpeed's schedulers ``last_batch_iteration``, for torch's the rest; step 0 without Adam's state."""
-        known, stepped = self.known.get("lr_scheduler"), any(self.optimizer.steps.values())
+        known, stepped = self.known.lr_scheduler, any(self.optimizer.steps.values())
         if isinstance(known, dict) and stepped:
             return known
         step = self.progress.step if stepped else 0
@@ -406,8 +412,7 @@ class _Writer:
             *(plain_file(name, data) for name, data in made.items()),
             *(
                 plain_file(f"{SOURCE_DOCUMENTS}/{name}", data)
-                for name, data in checkpoint.origin.items()
-                if name not in ("config.json", "deepspeed.json")
+                for name, data in documents_of(replace(checkpoint.source, engine=None)).items()
             ),
         ]
         if "README.md" not in given:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from smolconv.errors import CorruptFile, ShapeMismatch, UsageError
+from smolconv.models.registry import nanotron_class
 from smolconv.models.spec import ModelSpec
 from smolconv.tensors.lazy import LazyTensor, column_slice, join, join_columns, row_slice
 
@@ -210,7 +211,7 @@ def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
     layer = 4 * spec.num_heads * head * hidden + 3 * spec.intermediate_size * hidden
     blocks = [("embedding", 0), *((str(i), layer) for i in range(spec.num_layers)), ("norm", 0)]
     blocks += [("head", spec.vocab_size * hidden)]
-    blocks += [("cast_to_fp32", 0)] if spec.architecture == "llama" else []
+    blocks += [("cast_to_fp32", 0)] if nanotron_class(spec).casts_logits else []
     blocks += [("loss", 0)]
     cumulative = list(accumulate(cost for _, cost in blocks))
     thresholds = [float(cumulative[-1]) * ((rank + 1) / pp) for rank in range(pp)]

@@ -13,7 +13,7 @@ from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
-from smolconv.layouts.nanotron.reader import read_yaml, weight_table
+from smolconv.layouts.nanotron.documents import read_yaml
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
     block_of,
@@ -30,13 +30,14 @@ from smolconv.layouts.nanotron.topology import (
     weight_path,
     zero1_slices,
 )
+from smolconv.models.nanotron import nanotron_table, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
 from smolconv.models.operations import PadVocabulary
-from smolconv.models.spec import VOCABULARY, ModelSpec, refuse_for_nanotron, spec_from_nanotron, spec_to_nanotron
+from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import WeightTable
-from smolconv.storage.output import PlannedFile, plain_file
+from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
-from smolconv.storage.torch_archive.archive import Storage, TensorRef
-from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice, raw_dtype, scratch
+from smolconv.storage.torch_archive.values import Storage, TensorRef
+from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice
 
 FORMAT = "1.5"
 #: What torch.optim.AdamW stores in a group, as nanotron builds it.
@@ -58,7 +59,7 @@ class NanotronOptions:
     pp: int = 1
     dp: int = 1
     zero_stage: int = 0  #: 0 or 1, of the optimizer's files
-    config: Path | None = None  #: a training YAML of nanotron
+    nanotron_config: Path | None = None  #: a training YAML of nanotron
 
     def __post_init__(self) -> None:
         for name, value in (("--tp", self.tp), ("--pp", self.pp), ("--dp", self.dp)):
@@ -70,10 +71,10 @@ class NanotronOptions:
 
 def plan_nanotron(checkpoint: Checkpoint, options: NanotronOptions) -> PlannedOutput:
     """Plan every file. Raises ``UsageError`` for a topology that the model does not fit."""
-    return _Writer(checkpoint, options).plan()
+    return _NanotronWriter(checkpoint, options).plan()
 
 
-class _Writer:
+class _NanotronWriter:
     """Holds what all parts of one plan need; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: NanotronOptions) -> None:
@@ -89,7 +90,7 @@ class _Writer:
             )
         self.spec = self._padded_spec()
         self.model_config = self._model_config()
-        self.table: WeightTable = weight_table(self.spec, bool(self.model_config["rope_interleaved"]))
+        self.table: WeightTable = nanotron_table(self.spec, interleaved=bool(self.model_config["rope_interleaved"]))
         self.canonical = {rule.layout: rule.canonical for rule in self.table.rules}
         self.names = list(self.canonical)
         self.ranks = pipeline_ranks(self.spec, options.pp)
@@ -126,14 +127,13 @@ class _Writer:
         return replace(spec, vocab_size=rows)
 
     def _model_config(self) -> dict[str, Any]:
-        spec, original = self.spec, self.checkpoint.origin.get("model_config.json")
-        if original is not None:
-            config = {**json.loads(original), "vocab_size": spec.vocab_size}
+        spec, source = self.spec, self.checkpoint.source
+        if source.nanotron_config is not None:
+            config = {**source.nanotron_config, "vocab_size": spec.vocab_size}
             # The source's own document, if it still speaks of this model: it holds switches that no spec knows.
             if _speaks_of(config, spec):
                 return config
-        document = self.checkpoint.origin.get("config.json")
-        config = spec_to_nanotron(spec, json.loads(document) if document else {})
+        config = spec_to_nanotron(spec, source.hf_config or {})
         if spec.rope_scaling is not None:
             self.warnings.append(
                 "rope_scaling is written to model_config.json, but nanotron's forward ignores it: trained there, the "
@@ -275,7 +275,7 @@ class _Writer:
 
     def _own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters as nanotron stores them: how DeepSpeed carries Adam out is none of its business."""
-        if "deepspeed.json" not in self.checkpoint.origin:
+        if self.checkpoint.source.engine is None:
             return dict(values)
         factory = ((self.config or {}).get("optimizer") or {}).get("optimizer_factory") or {}
         fused = factory.get("torch_adam_is_fused", True) if isinstance(factory, dict) else True
@@ -320,12 +320,12 @@ class _Writer:
     def _scheduler_state(self) -> Mapping[str, Any] | None:
         if self.config is None:
             return None
-        if self.progress.scheduler is not None and self.options.config is None:
+        if self.progress.scheduler is not None and self.options.nanotron_config is None:
             return self.progress.scheduler
-        if self.options.config is None:
+        if self.options.nanotron_config is None:
             return None
-        with understood(self.options.config):
-            base, last = scheduled_lr(self.config, self.progress.step, str(self.options.config))
+        with understood(self.options.nanotron_config):
+            base, last = scheduled_lr(self.config, self.progress.step, str(self.options.nanotron_config))
         every = [parts[0] for parts in self.canonical.values()]
         return {
             "base_lrs": dict.fromkeys(every, base), "last_epoch": self.progress.step,
@@ -334,11 +334,11 @@ class _Writer:
         }  # fmt: skip
 
     def _training_config(self) -> dict[str, Any] | None:
-        given = self.options.config
+        given = self.options.nanotron_config
         if given is not None and (given.is_dir() or not given.exists()):
             found = "is a folder" if given.is_dir() else "is not there"
             raise MissingFile(f"--nanotron-config {given} {found}. Name a training config of nanotron.")
-        original = given.read_bytes() if given is not None else self.checkpoint.origin.get("config.yaml")
+        original = given.read_bytes() if given is not None else self.checkpoint.source.nanotron_training
         if original is None:
             return None
         where = str(given or "the source's config.yaml")
@@ -402,7 +402,8 @@ class _Writer:
         ]
 
     def _hf_config(self) -> bytes | None:
-        return None if "config.json" in self.checkpoint.assets else self.checkpoint.origin.get("config.json")
+        config = None if "config.json" in self.checkpoint.assets else self.checkpoint.source.hf_config
+        return None if config is None else json.dumps(config).encode()
 
     def _metadata(self) -> dict[str, Any]:
         """Counts whose sums hold: nanotron refuses to load a checkpoint where they do not."""
@@ -431,10 +432,10 @@ class _Writer:
             )
         if progress.consumed_tokens not in (None, tokens):
             self.warnings.append(f"consumed_tokens_total {progress.consumed_tokens} became {tokens}, the folders' sum.")
-        original = self.checkpoint.origin.get("checkpoint_metadata.json")
+        original = self.checkpoint.source.nanotron_metadata
         return {
             "version": FORMAT, "tp": self.options.tp, "dp": self.options.dp, "cp": 1,
-            "custom_metas": json.loads(original).get("custom_metas") if original else None,
+            "custom_metas": None if original is None else original.value.get("custom_metas"),
             "metas": {
                 "consumed_train_samples": samples, "consumed_tokens_total": tokens, "last_train_step": progress.step,
                 "last_stage_idx": (progress.last_stage_index or 0) if progress.stages else 0,
@@ -475,11 +476,4 @@ def _views_of_one_buffer(
 
 
 def _is_zero(tensor: LazyTensor) -> bool:
-    if isinstance(tensor, Zeros):
-        return True
-    for start, stop in tensor.chunks():
-        with scratch(stop - start, raw_dtype(tensor.dtype)) as values:
-            tensor.read(start, stop, values)
-            if values.any():
-                return False
-    return True
+    return isinstance(tensor, Zeros) or not any(values.any() for values in tensor.raw_chunks())

@@ -29,7 +29,7 @@ from smolconv.layouts.deepspeed.files import find_tag_folder, tag_files
 from smolconv.layouts.deepspeed.groups import with_adam
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.layout import ReadOptions, hf_config
-from smolconv.layouts.nanotron import find_step_folder
+from smolconv.layouts.nanotron.reader import find_step_folder
 from smolconv.processes import module_words, safe_environment
 from smolconv.storage.atomic import OutputFolder, require_space
 from smolconv.storage.output import write_files

@@ -1,0 +1,72 @@
+"""nanotron's JSON and YAML: the model's config, the training config, how far the run has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import DataStage, TrainingProgress
+from smolconv.errors import CorruptFile, MissingFile
+from smolconv.files import read_bytes
+from smolconv.layouts.documents import check_progress, understood
+from smolconv.layouts.layout import read_json
+
+
+def read_yaml(data: bytes, where: object) -> dict[str, Any]:
+    """A YAML mapping of plain types. Raises ``CorruptFile``."""
+    import yaml
+
+    try:
+        value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
+        raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]}.") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{where} holds no mapping.")
+    return value
+
+
+def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:
+    """The model's config and where it was found: ``override``, model_config.json, or within config.yaml."""
+    if override is not None:
+        return read_json(override), str(override)
+    path = step_folder / "model_config.json"
+    if path.exists():
+        return read_json(path), str(path)
+    document = step_folder / "config.yaml"
+    if not document.exists():
+        raise MissingFile(f"{step_folder} holds neither model_config.json nor config.yaml. Pass one with --config.")
+    model = read_yaml(read_bytes(document), document).get("model")
+    config = model.get("model_config") if isinstance(model, dict) else None
+    if not isinstance(config, dict):
+        raise CorruptFile(f"{document} has no model.model_config. Pass a model_config.json with --config.")
+    return config, str(document)
+
+
+def read_progress(
+    metadata: Mapping[str, Any] | None, path: Path, scheduler: Mapping[str, Any] | None
+) -> TrainingProgress | None:
+    """From checkpoint_metadata.json, with the scheduler's state beside it. Raises ``CorruptFile``."""
+    if metadata is None:
+        return None
+    metas = metadata.get("metas") or {}
+    with understood(f"{path} (metas)"):
+        stages = tuple(
+            DataStage(
+                name=stage["name"],
+                start_training_step=stage["start_training_step"],
+                consumed_train_samples=stage["consumed_train_samples"],
+                sequence_length=stage.get("sequence_length"),
+                consumed_tokens_per_dataset_folder=stage.get("consumed_tokens_per_dataset_folder"),
+            )
+            for stage in metas.get("data_stages") or []
+        )
+        progress = TrainingProgress(
+            step=metas["last_train_step"],
+            consumed_samples=metas.get("consumed_train_samples", 0),
+            consumed_tokens=metas.get("consumed_tokens_total"),
+            stages=stages,
+            last_stage_index=metas.get("last_stage_idx"),
+            scheduler=scheduler,
+        )
+    return check_progress(progress, path)

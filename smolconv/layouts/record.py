@@ -1,0 +1,88 @@
+"""A source's record as documents in a folder, in layouts that have no place for it: written and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRecord
+from smolconv.errors import CorruptFile
+from smolconv.files import read_bytes
+from smolconv.layouts.documents import check_config, understood, with_tuples
+from smolconv.layouts.layout import read_json
+
+NANOTRON_CONFIG, NANOTRON_TRAINING = "model_config.json", "config.yaml"
+NANOTRON_METADATA, ENGINE = "checkpoint_metadata.json", "deepspeed.json"
+
+
+def documents_of(record: SourceRecord) -> dict[str, bytes]:
+    """By name: all but the HF config, for which every layout has a place."""
+    engine = None if record.engine is None else _engine_to_json(record.engine)
+    found = {
+        NANOTRON_CONFIG: None if record.nanotron_config is None else json.dumps(record.nanotron_config).encode(),
+        NANOTRON_TRAINING: record.nanotron_training,
+        NANOTRON_METADATA: None if record.nanotron_metadata is None else record.nanotron_metadata.data,
+        ENGINE: None if engine is None else json.dumps(engine).encode(),
+    }
+    return {**{name: data for name, data in found.items() if data is not None}, **record.others}
+
+
+def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
+    """What ``documents_of`` gave, from ``folder``, and its files. Raises ``CorruptFile`` for what is not one."""
+    paths = tuple(sorted(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else ()
+    record = SourceRecord()
+    for path in paths:
+        if path.name == NANOTRON_CONFIG:
+            record = replace(record, nanotron_config=_checked(path))
+        elif path.name == NANOTRON_TRAINING:
+            record = replace(record, nanotron_training=read_bytes(path))
+        elif path.name == NANOTRON_METADATA:
+            record = replace(record, nanotron_metadata=Document(data=read_bytes(path), value=_checked(path)))
+        elif path.name == ENGINE:
+            record = replace(record, engine=_engine_from_json(read_json(path), path))
+        else:
+            record = replace(record, others={**record.others, path.name: read_bytes(path)})
+    return record, paths
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    check_config(value, path)
+    return value
+
+
+def _engine_to_json(record: EngineRecord) -> dict[str, Any]:
+    return {
+        "client_state": record.client_state,
+        "skipped_steps": record.skipped_steps,
+        "groups": [group_to_json(group) for group in record.groups],
+        "weights_only": record.weights_only,
+        "lr_scheduler": record.lr_scheduler,
+    }
+
+
+def _engine_from_json(value: Mapping[str, Any], where: Path) -> EngineRecord:
+    with understood(where):
+        client, skipped = value.get("client_state", {}), value.get("skipped_steps", 0)
+        if not isinstance(client, dict) or isinstance(skipped, bool) or not isinstance(skipped, int):
+            raise CorruptFile(f"{where}: client_state must be an object, and skipped_steps an integer.")
+        return EngineRecord(
+            weights_only=value.get("weights_only") is True,
+            client_state=client,
+            skipped_steps=skipped,
+            groups=tuple(group_from_json(group) for group in value.get("groups", ())),
+            lr_scheduler=value.get("lr_scheduler"),
+        )
+
+
+def group_to_json(group: ParameterGroup) -> dict[str, Any]:
+    """A parameter group as plain JSON."""
+    return {"names": list(group.names), "hyperparameters": dict(group.hyperparameters)}
+
+
+def group_from_json(value: Mapping[str, Any]) -> ParameterGroup:
+    """The same, read back: betas are a tuple again."""
+    return ParameterGroup(names=tuple(value["names"]), hyperparameters=with_tuples(value["hyperparameters"]))

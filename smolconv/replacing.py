@@ -1,0 +1,48 @@
+"""What --overwrite may replace: a checkpoint, or what smolconv wrote, and nothing else that lies with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from smolconv.errors import SmolconvError
+from smolconv.layouts.layout import OwnFiles
+from smolconv.layouts.registry import detect_layout
+from smolconv.storage.manifest import MANIFEST, read_manifest
+
+_SHOWN_FILES = 3
+
+
+def lost_with(target: Path) -> str | None:
+    """What would be lost if ``target`` were replaced, beside one checkpoint or what smolconv has written there.
+
+    The answer goes on "it ..."; None when nothing would. A link is as good as what it points to, which stays.
+    """
+    if not target.is_dir():
+        return "is no folder" if target.exists() else "is a link to nothing"
+    if not any(os.scandir(target)):
+        return None
+    known, own = set[str](), OwnFiles()
+    with contextlib.suppress(SmolconvError):
+        manifest = read_manifest(target)
+        known.update(path.relative_to(target).as_posix() for path in (manifest.files if manifest is not None else ()))
+    with contextlib.suppress(SmolconvError, OSError):
+        own = detect_layout(target).own_files(target)
+        known.update(own.names)
+    if not known and not own.pattern:
+        return "holds no checkpoint that smolconv can read"
+    others: list[str] = []
+    for folder, _, names in os.walk(target):
+        for name in sorted(names):
+            path = Path(folder) / name
+            inside = path.relative_to(target).as_posix()
+            # Of a run with several steps only one would be the checkpoint that is replaced.
+            of_step = own.step is None or target in (path.parent, own.step) or own.step in path.parents
+            fits = of_step and bool(own.pattern) and re.fullmatch(own.pattern, inside) is not None
+            if inside not in known and not fits and inside not in (MANIFEST, "README.md"):
+                others.append(inside)
+        if len(others) >= _SHOWN_FILES:
+            break
+    return f"also holds {', '.join(others[:_SHOWN_FILES])}" if others else None
