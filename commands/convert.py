@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,7 +35,7 @@ _EPILOG = """
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make. It appears only when it is whole.")],
-    to: Annotated[str, typer.Option("--to", help="Layout to write: hf, nanotron or deepspeed.")],
+    to: Annotated[Literal["hf", "huggingface", "nanotron", "deepspeed"], typer.Option("--to", help="Layout to write.")],
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks (nanotron).")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks (nanotron).")] = None,
     dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks (nanotron).")] = None,
@@ -57,9 +57,11 @@ def convert(
         Path | None, typer.Option(help="Checkpoint with the weights that SRC left out as frozen (deepspeed source).")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file (hf), such as 5GB or 500MB.")] = "5GB",
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; keep: as stored.")
+    ] = "keep",
     cast_from: Annotated[
-        str | None, typer.Option(help="Cast from the stored weights or from the fp32 master: weights, master.")
+        Literal["weights", "master"] | None, typer.Option(help="Cast from the stored weights or from the fp32 master.")
     ] = None,
     optimizer: Annotated[
         bool | None,
@@ -70,7 +72,8 @@ def convert(
         int | None, typer.Option(min=1, help="Keep the first N vocabulary rows, drop padding.")
     ] = None,
     rope_scaling: Annotated[
-        str, typer.Option(help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it.")
+        Literal["as-trained", "as-configured"],
+        typer.Option(help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it."),
     ] = "as-trained",
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
@@ -78,7 +81,7 @@ def convert(
     nanotron_config: Annotated[
         Path | None, typer.Option(help="Training YAML to write as config.yaml when the source has none (nanotron).")
     ] = None,
-    digest: Annotated[str, typer.Option(help="Digest of every tensor: xxh3, sha256 or none.")] = "xxh3",
+    digest: Annotated[Literal["xxh3", "sha256", "none"], typer.Option(help="Digest of every tensor.")] = "xxh3",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written and its size, write nothing.")
     ] = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ def import_gguf(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make. It appears only when it is whole.")],
     dtype: Annotated[
-        str, typer.Option(help="float32 keeps the dequantised values exactly; or bfloat16, float16.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="float32 keeps the dequantised values exactly.")
     ] = "float32",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written and its size, write nothing.")

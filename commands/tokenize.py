@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,7 +53,7 @@ def tokenize(
     max_tokens_per_file: Annotated[
         int | None, typer.Option(min=1, help="Begin a new file after the document that passes this.")
     ] = None,
-    executor: Annotated[str, typer.Option(help="local, or slurm: a job array.")] = "local",
+    executor: Annotated[Literal["local", "slurm"], typer.Option(help="On slurm: a job array.")] = "local",
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     time: Annotated[str, typer.Option(help="Slurm's time limit of a task.")] = "24:00:00",
     cpus_per_task: Annotated[int, typer.Option(min=1, help="Slurm's CPUs for a task.")] = 1,
@@ -77,8 +77,6 @@ def tokenize(
     from smolconv.errors import UsageError
     from smolconv.storage.atomic import refuse_existing
 
-    if executor not in ("local", "slurm"):
-        raise UsageError(f"--executor {executor}: expected local or slurm.")
     if executor == "slurm" and partition is None:
         raise UsageError("--executor slurm needs --partition; sinfo lists them.")
     if no_eos and eos is not None:

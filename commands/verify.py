@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,10 +42,13 @@ def verify(
     documents: Annotated[
         int, typer.Option(min=1, help="Pack the row with N documents, and compare each with itself alone.")
     ] = 1,
-    compute: Annotated[str, typer.Option(help="float32, or bfloat16 with gates of its own.")] = "float32",
+    compute: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the forwards; bfloat16 has gates of its own.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="Where the forwards run, such as cpu or cuda.")] = "cpu",
     engine: Annotated[
-        str, typer.Option(help="ours, transformers, or the real engine beside ours: deepspeed, nanotron (GPU).")
+        Literal["ours", "transformers", "deepspeed", "nanotron"],
+        typer.Option(help="deepspeed, nanotron: the real engine beside our forward (nanotron needs a GPU)."),
     ] = "ours",
     gate_max_abs: Annotated[float | None, typer.Option(help="Largest difference of logits that passes.")] = None,
     gate_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence that passes.")] = None,
@@ -66,10 +69,6 @@ def verify(
     from smolconv.verify.logits import require_torch
 
     logits = logits and not tensors_only
-    if compute not in ("float32", "bfloat16"):
-        raise UsageError(f"--compute {compute}: expected float32 or bfloat16.")
-    if engine not in ("ours", "transformers", "deepspeed", "nanotron"):
-        raise UsageError(f"--engine {engine}: expected ours, transformers, deepspeed or nanotron.")
     if logits and device != "cpu":
         require_torch()
         _require_device(device)

@@ -53,7 +53,7 @@ HEADER_BYTES = 8
 GONE = object()
 #: Every pwrite takes a while, as on a disk that is slow.
 SLOW_DISK = "import os, time; fast = os.pwrite; os.pwrite = lambda *words: (time.sleep(0.04), fast(*words))[1]"
-EVERY_LINE_FITS = 8  #: lines that an error may have; typer frames its own in a box
+EVERY_LINE_FITS = 9  #: lines that an error may have; typer frames its own in a box, and lists choices one a line
 
 
 # --- Sources to break ---
@@ -547,17 +547,17 @@ def test_a_shard_full_of_nan_is_kept_bit_for_bit_and_reported(nanotron, cli, tmp
         (("--to", "hf", "--tp", 2), "--tp has no meaning for --to hf"),
         (("--to", "hf", "--zero-stage", 1), "--zero-stage has no meaning for --to hf"),
         (("--to", "hf", "--zero-stage", 0), "--zero-stage has no meaning for --to hf"),
-        (("--to", "gguf"), "--to gguf"),
+        (("--to", "gguf"), "'--to': 'gguf' is not one of 'hf'"),
         (("--to", "deepspeed", "--tp", 2), "--tp has no meaning for --to deepspeed"),
         (("--to", "deepspeed", "--zero-stage", 1), "--zero-stage 1 needs --world-size"),
         (("--to", "deepspeed", "--world-size", 2), "--world-size 2 needs --zero-stage"),
         (("--to", "deepspeed", "--universal", "--zero-stage", 1, "--world-size", 2), "--universal"),
         (("--to", "nanotron", "--universal"), "--universal has no meaning for --to nanotron"),
-        (("--to", "hf", "--dtype", "int8"), "--dtype int8"),
+        (("--to", "hf", "--dtype", "int8"), "'--dtype': 'int8' is not one of 'keep'"),
         (("--to", "hf", "--cast-from", "master"), "--cast-from master"),
-        (("--to", "hf", "--cast-from", "moon"), "--cast-from moon"),
-        (("--to", "hf", "--rope-scaling", "yes"), "--rope-scaling yes"),
-        (("--to", "hf", "--digest", "md5"), "--digest md5"),
+        (("--to", "hf", "--cast-from", "moon"), "'--cast-from': 'moon' is not one of 'weights'"),
+        (("--to", "hf", "--rope-scaling", "yes"), "'--rope-scaling': 'yes' is not one of 'as-trained'"),
+        (("--to", "hf", "--digest", "md5"), "'--digest': 'md5' is not one of 'xxh3'"),
         (("--to", "hf", "--vocab-size", 257), "--vocab-size 257: the checkpoint has 256 rows"),
         (("--to", "hf", "--max-shard-size", "huge"), "--max-shard-size huge"),
         (("--to", "hf", "--max-memory", "1kB"), "--max-memory"),
@@ -572,6 +572,17 @@ def test_words_that_do_not_fit_are_a_usage_error(nanotron, cli, tmp_path, words,
     done = cli("convert", nanotron, tmp_path / "out", *words)
     assert_short_error(done, 2, expected)
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"to": "gguf"}, {"dtype": "int8"}, {"cast_from": "moon"}, {"rope_scaling": "yes"}, {"digest": "md5"}]
+)
+def test_words_that_do_not_fit_are_refused_in_the_library_too(
+    nanotron: Path, tmp_path: Path, options: dict[str, str]
+) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: expected "):
+        plan_conversion(nanotron, tmp_path / "out", ConvertOptions(**{"to": "hf", **options}))
 
 
 @pytest.mark.parametrize("words", [("convert",), ("frobnicate",), ("inspect",), ("verify", "a"), ("--nonsense",)])

@@ -60,6 +60,24 @@ def test_help_explains_every_option_and_shows_examples(command: str) -> None:
             assert len(line.split()) > 2, f"{match[1]} is not explained"
 
 
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        (("convert", "a", "b", "--to"), "'hf', 'huggingface', 'nanotron', 'deepspeed'"),
+        (("convert", "a", "b", "--to", "hf", "--dtype"), "'keep', 'float32', 'bfloat16', 'float16'"),
+        (("convert", "a", "b", "--to", "hf", "--digest"), "'xxh3', 'sha256', 'none'"),
+        (("verify", "a", "b", "--engine"), "'ours', 'transformers', 'deepspeed', 'nanotron'"),
+        (("verify", "a", "b", "--compute"), "'float32', 'bfloat16'"),
+        (("import-gguf", "a", "b", "--dtype"), "'float32', 'bfloat16', 'float16'"),
+        (("tokenize", "a", "b", "--tokenizer", "c", "--executor"), "'local', 'slurm'"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_a_usage_error_that_lists_the_choices(words: tuple[str, ...], choices: str) -> None:
+    done = run_cli(*words, "fly")
+    assert (done.code, done.stdout) == (2, "")
+    assert f"'{words[-1]}': 'fly' is not one of {choices}." in done.stderr
+
+
 def test_json_is_one_document_on_stdout_and_logs_go_to_stderr(tmp_path: Path) -> None:
     done = run_cli("convert", TINY, tmp_path / "hf", "--to", "hf", "--json")
     document = json.loads(done.stdout)
