@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from smolconv.continual_pretraining.engine.config import accumulation_steps, engine_config
 from smolconv.continual_pretraining.engine.optimizer import group_parameters
-from smolconv.continual_pretraining.recipe.schedules import learning_rate, notes, resolved
-from smolconv.continual_pretraining.recipe.schema import Recipe, Schedule
+from smolconv.continual_pretraining.recipe.schedules import Schedule, learning_rate, notes, turning_steps
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.models.spec import ModelSpec, parameter_shapes
 
@@ -469,10 +469,8 @@ def source_uses(
 
 def _learning_rates(recipe: Recipe) -> tuple[tuple[int, float], ...]:
     schedule = recipe.schedule
-    steps = {1, schedule.warmup_steps + 1, schedule.train_steps, *(stage.start_step for stage in recipe.data.stages)}
-    phases = resolved(schedule)
-    steps |= {phases.decay_start_step + 1, phases.decay_end_step + 1}
-    return tuple((k, learning_rate(schedule, k - 1)) for k in sorted(steps) if 1 <= k <= schedule.train_steps)
+    steps = turning_steps(schedule) | {stage.start_step for stage in recipe.data.stages}
+    return tuple((step, learning_rate(schedule, step - 1)) for step in sorted(steps))
 
 
 def _learning_rate_curve(schedule: Schedule, points: int = 60) -> tuple[float, ...]:
