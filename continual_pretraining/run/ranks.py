@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv.errors import MachineError, NotInstalled, SmolconvError
+from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 
 if TYPE_CHECKING:
     import torch
@@ -119,11 +120,9 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         torch.set_num_threads(threads or max(1, cores // max(1, local_size)))
         _keep_freed_memory()
     import deepspeed
-    import deepspeed.ops
 
     if not cuda:
-        # Compiled at init_distributed otherwise, for a minute, for ranks that share memory; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_shared_memory_operations()
     else:
         torch.cuda.set_device(local_rank)
     # DeepSpeed meets the ranks by the same store, and leaves a group that is there already as it is.

@@ -34,10 +34,11 @@ from smolconv.layouts.deepspeed.checkpoint_engine import (
     load_torch_archive,
     save_torch_archive,
 )
+from smolconv.layouts.deepspeed.patches import saving_by
 from smolconv.storage.atomic import sync_folder
 
 
-class _Writer:
+class _SavingEngine:
     """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
@@ -94,17 +95,12 @@ def save_run(
         "config": dict(start.config),
         "weights_only": False,
     }
-    writer = _Writer(engine.checkpoint_engine)
+    writer = _SavingEngine(engine.checkpoint_engine)
     if ranks.first and partial.exists():
         # It could not be deleted before. The other ranks write into it only after DeepSpeed's first barrier.
         writer.attempt(lambda: shutil.rmtree(partial))
-    engine.checkpoint_engine = writer
-    # Rank 0 alone would copy DeepSpeed's scripts into the folder, and leave the others waiting when it could not.
-    engine._copy_recovery_script = lambda _: None
-    try:
+    with saving_by(engine, writer):
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
-    finally:
-        engine.checkpoint_engine = writer.inner
     writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
     if ranks.first:
         writer.attempt(lambda: writer.files.update(_write_documents(partial, start, state)))

@@ -43,7 +43,7 @@ from smolconv.continual_pretraining.run.start import StartPoint, first_micro_bat
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
-from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
+from smolconv.layouts.deepspeed import patches
 from smolconv.models.spec import ModelSpec, spec_from_hf
 
 #: How many micro-batches without a finite loss an error lists.
@@ -99,14 +99,13 @@ class Trainer:
             # One kernel over a flat tensor: as fast as DeepSpeed's own Adams, which are compiled first, for minutes.
             fused=True,
         )  # fmt: skip
-        optimizer.register_load_state_dict_pre_hook(_stay_fused)
+        patches.stay_fused(optimizer)
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
         )
-        replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
+        patches.replace_checkpoint_engine(engine)
         if self.ranks.world_size == 1:
-            # Nothing to sum: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back.
-            engine.buffered_allreduce_fallback = lambda **_: None
+            patches.reduce_nothing(engine)
         return engine
 
     def _load(self) -> None:
@@ -115,13 +114,9 @@ class Trainer:
         )
         if path is None:
             raise MachineError(f"DeepSpeed found nothing to load in {self.start.folder}, tag {self.start.tag}.")
-        # Counted by us: a source's own count would move DeepSpeed's accumulation boundary and file names.
-        self.engine.global_steps = self.start.step
-        self.engine.micro_steps = self.start.step * self.engine.gradient_accumulation_steps()
-        self.engine.global_samples = self.start.step * self.recipe.global_batch_sequences
+        patches.set_progress(self.engine, self.start.step, self.recipe.global_batch_sequences)
         set_hyperparameters(self.engine.optimizer.param_groups, self.groups, self.recipe.optimizer)
-        if hasattr(self.engine.optimizer, "clip_grad"):  # ZeRO 1 and 2 load the checkpoint's
-            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+        patches.keep_own_clipping(self.engine)
         if self.start.resumed:
             restore_random(Path(self.start.folder) / self.start.tag, self.ranks)
 
@@ -289,11 +284,8 @@ class Trainer:
                 norm = math.nan if found is None else float(found)
             return norm
         if skip:
-            update, engine.optimizer.step = engine.optimizer.step, lambda *_, **__: None
-            try:
+            with patches.without_update(engine):
                 engine.step()
-            finally:
-                engine.optimizer.step = update
             return norm
         limit = self.recipe.optimizer.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else math.inf))
@@ -389,15 +381,6 @@ class Trainer:
     def _say(self, text: str, step: int | None = None) -> None:
         if self.watch is not None:
             self.watch.event(self.start.step if step is None else step, text)
-
-
-def _stay_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loading takes over how a checkpoint's optimizer was executed, which is ten times slower on a CPU when not fused.
-
-    Before it is loaded: Adam's step then goes to the device where the fused kernel wants it.
-    """
-    for group in state["param_groups"]:
-        group.update(fused=True, foreach=None, capturable=False)
 
 
 def _listen(trainer: Trainer) -> None:
