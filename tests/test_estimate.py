@@ -21,17 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from smolconv.continual_pretraining.engine.config import engine_config
-from smolconv.continual_pretraining.engine.model import MAX_LOGITS as model_max_logits
 from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
-from smolconv.continual_pretraining.estimate.estimate import (
-    MAX_LOGITS,
-    Estimate,
-    estimate,
-    flops_per_token,
-    memory_parts,
-    parameter_count,
-    render,
-)
+from smolconv.continual_pretraining.estimate.estimate import Estimate, estimate
+from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
+from smolconv.continual_pretraining.estimate.memory import memory_parts
+from smolconv.continual_pretraining.estimate.report import render
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
@@ -239,10 +233,6 @@ def test_logits_do_not_grow_beyond_a_chunk():
     assert (short["logits (gpu)"], long["logits (gpu)"]) == (512 * 49152 * 8, 2730 * 49152 * 8)
     assert short["gradient of the head (gpu)"] == 2 * 49152 * 576
     assert long["gradient of the head (gpu)"] == (4 + 2) * 49152 * 576
-
-
-def test_the_chunk_is_the_models():
-    assert model_max_logits["cuda"] == MAX_LOGITS
 
 
 RECIPES = st.builds(

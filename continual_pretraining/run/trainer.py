@@ -32,7 +32,8 @@ from smolconv.continual_pretraining.engine.attention import move
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
-from smolconv.continual_pretraining.estimate.estimate import FORMULA, flops_per_token
+from smolconv.continual_pretraining.estimate.flops import FORMULA, flops_per_token
+from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState, latest
@@ -372,8 +373,6 @@ class Trainer:
         )  # fmt: skip
 
     def _peak_flops(self) -> float | None:
-        from smolconv.continual_pretraining.watch.metrics import peak_flops
-
         name = torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else None
         one = peak_flops(name, self.recipe.logging.peak_tflops)
         return None if one is None else one * self.ranks.world_size

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
 from smolconv.errors import CorruptFile
 
@@ -109,14 +110,20 @@ def report_tokens(
     return report
 
 
+def eos_ends_documents(report: dict[str, Any]) -> bool:
+    """Whether the EOS of a report, given or found, is one."""
+    eos = report["eos"]
+    return eos is not None and ends_documents(eos["documents_ending"], eos["documents_seen"])
+
+
 def _problems(report: dict[str, Any]) -> list[str]:
     found = []
     eos, windows = report["eos"], report["windows"]
     if report["documents"] is None:
         found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
-    elif eos is None or 2 * eos["documents_ending"] <= eos["documents_seen"]:
+    elif not eos_ends_documents(report):
         most = report["endings"][0]
-        if eos and 2 * most["documents"] > eos["documents_seen"]:
+        if eos and ends_documents(most["documents"], eos["documents_seen"]):
             found.append(
                 f"{eos['documents_ending']} of {eos['documents_seen']} documents end in {eos['id']}; "
                 f"{most['documents']} end in {most['id']}: set data.eos_token_id to that"
@@ -128,7 +135,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
             )
     if report["empty_documents"]:
         found.append(f"{report['empty_documents']} documents are empty (equal entries of the index)")
-    if eos and 2 * eos["documents_ending"] > eos["documents_seen"] and eos["inside_documents"] > 0:
+    if eos_ends_documents(report) and eos["inside_documents"] > 0:
         found.append(
             f"{eos['id']} occurs {eos['inside_documents']} times within documents: "
             "boundaries by EOS and by index differ"
@@ -157,7 +164,7 @@ def _ends(file: TokenFile, part: NDArray[Any], eos_token_id: int | None) -> Iter
 def _most(last_tokens: Counter[int]) -> int | None:
     """The token that more than half of the documents end in."""
     for token, count in last_tokens.most_common(1):
-        if 2 * count > last_tokens.total():
+        if ends_documents(count, last_tokens.total()):
             return token
     return None
 

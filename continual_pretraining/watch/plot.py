@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from smolconv import __version__
 from smolconv.continual_pretraining.watch.metrics import EVENTS, METRICS
+from smolconv.drawing import multiples, round_step
 from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
 
 SUFFIXES = (".html", ".svg", ".png")
@@ -343,11 +344,7 @@ class _Scale:
             marks = [each * 10.0**decade for decade in decades for each in times]
             inside = [mark for mark in marks if self.low <= mark <= self.high]
             return inside[:: math.ceil(len(inside) / (2 * count)) or 1]
-        rough = (self.high - self.low) / count
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = unit * next(times for times in (1, 2, 5, 10) if unit * times >= rough)
-        first = math.ceil(self.low / step)
-        return [step * (first + i) for i in range(math.floor(self.high / step) - first + 1)]
+        return multiples(round_step(self.high - self.low, count), self.low, self.high)
 
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:
