@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from smolconv.continual_pretraining.data.stream import Batch
 from smolconv.continual_pretraining.engine.attention import KERNELS, choose_attention, pack
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.run.gate import source_loss
+from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import SmolconvError, TrainingStopped
 from smolconv.models.spec import spec_from_hf, spec_to_hf
 from smolconv.verify.hf import FolderWeights, TransformersSide

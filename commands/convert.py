@@ -175,11 +175,11 @@ def _checked_line(check: Mapping[str, Any]) -> str:
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
     from smolconv.layouts.layout import ReadOptions
-    from smolconv.verify.compare import Stored, verify_conversion
+    from smolconv.verify.compare import AsStored, verify_conversion
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
-    source = Stored(folder=plan.source.root, options=ReadOptions(config=options.config, step=options.step))
+    source = AsStored(folder=plan.source.root, options=ReadOptions(config=options.config, step=options.step))
     return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
 
 

@@ -61,7 +61,7 @@ def verify(
     from smolconv.hub.hub import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
-    from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints
+    from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
     from smolconv.verify.logits import require_torch
 
     logits = logits and not tensors_only
@@ -77,7 +77,7 @@ def verify(
     if logits:
         require_torch()
     at_a, at_b = (
-        Stored(
+        AsStored(
             folder=open_source(uri), options=ReadOptions(config=override, optimizer=optimizer or engine == "deepspeed")
         )
         for uri, override in ((a, config), (b, config_b))

@@ -23,20 +23,11 @@ import pytest
 
 from smolconv.checkpoint import DataStage
 from smolconv.continual_pretraining.data.blending import Blend
-from smolconv.continual_pretraining.data.stream import (
-    BEGINNING,
-    Batch,
-    StepData,
-    TokenFolder,
-    TrainingData,
-    evaluation_batches,
-    open_folders,
-    open_held_out,
-    position_from_stages,
-    stages_of,
-)
+from smolconv.continual_pretraining.data.folders import open_folders, open_held_out
+from smolconv.continual_pretraining.data.position import BEGINNING, position_from_stages, stages_of
+from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.recipe.schema import Data, Source
-from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL, RowReader, Wanted
+from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL, Batch, RowReader, TokenFolder, Wanted
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 

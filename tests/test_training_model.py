@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_model_worker import Packed, packed
 from transformers import masking_utils
 
-from smolconv.continual_pretraining.data.stream import Batch
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import attend_by_document, choose_attention, pack
 from smolconv.continual_pretraining.engine.model import SummedCrossEntropy, build_model, check_no_leak
 from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.run.gate import source_loss
+from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
 from smolconv.models.spec import parameter_shapes, spec_from_hf
 

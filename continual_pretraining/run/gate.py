@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolconv.errors import TrainingStopped
-from smolconv.verify.forward import Run, Side, return_freed_memory
+from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from smolconv.continual_pretraining.data.stream import Batch
+    from smolconv.continual_pretraining.tokens.files import Batch
 
 #: Of nats, by the dtype that the run computes in. Two correct float32 forwards of the 135M differ by 1e-6, bfloat16
 #: from float32 by up to 0.01.
@@ -55,7 +55,7 @@ def _source_loss(side: Side, batch: Batch) -> SourceLoss:
         starts = [*np.flatnonzero(positions == 0).tolist(), len(tokens)]
         for start, stop in itertools.pairwise(starts):
             runs.append(
-                Run(
+                ForwardPass(
                     tokens=torch.from_numpy(tokens[None, start:stop].copy()),
                     positions=torch.arange(stop - start)[None],
                     attention="sdpa",

@@ -103,7 +103,7 @@ def save_run(
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
     writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
     if ranks.first:
-        writer.attempt(lambda: writer.files.update(_write_documents(partial, start, state)))
+        writer.attempt(lambda: writer.files.update(_write_own_files(partial, start, state)))
     ended = ranks.everyone((_reason(writer.error), writer.files))
     failures = [text for text, _ in ended if text]
     failure, notes = failures[0] if failures else None, list[str]()
@@ -150,7 +150,7 @@ def _publish_and_clean(
         return None, [f"cleaning up after step {step} failed: {error}. The next save tries again."]
 
 
-def _write_documents(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
+def _write_own_files(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
     state.write(folder)
     write_bytes(folder / CONFIG, (json.dumps(dict(start.config), indent=2) + "\n").encode())
     for name, content in start.assets.items():

@@ -18,16 +18,9 @@ from typing import Any
 import torch
 
 from smolconv.checkpoint import TrainingProgress
-from smolconv.continual_pretraining.data.stream import (
-    Batch,
-    StepData,
-    TokenFolder,
-    TrainingData,
-    evaluation_batches,
-    open_folders,
-    open_held_out,
-    stages_of,
-)
+from smolconv.continual_pretraining.data.folders import open_folders, open_held_out
+from smolconv.continual_pretraining.data.position import stages_of
+from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.engine.attention import move
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
@@ -41,6 +34,7 @@ from smolconv.continual_pretraining.run.gate import check_first_loss
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.saving import restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
+from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, SmolconvError, TrainingStopped
