@@ -54,13 +54,9 @@ def check_sources(data: Data) -> None:
 
 def _open(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFolder:
     return TokenFolder.open(
-        path,
-        data.sequence_length,
-        name=name,
-        file_seed=data.file_seed,
-        vocab_size=vocab_size,
+        path, data.sequence_length, name=name, file_seed=data.file_seed, vocab_size=vocab_size,
         eos_token_id=data.eos_token_id if data.boundaries == "eos" else None,
-    )
+    )  # fmt: skip
 
 
 def plain_path(path: str) -> str:

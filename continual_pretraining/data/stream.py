@@ -270,14 +270,9 @@ class _Place:
 
 
 def evaluation_batches(
-    folder: TokenFolder,
-    data: Data,
-    sequences: int,
-    micro_batch_sequences: int,
-    rank: int,
-    world_size: int,
+    folder: TokenFolder, data: Data, sequences: int, micro_batch_sequences: int, rank: int, world_size: int,
     vocab_size: int | None,
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """The first ``sequences`` windows of a folder (all, where there are fewer), as this rank's micro-batches.
 
     Every rank gets equally many batches, since a forward pass under ZeRO-3 takes all ranks: where none is left, the
@@ -297,13 +292,9 @@ def evaluation_batches(
 
 def _reader(data: Data, vocab_size: int | None) -> RowReader:
     return RowReader(
-        sequence_length=data.sequence_length,
-        boundaries=data.boundaries,
-        eos_token_id=data.eos_token_id,
-        mask_documents=data.mask_documents,
-        loss_masks=data.loss_masks,
-        vocab_size=vocab_size,
-    )
+        sequence_length=data.sequence_length, boundaries=data.boundaries, eos_token_id=data.eos_token_id,
+        mask_documents=data.mask_documents, loss_masks=data.loss_masks, vocab_size=vocab_size,
+    )  # fmt: skip
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:

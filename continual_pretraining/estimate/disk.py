@@ -38,10 +38,6 @@ def disk_use(recipe: Recipe, spec: ModelSpec, first_step: int = 1) -> Disk:
         # Older than the newest ones: the regular saves 1..(saves - newest), of which those stay that both steps divide.
         kept += (saves - newest) * policy.every_steps // math.lcm(policy.every_steps, policy.keep_every_steps)
     return Disk(
-        checkpoint_bytes=size,
-        saves=saves,
-        kept=kept,
-        kept_bytes=kept * size,
-        peak_bytes=min(kept + 1, saves) * size,
+        checkpoint_bytes=size, saves=saves, kept=kept, kept_bytes=kept * size, peak_bytes=min(kept + 1, saves) * size,
         written_bytes=saves * size,
-    )
+    )  # fmt: skip

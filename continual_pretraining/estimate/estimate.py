@@ -93,14 +93,9 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe,
-    spec: ModelSpec,
-    world_size: int,
-    *,
-    first_step: int = 1,
-    tokens_per_source: Mapping[str, int] | None = None,
-    mfu: float = 0.3,
-) -> Estimate:
+    recipe: Recipe, spec: ModelSpec, world_size: int, *, first_step: int = 1,
+    tokens_per_source: Mapping[str, int] | None = None, mfu: float = 0.3,
+) -> Estimate:  # fmt: skip
     """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
 
     ``first_step`` is the one that training begins with: time, tokens and checkpoints are counted from it.
@@ -120,29 +115,15 @@ def estimate(
     steps = max(0, recipe.schedule.train_steps - first_step + 1)
     save_seconds = recipe.checkpoints.every_steps * seconds_per_step
     return Estimate(
-        name=recipe.name,
-        world_size=world_size,
-        parameters=parameter_count(spec),
-        sequence_length=length,
-        tokens_per_step=recipe.tokens_per_step,
-        accumulation_steps=accumulation,
-        first_step=first_step,
-        train_steps=recipe.schedule.train_steps,
-        tokens=steps * recipe.tokens_per_step,
-        flops_per_token={"6N": by_6n, "nanotron": by_nanotron},
-        mfu=mfu,
-        mfu_nanotron=mfu * by_nanotron / by_6n,
-        peak_tflops=peak,
-        tokens_per_second=tokens_per_second,
-        seconds_per_step=seconds_per_step,
-        memory=memory,
-        disk=disk_use(recipe, spec, first_step),
-        save_seconds=save_seconds,
-        learning_rates=_learning_rates(recipe),
-        learning_rate_curve=_learning_rate_curve(recipe.schedule),
-        sources=sources,
+        name=recipe.name, world_size=world_size, parameters=parameter_count(spec), sequence_length=length,
+        tokens_per_step=recipe.tokens_per_step, accumulation_steps=accumulation, first_step=first_step,
+        train_steps=recipe.schedule.train_steps, tokens=steps * recipe.tokens_per_step,
+        flops_per_token={"6N": by_6n, "nanotron": by_nanotron}, mfu=mfu, mfu_nanotron=mfu * by_nanotron / by_6n,
+        peak_tflops=peak, tokens_per_second=tokens_per_second, seconds_per_step=seconds_per_step, memory=memory,
+        disk=disk_use(recipe, spec, first_step), save_seconds=save_seconds, learning_rates=_learning_rates(recipe),
+        learning_rate_curve=_learning_rate_curve(recipe.schedule), sources=sources,
         warnings=tuple(_warnings(recipe, memory, sources, steps, save_seconds, tokens_per_source or {})),
-    )
+    )  # fmt: skip
 
 
 # --- data, learning rate ----------------------------------------------------------------------------------------------
@@ -183,13 +164,9 @@ def _learning_rate_curve(schedule: Schedule, points: int = 60) -> tuple[float, .
 
 
 def _warnings(
-    recipe: Recipe,
-    memory: Sequence[Part],
-    sources: Sequence[SourceUse],
-    steps: int,
-    save_seconds: float,
+    recipe: Recipe, memory: Sequence[Part], sources: Sequence[SourceUse], steps: int, save_seconds: float,
     tokens_per_source: Mapping[str, int],
-) -> Iterable[str]:
+) -> Iterable[str]:  # fmt: skip
     schedule, every = recipe.schedule, recipe.checkpoints.every_steps
     gpu = sum(part.bytes for part in memory if part.where == "gpu")
     if gpu > GPU_MEMORY_BYTES:

@@ -99,17 +99,12 @@ def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
     zero = engine_config(recipe, world_size)["zero_optimization"]
     groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied)
     return _Engine(
-        parameters=sizes,
-        groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
-        stage=given.zero_stage,
-        mixed=recipe.model.dtype == "bfloat16",
-        offloads=given.offload != "none",
-        offloads_weights=given.offload == "all",
-        accumulates=accumulation_steps(recipe, world_size) > 1,
-        bucket=int(zero["reduce_bucket_size"]),
-        prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
+        parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
+        stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",
+        offloads_weights=given.offload == "all", accumulates=accumulation_steps(recipe, world_size) > 1,
+        bucket=int(zero["reduce_bucket_size"]), prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
         world_size=world_size,
-    )
+    )  # fmt: skip
 
 
 def _gpu(name: str, size: int, formula: str) -> Part:

@@ -132,14 +132,10 @@ def learning_rate(schedule: Schedule, completed_steps: int) -> float:
     phases = resolved(schedule)
     decay = DECAYS.get(phases.decay)
     return nanotron.learning_rate(
-        completed_steps,
-        peak=schedule.peak_lr,
-        low=schedule.peak_lr if decay is None else schedule.min_lr,
-        warmup=phases.warmup_steps,
-        start=phases.decay_start_step,
-        decay=phases.decay_steps,
+        completed_steps, peak=schedule.peak_lr, low=schedule.peak_lr if decay is None else schedule.min_lr,
+        warmup=phases.warmup_steps, start=phases.decay_start_step, decay=phases.decay_steps,
         shape=None if decay is None else functools.partial(decay.share, schedule),
-    )
+    )  # fmt: skip
 
 
 def turning_steps(schedule: Schedule) -> set[int]:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smolconv.errors import MachineError, NotInstalled, SmolconvError
+from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
 from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise MachineError(
-            f"the ranks cannot reach each other by gloo: {_first_line(error)}\n"
+            f"the ranks cannot reach each other by gloo: {first_line(error)}\n"
             "Where a node's name leads to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
         ) from error
     del store  # not before: a server of our own ends with it
@@ -201,14 +201,10 @@ def _meet(cuda: bool) -> torch.distributed.Store:
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise MachineError(
-            f"the ranks did not meet at {where}: {_first_line(error)}\n"
+            f"the ranks did not meet at {where}: {first_line(error)}\n"
             "Check that every node reaches it, and that nothing else listens there."
         ) from error
     if found != "alike":
         message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
         raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
     return store
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

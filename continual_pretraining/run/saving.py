@@ -27,7 +27,7 @@ from smolconv.continual_pretraining.run.checkpoints import (
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.start import FOLDER as START
 from smolconv.continual_pretraining.run.start import StartPoint
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, first_line
 from smolconv.layouts.deepspeed.checkpoint_engine import (
     FileDigest,
     digest_file,
@@ -73,15 +73,9 @@ class _SavingEngine:
 
 
 def save_run(
-    engine: Any,
-    ranks: Ranks,
-    recipe: Recipe,
-    run: Path,
-    start: StartPoint,
-    state: RunState,
-    progress: TrainingProgress,
-    after: int,
-) -> tuple[Path, Sequence[str]]:
+    engine: Any, ranks: Ranks, recipe: Recipe, run: Path, start: StartPoint, state: RunState,
+    progress: TrainingProgress, after: int,
+) -> tuple[Path, Sequence[str]]:  # fmt: skip
     """Save everything the run needs to go on from ``state.step``, and what to tell the user. All ranks call this.
 
     ``after`` is the step that this run saved or resumed last; steps beyond it belong to a branch that it has left.
@@ -104,7 +98,7 @@ def save_run(
     writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
     if ranks.first:
         writer.attempt(lambda: writer.files.update(_write_own_files(partial, start, state)))
-    ended = ranks.everyone((_reason(writer.error), writer.files))
+    ended = ranks.everyone((None if writer.error is None else first_line(writer.error), writer.files))
     failures = [text for text, _ in ended if text]
     failure, notes = failures[0] if failures else None, list[str]()
     if failure is None:
@@ -121,10 +115,6 @@ def save_run(
     return final, notes
 
 
-def _reason(error: Exception | None) -> str | None:
-    return None if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _publish_and_clean(
     recipe: Recipe, run: Path, partial: Path, step: int, after: int, files: Mapping[str, FileDigest]
 ) -> tuple[str | None, list[str]]:
@@ -137,7 +127,7 @@ def _publish_and_clean(
         write_manifest(partial, step, recipe.model.source, files)
         publish(run, step)
     except OSError as error:
-        return _reason(error), []
+        return first_line(error), []
     shutil.rmtree(run / START, ignore_errors=True)  # the run goes on from its own checkpoints now
     try:
         set_aside(run, after=after, saved=step)
@@ -192,6 +182,6 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
             torch.cuda.set_rng_state(random["cuda"])
     except (BadCheckpoint, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(
-            f"{path}, the random state of rank {ranks.rank}, cannot be read ({_reason(error)}).\n"
+            f"{path}, the random state of rank {ranks.rank}, cannot be read ({first_line(error)}).\n"
             "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH."
         ) from None

@@ -181,13 +181,9 @@ def run_local(
 
 
 def submit_to_slurm(
-    plan: TokenizePlan,
-    slurm: SlurmOptions,
-    *,
-    workers: int | None = None,
-    overwrite: bool = False,
+    plan: TokenizePlan, slurm: SlurmOptions, *, workers: int | None = None, overwrite: bool = False,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Queue a job array, and a job after it that names the folder; returns their ids and where script and logs are.
 
     ``plan.logs/tokenize/launch_script.slurm`` is what was submitted. ``workers`` bounds how many tasks run at once.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.errors import MachineError, NotInstalled
+from smolconv.errors import MachineError, NotInstalled, first_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -132,7 +132,7 @@ class Watch:
             try:
                 sink.close()
             except Exception as error:
-                self._say(f"warning: {sink.name} did not end well: {_first_line(error)}")
+                self._say(f"warning: {sink.name} did not end well: {first_line(error)}")
         self._sinks = []
 
     # --- trackers ---
@@ -143,7 +143,7 @@ class Watch:
                 sink.log(step, values)
             except Exception as error:  # whatever a tracker's trouble is, it is not worth a run
                 self._sinks.remove(sink)
-                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {_first_line(error)}")
+                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {first_line(error)}")
 
     # --- the terminal ---
 
@@ -362,15 +362,11 @@ def _open_sink(name: str, start: Callable[[], _Sink]) -> _Sink:
         return start()
     except ImportError as error:
         raise NotInstalled(
-            f"logging.{name} needs {name}, which cannot be imported: {_first_line(error)}\n"
+            f"logging.{name} needs {name}, which cannot be imported: {first_line(error)}\n"
             f"pip install {name}, or take logging.{name} out of the recipe."
         ) from None
     except Exception as error:
         raise MachineError(
-            f"logging.{name}: {name} could not be started: {type(error).__name__}: {_first_line(error)}\n"
+            f"logging.{name}: {name} could not be started: {type(error).__name__}: {first_line(error)}\n"
             f"Set it up (an account, the network, its offline mode), or take logging.{name} out of the recipe."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -53,16 +53,9 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
 
 
 def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    low: float,
-    warmup: int,
-    start: int,
-    decay: int,
-    shape: Shape | None,
+    step: int, *, peak: float, low: float, warmup: int, start: int, decay: int, shape: Shape | None,
     warmup_shape: str | None = "linear",
-) -> float:
+) -> float:  # fmt: skip
     """The LR after ``step`` completed steps: warm-up, ``peak``, decay over [start, start + decay), ``low``.
 
     Without ``shape`` it drops to ``low`` at ``start``.
