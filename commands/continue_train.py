@@ -89,7 +89,8 @@ def continue_train(
 
 def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
     from smolconv.continual_pretraining.engine.config import engine_config
-    from smolconv.continual_pretraining.estimate.estimate import estimate, render
+    from smolconv.continual_pretraining.estimate.estimate import estimate
+    from smolconv.continual_pretraining.estimate.report import render
     from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 

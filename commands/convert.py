@@ -180,12 +180,12 @@ def _checked_line(check: Mapping[str, Any]) -> str:
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
     from smolconv.layouts.layout import ReadOptions
-    from smolconv.verify.compare import StoredCheckpoint, verify_conversion
+    from smolconv.verify.compare import AsStored, verify_conversion
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
     read = ReadOptions(config=options.config, step=options.step, architecture=options.architecture)
-    source = StoredCheckpoint(folder=plan.source.root, options=read)
+    source = AsStored(folder=plan.source.root, options=read)
     return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
 
 

@@ -65,7 +65,7 @@ def verify(
     from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
-    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, verify_checkpoints
+    from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
     from smolconv.verify.logits import require_torch
 
     logits = logits and not tensors_only
@@ -77,7 +77,7 @@ def verify(
     if logits:
         require_torch()
     at_a, at_b = (
-        StoredCheckpoint(
+        AsStored(
             folder=open_source(uri),
             options=ReadOptions(
                 config=override, architecture=architecture, optimizer=optimizer or engine == "deepspeed"

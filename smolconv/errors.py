@@ -115,3 +115,8 @@ class SignalReceived(BaseException):
 
     No ``SmolconvError``: whoever expects an error and goes on must not go on after this.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in a line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

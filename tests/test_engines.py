@@ -14,7 +14,7 @@ from conftest import FIXTURES, convert
 from smolconv.errors import UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
 from smolconv.verify.engines.start import engine_logits
 from smolconv.verify.inputs import choose_rows
 
@@ -26,7 +26,7 @@ HF = FIXTURES / "nanotron" / "smollm3-tiny" / "expected_hf"
 
 def verified(a: Path, b: Path, config: Path | None = None) -> VerifyReport:
     read = ReadOptions(config=config)
-    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=ReadOptions()))
+    stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=ReadOptions()))
     left, right = (read_checkpoint(side.folder, side.options) for side in stored)
     return verify_checkpoints(left, right, VerifyOptions(engine="deepspeed", length=32), stored=stored)
 

@@ -32,7 +32,7 @@ from smolconv.models.huggingface import parameter_shapes, spec_from_hf, spec_to_
 from smolconv.models.nanotron import spec_to_nanotron
 from smolconv.models.registry import FAMILIES
 from smolconv.models.spec import ModelSpec
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
 
 MODELS: dict[str, Callable[..., torch.nn.Module]] = {"qwen2": hf_models.qwen2, "qwen3": hf_models.qwen3}
 #: What a layer has that Llama's has not: changed, attention is another.
@@ -82,7 +82,7 @@ def verify(a: Path, b: Path, architecture: str | None = None, **options: Any) ->
     """As the command does: each side's own forward runs on the folder."""
     read = ReadOptions(architecture=architecture, optimizer=False)
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=read))
+    stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored)
 
 

@@ -157,6 +157,18 @@ def test_no_engine_of_ours_asks_for_a_universal_checkpoint_or_another_checkpoint
     assert named_keys == []
 
 
+def test_deepspeed_is_changed_in_one_module_alone():
+    changed = {
+        path.name
+        for path in sources()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Assign) and path.parts[-2] != "benchmarks"
+        for target in node.targets
+        if re.match(r"(self\.)?engine\.|deepspeed\.", ast.unparse(target))
+    }
+    assert changed == {"patches.py"}
+
+
 def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():
     """``sys.executable`` begins the words of ``smolconv.processes``, and of a script that lies in a folder of its own."""
     allowed = {

@@ -30,7 +30,7 @@ from transformers import masking_utils
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import attend_by_document, choose_attention, pack
 from smolconv.continual_pretraining.engine.model import SummedCrossEntropy, build_model, check_no_leak
-from smolconv.continual_pretraining.estimate.estimate import memory_parts
+from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.continual_pretraining.tokens.files import Batch

@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smolconv.errors import MachineError, NotInstalled, SmolconvError
+from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
+from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 from smolconv.processes import usable_cores
 
 if TYPE_CHECKING:
@@ -119,11 +120,9 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         torch.set_num_threads(threads or max(1, usable_cores() // max(1, local_size)))
         _keep_freed_memory()
     import deepspeed
-    import deepspeed.ops
 
     if not cuda:
-        # Compiled at init_distributed otherwise, for a minute, for ranks that share memory; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_shared_memory_operations()
     else:
         torch.cuda.set_device(local_rank)
     # DeepSpeed meets the ranks by the same store, and leaves a group that is there already as it is.
@@ -132,7 +131,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise MachineError(
-            f"the ranks cannot reach each other by gloo: {_first_line(error)}\n"
+            f"the ranks cannot reach each other by gloo: {first_line(error)}\n"
             "Where a node's name leads to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
         ) from error
     del store  # not before: a server of our own ends with it
@@ -202,14 +201,10 @@ def _meet(cuda: bool) -> torch.distributed.Store:
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise MachineError(
-            f"the ranks did not meet at {where}: {_first_line(error)}\n"
+            f"the ranks did not meet at {where}: {first_line(error)}\n"
             "Check that every node reaches it, and that nothing else listens there."
         ) from error
     if found != "alike":
         message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
         raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
     return store
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -55,7 +55,7 @@ class StartPoint:
     went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
 
 
-def prepare(
+def prepare_start(
     recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None
 ) -> StartPoint:
     """Convert what the run begins with for these ranks, where it is not so already.
@@ -280,15 +280,11 @@ def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
     """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
-    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
+    from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
-    stored = (
-        None
-        if masters or spec_differences(own.spec, checkpoint.spec)
-        else StoredCheckpoint(folder=folder, options=read)
-    )
+    stored = None if masters or spec_differences(own.spec, checkpoint.spec) else AsStored(folder=folder, options=read)
     if masters:
         parameters = {**checkpoint.tensors[Slot.PARAMETER], **masters}
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, Slot.PARAMETER: parameters})
@@ -311,7 +307,7 @@ def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapp
 
 
 def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
-    from smolconv.continual_pretraining.data.stream import position_from_stages
+    from smolconv.continual_pretraining.data.position import position_from_stages
 
     assert source.progress is not None
     stages, last = source.progress.stages, source.progress.last_stage_index

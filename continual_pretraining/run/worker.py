@@ -36,12 +36,14 @@ def run_rank(run: Path, resume: str) -> None:
     ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.run.resuming import find_origin
-    from smolconv.continual_pretraining.run.start import prepare
+    from smolconv.continual_pretraining.run.start import prepare_start
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
     origin = find_origin(recipe, run, resume, ranks)
-    start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin))
+    start = ranks.from_first(
+        lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
+    )
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
     if done:

@@ -53,7 +53,7 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredCheckpoint:
+class AsStored:
     """Where a checkpoint lies as it was stored, for the forward that runs on that and not on our reading of it."""
 
     folder: Path
@@ -183,7 +183,7 @@ def verify_checkpoints(
     b: Checkpoint,
     options: VerifyOptions = VerifyOptions(),
     *,
-    stored: tuple[StoredCheckpoint | None, StoredCheckpoint | None] = (None, None),
+    stored: tuple[AsStored | None, AsStored | None] = (None, None),
 ) -> VerifyReport:
     """Compare tier by tier. With ``stored`` a side's own forward runs on the folder, else on its canonical tensors."""
     differences = spec_differences(a.spec, b.spec)
@@ -226,7 +226,7 @@ def verify_checkpoints(
     )
 
 
-def side_of(checkpoint: Checkpoint, stored: StoredCheckpoint | None, options: VerifyOptions) -> Side:
+def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOptions) -> Side:
     """The forward that is as independent of our mapping as the layout allows.
 
     nanotron: our own on its native tensors. Hugging Face: transformers on the folder. DeepSpeed, and whatever is not as
@@ -252,7 +252,7 @@ def side_of(checkpoint: Checkpoint, stored: StoredCheckpoint | None, options: Ve
 
 
 def verify_conversion(
-    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: StoredCheckpoint | None = None
+    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: AsStored | None = None
 ) -> VerifyReport:
     """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
 
@@ -268,5 +268,5 @@ def verify_conversion(
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
-    report = verify_checkpoints(prepared, read_back, options, stored=(source, StoredCheckpoint(folder=folder)))
+    report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)))
     return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))
