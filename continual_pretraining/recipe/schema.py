@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from smolconv.continual_pretraining.launchers.registry import LauncherName
+
 
 class Section(BaseModel):
     """A part of a recipe. An unknown key is an error: a misspelt one would silently train something else."""
@@ -238,7 +240,7 @@ class Slurm(Section):
 class Launch(Section):
     """Where the ranks run. Options of the command line come before these."""
 
-    launcher: Literal["local", "torchrun", "deepspeed", "slurm"] = "local"
+    launcher: LauncherName = "local"
     nodes: Positive = 1
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None

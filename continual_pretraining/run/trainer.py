@@ -42,18 +42,12 @@ from smolconv.continual_pretraining.run.saving import restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
-from smolconv.errors import MachineError, SmolconvError, TrainingStopped
+from smolconv.errors import MachineError, StoppedBySignal, TrainingStopped
 from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
 from smolconv.models.spec import ModelSpec, spec_from_hf
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8
-
-
-class StoppedBySignal(SmolconvError):
-    """SIGTERM or SIGUSR1 arrived; everything is saved."""
-
-    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)
