@@ -44,6 +44,10 @@ ACCOUNTED = {
     ("smolconv/verify/engines/nanotron.py", "nanotron.serialize.load_weights"): "reads safetensors and JSON",
     ("continual_pretraining/run/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
     ("smolconv/layouts/nanotron/reader.py", "yaml.load"): "by the safe loader",
+    (
+        "continual_pretraining/launchers/registry.py",
+        "importlib.import_module",
+    ): "a name of our own, which the recipe's Literal has checked",
     ("smolconv/layouts/gguf/gguf.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
     ("continual_pretraining/watch/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
     ("smolconv/bootstrap/run_module.py", "import runpy"): "runs a module of ours by its name",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -19,5 +19,5 @@ NAMES: tuple[LauncherName, ...] = get_args(LauncherName)
 
 
 def find_launcher(name: LauncherName) -> Launcher:
-    found: Launcher = import_module(f"{__package__}.{name}").LAUNCHER
+    found: Launcher = importlib.import_module(f"{__package__}.{name}").LAUNCHER
     return found
