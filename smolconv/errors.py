@@ -98,6 +98,12 @@ class TrainingStopped(SmolconvError):
     exit_code = 6
 
 
+class StoppedBySignal(SmolconvError):
+    """Training was stopped by a signal, and has saved: the same command goes on from there."""
+
+    exit_code = 75
+
+
 class ParityFailed(SmolconvError):
     """Two checkpoints are not the same model."""
 

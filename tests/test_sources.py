@@ -45,6 +45,7 @@ ACCOUNTED = {
     ("continual_pretraining/run/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
     ("smolconv/layouts/nanotron/documents.py", "yaml.load"): "by the safe loader",
     ("smolconv/layouts/gguf/reader.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
+    ("continual_pretraining/launchers/registry.py", "importlib.import_module"): "our own, by the recipe's Literal",
     ("continual_pretraining/watch/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
     ("smolconv/bootstrap/run_module.py", "import runpy"): "runs a module of ours by its name",
     ("smolconv/bootstrap/run_module.py", "runpy.run_module"): "runs a module of ours by its name",

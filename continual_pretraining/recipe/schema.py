@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from smolconv.continual_pretraining.launchers.registry import LauncherName
 from smolconv.continual_pretraining.recipe.schedules import Schedule
 from smolconv.continual_pretraining.recipe.section import (
     NotNegative,
@@ -226,7 +227,7 @@ class Slurm(Section):
 class Launch(Section):
     """Where the ranks run. Options of the command line come before these."""
 
-    launcher: Literal["local", "torchrun", "deepspeed", "slurm"] = "local"
+    launcher: LauncherName = "local"
     nodes: Positive = 1
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None

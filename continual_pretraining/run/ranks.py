@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
 from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
+from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.processes import usable_cores
 
 if TYPE_CHECKING:
@@ -101,14 +102,15 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
 
     ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell.
 
-    Raises ``NotInstalled`` without torch and deepspeed; ``MachineError`` where a GPU is missing, when ranks see
-    different devices, and when they do not meet.
+    Raises ``NotInstalled`` without torch, transformers and a DeepSpeed that was tried; ``MachineError`` where a GPU is
+    missing, when ranks see different devices, and when they do not meet.
     """
     from importlib.util import find_spec
 
     missing = [name for name in ("torch", "transformers", "deepspeed") if find_spec(name) is None]
     if missing:
         raise NotInstalled(f"training needs {' and '.join(missing)}: pip install 'smolconv[train]'.")
+    check_deepspeed("training")
     import torch
 
     local_rank, local_size = (int(os.environ.get(name, "0") or 0) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))

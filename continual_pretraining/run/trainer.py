@@ -37,19 +37,13 @@ from smolconv.continual_pretraining.run.start import StartPoint, first_micro_bat
 from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
-from smolconv.errors import MachineError, SmolconvError, TrainingStopped
+from smolconv.errors import MachineError, StoppedBySignal, TrainingStopped
 from smolconv.layouts.deepspeed import patches
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8
-
-
-class StoppedBySignal(SmolconvError):
-    """SIGTERM or SIGUSR1 arrived; everything is saved."""
-
-    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
-from smolconv.continual_pretraining.recipe.schema import Export, Recipe
+from smolconv.continual_pretraining.recipe.schema import Export
 from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
-from smolconv.errors import SmolconvError
+from smolconv.errors import SmolconvError, StoppedBySignal
 
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.run.trainer import Trainer
@@ -33,7 +34,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
-    ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
+    asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
+    ranks = join_ranks(recipe.parallelism.threads, gpus=asked)
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.run.resuming import find_origin
     from smolconv.continual_pretraining.run.start import prepare_start
@@ -63,18 +65,12 @@ def run_rank(run: Path, resume: str) -> None:
         os.close(lock)
 
 
-def _asks_for_gpus(recipe: Recipe) -> bool | None:
-    """Whether the launch has asked for GPUs; None for launchers that take what the node has."""
-    return recipe.launch.slurm.gpus_per_node != 0 if recipe.launch.launcher == "slurm" else None
-
-
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
     """Rank 0 exports, and the others wait for it.
 
     Raises ``StoppedBySignal`` on rank 0, and ``Elsewhere`` on the others: all is saved, and the next start exports.
     """
     from smolconv.continual_pretraining.run.export import export_run
-    from smolconv.continual_pretraining.run.trainer import StoppedBySignal
 
     weights = trainer.weights() if export.verify else None
 

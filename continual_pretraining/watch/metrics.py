@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
 EventKind = Literal["note", "spike", "resume", "evaluation"]
 #: Speed on the terminal and the time left are means over this many steps.
 _RECENT_STEPS = 100
@@ -56,7 +57,7 @@ class Watch:
     """Open while a run trains. Lines of a file that belong to ``first_step`` or later are dropped on opening.
 
     ``flops_per_token`` is by the formula that ``flops_formula`` names, ``peak_flops`` of all ranks together; without a
-    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when that is a terminal.
+    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when the launcher does, by ``LIVE``.
 
     Raises ``NotInstalled`` and ``MachineError`` when a tracker of the recipe cannot be started.
     """
@@ -76,7 +77,7 @@ class Watch:
         patient = recipe.checkpoints.on_full_disk == "continue"
         self._metrics = _Lines(folder / METRICS, first_step, patient=patient, warn=self._say)
         self._events = _Lines(folder / EVENTS, first_step, patient=patient, warn=self._say)
-        if sys.stderr.isatty() if interactive is None else interactive:
+        if os.environ.get(LIVE) == "1" if interactive is None else interactive:
             self._start_display()
         if first_step > 1:
             self.event(first_step, f"resumed after step {first_step - 1}", kind="resume")

@@ -1,4 +1,4 @@
-"""One rank of the real DeepSpeed: load a checkpoint, run one forward, write the logits. Started by engines.py."""
+"""One rank of the real DeepSpeed: load a checkpoint, run one forward, write the logits. Started by start.py."""
 
 from __future__ import annotations
 
