@@ -174,7 +174,7 @@ for found in pkgutil.walk_packages(smolconv.__path__, "smolconv."):
 root = os.path.dirname(os.path.dirname(os.path.realpath(smolconv.__file__)))
 files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
 files = {name: os.path.realpath(file) for name, file in files.items() if file and name != "__main__"}
-print(json.dumps([lacking, {name: file for name, file in files.items() if file.startswith(root)}]))
+print(json.dumps([lacking, {name: file for name, file in files.items() if file.startswith(root) and "site-packages" not in file}]))
 """
 
 
