@@ -64,7 +64,8 @@ def measure(before: Path, sources: Path, out: Path, size: str, pairs: int) -> li
         def once(code: Path, options: Sequence[str] = options, place: Path = place) -> Run:
             remove(out)
             sync()
-            words = ["-c", "from smolconv.commands.main import main; main()", "convert", str(place), str(out), *options]
+            package = "smolconv.commands" if (code / "smolconv" / "commands").exists() else "commands"
+            words = ["-c", f"from {package}.main import main; main()", "convert", str(place), str(out), *options]
             environment = {**os.environ, "PYTHONPATH": str(code)}
             return run([sys.executable, *words], environment, then_sync=True, folder=sources)
 
