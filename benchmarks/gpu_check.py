@@ -31,9 +31,11 @@ import yaml
 from common import REPOSITORY, kill_group, machine_lines, markdown_table, say
 from random_checkpoint import CONFIGS
 
-from smolconv.continual_pretraining.estimate.estimate import estimate, flops_per_token, memory_parts
+from smolconv.continual_pretraining.estimate.estimate import estimate
+from smolconv.continual_pretraining.estimate.flops import flops_per_token
+from smolconv.continual_pretraining.estimate.hardware import peak_flops
+from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.watch.metrics import peak_flops
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
 

@@ -23,7 +23,7 @@ import torch
 from common import machine_lines, markdown_table, run
 
 from smolconv.continual_pretraining.run.checkpoint_files import (
-    compare_documents,
+    compare_states,
     examine,
     problem_in,
     random_file,
@@ -98,7 +98,7 @@ def check(folder: Path, ranks: int) -> None:
     with ThreadPoolExecutor(ranks) as pool:
         shares = [share_of(contents, rank, ranks) for rank in range(ranks)]
         assert list(pool.map(lambda names: problem_in(contents, names), shares)) == [None] * ranks
-    compare_documents(contents)
+    compare_states(contents)
 
 
 def cold(folder: Path, files: list[Path], ranks: int) -> float:

@@ -19,6 +19,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Architecture = Annotated[
+    str | None,
+    typer.Option(help="What to read a nanotron config as that could be several: qwen2. Default: smollm3."),
+]
+
 
 def _version(value: bool) -> None:
     if value:

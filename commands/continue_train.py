@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from smolconv.commands import console
 from smolconv.commands.app import app
+from smolconv.continual_pretraining.launchers.registry import LauncherName, find_launcher
 from smolconv.errors import SmolconvError, UsageError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ The same command goes on with a run that was stopped. It ends with 0 when all st
 a signal and has saved, 6 when training stopped itself.
 """
 
-_Launcher = Literal["local", "torchrun", "deepspeed", "slurm"]
-
 
 @app.command("continue-train", epilog=_EPILOG)
 def continue_train(
@@ -45,7 +44,7 @@ def continue_train(
             "--dry-run", help="Show the recipe, DeepSpeed's JSON, the estimate and the launch; touch nothing."
         ),
     ] = False,
-    launcher: Annotated[_Launcher | None, typer.Option(help="Instead of the recipe's launch.launcher.")] = None,
+    launcher: Annotated[LauncherName | None, typer.Option(help="Instead of the recipe's launch.launcher.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Default: one a GPU.")] = None,
     nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes.")] = None,
     hostfile: Annotated[Path | None, typer.Option(help="For deepspeed: lines of `host slots=N`.")] = None,
@@ -89,7 +88,8 @@ def continue_train(
 
 def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
     from smolconv.continual_pretraining.engine.config import engine_config
-    from smolconv.continual_pretraining.estimate.estimate import estimate, render
+    from smolconv.continual_pretraining.estimate.estimate import estimate
+    from smolconv.continual_pretraining.estimate.report import render
     from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 
@@ -98,7 +98,7 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     spec, first_step = _start(recipe, run, resume)
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     launcher, words = recipe.launch.launcher, launch_command(recipe, run, resume=resume)
-    script = batch_script(recipe, run, words) if launcher == "slurm" else None
+    script = batch_script(recipe, run, resume=resume)
     if as_json:
         for line in told:
             console.say(line)
@@ -120,7 +120,11 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     if script is not None:
         console.line(f"# For sbatch; kept in {run}/slurm\n{script}")
     else:
-        times = f", {world_size} times, with RANK, WORLD_SIZE and MASTER_ADDR" if launcher == "local" else ""
+        times = (
+            f", {world_size} times, with RANK, WORLD_SIZE and MASTER_ADDR"
+            if find_launcher(launcher).starts_each_rank
+            else ""
+        )
         console.line(f"# What the launcher starts{times}\n{shlex.join(words)}\n")
     for line in told:
         console.say(line)
@@ -131,12 +135,13 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
     from smolconv.continual_pretraining.run.start import check_model, with_overrides
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
     model = recipe.model
-    read = ReadOptions(config=Path(model.config) if model.config else None, step=model.step)
+    config = Path(model.config) if model.config else None
+    read = ReadOptions(config=config, step=model.step, architecture=model.architecture)
     source = read_checkpoint(open_source(model.source, headers_only=True), read)
     spec = with_overrides(source, recipe).spec
     check_model(recipe, spec, model.source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import app
+from smolconv.commands.app import Architecture, app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,6 +77,7 @@ def convert(
     ] = "as-trained",
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
+    architecture: Architecture = None,
     nanotron_config: Annotated[
         Path | None, typer.Option(help="Training YAML to write as config.yaml when the source has none (nanotron).")
     ] = None,
@@ -121,7 +122,8 @@ def convert(
     options = ConvertOptions(
         to=to, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=dtype, cast_from=cast_from, optimizer=optimizer,
         max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
-        rope_scaling=rope_scaling, config=config, step=step, nanotron_config=nanotron_config, digest=digest,
+        rope_scaling=rope_scaling, config=config, step=step, architecture=architecture,
+        nanotron_config=nanotron_config, digest=digest,
         world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size, base=base,
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
@@ -147,7 +149,7 @@ def convert(
     console.warn(result.warnings)
     summary = result.to_json()
     if push is not None:
-        from smolconv.hub.hub import push_folder
+        from smolconv.hub.push import push_folder
 
         summary["pushed"] = push_folder(target, push, message=f"Convert {source} with smolconv")
     if as_json:
@@ -178,11 +180,12 @@ def _checked_line(check: Mapping[str, Any]) -> str:
 
 def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
     from smolconv.layouts.layout import ReadOptions
-    from smolconv.verify.compare import StoredCheckpoint, verify_conversion
+    from smolconv.verify.compare import AsStored, verify_conversion
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
-    source = StoredCheckpoint(folder=plan.source.root, options=ReadOptions(config=options.config, step=options.step))
+    read = ReadOptions(config=options.config, step=options.step, architecture=options.architecture)
+    source = AsStored(folder=plan.source.root, options=read)
     return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
 
 

@@ -40,11 +40,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a folder of token files holds: documents, lengths, how they end, windows, text."""
-    from smolconv.continual_pretraining.tokens.report import report_tokens
+    from smolconv.continual_pretraining.tokens.report import eos_ends_documents, report_tokens
 
     loaded = None
     if tokenizer is not None:
-        from smolconv.continual_pretraining.tokens.tokenize import find_tokenizer, load_tokenizer
+        from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer, load_tokenizer
 
         loaded = load_tokenizer(find_tokenizer(tokenizer))
     report = report_tokens(
@@ -54,8 +54,7 @@ def inspect(
         console.print_json(report)
     else:
         _show(report)
-    ends = report["eos"]
-    if eos is not None and (ends is None or 2 * ends["documents_ending"] <= ends["documents_seen"]):
+    if eos is not None and not eos_ends_documents(report):
         raise typer.Exit(3)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import app
+from smolconv.commands.app import Architecture, app
 
 _EPILOG = """
 **Examples**
@@ -22,20 +22,20 @@ _EPILOG = """
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare it with, in any layout.")],
+    architecture: Architecture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Compare two checkpoints' specs, and their tensors' names, shapes and dtypes. Exit 1 if they differ.
 
     No tensor is read; values are compared by **smolconv verify**.
     """
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.inspection import diff_checkpoints
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
-    left, right = (
-        read_checkpoint(open_source(uri, headers_only=True), ReadOptions(check_sidecar=False)) for uri in (a, b)
-    )
+    read = ReadOptions(architecture=architecture, check_sidecar=False)
+    left, right = (read_checkpoint(open_source(uri, headers_only=True), read) for uri in (a, b))
     document = diff_checkpoints(left, right)
     if as_json:
         console.print_json(document)

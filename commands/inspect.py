@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import app
+from smolconv.commands.app import Architecture, app
 from smolconv.errors import some_of
 
 _EPILOG = """
@@ -30,17 +30,19 @@ def inspect(
         bool, typer.Option("--check", help="Re-read all bytes and compare every digest recorded for them.")
     ] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
+    architecture: Architecture = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.inspection import check_checkpoint, inspect_checkpoint
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
     folder = open_source(source, headers_only=not check, step=step)
-    checkpoint = read_checkpoint(folder, ReadOptions(config=config, step=step, check_sidecar=check))
+    read = ReadOptions(config=config, step=step, architecture=architecture, check_sidecar=check)
+    checkpoint = read_checkpoint(folder, read)
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:
         from smolconv.convert import default_workers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import app
+from smolconv.commands.app import Architecture, app
 
 if TYPE_CHECKING:
     from smolconv.verify.compare import VerifyReport
@@ -33,6 +33,7 @@ def verify(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare masters, moments, steps and groups.")] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read for A instead of its own.")] = None,
     config_b: Annotated[Path | None, typer.Option(help="Config to read for B instead of its own.")] = None,
+    architecture: Architecture = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")
     ] = None,
@@ -61,10 +62,10 @@ def verify(
 ) -> None:
     """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
     from smolconv.errors import UsageError
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
-    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, verify_checkpoints
+    from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
     from smolconv.verify.logits import require_torch
 
     logits = logits and not tensors_only
@@ -76,8 +77,11 @@ def verify(
     if logits:
         require_torch()
     at_a, at_b = (
-        StoredCheckpoint(
-            folder=open_source(uri), options=ReadOptions(config=override, optimizer=optimizer or engine == "deepspeed")
+        AsStored(
+            folder=open_source(uri),
+            options=ReadOptions(
+                config=override, architecture=architecture, optimizer=optimizer or engine == "deepspeed"
+            ),
         )
         for uri, override in ((a, config), (b, config_b))
     )

@@ -21,7 +21,7 @@ from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
-from smolconv.hub.hub import open_source
+from smolconv.hub.download import open_source
 from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
 from smolconv.processes import usable_cores
@@ -63,6 +63,7 @@ class ConvertOptions:
     digest: str = "xxh3"
     config: Path | None = None
     step: int | None = None
+    architecture: str | None = None
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
@@ -162,6 +163,7 @@ def plan_conversion(
         ReadOptions(
             config=options.config,
             step=options.step,
+            architecture=options.architecture,
             rope_as_configured=options.rope_scaling == "as-configured",
             optimizer=with_optimizer,
             check_sidecar=not headers_only,

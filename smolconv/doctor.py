@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv import __version__
+from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.run.ranks import NVIDIA
 from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
 
@@ -37,10 +38,6 @@ EXTRAS: Mapping[str, str | None] = {
 }
 #: Taken when they are there, on a GPU: no command waits for them.
 _FASTER = ("flash-attn", "liger-kernel")
-#: Programs that a launcher runs besides Python's own packages.
-_LAUNCHERS: Mapping[str, Sequence[str]] = {
-    "local": (), "torchrun": (), "deepspeed": ("pdsh",), "slurm": ("sbatch", "srun"),
-}  # fmt: skip
 _IMPORT_SECONDS = 300
 #: Docker's default of 64 MB is too small for NCCL, which says so only in the middle of a start.
 _SHARED_MEMORY_BYTES = 1 << 30
@@ -128,8 +125,8 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         smolconv=__version__, machine=machine, commands=commands, faster=faster, torch=torch,
         launchers={
-            name: [program for program in programs if shutil.which(program) is None]
-            for name, programs in _LAUNCHERS.items()
+            name: [program for program in find_launcher(name).programs if shutil.which(program) is None]
+            for name in NAMES
         },
         problems=_problems(everything, machine, torch),
     )  # fmt: skip

@@ -98,6 +98,12 @@ class TrainingStopped(SmolconvError):
     exit_code = 6
 
 
+class StoppedBySignal(SmolconvError):
+    """Training was stopped by a signal, and has saved: the same command goes on from there."""
+
+    exit_code = 75
+
+
 class ParityFailed(SmolconvError):
     """Two checkpoints are not the same model."""
 
@@ -115,3 +121,8 @@ class SignalReceived(BaseException):
 
     No ``SmolconvError``: whoever expects an error and goes on must not go on after this.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in a line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

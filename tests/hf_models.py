@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)  # fmt: skip
 
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -36,6 +46,16 @@ def llama(**fields: Any) -> torch.nn.Module:
 def smollm3(**fields: Any) -> torch.nn.Module:
     """A random SmolLM3, NoPE in its last layer; biases are random but o_proj's, which nanotron lacks."""
     return _random(SmolLM3ForCausalLM(SmolLM3Config(**{**_SIZES, **fields})))
+
+
+def qwen2(**fields: Any) -> torch.nn.Module:
+    """A random Qwen2, with biases on q, k and v."""
+    return _random(Qwen2ForCausalLM(Qwen2Config(**{**_SIZES, "tie_word_embeddings": True, **fields})))
+
+
+def qwen3(**fields: Any) -> torch.nn.Module:
+    """A random Qwen3, with heads that are larger than their share of the hidden size."""
+    return _random(Qwen3ForCausalLM(Qwen3Config(**{**_SIZES, "tie_word_embeddings": True, "head_dim": 8, **fields})))
 
 
 def _random(model: torch.nn.Module) -> torch.nn.Module:

@@ -112,6 +112,16 @@ def test_a_version_that_smolconv_cannot_work_with_is_a_problem(importable):
     assert any("transformers 4.40.0" in each and ">=4.53" in each for each in diagnosis.problems)
 
 
+def test_a_deepspeed_that_was_not_tried_is_a_problem(importable):
+    real = importlib.metadata.version
+    importable.setattr(importlib.metadata, "version", lambda name: "0.16.9" if name == "deepspeed" else real(name))
+    diagnosis = doctor.diagnose()
+    assert not diagnosis.commands["continue-train"].ready and diagnosis.commands["verify"].ready
+    assert any(
+        each.startswith("deepspeed 0.16.9 cannot be used: smolconv needs deepspeed") for each in diagnosis.problems
+    )
+
+
 @pytest.mark.parametrize(("free", "told"), [(64 << 20, True), (8 << 30, False)])
 def test_shared_memory_that_is_too_small_for_nccl_is_a_problem(importable, free, told):
     machine = doctor.Machine(

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import shutil
+import sys
+import time
 from pathlib import Path
 
+import forked_worker
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, convert
+from conftest import FIXTURES, convert, run_cli
+from packaging.specifiers import SpecifierSet
+from training import recipe_document, token_folder
 
-from smolconv.errors import UsageError
+from smolconv.errors import BadCheckpoint, NotInstalled, UsageError
+from smolconv.layouts.deepspeed.documents import DEEPSPEED_VERSION
+from smolconv.layouts.deepspeed.version import RANGE, check_deepspeed
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verify.engines import start
 from smolconv.verify.engines.start import engine_logits
 from smolconv.verify.inputs import choose_rows
 
@@ -26,7 +36,7 @@ HF = FIXTURES / "nanotron" / "smollm3-tiny" / "expected_hf"
 
 def verified(a: Path, b: Path, config: Path | None = None) -> VerifyReport:
     read = ReadOptions(config=config)
-    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=ReadOptions()))
+    stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=ReadOptions()))
     left, right = (read_checkpoint(side.folder, side.options) for side in stored)
     return verify_checkpoints(left, right, VerifyOptions(engine="deepspeed", length=32), stored=stored)
 
@@ -61,6 +71,84 @@ def test_masters_that_were_swapped_after_writing_are_seen_by_the_engine(tmp_path
         with engine_logits("deepspeed", checkpoint, folder, ReadOptions(), rows) as logits:
             found.append(torch.from_numpy(np.array(logits)))
     assert float((found[0] - found[1]).abs().max()) > 1e-2
+
+
+def ranks(*codes: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Stand-ins for an engine's ranks: Python that each of them runs."""
+    return [
+        ([sys.executable, "-c", f"import sys, time\nprint('rank {rank}')\n{code}"], {})
+        for rank, code in enumerate(codes)
+    ]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_ends_those_that_wait_for_it(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "_GRACE_SECONDS", 0.5)
+    codes = ["time.sleep(1000)"] * 3
+    codes[failing] = "sys.exit('of its own accord')"
+    begun = time.monotonic()
+    with pytest.raises(BadCheckpoint, match=f"(?s)rank {failing} of 3 of the engine failed.*of its own accord"):
+        start._run_all(ranks(*codes), tmp_path)
+    assert time.monotonic() - begun < 60
+
+
+def test_a_peer_that_fails_within_the_grace_is_not_taken_for_the_first(tmp_path):
+    with pytest.raises(BadCheckpoint, match="rank 1 of 2 of the engine failed:\nrank 1\nfirst"):
+        start._run_all(ranks("time.sleep(1)\nsys.exit('later')", "sys.exit('first')"), tmp_path)
+
+
+def test_ranks_that_never_end_are_killed_and_said_to_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "_TIMEOUT_SECONDS", 1.0)
+    with pytest.raises(BadCheckpoint, match="rank 1 of 2 of the engine has not ended after 1 s"):
+        start._run_all(ranks("", "time.sleep(1000)"), tmp_path)
+
+
+def test_ranks_that_end_well_are_no_error(tmp_path):
+    start._run_all(ranks("time.sleep(0.2)", ""), tmp_path)
+
+
+# --- which DeepSpeed --------------------------------------------------------------------------------------------------
+
+
+def test_the_range_of_versions_is_what_the_package_asks_for():
+    text = (FIXTURES.parent / "pyproject.toml").read_text()
+    assert re.findall(r'"deepspeed([<>=].*?)"', text) == [RANGE]
+    assert DEEPSPEED_VERSION in SpecifierSet(RANGE)
+
+
+@pytest.mark.parametrize("found", ["0.16.9", "0.19.6", "0.20.0"])
+def test_a_deepspeed_that_was_not_tried_is_refused_by_version(found, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    with pytest.raises(NotInstalled) as error:
+        check_deepspeed("training")
+    assert error.value.exit_code == 5
+    assert f"deepspeed {found} is installed" in str(error.value) and f"pip install 'deepspeed{RANGE}'" in str(
+        error.value
+    )
+
+
+def test_versions_that_were_tried_are_taken(monkeypatch):
+    for found in ("0.19.7", "0.19.8", "0.19.8+local"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+        check_deepspeed("training")
+
+
+OLD = "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '0.15.4' if name == 'deepspeed' else real(name)\n"
+
+
+def test_verify_ends_with_5_for_another_deepspeed():
+    case = DEEPSPEED / "zero1-untied-ws2"
+    folder, config = case / "checkpoint", case / "config.json"
+    done = run_cli(
+        "verify", folder, folder, "--config", config, "--config-b", config, "--engine", "deepspeed", before=OLD
+    )
+    assert done.code == 5 and "deepspeed 0.15.4 is installed, and --engine deepspeed needs" in done.stderr
+
+
+def test_training_ends_with_5_for_another_deepspeed(tmp_path):
+    source = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
+    ended = forked_worker.work(recipe_document(source, token_folder(tmp_path / "tokens")), tmp_path / "run", before=OLD)
+    assert ended.code == 5 and "deepspeed 0.15.4 is installed, and training needs" in ended.message
 
 
 def test_an_engine_for_a_layout_that_is_on_neither_side_is_a_usage_error():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import tiny
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,17 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from smolconv.continual_pretraining.engine.config import engine_config
-from smolconv.continual_pretraining.engine.model import MAX_LOGITS as model_max_logits
 from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
-from smolconv.continual_pretraining.estimate.estimate import (
-    MAX_LOGITS,
-    Estimate,
-    estimate,
-    flops_per_token,
-    memory_parts,
-    parameter_count,
-    render,
-)
+from smolconv.continual_pretraining.estimate.estimate import Estimate, estimate
+from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
+from smolconv.continual_pretraining.estimate.memory import memory_parts
+from smolconv.continual_pretraining.estimate.report import render
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
@@ -242,10 +236,6 @@ def test_logits_do_not_grow_beyond_a_chunk():
     assert long["gradient of the head (gpu)"] == (4 + 2) * 49152 * 576
 
 
-def test_the_chunk_is_the_models():
-    assert model_max_logits["cuda"] == MAX_LOGITS
-
-
 RECIPES = st.builds(
     lambda stage, dtype, checkpointing, micro, offload: recipe(
         model__dtype=dtype, model__activation_checkpointing=checkpointing, parallelism__zero_stage=stage,
@@ -258,6 +248,7 @@ RECIPES = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(RECIPES, st.sampled_from([2, 4, 8]))  # one rank alone reduces nothing
 def test_more_ranks_never_need_more_memory_each(given, ranks):
     assert gpu_bytes(given, SMOLLM2_135M, 2 * ranks) <= gpu_bytes(given, SMOLLM2_135M, ranks)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, side_of, verify_checkpoints
-from smolconv.verify.forward import Run, Side
+from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
+from smolconv.verify.forward import ForwardPass, Side
 from smolconv.verify.inputs import Rows, choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits
 
@@ -50,7 +50,7 @@ def forms(request, tmp_path_factory) -> dict[str, Path]:
 def verify(a: Path, b: Path, **options: Any) -> VerifyReport:
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=read))
+    stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**options), stored=stored)
 
 
@@ -107,15 +107,15 @@ class Otherwise:
         finally:
             torch.set_num_threads(before)
 
-    def begin(self, runs: Sequence[Run]) -> None:
+    def begin(self, runs: Sequence[ForwardPass]) -> None:
         for run in runs:
             run.attention = self.attention or run.attention
         self._run(self.side.begin, runs)
 
-    def advance(self, layer: int, runs: Sequence[Run]) -> None:
+    def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None:
         self._run(self.side.advance, layer, runs)
 
-    def finish(self, runs: Sequence[Run]) -> None:
+    def finish(self, runs: Sequence[ForwardPass]) -> None:
         self._run(self.side.finish, runs)
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
@@ -129,8 +129,8 @@ def compared(a: Path, b: Path, compute: str, **otherwise: Any) -> LogitsReport:
     spec = left.spec
     rows = choose_rows(vocab_size=spec.vocab_size, max_positions=spec.max_positions, tokenizer=None)
     return compare_logits(
-        Otherwise(side_of(left, StoredCheckpoint(folder=a), options), threads=1),
-        Otherwise(side_of(right, StoredCheckpoint(folder=b), options), **otherwise),
+        Otherwise(side_of(left, AsStored(folder=a), options), threads=1),
+        Otherwise(side_of(right, AsStored(folder=b), options), **otherwise),
         rows, compute=compute,
     )  # fmt: skip
 
@@ -177,13 +177,13 @@ class Recorded:
         self.hidden, self.head_rows = hidden, side.head_rows
         self.num_layers, self.vocab_size, self.max_positions = side.num_layers, side.vocab_size, side.max_positions
 
-    def begin(self, runs: Sequence[Run]) -> None:
+    def begin(self, runs: Sequence[ForwardPass]) -> None:
         for run in runs:
             run.hidden = self.hidden
 
-    def advance(self, layer: int, runs: Sequence[Run]) -> None: ...
+    def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None: ...
 
-    def finish(self, runs: Sequence[Run]) -> None: ...
+    def finish(self, runs: Sequence[ForwardPass]) -> None: ...
 
 
 #: The installed transformers is one of these, or between them: ``make test`` has v5, ``make test-transformers4`` v4.
@@ -197,7 +197,7 @@ def against_recorded(release: str, folder: Path, model: str, compute: str, form:
     rows = Rows(tokens=recorded["input_ids"].numpy(), where="the fixture", spans=tuple(zip((0, *ends), ends)))
     if form == "packed":
         assert rows.positions.tolist() == recorded["packed_position_ids"].tolist()
-    side = side_of(read_checkpoint(folder), StoredCheckpoint(folder=folder), VerifyOptions(compute=compute))
+    side = side_of(read_checkpoint(folder), AsStored(folder=folder), VerifyOptions(compute=compute))
     hidden = recorded[f"{model}/{compute}/{form}"]
     return compare_logits(side, Recorded(side, hidden), rows, compute=compute)
 

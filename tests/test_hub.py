@@ -33,7 +33,7 @@ from smolconv.errors import (
     SmolconvError,
     UsageError,
 )
-from smolconv.hub.hub import HubSource, is_hub_uri, parse_hub_uri
+from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
 
 TOKEN = "hf_fake"
 NUMBERS = itertools.count()
@@ -43,7 +43,9 @@ CLIENT = """
 import json, os, sys
 from pathlib import Path
 replies, sys.stdout = sys.stdout, sys.stderr
-from smolconv.hub import hub
+from smolconv.hub.address import parse_hub_uri
+from smolconv.hub.download import fetch_source
+from smolconv.hub.push import push_folder
 from smolconv.errors import SmolconvError
 for line in sys.stdin:
     request = json.loads(line)
@@ -52,11 +54,11 @@ for line in sys.stdin:
         os.environ["HF_TOKEN"] = request["token"]
     try:
         if request["do"] == "fetch":
-            source = hub.parse_hub_uri(request["uri"])
-            reply = {"value": str(hub.fetch_source(source, headers_only=request["headers_only"]))}
+            source = parse_hub_uri(request["uri"])
+            reply = {"value": str(fetch_source(source, headers_only=request["headers_only"]))}
         else:
             folder = Path(request["folder"])
-            url = hub.push_folder(folder, request["repo"], message=request["message"], private=request["private"])
+            url = push_folder(folder, request["repo"], message=request["message"], private=request["private"])
             reply = {"value": url}
     except SmolconvError as error:
         reply = {"error": type(error).__name__, "message": str(error)}
@@ -65,7 +67,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """smolconv.hub.hub in another process, and its errors raised in this one."""
+    """The Hub's functions in another process, and its errors raised in this one."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -375,7 +377,7 @@ def test_inspect_fetches_the_step_that_it_is_asked_for(monkeypatch: pytest.Monke
         asked.append(options["step"])
         raise MissingFile("seen")
 
-    monkeypatch.setattr("smolconv.hub.hub.fetch_source", fetch)
+    monkeypatch.setattr("smolconv.hub.download.fetch_source", fetch)
     with pytest.raises(MissingFile, match="seen"):
         inspect("hf://owner/name", step=10)
     assert asked == [10]
@@ -828,7 +830,7 @@ def test_without_the_client_the_way_to_install_it_is_told(tmp_path: Path) -> Non
 
 
 def test_the_client_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, smolconv.hub.hub as hub; hub.parse_hub_uri('hf://a/b'); print('huggingface_hub' in sys.modules)"
+    code = "import sys, smolconv.hub.download as hub; hub.parse_hub_uri('hf://a/b'); print('huggingface_hub' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(errors.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import struct
@@ -21,16 +22,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import forked_worker
 import pytest
 from conftest import FIXTURES
 from training import recipe_document, token_folder
 
-from smolconv.continual_pretraining.launchers.launch import launch_command, placement, read_hostfile
+from smolconv.continual_pretraining.launchers.deepspeed import read_hostfile
+from smolconv.continual_pretraining.launchers.launch import launch_command, placement
+from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher
+from smolconv.continual_pretraining.launchers.output import drawing_environment, plain
+from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.recipe.files import dump_recipe
-from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.recipe.schema import Launch, Recipe
 from smolconv.continual_pretraining.run import worker
 from smolconv.errors import OutputLocked, UsageError
 from smolconv.processes import BOOTSTRAP
@@ -40,10 +45,10 @@ TESTS = Path(__file__).parent
 LAUNCHER = """
 import sys
 from pathlib import Path
-import smolconv.continual_pretraining.launchers.launch
+import smolconv.continual_pretraining.launchers.watching
 from smolconv.continual_pretraining.launchers.launch import launch
 from smolconv.continual_pretraining.recipe.files import load_recipe
-smolconv.continual_pretraining.launchers.launch.GRACE_SECONDS = 2.0
+smolconv.continual_pretraining.launchers.watching.GRACE_SECONDS = 2.0
 run = Path(sys.argv[1])
 sys.exit(launch(load_recipe(run / "recipe.resolved.yaml"), run, resume=sys.argv[2], worker="fake_worker"))
 """
@@ -327,9 +332,19 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
     wait_until(lambda: not any(map(alive, pids)), seconds=5)
 
 
-def test_rank_0_has_a_terminal_when_the_user_has_one(tmp_path):
-    (tmp_path / "asks.py").write_text(
-        "import os\nif os.environ['RANK'] == '0': print([os.isatty(1), os.isatty(2), os.get_terminal_size(2).columns])\n"
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_shows_rank_0_in_colours_which_no_log_has(tmp_path, variables, coloured):
+    (tmp_path / "draws.py").write_text(
+        "import os\n"
+        "from rich.console import Console\n"
+        "from rich.progress import Progress\n"
+        "console = Console(stderr=True, highlight=False)\n"
+        "console.print(f'[red]rank {os.environ[\"RANK\"]}[/] of {console.width}')\n"
+        "if os.environ.get('TTY_INTERACTIVE') == '1':\n"
+        "    with Progress(console=Console(stderr=True, force_terminal=True)) as progress:\n"
+        "        for step in progress.track(range(3)):\n"
+        "            progress.console.print(f'step {step}')\n"
+        "            progress.refresh()\n"
     )
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 97, 0, 0))
@@ -338,14 +353,50 @@ def test_rank_0_has_a_terminal_when_the_user_has_one(tmp_path):
     (run / "logs").mkdir(parents=True)
     (run / "recipe.resolved.yaml").write_text(dump_recipe(given))
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER.replace("fake_worker", "asks"), str(run), "auto"], stderr=theirs, check=False,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        [sys.executable, "-c", LAUNCHER.replace("fake_worker", "draws"), str(run), "auto"], stderr=theirs, check=False,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "TERM": "xterm-256color", **variables},
     )  # fmt: skip
     assert done.returncode == 0
-    assert os.read(ours, 1000).decode().strip() == "[True, True, 97]"
-    assert (run / "logs" / "rank-00000.log").read_bytes() == b"[True, True, 97]\n"
+    shown = os.read(ours, 1 << 16)
+    assert (b"\x1b[31mrank 0\x1b[0m of 97" in shown) == coloured and b"rank 1" not in shown
+    assert b"\x1b[2K" in shown and "━".encode() in shown, "a live line"
+    lines = (run / "logs" / "rank-00000.log").read_text().splitlines()
+    assert lines[:4] == ["rank 0 of 97", "step 0", "step 1", "step 2"]
+    assert len(lines) == 5 and "100%" in lines[4], "as it stood at the end, once"
+    assert (run / "logs" / "rank-00001.log").read_text() == "rank 1 of 80\n"
     os.close(ours)
     os.close(theirs)
+
+
+def test_a_log_has_no_colours_whatever_the_environment_asks_for(tmp_path):
+    asks = "import os, sys\nprint('\\x1b[1mbold\\x1b[0m' if 'FORCE_COLOR' in os.environ else 'plain', 1 / 0)\n"
+    (tmp_path / "asks.py").write_text(asks)
+    variables = {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}", "FORCE_COLOR": "1"}
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(launch={"environment": variables})))
+    subprocess.run(
+        [sys.executable, "-c", LAUNCHER.replace("fake_worker", "asks"), str(run), "auto"], check=False,
+        env={**os.environ, **variables}, capture_output=True,
+    )  # fmt: skip
+    for rank in (0, 1):
+        log = (run / "logs" / f"rank-{rank:05d}.log").read_bytes()
+        assert b"ZeroDivisionError" in log and b"\x1b" not in log
+    assert drawing_environment({"FORCE_COLOR": "1", "A": "b"}, shown=False) == {"A": "b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        (b"a\x1b[1;31mb\x1b[0mc", b"abc"),
+        (b"\x1b]8;;https://a.b\x1b\\link\x1b]8;;\x07 \x1b[?25l\x1b(", b"link "),
+        (b" 10%\r 20%\r\x1b[2Kdone\r", b"done"),
+        (b"dos\r", b"dos"),
+        ("naïve —".encode(), "naïve —".encode()),
+    ],
+)
+def test_a_line_of_a_log_is_what_stays_on_a_terminal(line, left):
+    assert plain(line) == left
 
 
 def test_a_run_goes_on_when_nobody_reads_its_terminal_any_more(tmp_path):
@@ -470,7 +521,7 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
         }  # fmt: skip
         (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(**fake)))
         words = [
-            "smolconv.continual_pretraining.launchers.launch",
+            BESIDE,
             str(run),
             "--worker",
             "fake_worker",
@@ -489,6 +540,28 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
     assert "after ['SIGTERM']" in log, "told to stop, it saved; one in a collective would be killed"
     assert b"TrainingStopped" in failing.communicate()[1]
     hanging.communicate()
+
+
+# --- which there are ---------------------------------------------------------------------------------------------------
+
+
+def test_a_launcher_is_the_module_of_its_name_and_a_line_of_the_registry():
+    folder = TESTS.parent / "continual_pretraining" / "launchers"
+    modules = {path.stem for path in folder.glob("*.py") if "\nLAUNCHER = " in path.read_text()}
+    assert modules == set(NAMES)
+    assert all(isinstance(find_launcher(name), Launcher) for name in NAMES)
+    assert get_args(Launch.model_fields["launcher"].annotation) == NAMES
+
+
+def test_nobody_but_a_launchers_own_module_knows_its_name():
+    product = [
+        path
+        for folder in ("commands", "continual_pretraining", "smolconv")
+        for path in (TESTS.parent / folder).rglob("*.py")
+    ]
+    compared = re.compile(r"launcher (?:[!=]=|in|not in) ")
+    found = [(path.name, match[0]) for path in product for match in compared.finditer(path.read_text())]
+    assert found == []
 
 
 # --- what cannot be placed --------------------------------------------------------------------------------------------
@@ -541,7 +614,7 @@ def test_deepspeeds_own_parser_understands_our_words(tmp_path):
     words = launch_command(recipe(launch={"launcher": "deepspeed", "hostfile": str(hosts)}), Path("/run"))
     given = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
     assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), False)
-    rank = ["--in", str(Path.cwd()), "smolconv.continual_pretraining.launchers.launch", "/run", "--resume", "auto"]
+    rank = ["--in", str(Path.cwd()), BESIDE, "/run", "--resume", "auto"]
     assert (given.user_script, given.user_args) == (str(BOOTSTRAP), rank)
     assert fetch_hostfile(given.hostfile) == read_hostfile(hosts)
 
@@ -550,7 +623,7 @@ def test_deepspeeds_launcher_is_given_the_gpus_that_are_visible(monkeypatch):
     from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
 
     given = recipe(launch={"launcher": "deepspeed", "ranks_per_node": 2})
-    monkeypatch.setattr("smolconv.continual_pretraining.launchers.launch._gpus", lambda: 3)
+    monkeypatch.setattr("smolconv.continual_pretraining.launchers.deepspeed.count_gpus", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,7")
     words = launch_command(given, Path("/run"))
     parsed = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])

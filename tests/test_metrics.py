@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schema import Recipe, Spikes
-from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch, _lines_backwards, peak_flops
+from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch, _lines_backwards
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, NotInstalled
 

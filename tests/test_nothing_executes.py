@@ -26,7 +26,7 @@ from training import losses, recipe, recipe_document, token_folder
 from smolconv.continual_pretraining.run.checkpoint_files import random_file
 from smolconv.continual_pretraining.run.checkpoints import step_folder
 from smolconv.continual_pretraining.run.resuming import find_origin
-from smolconv.continual_pretraining.run.start import prepare
+from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, MixedCheckpoint, UnsafePickle
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine, digest_file, load_torch_archive
 from smolconv.layouts.layout import ReadOptions
@@ -285,7 +285,7 @@ def test_a_folder_with_a_file_that_the_trainer_does_not_save_is_refused(plant, l
     new = {str(path.relative_to(folder)) for path in folder.rglob("*")} - before
     for resume in ("auto", str(folder)):
         with pytest.raises(MixedCheckpoint) as caught:
-            prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 2, resume)
+            prepare_start(recipe(NANOTRON, tokens, **document(tokens)), run, 2, resume)
         first = str(caught.value).splitlines()[0]
         assert len(first) <= 120 and (not new or any(name.split("/")[0] in first for name in new)), first
 
@@ -308,7 +308,7 @@ def test_latest_names_a_step_of_the_run_and_nothing_else(text, run, tokens, cana
     shutil.copytree(evil, run / "checkpoints" / "evil")
     (run / "checkpoints" / "latest").write_bytes(text.encode("latin-1"))
     with pytest.raises((CorruptFile, MissingFile), match="latest"):
-        prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 2, "auto")
+        prepare_start(recipe(NANOTRON, tokens, **document(tokens)), run, 2, "auto")
 
 
 @pytest.mark.parametrize("ranks", [2, 1], ids=["as it was saved", "converted"])
@@ -338,7 +338,7 @@ def test_a_run_within_a_steps_folder_is_not_taken_for_the_step(trained, run, tok
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
     as_zip({"module": {}, "code": Touch(canary)}, folder / "checkpoints" / "step-2" / MODEL)
     with pytest.raises(MixedCheckpoint, match="checkpoints in step-2"):
-        prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 2, str(folder))
+        prepare_start(recipe(NANOTRON, tokens, **document(tokens)), run, 2, str(folder))
 
 
 #: Whatever reads a file by torch's own means ends the process.

@@ -22,7 +22,8 @@ from test_metrics import recipe, record, watch
 from test_verify_report import read_png
 
 from smolconv.commands import plot  # noqa: F401  (registers itself)
-from smolconv.continual_pretraining.watch.plot import Curve, read_run, render_html, render_svg, write_plot
+from smolconv.continual_pretraining.watch.history import Curve, read_run
+from smolconv.continual_pretraining.watch.plot import render_html, render_svg, write_plot
 from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
 
 

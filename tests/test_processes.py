@@ -16,6 +16,7 @@ from test_launch import recipe
 from training import recipe_document, token_folder
 
 from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+from smolconv.continual_pretraining.launchers.registry import NAMES as LAUNCHERS
 from smolconv.continual_pretraining.recipe.files import dump_recipe
 from smolconv.processes import BOOTSTRAP, EMPTY_FOLDER, module_words, safe_children, safe_environment, script_words
 
@@ -137,15 +138,16 @@ def test_no_launcher_imports_from_the_folder_of_the_recipe(launcher, trap, tmp_p
     assert imported(trap) == ""
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun", "deepspeed", "slurm"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_word_of_a_launcher_is_python_m_in_the_users_folder(launcher, monkeypatch, tmp_path):
     given = recipe(launch={"launcher": launcher, "environment": {}})
     words = launch_command(given, tmp_path / "run")
     assert words[1] == str(BOOTSTRAP) and "-m" not in words and "--module" not in words
     if launcher == "deepspeed":  # it starts `python -m` itself
         assert words[2:4] == ["--in", str(EMPTY_FOLDER)]
-    if launcher == "slurm":
-        script = batch_script(given, tmp_path / "run", words)
+    script = batch_script(given, tmp_path / "run")
+    assert (script is not None) == (launcher == "slurm")
+    if script is not None:
         assert " -m " not in script and script.count(str(BOOTSTRAP)) == 3 and "export PYTHONSAFEPATH=1" in script
 
 

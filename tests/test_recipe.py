@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from smolconv.continual_pretraining.recipe import schema
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
-from smolconv.continual_pretraining.recipe.schedules import learning_rate
+from smolconv.continual_pretraining.recipe.schedules import DECAYS, Schedule, learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.layouts.nanotron.schedule import scheduled_lr
@@ -548,6 +548,12 @@ def models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in models(argument)]
 
 
+def within(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The sections below one, each after its own."""
+    below = [section for info in model.model_fields.values() for section in models(info.annotation)]
+    return [found for section in below for found in (*within(section), section)]
+
+
 def kind(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if models(annotation):
@@ -573,11 +579,10 @@ HEADINGS = {
 
 def field_tables() -> str:
     """The page's tables, from the schema and the comments beside its fields."""
-    source = inspect.getsource(schema)
-    names = [name for name in re.findall(r"^class (\w+)\(", source, re.M) if name not in ("Section", "Recipe")]
     lines = []
-    for name in ("Recipe", *names):
-        model = getattr(schema, name)
+    found: list[type[BaseModel]] = [schema.Recipe, *within(schema.Recipe)]
+    for model in dict.fromkeys(found):
+        name = model.__name__
         comments = dict(re.findall(r"^    (\w+): .*?#: (.*)$", inspect.getsource(model), re.M))
         lines += [f"### {HEADINGS.get(name, name.lower())}", ""]
         if model.__doc__:
@@ -590,26 +595,32 @@ def field_tables() -> str:
                 shown = "" if default in (None, "", {}, ()) else f"`{json.dumps(default)}`"
             lines.append(f"| `{field}` | {kind(info.annotation)} | {shown} | {plain(comments.get(field, ''))} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines[:-1])
 
 
 def plain(text: str) -> str:
     return text.replace("``", "`").replace("None:", "not given:").replace("|", "\\|")
 
 
+def decay_table() -> str:
+    rows = [f"| `{name}` | {decay.formula} |" for name, decay in DECAYS.items()]
+    return "\n".join(["| `decay` | share |", "|---|---|", *rows])
+
+
 def with_tables(page: str) -> str:
-    return re.sub(
-        r"(<!-- fields:begin.*?-->\n).*(<!-- fields:end -->)",
-        lambda m: f"{m[1]}\n{field_tables()}\n{m[2]}",
-        page,
-        flags=re.S,
-    )
+    for part, table in (("decays", decay_table()), ("fields", field_tables())):
+
+        def filled(m: re.Match[str], table: str = table) -> str:
+            return f"{m[1]}\n{table}\n\n{m[2]}"
+
+        page = re.sub(rf"(<!-- {part}:begin.*?-->\n).*(<!-- {part}:end -->)", filled, page, flags=re.S)
+    return page
 
 
 def test_the_page_lists_every_field_with_its_default():
     page = PAGE.read_text()
     assert page == with_tables(page), "run `python tests/test_recipe.py`"
-    for model in (schema.Recipe, schema.Schedule, schema.Slurm):
+    for model in (schema.Recipe, Schedule, schema.Slurm):
         assert all(f"| `{field}` |" in page for field in model.model_fields)
 
 

@@ -32,7 +32,7 @@ from smolconv.continual_pretraining.run.checkpoints import (
     set_aside,
     step_folder,
 )
-from smolconv.continual_pretraining.run.start import prepare
+from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.errors import MissingFile, UsageError
 
 pytest.importorskip("deepspeed")
@@ -182,16 +182,16 @@ def test_a_path_that_was_refused_is_not_gone_on_from(trained, tokens, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     other = recipe(NANOTRON, tokens, parallelism={"global_batch_sequences": 4})
     with pytest.raises(UsageError, match="global batch"):
-        prepare(other, run, 1, str(step_folder(run, 2)))
+        prepare_start(other, run, 1, str(step_folder(run, 2)))
     assert find_resume(run, "auto").name == "step-4"
 
 
 def test_resume_never_forgets_the_path_of_an_earlier_start(trained, tokens, tmp_path):
     run, made = tmp_path / "run", recipe(NANOTRON, tokens, **document(tokens))
-    assert prepare(made, run, 1, str(step_folder(trained, 2))).step == 2
-    assert prepare(made, run, 1, "auto").step == 2
-    assert prepare(made, run, 1, "never").step == 0
-    assert prepare(made, run, 1, "auto").step == 0
+    assert prepare_start(made, run, 1, str(step_folder(trained, 2))).step == 2
+    assert prepare_start(made, run, 1, "auto").step == 2
+    assert prepare_start(made, run, 1, "never").step == 0
+    assert prepare_start(made, run, 1, "auto").step == 0
 
 
 # --- the branch that was left ------------------------------------------------------------------------------------------
@@ -290,14 +290,14 @@ def test_a_kill_at_any_moment_of_saving_the_latest_step_again_leaves_a_whole_one
 def test_a_file_that_an_interrupted_save_left_does_not_block_the_resume(trained, tokens, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     (run / "checkpoints" / "latest.partial").write_text("ste")
-    assert prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 1, "auto").step == STEPS
+    assert prepare_start(recipe(NANOTRON, tokens, **document(tokens)), run, 1, "auto").step == STEPS
     assert not (run / "checkpoints" / "latest.partial").exists()
 
 
 def test_a_conversion_that_failed_is_removed_before_anything_needs_the_space(trained, tokens, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     (run / "start" / "deepspeed.partial").mkdir(parents=True)
-    prepare(recipe(NANOTRON, tokens, **document(tokens)), run, 1, "auto")
+    prepare_start(recipe(NANOTRON, tokens, **document(tokens)), run, 1, "auto")
     assert not (run / "start").exists()
 
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from smolconv.continual_pretraining.recipe.schedules import Phases, learning_rate, notes, resolved
-from smolconv.continual_pretraining.recipe.schema import Schedule
+from smolconv.continual_pretraining.recipe import schedules
+from smolconv.continual_pretraining.recipe.schedules import (
+    Phases,
+    Schedule,
+    learning_rate,
+    notes,
+    resolved,
+    turning_steps,
+)
 
 SHAPES = ("linear", "cosine", "1-sqrt")
 
@@ -90,6 +99,68 @@ def test_transformers_wsd_agrees_for_a_linear_decay_to_zero():
 def test_transformers_wsd_with_a_minimum_is_another_schedule():
     recipe = schedule(warmup_steps=10, decay="linear", decay_steps=40, min_lr=1e-4)
     assert [learning_rate(recipe, s) for s in range(100)] != pytest.approx(wsd("linear"), rel=1e-3)
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+def restarts(cycles: int, **given) -> Schedule:
+    return schedule(**({"warmup_steps": 10, "decay": "cosine-restarts", "cycles": cycles} | given))
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3, 4, 7])
+def test_restarts_are_those_of_transformers(cycles):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    made = transformers.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 10, 100, num_cycles=cycles)
+    recipe = restarts(cycles)
+    for s in range(100):
+        # transformers rounds: where a cycle begins it may still be at the end of the one before.
+        if s not in {10 + round(90 * c / cycles) for c in range(cycles)}:
+            assert learning_rate(recipe, s) == pytest.approx(made.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        made.step()
+
+
+@pytest.mark.parametrize(("cycles", "low"), [(1, 0.0), (3, 1e-4), (9, 0.0)])
+def test_restarts_are_those_of_torch(cycles, low):
+    torch = pytest.importorskip("torch")
+    recipe = restarts(cycles, min_lr=low, warmup_steps=1, decay_start_step=20, decay_steps=90, train_steps=120)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    made = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 90 // cycles, eta_min=low)
+    for s in range(20, 110):
+        assert learning_rate(recipe, s) == pytest.approx(made.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        made.step()
+    assert {learning_rate(recipe, s) for s in range(110, 121)} == {low}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_every_cycle_of_whole_steps_begins_at_the_peak(cycles, length):
+    recipe = restarts(cycles, warmup_steps=5, train_steps=5 + cycles * length)
+    begins = {5 + length * c for c in range(cycles)}
+    assert all((learning_rate(recipe, s) == recipe.peak_lr) == (s in begins) for s in range(5, recipe.train_steps))
+    assert turning_steps(recipe) == {1, *(s + 1 for s in begins), recipe.train_steps}
+
+
+def test_restarts_need_a_number_of_cycles_that_the_decay_has_room_for():
+    with pytest.raises(ValueError, match=r"decay cosine-restarts needs schedule\.cycles"):
+        schedule(decay="cosine-restarts")
+    with pytest.raises(ValueError, match="cycles 11 is more than the 10 steps of the decay"):
+        restarts(11, decay_steps=10)
+
+
+def test_a_decay_is_named_in_its_table_alone():
+    """Whoever adds one has one place to write it."""
+    root = Path(schedules.__file__).parents[2]
+    product = [
+        path for part in ("smolconv", "commands", "continual_pretraining") for path in (root / part).rglob("*.py")
+    ]
+    for word in ("cosine-restarts", "cycles"):
+        found = {path for path in product if re.search(rf"\b{word}\b", path.read_text())}
+        assert {path.resolve() for path in found} == {Path(schedules.__file__).resolve()}
 
 
 # --- any schedule -------------------------------------------------------------------------------------------------
@@ -181,6 +252,7 @@ def test_a_decay_that_never_begins_is_none():
         ({"decay": "linear", "decay_start_step": 100}, "before its linear decay"),
         ({"decay": "linear", "warmup_steps": 50, "decay_steps": 80}, "within the warm-up of 50"),
         ({"decay_steps": 40}, "decay_steps has no effect"),
+        ({"decay": "cosine", "decay_steps": 40, "cycles": 2}, "cycles has no effect: schedule.decay is cosine"),
         ({"warmup_steps": 100}, "never trains at peak_lr"),
         ({"decay": "linear", "min_lr": 1.0}, "the rate rises"),
     ],

@@ -34,7 +34,9 @@ def slurm_recipe(*, slurm: dict[str, Any] | None = None, ranks_per_node: int | N
 
 
 def script(given: Recipe, *, resume: str = "auto") -> str:
-    return batch_script(given, RUN, launch_command(given, RUN, resume=resume))
+    text = batch_script(given, RUN, resume=resume)
+    assert text is not None
+    return text
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -45,14 +45,13 @@ ACCOUNTED = {
     ("continual_pretraining/run/trainer.py", "self.engine.load_checkpoint"): "by our CheckpointEngine, never universal",
     ("smolconv/layouts/nanotron/documents.py", "yaml.load"): "by the safe loader",
     ("smolconv/layouts/gguf/reader.py", "importlib.import_module"): "a name of our own: gguf, tokenizers",
+    ("continual_pretraining/launchers/registry.py", "importlib.import_module"): "our own, by the recipe's Literal",
     ("continual_pretraining/watch/plot.py", "importlib.import_module"): "a name of our own: cairosvg",
     ("smolconv/bootstrap/run_module.py", "import runpy"): "runs a module of ours by its name",
     ("smolconv/bootstrap/run_module.py", "runpy.run_module"): "runs a module of ours by its name",
     ("continual_pretraining/recipe/files.py", "_Loader"): "a safe loader of our own",
     ("continual_pretraining/recipe/files.py", "yaml.SafeLoader"): "it makes plain values",
     ("smolconv/layouts/nanotron/documents.py", "yaml.SafeLoader"): "it makes plain values",
-    ("smolconv/tensors/lazy.py", "importlib.util.LazyLoader"): "numpy, once it is needed",
-    ("smolconv/tensors/lazy.py", "spec.loader.exec_module"): "numpy, once it is needed",
     ("continual_pretraining/recipe/schema.py", "compile"): "a field of the recipe",
     ("benchmarks/demo.py", "AutoModelForCausalLM.from_pretrained"): "the demonstration's own model",
     ("benchmarks/resume_check.py", "torch.load"): "weights_only=True; what the benchmark wrote",
@@ -157,6 +156,18 @@ def test_no_engine_of_ours_asks_for_a_universal_checkpoint_or_another_checkpoint
         if isinstance(node, ast.Constant) and node.value in keys
     ]
     assert named_keys == []
+
+
+def test_deepspeed_is_changed_in_one_module_alone():
+    changed = {
+        path.name
+        for path in sources()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Assign) and path.parts[-2] != "benchmarks"
+        for target in node.targets
+        if re.match(r"(self\.)?engine\.|deepspeed\.", ast.unparse(target))
+    }
+    assert changed == {"patches.py"}
 
 
 def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():

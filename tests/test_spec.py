@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import transformers
 from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import hf_specs, nanotron_specs, tiny
-from transformers import LlamaConfig, SmolLM3Config
+from transformers import LlamaConfig
 
 from smolconv.errors import UnsupportedModel
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, spec_to_hf
@@ -19,7 +20,7 @@ from smolconv.models.nanotron import spec_from_nanotron, spec_to_nanotron
 from smolconv.models.registry import FAMILIES
 from smolconv.models.spec import spec_differences
 
-CONFIGS = {"llama": LlamaConfig, "smollm3": SmolLM3Config}
+CONFIGS = {name: getattr(transformers, family.hf_class).config_class for name, family in FAMILIES.items()}
 MODEL_CONFIGS = sorted((FIXTURES / "nanotron").glob("*/*/3/model_config.json"))
 EXPECTED_HF = sorted((FIXTURES / "nanotron").glob("*/expected_hf/config.json"))
 #: Fields that the classes derive from others when they are not given.
@@ -48,7 +49,9 @@ def rope_of(config: Any) -> tuple[float, dict[str, Any] | None]:
 
 @pytest.mark.parametrize(("architecture", "name"), [(a, name) for a in FAMILIES for name in FAMILIES[a].hf_defaults])
 def test_what_a_config_leaves_out_has_the_default_of_the_installed_transformers(architecture, name):
-    config, ours = CONFIGS[architecture](), FAMILIES[architecture].hf_defaults[name]
+    # What a class may set aside for another of its fields.
+    given = {"use_sliding_window": True} if name == "sliding_window" else {}
+    config, ours = CONFIGS[architecture](**given), FAMILIES[architecture].hf_defaults[name]
     if name == "mlp_bias" and not hasattr(config, name):
         pytest.skip("transformers 4.53 has no such field in SmolLM3")
     theirs = rope_of(config)[0] if name == "rope_theta" else getattr(config, name)

@@ -24,18 +24,11 @@ import pytest
 
 from smolconv.checkpoint import DataStage
 from smolconv.continual_pretraining.data.blending import Blend
-from smolconv.continual_pretraining.data.stream import (
-    BEGINNING,
-    StepData,
-    TrainingData,
-    evaluation_batches,
-    open_folders,
-    open_held_out,
-    position_from_stages,
-    stages_of,
-)
+from smolconv.continual_pretraining.data.folders import open_folders, open_held_out
+from smolconv.continual_pretraining.data.position import BEGINNING, position_from_stages, stages_of
+from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.recipe.schema import Data, Source
-from smolconv.continual_pretraining.tokens.files import Batch, RowReader, TokenFolder, Wanted
+from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL, Batch, RowReader, TokenFolder, Wanted
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 
@@ -43,7 +36,6 @@ ORACLE = Path(__file__).parent.parent / "fixtures" / "datatrove"
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())
 FOLDERS = sorted(EXPECTED["folders"])
 SMOLLM2_VOCABULARY, LLAMA3_VOCABULARY = 49152, 128256
-IGNORED = -100
 
 # Real mixtures have large and tiny shares; equal ones make ties, which rounding must not decide otherwise.
 MIXTURES = {
@@ -146,7 +138,7 @@ def test_windows_are_those_of_datatroves_reader(name: str, length: int, boundari
             start = at * (length + 1)
             zeros = sorted({0, *(end - start for end in file["doc_ends"] if start < end <= start + length)})
         assert np.flatnonzero(batch.positions[at] == 0).tolist() == [place for place in zeros if place < length]
-        assert np.flatnonzero(batch.labels[at] == IGNORED).tolist() == [place - 1 for place in zeros if place]
+        assert np.flatnonzero(batch.labels[at] == IGNORED_LABEL).tolist() == [place - 1 for place in zeros if place]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -177,7 +169,7 @@ def slow_rows(folder: TokenFolder, boundaries: str, eos: int | None) -> tuple[li
                 row.append(count)
             positions.append(row)
             labels.append([
-                IGNORED if at in begins or (file.has_loss and not file.losses[at]) else int(file.ids[at])
+                IGNORED_LABEL if at in begins or (file.has_loss and not file.losses[at]) else int(file.ids[at])
                 for at in range(start + 1, start + length + 1)
             ])  # fmt: skip
     return positions, labels
@@ -226,8 +218,8 @@ def test_loss_masks_can_be_left_aside() -> None:
     masked, plain = (read_all(folder, mask_documents=False, loss_masks=masks) for masks in (True, False))
     used = folder.windows * 128
     zeros = (folder.files[0].losses[:used].reshape(-1, 128)[:, 1:] == 0).sum()
-    assert (masked.labels == IGNORED).sum() == zeros > 2000
-    assert not (plain.labels == IGNORED).any()
+    assert (masked.labels == IGNORED_LABEL).sum() == zeros > 2000
+    assert not (plain.labels == IGNORED_LABEL).any()
 
 
 def test_rows_end_with_each_file_and_tails_are_dropped() -> None:
@@ -808,7 +800,7 @@ def test_evaluation_reads_every_sequence_once_and_keeps_ranks_in_step(world_size
     real = [batch for turn in zip(*ranks) for batch in turn if batch.rows]
     assert [row.window for batch in real for row in batch.rows] == list(range(9))
     empty = [batch for turn in zip(*ranks) for batch in turn if not batch.rows]
-    assert all((batch.labels == IGNORED).all() and batch.input_ids.size for batch in empty)
+    assert all((batch.labels == IGNORED_LABEL).all() and batch.input_ids.size for batch in empty)
     assert len(list(evaluation_batches(folder, data, 10**9, 2, 0, 1, None))) == -(-327 // 2)
 
 

@@ -29,8 +29,9 @@ from transformers import masking_utils
 
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import attend_by_document, choose_attention, pack
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS
 from smolconv.continual_pretraining.engine.model import SummedCrossEntropy, build_model, check_no_leak
-from smolconv.continual_pretraining.estimate.estimate import memory_parts
+from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.continual_pretraining.tokens.files import Batch
@@ -396,7 +397,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [1, 5, 16, 50], ids=lambda rows: f"{rows} rows at once")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 def test_cross_entropy_of_some_rows_at_a_time_is_that_of_all(monkeypatch, rows, dtype, tolerance):
-    monkeypatch.setitem(model.MAX_LOGITS, "cpu", 300 * rows)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 300 * rows)
     torch.manual_seed(0)
     hidden, weight = torch.randn(41, 16), torch.randn(300, 16)
     labels = torch.randint(0, 300, (41,))

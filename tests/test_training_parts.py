@@ -29,13 +29,13 @@ from smolconv.continual_pretraining.recipe.schema import Export, Optimizer
 from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume, latest, saved_steps, step_folder
 from smolconv.continual_pretraining.run.export import export_run
 from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
-from smolconv.continual_pretraining.run.start import prepare
+from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
+from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")
@@ -203,7 +203,7 @@ def test_the_sources_loss_is_that_of_transformers(source, mask_documents, tokens
     else:
         folder, known = (LLAMA if source.endswith("llama") else NANOTRON), {}
     changes = {"model": known, "data": {"mask_documents": mask_documents}, "parallelism": {"micro_batch_sequences": 4}}
-    gate = prepare(recipe(folder, tokens, **changes), tmp_path / "run", 1, "auto").gate
+    gate = prepare_start(recipe(folder, tokens, **changes), tmp_path / "run", 1, "auto").gate
     model = transformers_model(folder, tmp_path / "hf", config)
     windows = [window(tokens, number) for number in range(4)]
     assert gate.loss == pytest.approx(mean_loss(model, windows, masked=mask_documents), abs=1e-5)
@@ -225,7 +225,7 @@ def test_the_sources_loss_is_that_of_nanotron(source, packed, tmp_path):
         input_ids=known[f"{prefix}input_ids"].numpy(), positions=known[f"{prefix}position_ids"].numpy(),
         labels=labels.numpy(), rows=(),
     )  # fmt: skip
-    side = side_of(read_checkpoint(source), StoredCheckpoint(folder=source, options=ReadOptions()), VerifyOptions())
+    side = side_of(read_checkpoint(source), AsStored(folder=source, options=ReadOptions()), VerifyOptions())
     assert source_loss(side, batch).loss == pytest.approx(float(known[f"{prefix}loss"]), abs=1e-5)
 
 

@@ -30,7 +30,7 @@ from smolconv.models.operations import JoinRows, Rename
 from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
+from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
 from smolconv.verify.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -43,7 +43,7 @@ def verify(a: Path, b: Path, **options: Any) -> VerifyReport:
     """As the command does: each side's own forward runs on the folder."""
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (a, b))
-    stored = (StoredCheckpoint(folder=a, options=read), StoredCheckpoint(folder=b, options=read))
+    stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored)
 
 
@@ -296,7 +296,7 @@ def test_a_config_that_changes_the_function_is_caught_by_the_spec_and_by_logits(
 def test_theta_of_smollm_1_for_that_of_smollm_2_fails_with_default_settings(tmp_path):
     run = with_config(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "run", rope_theta=100_000.0)  # and 10,000 in HF's
     left, right = read_checkpoint(run), read_checkpoint(SMOLLM2 / "expected_hf")
-    report = verify_checkpoints(left, right, stored=(StoredCheckpoint(folder=run), StoredCheckpoint(folder=right.root)))
+    report = verify_checkpoints(left, right, stored=(AsStored(folder=run), AsStored(folder=right.root)))
     assert tiers(report) == {"spec": False, "tensors": True, "logits": False}
     assert report.first_divergence == "model.layers.0.self_attn"
     assert report.spec_differences == ("rope_theta: 100000.0 in A, 10000.0 in B",)

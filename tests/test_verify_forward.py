@@ -24,7 +24,7 @@ from smolconv.errors import CorruptFile, MissingFile, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify import hf
-from smolconv.verify.forward import Run, Side
+from smolconv.verify.forward import ForwardPass, Side
 from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide
 from smolconv.verify.inputs import Rows, choose_rows, shipped_text
 from smolconv.verify.metrics import Distances, Walk
@@ -52,7 +52,7 @@ def on_tensors(folder: Path) -> Side:
 def logits(side: Side, tokens: torch.Tensor, positions: torch.Tensor | None = None, attention: str = "sdpa"):
     """[B, T, V] of a side that is led through its blocks."""
     plain = torch.arange(tokens.shape[1]).expand_as(tokens)
-    run = Run(tokens=tokens, positions=plain if positions is None else positions, attention=attention)
+    run = ForwardPass(tokens=tokens, positions=plain if positions is None else positions, attention=attention)
     with torch.inference_mode():
         side.begin([run])
         for layer in range(side.num_layers):
@@ -115,7 +115,7 @@ def test_interleaved_queries_are_shown_in_the_order_of_hugging_face(tmp_path):
         side = native(folder)
         found: dict[str, torch.Tensor] = {}
         tokens = known(SMOLLM2.parent)["input_ids"]
-        run = Run(
+        run = ForwardPass(
             tokens=tokens, positions=torch.arange(32).expand_as(tokens), attention="sdpa", observe=found.__setitem__
         )
         side.begin([run])
@@ -244,7 +244,7 @@ def test_on_a_gpu_transformers_is_given_whole_heads_so_that_scores_are_never_wri
 @pytest.mark.parametrize("positions", [torch.arange(24).expand(2, 24), PACKED], ids=["one document", "packed"])
 def test_on_a_cpu_transformers_is_left_as_it_is_and_eager_attention_everywhere(positions):
     """Its results stay bitwise its own."""
-    runs = [Run(tokens=TOKENS, positions=positions, attention=attention) for attention in ATTENTION]
+    runs = [ForwardPass(tokens=TOKENS, positions=positions, attention=attention) for attention in ATTENTION]
     assert [hf._attention(run, "cpu") for run in runs] == ATTENTION
     assert hf._attention(runs[1], "cuda") == "eager"
 
@@ -263,7 +263,7 @@ def test_a_side_can_be_led_through_several_runs_at_once_and_again():
     side, reference = native(SMOLLM3), known(SMOLLM3.parent)
     rows = [reference["input_ids"][:, :7], reference["input_ids"]]
     runs = [
-        Run(tokens=row, positions=torch.arange(row.shape[1]).expand_as(row), attention=attention)
+        ForwardPass(tokens=row, positions=torch.arange(row.shape[1]).expand_as(row), attention=attention)
         for row, attention in zip(rows, ATTENTION)
     ]
     side.begin(runs)

@@ -21,7 +21,7 @@ from hf_models import edited
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, verify_checkpoints
+from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
 from smolconv.verify.report import render_html
 
 SMOLLM3 = FIXTURES / "nanotron/smollm3-tiny"
@@ -33,7 +33,7 @@ def document(b: Path, **options: Any) -> Document:
     """The real run of ``verify`` on the fixture and ``b``, as JSON."""
     read = ReadOptions(optimizer=options.get("optimizer", False))
     left, right = (read_checkpoint(folder, read) for folder in (NATIVE, b))
-    stored = (StoredCheckpoint(folder=NATIVE, options=read), StoredCheckpoint(folder=b, options=read))
+    stored = (AsStored(folder=NATIVE, options=read), AsStored(folder=b, options=read))
     return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored).to_json()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 
 from smolconv.continual_pretraining.engine.attention import (
     ATTENTION,
@@ -26,16 +25,13 @@ from smolconv.continual_pretraining.engine.attention import (
     multiplied_dtype,
     pack,
 )
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS
 from smolconv.continual_pretraining.recipe import schema as recipe
+from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
 from smolconv.models.huggingface import spec_from_hf, spec_to_hf
 from smolconv.models.registry import family_of
 
-#: A label that is not trained on.
-IGNORED = -100
-#: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
-#: given more rows, since every round adds to a gradient of [V, E].
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 #: Of one function, in torch.compile. torch's 8 would be used up by what comes before the first step: with and without
 #: rotation, the leak test, the start gate, and each held-out source's last batch.
 MAX_GRAPHS = 64
@@ -65,7 +61,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     )
     # A padding token would have no gradient in transformers' embedding, and stop it when beyond the vocabulary.
     raw = spec_to_hf(spec, {**config, "pad_token_id": None, "use_cache": False}, model.dtype)
-    hf_config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    hf_config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     hf_config._attn_implementation = ATTENTION
     with torch.device("meta"):
         built = _training_class(family.hf_class)(hf_config)
@@ -105,7 +101,7 @@ class TrainingForward:
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy summed over the labels that are not ``IGNORED``, fp32, and how many they are, int64.
+        """Cross entropy summed over the labels that are not ``IGNORED_LABEL``, fp32, and how many they are, int64.
 
         All are int64 [B, S]: ``positions`` are 0 where a document begins, and ``labels`` are what follows each token,
         already shifted. Without any label the sum is 0, with a graph. Leave ``positions`` on the CPU: see ``pack``.
@@ -125,7 +121,7 @@ class TrainingForward:
         hidden = self.model(  # type: ignore[attr-defined]
             input_ids=tokens, position_ids=places, attention_mask=None, use_cache=False, packing=packing
         ).last_hidden_state
-        return self.lm_head(hidden[0], targets[0]), (targets != IGNORED).sum()
+        return self.lm_head(hidden[0], targets[0]), (targets != IGNORED_LABEL).sum()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Some DeepSpeed releases cast a whole module to bfloat16, and rotary frequencies then lose their digits.
@@ -202,7 +198,7 @@ def _chunked_cross_entropy(
     for start in range(0, len(hidden), rows):
         inputs = hidden[start : start + rows].to(weight.dtype)
         wanted = labels[start : start + rows, None]
-        kept = wanted != IGNORED
+        kept = wanted != IGNORED_LABEL
         wanted = wanted.clamp_min(0)
         logits = (inputs @ weight.t()).log_softmax(-1, dtype=torch.float32)
         loss -= (logits.gather(1, wanted) * kept).sum()
@@ -285,7 +281,7 @@ def _use_liger(built: Any, architecture: str, liger: Any) -> None:
         vars(modeling).update(before)
     modeling.apply_rotary_pos_emb = _on_gpus(fused, modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
     built.lm_head.fused = liger.LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+        ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
     ).forward  # not the module itself, which would become a part of the head
 
 
@@ -360,7 +356,7 @@ def check_no_leak(model: torch.nn.Module, vocab_size: int, sequence_length: int,
     positions = torch.cat([torch.arange(half), torch.arange(sequence_length - half)])[None]
     # The changed token's own row is left out: only through attention can it reach the others.
     labels = tokens.roll(-1, 1)
-    labels[:, : half + 1] = IGNORED
+    labels[:, : half + 1] = IGNORED_LABEL
 
     def loss(changed: slice) -> float:
         ids = tokens.clone()

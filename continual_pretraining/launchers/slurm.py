@@ -10,34 +10,88 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolconv import __version__
-from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.errors import MachineError, NotInstalled, UsageError
-from smolconv.processes import BOOTSTRAP, module_words
+from smolconv.continual_pretraining.launchers.ends import SAVED
+from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
+from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
+from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.errors import Interrupted, MachineError, NotInstalled, UsageError
+from smolconv.processes import BOOTSTRAP, module_words, script_words
 
 FOLDER = "slurm"
 _OPTION_FOR_GPUS = re.compile(r"--gpus|-G|--gres[= ]\S*gpu")
 
 
-def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: int, torchrun: Sequence[str]) -> str:
-    """The script that trains ``run`` on the recipe's nodes, and is queued again when the walltime ends it.
+class Slurm(Launcher):
+    programs = ("sbatch", "srun")
 
-    ``torchrun`` starts one node's ranks, without the words that differ between nodes; they are written into it.
-    """
-    given, nodes = recipe.launch.slurm, recipe.launch.nodes
+    def place(self, given: Launch) -> tuple[int, int | None]:
+        asked = given.slurm.gpus_per_node
+        ranks = given.ranks_per_node or (1 if asked == 0 else asked)
+        if asked and ranks and ranks > asked:
+            raise UsageError(
+                f"{ranks} ranks per node need a GPU each, but launch.slurm.gpus_per_node is {asked}: leave it out, or "
+                "give --nproc-per-node at most that."
+            )
+        return given.nodes, ranks
+
+    def asks_for_gpus(self, given: Launch) -> bool | None:
+        return given.slurm.gpus_per_node != 0
+
+    def words(self, start: Start) -> list[str]:
+        """torchrun for one node's ranks, without the words that differ between nodes; they are in the script."""
+        return [*node_words(start.placed), *script_words(*start.beside_words)]
+
+    def batch_script(self, start: Start) -> str:
+        """The script that trains the run on the recipe's nodes, and is queued again when the walltime ends it."""
+        given, run, placed = start.recipe.launch, start.run, start.placed
+        name, size = start.recipe.name, f"{placed.nodes} nodes of {placed.ranks_per_node} ranks"
+        outcome = [*module_words(BESIDE, str(run)), "--world-size", str(placed.world_size), "--outcome"]
+        parts = [
+            "#!/bin/bash",
+            f"# {name}: {size}. Written by smolconv {__version__} continue-train.",
+            f"# The run, its logs and its checkpoints: {run}",
+            *(f"#SBATCH {option}" for option in _options(start)),
+            "",
+            *_titled("launch.slurm.setup", given.slurm.setup),
+            *_titled("launch.environment", [f"export {k}={shlex.quote(v)}" for k, v in given.environment.items()]),
+            "# Python imports nothing from the folder that the job was submitted from.",
+            "export PYTHONSAFEPATH=1",
+            "",
+            *_meeting(given),
+            *_resuming(start),
+            "# How the ranks of another job or an earlier start ended must not be taken for how these did.",
+            'export ATTEMPT="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+            "",
+            *_starting(start, self.words(start)),
+            "# torchrun tells success from failure only. The ranks' own code: 0 done, "
+            f"{SAVED} saved and stopped, else failed.",
+            f'{_join(outcome)} "$status" --attempt "$ATTEMPT"',
+            "status=$?",
+            *(_queueing_again(run) if given.slurm.requeue else []),
+        ]
+        return "\n".join([*parts, 'exit "$status"', ""])
+
+    def launch(self, start: Start) -> int:
+        print(f"Slurm job {submit(self.batch_script(start), start.run)}", flush=True)
+        return 0
+
+
+def _options(start: Start) -> list[str]:
+    """Those of sbatch."""
+    given = start.recipe.launch.slurm
     gpus = given.gpus_per_node
     if gpus is None and not any(_OPTION_FOR_GPUS.match(option) for option in given.options):
-        gpus = ranks_per_node
-    logs = run / "logs" / "slurm-%j.log"
+        gpus = start.placed.ranks_per_node
     options = [
-        f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', recipe.name)}",
-        f"--nodes={nodes}",
+        f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', start.recipe.name)}",
+        f"--nodes={start.placed.nodes}",
         "--ntasks-per-node=1",
         f"--time={given.time}",
         *(f"--{name}={value}" for name, value in [
             ("partition", given.partition), ("account", given.account), ("qos", given.qos),
             ("cpus-per-task", given.cpus_per_task), ("gpus-per-node", gpus or None),
         ] if value is not None),
-        f'--output="{logs}"',
+        f'--output="{start.run / "logs" / "slurm-%j.log"}"',
         "--open-mode=append",
         "--requeue" if given.requeue else "--no-requeue",
         # To the tasks, not to this script (no B:), so that it reaches every rank.
@@ -47,80 +101,70 @@ def batch_script(recipe: Recipe, run: Path, *, world_size: int, ranks_per_node: 
     for option in options:
         if "\n" in option:
             raise UsageError(f"launch.slurm: the option {option!r} has a line break; expected one option a line.")
-    module = module_words("smolconv.continual_pretraining.launchers.launch", str(run))
-    at = list(torchrun).index("--nnodes")
-    words = [shlex.quote(word) for word in torchrun]
-    words[at + 1] = '"$SLURM_NNODES"'
-    resume = words.index("--resume") + 1
-    once = words[resume] if words[resume] != "auto" else None
-    if once:
-        words[resume] = '"$RESUME"'
-    where = ["--node-rank", '"$SLURM_NODEID"', "--master-addr", '"$MASTER_ADDR"', "--master-port", '"$MASTER_PORT"']
-    task = f"""
-    trap "" USR1
-    {_lines([*words[: at + 2], *where, *words[at + 2 :], "--attempt", '"$ATTEMPT"'])}
-"""
-    outcome = _join([*module, "--world-size", str(world_size), "--outcome"])
-    cpus = ' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if given.cpus_per_task else ""
-    parts = [
-        "#!/bin/bash",
-        f"# {recipe.name}: {nodes} nodes of {ranks_per_node} ranks. Written by smolconv {__version__} continue-train.",
-        f"# The run, its logs and its checkpoints: {run}",
-        *(f"#SBATCH {option}" for option in options),
-        "",
-        *_titled("launch.slurm.setup", given.setup),
-        *_titled("launch.environment", [f"export {k}={shlex.quote(v)}" for k, v in recipe.launch.environment.items()]),
-        "# Python imports nothing from the folder that the job was submitted from.",
-        "export PYTHONSAFEPATH=1",
-        "",
+    return options
+
+
+def _meeting(given: Launch) -> list[str]:
+    host = 'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    return [
         "# Where the ranks meet: the first node, at a port of this job's own, below the ports that Linux gives away.",
-        *[
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        ][: "MASTER_ADDR" not in recipe.launch.environment],
+        *([] if "MASTER_ADDR" in given.environment else [host]),
         "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
         "export MASTER_ADDR MASTER_PORT",
         "",
-        *_titled(
-            "Queued again, the run goes on from its own last checkpoint.",
-            [
-                f"export RESUME={once}",
-                '[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || RESUME=auto',
-            ]
-            if once
-            else [],
-        ),
-        "# How the ranks of another job or an earlier start ended must not be taken for how these did.",
-        'export ATTEMPT="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
-        "",
+    ]
+
+
+def _resuming(start: Start) -> list[str]:
+    if start.resume == "auto":
+        return []
+    lines = [f"export RESUME={shlex.quote(start.resume)}", '[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || RESUME=auto']
+    return _titled("Queued again, the run goes on from its own last checkpoint.", lines)
+
+
+def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:
+    """One torchrun on every node."""
+    words = [shlex.quote(word) for word in torchrun]
+    nodes = words.index("--nnodes") + 1
+    words[nodes] = '"$SLURM_NNODES"'
+    if start.resume != "auto":
+        words[words.index("--resume") + 1] = '"$RESUME"'
+    where = ["--node-rank", '"$SLURM_NODEID"', "--master-addr", '"$MASTER_ADDR"', "--master-port", '"$MASTER_PORT"']
+    task = f"""
+    trap "" USR1
+    {_lines([*words[: nodes + 1], *where, *words[nodes + 1 :], "--attempt", '"$ATTEMPT"'])}
+"""
+    cpus = ' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if start.recipe.launch.slurm.cpus_per_task else ""
+    return [
         "# One task a node. Its script is in single quotes: the number of a node is known only to the task on it.",
         "# USR1 is for the ranks. torchrun would end by it, and inherits from the task that it is ignored.",
         "# torchrun's own patience with ranks that save before they stop is 30 seconds.",
-        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600",
+        *(f"export {name}={value}" for name, value in PATIENCE.items()),
         "# SBATCH_EXPORT=NONE would otherwise be for the tasks too, which need what is exported above.",
         f"srun --export=ALL{cpus} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
         "status=$?",
         "",
-        "# torchrun tells success from failure only. The ranks' own code: 0 done, 75 saved and stopped, else failed.",
-        f'{outcome} "$status" --attempt "$ATTEMPT"',
-        "status=$?",
     ]
-    if given.requeue:
-        parts += [
-            "",
-            "# Saved before the walltime: back into the queue, to go on. A signal in the start (130) loses nothing and",
-            "# does the same, but not twice in a row: a start that takes too long would be repeated for ever.",
-            "# Nothing else is queued again.",
-            f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
-            'if [ "$status" -eq 130 ] && [ -e "$started" ]; then',
-            '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
-            'elif [ "$status" -eq 130 ] && touch "$started"; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            'elif [ "$status" -eq 75 ]; then',
-            '    rm -f "$started"',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
-        ]
-    return "\n".join([*parts, 'exit "$status"', ""])
+
+
+def _queueing_again(run: Path) -> list[str]:
+    interrupted = Interrupted.exit_code
+    return [
+        "",
+        "# Saved before the walltime: back into the queue, to go on. "
+        f"A signal in the start ({interrupted}) loses nothing and",
+        "# does the same, but not twice in a row: a start that takes too long would be repeated for ever.",
+        "# Nothing else is queued again.",
+        f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
+        f'if [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
+        '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
+        f'elif [ "$status" -eq {interrupted} ] && touch "$started"; then',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        f'elif [ "$status" -eq {SAVED} ]; then',
+        '    rm -f "$started"',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+    ]
 
 
 def submit(script: str, run: Path) -> int:
@@ -161,3 +205,6 @@ def _lines(words: Sequence[str]) -> str:
         begins = word.startswith("--") or (word == shlex.quote(str(BOOTSTRAP)) and index > 1)
         text += f" \\\n        {word}" if begins else f" {word}"
     return text
+
+
+LAUNCHER = Slurm()

@@ -15,12 +15,10 @@ from typing import Any
 
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.tokens.eos import KNOWN_EOS, eos_of_folder
 from smolconv.errors import BadCheckpoint, UsageError
 from smolconv.layouts.nanotron.documents import read_yaml
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
-
-#: End-of-document tokens of the tokenizers in the published YAMLs.
-KNOWN_EOS = {"HuggingFaceTB/cosmo2-tokenizer": 0, "meta-llama/Llama-3.2-1B": 128001}
 
 #: Patterns of fields, in order, and why they have no place in a recipe. The first that matches counts.
 _DROPPED = {
@@ -277,7 +275,7 @@ class _Translator:
         configured = self.left.get("model.model_config.eos_token_id")
         eos = given
         if eos is None and isinstance(name, str):
-            eos = KNOWN_EOS.get(name, _eos_of_folder(Path(name)))
+            eos = KNOWN_EOS.get(name, eos_of_folder(Path(name)))
         if eos is None:
             raise UsageError(
                 f"{self.path}: the end-of-document token is not known: nanotron asks the tokenizer "
@@ -418,19 +416,6 @@ def _names(folders: list[Any]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(part)}#{i}" for i, part in enumerate(parts)]  # a folder that is there twice
-
-
-def _eos_of_folder(folder: Path) -> int | None:
-    """The EOS of a tokenizer on this disk, by its own files."""
-    try:
-        token = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
-        token = token["content"] if isinstance(token, dict) else token
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
-        found = added.get(token, tokenizer["model"]["vocab"].get(token))
-        return None if found is None else int(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _regexes(names: list[str], num_layers: int) -> list[str]:

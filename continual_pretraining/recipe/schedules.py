@@ -1,4 +1,4 @@
-"""The learning rate of a recipe: nanotron's formula as a pure function of the completed steps.
+"""The learning rate of a recipe, a pure function of the completed steps, and the table of its decays.
 
 W is ``warmup_steps``, S the completed steps before the decay, D its length. Step k of the run trains at the rate of
 k - 1 completed steps: with a warm-up step 1 at 0, step W + 1 as the first at the peak, step S + 1 still at it.
@@ -6,11 +6,96 @@ k - 1 completed steps: with a warm-up step 1 at 0, step W + 1 as the first at th
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from smolconv.continual_pretraining.recipe.schema import Schedule
+from pydantic import model_validator
+
+from smolconv.continual_pretraining.recipe.section import (
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 from smolconv.layouts.nanotron import schedule as nanotron
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay:
+    """How the rate falls from the peak to ``min_lr``, and what a recipe has to say for it."""
+
+    share: Callable[[Schedule, int, int], float]  #: of peak_lr - min_lr that is left after k of D steps, 0 <= k < D
+    formula: str  #: the share in words for docs/recipes.md, with p = k / D
+    needs: tuple[str, ...] = ()  #: fields of ``Schedule`` that are its alone
+    #: What of them cannot be with a decay of D steps.
+    mistake: Callable[[Schedule, int], str | None] = lambda schedule, steps: None
+    turns: Callable[[Schedule, int], tuple[int, ...]] = lambda schedule, steps: ()  #: every k where a new part begins
+
+
+def _nanotrons(shape: str, formula: str) -> Decay:
+    return Decay(share=lambda schedule, k, steps: nanotron.SHAPES[shape](k, steps), formula=formula)
+
+
+def _restarted(schedule: Schedule, k: int, steps: int) -> float:
+    # In whole numbers: rounded, a step that begins a cycle could lie at the end of the one before.
+    return (1 + math.cos(math.pi * ((schedule.cycles or 1) * k % steps / steps))) / 2
+
+
+def _too_many(schedule: Schedule, steps: int) -> str | None:
+    cycles = schedule.cycles or 1
+    return f"cycles {cycles} is more than the {steps} steps of the decay" if cycles > steps else None
+
+
+def _restarts(schedule: Schedule, steps: int) -> tuple[int, ...]:
+    cycles = schedule.cycles or 1
+    return tuple(-(-steps * cycle // cycles) for cycle in range(1, cycles))
+
+
+#: Every decay by the name that recipes give it. Whatever differs between them is said here and nowhere else.
+DECAYS: Mapping[str, Decay] = {
+    "linear": _nanotrons("linear", "1 - p"),
+    "cosine": _nanotrons("cosine", "(1 + cos(pi p)) / 2"),
+    "1-sqrt": _nanotrons("1-sqrt", "1 - sqrt(p)"),
+    "cosine-restarts": Decay(
+        share=_restarted, formula="(1 + cos(pi (`cycles` p mod 1))) / 2", needs=("cycles",), mistake=_too_many,
+        turns=_restarts,
+    ),
+}  # fmt: skip
+
+_NAMES = ("none", *DECAYS)
+if TYPE_CHECKING:
+    DecayName = str
+else:
+    DecayName = Literal[_NAMES]
+
+
+class Schedule(Section):
+    """The learning rate: linear warm-up, constant, then decay to min_lr (WSD), as nanotron computes it."""
+
+    train_steps: Positive  #: the last step of the run
+    peak_lr: PositiveFloat
+    min_lr: NotNegativeFloat = 0.0
+    warmup_steps: NotNegative = 0
+    decay: DecayName = "none"
+    decay_start_step: NotNegative | None = None  #: completed steps before the decay; None: train_steps - decay_steps
+    decay_steps: Positive | None = None  #: None: all that remain after decay_start_step, or after the warm-up
+    cycles: Positive | None = None  #: how often a decay with restarts falls from the peak
+
+    @model_validator(mode="after")
+    def _has_what_its_decay_needs(self) -> Schedule:
+        decay, steps = DECAYS.get(self.decay), resolved(self).decay_steps
+        if decay is None:
+            return self
+        for field in decay.needs:
+            if getattr(self, field) is None:
+                raise ValueError(f"decay {self.decay} needs schedule.{field}")
+        if steps and (mistake := decay.mistake(self, steps)) is not None:
+            raise ValueError(mistake)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +103,7 @@ class Phases:
     """A schedule with nothing left open, in completed steps."""
 
     warmup_steps: int
-    decay: Literal["none", "linear", "cosine", "1-sqrt"]
+    decay: str  #: of ``DECAYS``, or "none"
     decay_start_step: int  #: S; without a decay the end of the run
     decay_steps: int  #: D; 0 without a decay
 
@@ -45,16 +130,24 @@ def resolved(schedule: Schedule) -> Phases:
 def learning_rate(schedule: Schedule, completed_steps: int) -> float:
     """The rate of the step that follows ``completed_steps``."""
     phases = resolved(schedule)
-    none = phases.decay == "none"
+    decay = DECAYS.get(phases.decay)
     return nanotron.learning_rate(
-        completed_steps,
-        peak=schedule.peak_lr,
-        low=schedule.peak_lr if none else schedule.min_lr,
-        warmup=phases.warmup_steps,
-        start=phases.decay_start_step,
-        decay=phases.decay_steps,
-        shape=None if none else phases.decay,
-    )
+        completed_steps, peak=schedule.peak_lr, low=schedule.peak_lr if decay is None else schedule.min_lr,
+        warmup=phases.warmup_steps, start=phases.decay_start_step, decay=phases.decay_steps,
+        shape=None if decay is None else functools.partial(decay.share, schedule),
+    )  # fmt: skip
+
+
+def turning_steps(schedule: Schedule) -> set[int]:
+    """The steps of the run, counted from 1, with which a phase begins or the run ends."""
+    phases = resolved(schedule)
+    decay = DECAYS.get(phases.decay)
+    within = () if decay is None else decay.turns(schedule, phases.decay_steps)
+    completed = {
+        0, phases.warmup_steps, phases.decay_start_step, *(phases.decay_start_step + k for k in within),
+        phases.decay_end_step,
+    }  # fmt: skip
+    return {step + 1 for step in completed if step < schedule.train_steps} | {schedule.train_steps}
 
 
 def notes(schedule: Schedule) -> list[str]:
@@ -66,16 +159,23 @@ def notes(schedule: Schedule) -> list[str]:
             f"schedule: the warm-up of {schedule.warmup_steps} steps does not end before the last step, "
             f"{schedule.train_steps}: the run never trains at peak_lr."
         )
+    used = DECAYS[schedule.decay].needs if schedule.decay in DECAYS else ()
+    of_decays = ["decay_start_step", "decay_steps"] if schedule.decay == "none" else []
+    for field in dict.fromkeys([*of_decays, *(field for decay in DECAYS.values() for field in decay.needs)]):
+        if field not in used and getattr(schedule, field) is not None:
+            found.append(f"schedule.{field} has no effect: schedule.decay is {schedule.decay}.")
     if schedule.decay == "none":
-        for name in ("decay_start_step", "decay_steps"):
-            if getattr(schedule, name) is not None:
-                found.append(f"schedule.{name} has no effect: schedule.decay is none.")
         return found
     if schedule.min_lr > schedule.peak_lr:
         found.append(f"schedule.min_lr {schedule.min_lr:g} is above peak_lr {schedule.peak_lr:g}: the rate rises.")
     if phases.decay == "none" or phases.decay_start_step >= schedule.train_steps:
         found.append(f"schedule: the run ends at step {schedule.train_steps}, before its {schedule.decay} decay.")
         return found
+    return found + _decay_notes(schedule, phases)
+
+
+def _decay_notes(schedule: Schedule, phases: Phases) -> list[str]:
+    found = []
     if phases.warmup_steps == 0:
         found.append("schedule: step 1 trains at rate 0, as nanotron's formula has it; warmup_steps: 1 says the same.")
     if phases.decay_start_step < phases.warmup_steps:

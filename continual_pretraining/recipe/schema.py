@@ -11,19 +11,19 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from smolconv.continual_pretraining.launchers.registry import LauncherName
+from smolconv.continual_pretraining.recipe.schedules import Schedule
+from smolconv.continual_pretraining.recipe.section import (
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
-class Section(BaseModel):
-    """A part of a recipe. An unknown key is an error: a misspelt one would silently train something else."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-Positive = Annotated[int, Field(gt=0)]
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -32,6 +32,7 @@ class Model(Section):
 
     source: str  #: a checkpoint of any layout, or hf://owner/name
     config: str | None = None  #: for a source without one, as convert's --config
+    architecture: str | None = None  #: of a nanotron source, as convert's --architecture
     step: NotNegative | None = None  #: of a run folder with several
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
     rope_theta: PositiveFloat | None = None  #: to change the source's, for long context
@@ -115,26 +116,14 @@ class Data(Section):
         return self
 
 
-class Schedule(Section):
-    """The learning rate: linear warm-up, constant, then decay to min_lr (WSD), as nanotron computes it."""
-
-    train_steps: Positive  #: the last step of the run
-    peak_lr: PositiveFloat
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: NotNegative = 0
-    decay: Literal["none", "linear", "cosine", "1-sqrt"] = "none"
-    decay_start_step: NotNegative | None = None  #: completed steps before the decay; None: train_steps - decay_steps
-    decay_steps: Positive | None = None  #: None: all that remain after decay_start_step, or after the warm-up
-
-
 class Optimizer(Section):
     """AdamW with decoupled weight decay on fp32 masters."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NotNegativeFloat = 0.1
     no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes matched from the start of canonical names
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  #: 0: no clipping
+    max_grad_norm: NotNegativeFloat = 1.0  #: 0: no clipping
 
     @field_validator("no_decay")
     @classmethod
@@ -238,7 +227,7 @@ class Slurm(Section):
 class Launch(Section):
     """Where the ranks run. Options of the command line come before these."""
 
-    launcher: Literal["local", "torchrun", "deepspeed", "slurm"] = "local"
+    launcher: LauncherName = "local"
     nodes: Positive = 1
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None

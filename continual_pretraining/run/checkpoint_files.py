@@ -116,7 +116,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def examine(folder: Path) -> Contents:
-    """Look at the names and sizes of all files, and at the run's own documents.
+    """Look at the names and sizes of all files, and at what the run itself says of them.
 
     Raises ``BadCheckpoint`` and its kinds for a checkpoint that is not what the trainer saved.
     """
@@ -148,7 +148,7 @@ def examine(folder: Path) -> Contents:
 
 
 def read_own(folder: Path) -> Checkpoint:
-    """A step's folder as DeepSpeed's, whatever else lies in it; its documents are those of the folder alone."""
+    """A step's folder as DeepSpeed's, whatever else lies in it; its assets are those of the folder alone."""
     try:
         found = read_deepspeed(folder, ReadOptions())
     finally:
@@ -156,7 +156,7 @@ def read_own(folder: Path) -> Checkpoint:
     return replace(found, assets={name: path for name, path in found.assets.items() if path.parent == folder})
 
 
-def compare_documents(contents: Contents) -> None:
+def compare_states(contents: Contents) -> None:
     """What DeepSpeed's files say of the step and its ranks must be what ``trainer.json`` says.
 
     Raises ``MixedCheckpoint`` where it is not, and what ``read_deepspeed`` raises.

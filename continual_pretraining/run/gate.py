@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolconv.errors import TrainingStopped
-from smolconv.verify.forward import Run, Side, return_freed_memory
+from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def _source_loss(side: Side, batch: Batch) -> SourceLoss:
         starts = [*np.flatnonzero(positions == 0).tolist(), len(tokens)]
         for start, stop in itertools.pairwise(starts):
             runs.append(
-                Run(
+                ForwardPass(
                     tokens=torch.from_numpy(tokens[None, start:stop].copy()),
                     positions=torch.arange(stop - start)[None],
                     attention="sdpa",

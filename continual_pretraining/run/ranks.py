@@ -12,7 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smolconv.errors import MachineError, NotInstalled, SmolconvError
+from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
+from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
+from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.processes import usable_cores
 
 if TYPE_CHECKING:
@@ -100,14 +102,15 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
 
     ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell.
 
-    Raises ``NotInstalled`` without torch and deepspeed; ``MachineError`` where a GPU is missing, when ranks see
-    different devices, and when they do not meet.
+    Raises ``NotInstalled`` without torch, transformers and a DeepSpeed that was tried; ``MachineError`` where a GPU is
+    missing, when ranks see different devices, and when they do not meet.
     """
     from importlib.util import find_spec
 
     missing = [name for name in ("torch", "transformers", "deepspeed") if find_spec(name) is None]
     if missing:
         raise NotInstalled(f"training needs {' and '.join(missing)}: pip install 'smolconv[train]'.")
+    check_deepspeed("training")
     import torch
 
     local_rank, local_size = (int(os.environ.get(name, "0") or 0) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -119,11 +122,9 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         torch.set_num_threads(threads or max(1, usable_cores() // max(1, local_size)))
         _keep_freed_memory()
     import deepspeed
-    import deepspeed.ops
 
     if not cuda:
-        # Compiled at init_distributed otherwise, for a minute, for ranks that share memory; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_shared_memory_operations()
     else:
         torch.cuda.set_device(local_rank)
     # DeepSpeed meets the ranks by the same store, and leaves a group that is there already as it is.
@@ -132,7 +133,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise MachineError(
-            f"the ranks cannot reach each other by gloo: {_first_line(error)}\n"
+            f"the ranks cannot reach each other by gloo: {first_line(error)}\n"
             "Where a node's name leads to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
         ) from error
     del store  # not before: a server of our own ends with it
@@ -202,14 +203,10 @@ def _meet(cuda: bool) -> torch.distributed.Store:
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise MachineError(
-            f"the ranks did not meet at {where}: {_first_line(error)}\n"
+            f"the ranks did not meet at {where}: {first_line(error)}\n"
             "Check that every node reaches it, and that nothing else listens there."
         ) from error
     if found != "alike":
         message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
         raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
     return store
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

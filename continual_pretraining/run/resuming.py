@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import (
-    compare_documents,
+    compare_states,
     examine,
     problem_in,
     refuse_foreign,
@@ -109,7 +109,7 @@ def _look(folder: Path, ranks: Together) -> tuple[SmolconvError | None, tuple[st
     ranks.barrier()  # of more patience than what follows: a rank may read for long
     problem = next((found for found in ranks.everyone(mine) if found is not None), None)
     if problem is None:
-        _, problem = ranks.from_first(lambda: _tried(lambda: compare_documents(contents), folder))
+        _, problem = ranks.from_first(lambda: _tried(lambda: compare_states(contents), folder))
     if problem is not None:
         return problem, ()
     if contents.digests:

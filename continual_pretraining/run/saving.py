@@ -26,17 +26,18 @@ from smolconv.continual_pretraining.run.checkpoints import (
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.start import FOLDER as START
 from smolconv.continual_pretraining.run.start import StartPoint
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, first_line
 from smolconv.layouts.deepspeed.checkpoint_engine import (
     FileDigest,
     digest_file,
     load_torch_archive,
     save_torch_archive,
 )
+from smolconv.layouts.deepspeed.patches import saving_by
 from smolconv.storage.atomic import sync_folder, write_synced
 
 
-class _Writer:
+class _SavingEngine:
     """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
@@ -71,15 +72,9 @@ class _Writer:
 
 
 def save_run(
-    engine: Any,
-    ranks: Ranks,
-    recipe: Recipe,
-    run: Path,
-    start: StartPoint,
-    state: RunState,
-    progress: TrainingProgress,
-    after: int,
-) -> tuple[Path, Sequence[str]]:
+    engine: Any, ranks: Ranks, recipe: Recipe, run: Path, start: StartPoint, state: RunState,
+    progress: TrainingProgress, after: int,
+) -> tuple[Path, Sequence[str]]:  # fmt: skip
     """Save everything the run needs to go on from ``state.step``, and what to tell the user. All ranks call this.
 
     ``after`` is the step that this run saved or resumed last; steps beyond it belong to a branch that it has left.
@@ -93,21 +88,16 @@ def save_run(
         "config": dict(start.config),
         "weights_only": False,
     }
-    writer = _Writer(engine.checkpoint_engine)
+    writer = _SavingEngine(engine.checkpoint_engine)
     if ranks.first and partial.exists():
         # It could not be deleted before. The other ranks write into it only after DeepSpeed's first barrier.
         writer.attempt(lambda: shutil.rmtree(partial))
-    engine.checkpoint_engine = writer
-    # Rank 0 alone would copy DeepSpeed's scripts into the folder, and leave the others waiting when it could not.
-    engine._copy_recovery_script = lambda _: None
-    try:
+    with saving_by(engine, writer):
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
-    finally:
-        engine.checkpoint_engine = writer.inner
     writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
     if ranks.first:
-        writer.attempt(lambda: writer.files.update(_write_documents(partial, start, state)))
-    ended = ranks.everyone((_reason(writer.error), writer.files))
+        writer.attempt(lambda: writer.files.update(_write_own_files(partial, start, state)))
+    ended = ranks.everyone((None if writer.error is None else first_line(writer.error), writer.files))
     failures = [text for text, _ in ended if text]
     failure, notes = failures[0] if failures else None, list[str]()
     if failure is None:
@@ -124,10 +114,6 @@ def save_run(
     return final, notes
 
 
-def _reason(error: Exception | None) -> str | None:
-    return None if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _publish_and_clean(
     recipe: Recipe, run: Path, partial: Path, step: int, after: int, files: Mapping[str, FileDigest]
 ) -> tuple[str | None, list[str]]:
@@ -140,7 +126,7 @@ def _publish_and_clean(
         write_manifest(partial, step, recipe.model.source, files)
         publish(run, step)
     except OSError as error:
-        return _reason(error), []
+        return first_line(error), []
     shutil.rmtree(run / START, ignore_errors=True)  # the run goes on from its own checkpoints now
     try:
         set_aside(run, after=after, saved=step)
@@ -153,7 +139,7 @@ def _publish_and_clean(
         return None, [f"cleaning up after step {step} failed: {error}. The next save tries again."]
 
 
-def _write_documents(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
+def _write_own_files(folder: Path, start: StartPoint, state: RunState) -> dict[str, FileDigest]:
     state.write(folder)
     write_synced(folder / CONFIG, (json.dumps(dict(start.config), indent=2) + "\n").encode())
     for name, content in start.assets.items():
@@ -195,6 +181,6 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
             torch.cuda.set_rng_state(random["cuda"])
     except (BadCheckpoint, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(
-            f"{path}, the random state of rank {ranks.rank}, cannot be read ({_reason(error)}).\n"
+            f"{path}, the random state of rank {ranks.rank}, cannot be read ({first_line(error)}).\n"
             "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH."
         ) from None

@@ -23,7 +23,8 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
-from smolconv.hub.hub import is_hub_uri, open_source
+from smolconv.hub.address import is_hub_uri
+from smolconv.hub.download import open_source
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, hf_config
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
@@ -54,7 +55,7 @@ class StartPoint:
     went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
 
 
-def prepare(
+def prepare_start(
     recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None
 ) -> StartPoint:
     """Convert what the run begins with for these ranks, where it is not so already.
@@ -124,7 +125,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
     read = ReadOptions(
         config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
-        optimizer=wanted.optimizer,
+        architecture=recipe.model.architecture, optimizer=wanted.optimizer,
     )  # fmt: skip
     source = read_checkpoint(folder, read)
     checkpoint = with_overrides(source, recipe)
@@ -224,7 +225,8 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
         return
     config = None if recipe.model.config is None else Path(recipe.model.config)
     try:
-        read = ReadOptions(config=config, step=recipe.model.step, optimizer=False)
+        given = recipe.model
+        read = ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=False)
         source = read_checkpoint(Path(recipe.model.source), read)
     except (SmolconvError, OSError):
         return
@@ -278,15 +280,11 @@ def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
     """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
-    from smolconv.verify.compare import StoredCheckpoint, VerifyOptions, side_of
+    from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
-    stored = (
-        None
-        if masters or spec_differences(own.spec, checkpoint.spec)
-        else StoredCheckpoint(folder=folder, options=read)
-    )
+    stored = None if masters or spec_differences(own.spec, checkpoint.spec) else AsStored(folder=folder, options=read)
     if masters:
         parameters = {**checkpoint.tensors[Slot.PARAMETER], **masters}
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, Slot.PARAMETER: parameters})
@@ -309,7 +307,7 @@ def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapp
 
 
 def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
-    from smolconv.continual_pretraining.data.stream import position_from_stages
+    from smolconv.continual_pretraining.data.position import position_from_stages
 
     assert source.progress is not None
     stages, last = source.progress.stages, source.progress.last_stage_index

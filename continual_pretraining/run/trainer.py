@@ -18,19 +18,15 @@ from typing import Any
 import torch
 
 from smolconv.checkpoint import TrainingProgress
-from smolconv.continual_pretraining.data.stream import (
-    StepData,
-    TrainingData,
-    evaluation_batches,
-    open_folders,
-    open_held_out,
-    stages_of,
-)
+from smolconv.continual_pretraining.data.folders import open_folders, open_held_out
+from smolconv.continual_pretraining.data.position import stages_of
+from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.engine.attention import move
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
-from smolconv.continual_pretraining.estimate.estimate import FORMULA, flops_per_token
+from smolconv.continual_pretraining.estimate.flops import FORMULA, flops_per_token
+from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState, latest
@@ -41,19 +37,13 @@ from smolconv.continual_pretraining.run.start import StartPoint, first_micro_bat
 from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
-from smolconv.errors import MachineError, SmolconvError, TrainingStopped
-from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
+from smolconv.errors import MachineError, StoppedBySignal, TrainingStopped
+from smolconv.layouts.deepspeed import patches
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8
-
-
-class StoppedBySignal(SmolconvError):
-    """SIGTERM or SIGUSR1 arrived; everything is saved."""
-
-    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +89,13 @@ class Trainer:
             # One kernel over a flat tensor: as fast as DeepSpeed's own Adams, which are compiled first, for minutes.
             fused=True,
         )  # fmt: skip
-        optimizer.register_load_state_dict_pre_hook(_stay_fused)
+        patches.stay_fused(optimizer)
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
         )
-        replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
+        patches.replace_checkpoint_engine(engine)
         if self.ranks.world_size == 1:
-            # Nothing to sum: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back.
-            engine.buffered_allreduce_fallback = lambda **_: None
+            patches.reduce_nothing(engine)
         return engine
 
     def _load(self) -> None:
@@ -115,13 +104,9 @@ class Trainer:
         )
         if path is None:
             raise MachineError(f"DeepSpeed found nothing to load in {self.start.folder}, tag {self.start.tag}.")
-        # Counted by us: a source's own count would move DeepSpeed's accumulation boundary and file names.
-        self.engine.global_steps = self.start.step
-        self.engine.micro_steps = self.start.step * self.engine.gradient_accumulation_steps()
-        self.engine.global_samples = self.start.step * self.recipe.global_batch_sequences
+        patches.set_progress(self.engine, self.start.step, self.recipe.global_batch_sequences)
         set_hyperparameters(self.engine.optimizer.param_groups, self.groups, self.recipe.optimizer)
-        if hasattr(self.engine.optimizer, "clip_grad"):  # ZeRO 1 and 2 load the checkpoint's
-            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+        patches.keep_own_clipping(self.engine)
         if self.start.resumed:
             restore_random(Path(self.start.folder) / self.start.tag, self.ranks)
 
@@ -289,11 +274,8 @@ class Trainer:
                 norm = math.nan if found is None else float(found)
             return norm
         if skip:
-            update, engine.optimizer.step = engine.optimizer.step, lambda *_, **__: None
-            try:
+            with patches.without_update(engine):
                 engine.step()
-            finally:
-                engine.optimizer.step = update
             return norm
         limit = self.recipe.optimizer.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else math.inf))
@@ -380,8 +362,6 @@ class Trainer:
         )  # fmt: skip
 
     def _peak_flops(self) -> float | None:
-        from smolconv.continual_pretraining.watch.metrics import peak_flops
-
         name = torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else None
         one = peak_flops(name, self.recipe.logging.peak_tflops)
         return None if one is None else one * self.ranks.world_size
@@ -389,15 +369,6 @@ class Trainer:
     def _say(self, text: str, step: int | None = None) -> None:
         if self.watch is not None:
             self.watch.event(self.start.step if step is None else step, text)
-
-
-def _stay_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loading takes over how a checkpoint's optimizer was executed, which is ten times slower on a CPU when not fused.
-
-    Before it is loaded: Adam's step then goes to the device where the fused kernel wants it.
-    """
-    for group in state["param_groups"]:
-        group.update(fused=True, foreach=None, capturable=False)
 
 
 def _listen(trainer: Trainer) -> None:

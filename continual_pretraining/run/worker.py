@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
-from smolconv.continual_pretraining.recipe.schema import Export, Recipe
+from smolconv.continual_pretraining.recipe.schema import Export
 from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
-from smolconv.errors import SmolconvError
+from smolconv.errors import SmolconvError, StoppedBySignal
 
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.run.trainer import Trainer
@@ -33,15 +34,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
-    ranks = join_ranks(recipe.parallelism.threads, gpus=_asks_for_gpus(recipe))
+    asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
+    ranks = join_ranks(recipe.parallelism.threads, gpus=asked)
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.run.resuming import find_origin
-    from smolconv.continual_pretraining.run.start import prepare
+    from smolconv.continual_pretraining.run.start import prepare_start
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
     origin = find_origin(recipe, run, resume, ranks)
-    start = ranks.from_first(lambda: prepare(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin))
+    start = ranks.from_first(
+        lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
+    )
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
     if done:
@@ -61,18 +65,12 @@ def run_rank(run: Path, resume: str) -> None:
         os.close(lock)
 
 
-def _asks_for_gpus(recipe: Recipe) -> bool | None:
-    """Whether the launch has asked for GPUs; None for launchers that take what the node has."""
-    return recipe.launch.slurm.gpus_per_node != 0 if recipe.launch.launcher == "slurm" else None
-
-
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
     """Rank 0 exports, and the others wait for it.
 
     Raises ``StoppedBySignal`` on rank 0, and ``Elsewhere`` on the others: all is saved, and the next start exports.
     """
     from smolconv.continual_pretraining.run.export import export_run
-    from smolconv.continual_pretraining.run.trainer import StoppedBySignal
 
     weights = trainer.weights() if export.verify else None
 

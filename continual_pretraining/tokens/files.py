@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, UsageError
 
 IGNORED_LABEL = -100  #: what torch's cross entropy leaves out
@@ -228,10 +229,10 @@ class TokenFolder:
         most, count = int(ids[counts.argmax()]), int(counts.max())
         # Where datatrove shuffled chunks, its index has their borders, too, and most may lie within documents.
         chunked = all("chunk_shuffled" in file.path.name for file in indexed)
-        if 2 * right > total or (chunked and right == count):
+        if ends_documents(right, total) or (chunked and right == count):
             return
         what = f"{self.path}: {right} of {total} documents end in data.eos_token_id {eos_token_id} (by .ds.index)"
-        if 2 * count > total:
+        if ends_documents(count, total):
             raise UsageError(
                 f"{what}; {count} end in {most}.\nWith the wrong EOS, documents would not be told apart.\n"
                 f"Set data.eos_token_id={most} if that is the EOS of {self.files[0].tokenizer or 'the tokenizer'}."

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
 from smolconv.errors import CorruptFile
 
@@ -19,6 +21,39 @@ SCANNED_TOKENS = 1 << 28
 _CHUNK = 1 << 20
 
 Int64s = NDArray[np.int64]
+
+
+@dataclass(kw_only=True)
+class _Scan:
+    """What was counted in the beginnings of files."""
+
+    sequence_length: int
+    tokens: int = 0
+    highest: int = 0  #: id
+    masked: int = 0  #: tokens that are not to be predicted
+    windows: int = 0
+    pieces: int = 0  #: of documents that begin within a window
+    empty: int = 0  #: documents
+    lengths: Counter[int] = field(default_factory=Counter)
+    last_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, file: TokenFile, part: NDArray[Any], eos_token_id: int | None, *, told_apart: bool) -> None:
+        row = self.sequence_length + 1
+        self.tokens += len(part)
+        for ends, previous in _ends(file, part, eos_token_id) if told_apart else ():
+            some = np.diff(ends, prepend=previous)
+            self.empty += int((some == 0).sum())
+            _count(self.lengths, some)
+            real = ends[(some > 0) & (ends <= len(part))]
+            _count(self.last_tokens, part[real - 1])
+            # A document that begins at a window's last token is seen by it only as a label.
+            column = real[real < len(part) // row * row] % row
+            self.pieces += int(((column > 0) & (column < self.sequence_length)).sum())
+        self.windows += len(part) // row
+        if file.has_loss:
+            self.masked += int((file.losses[: len(part)] == 0).sum())
+        for start in range(0, len(part), _CHUNK):
+            self.highest = max(self.highest, int(part[start : start + _CHUNK].max()))
 
 
 def report_tokens(
@@ -34,46 +69,19 @@ def report_tokens(
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=True)
     # With one token a row every folder can be opened; windows of the asked length are counted below.
     folder = TokenFolder.open(path, 1, vocab_size=vocab_size)
-    lengths: Counter[int] = Counter()
-    last_tokens: Counter[int] = Counter()
-    inside = pieces = windows_scanned = masked = highest = scanned = empty = 0
     told_apart = all(file.documents is not None for file in folder.files) or eos_token_id is not None
+    scan = _Scan(sequence_length=sequence_length)
     share = max(1, SCANNED_TOKENS // len(folder.files))
     for file in folder.files:
-        part = file.ids[:share]
-        scanned += len(part)
-        if told_apart:
-            for ends, previous in _ends(file, part, eos_token_id):
-                some = np.diff(ends, prepend=previous)
-                empty += int((some == 0).sum())
-                _count(lengths, some)
-                real = ends[(some > 0) & (ends <= len(part))]
-                _count(last_tokens, part[real - 1])
-                row, used = sequence_length + 1, len(part) // (sequence_length + 1) * (sequence_length + 1)
-                # A document that begins at a window's last token is seen by it only as a label.
-                column = real[real < used] % row
-                pieces += int(((column > 0) & (column < sequence_length)).sum())
-        windows_scanned += len(part) // (sequence_length + 1)
-        if file.has_loss:
-            masked += int((file.losses[: len(part)] == 0).sum())
-        for start in range(0, len(part), _CHUNK):
-            chunk = part[start : start + _CHUNK]
-            highest = max(highest, int(chunk.max()))
-    if vocab_size is not None and highest >= vocab_size:
+        scan.add(file, file.ids[:share], eos_token_id, told_apart=told_apart)
+    if vocab_size is not None and scan.highest >= vocab_size:
         raise CorruptFile(
-            f"{path}: token id {highest} is outside the tokenizer's vocabulary of {vocab_size}.\n"
+            f"{path}: token id {scan.highest} is outside the tokenizer's vocabulary of {vocab_size}.\n"
             f"The folder was tokenised with {folder.files[0].tokenizer or 'another tokenizer'}.\n"
             "Name that tokenizer, or tokenise the text again."
         )
     windows = sum(file.tokens // (sequence_length + 1) for file in folder.files)
-    end = eos_token_id if eos_token_id is not None else _most(last_tokens)
-    if end is not None:
-        found = sum(_occurrences(file.ids[:share], end) for file in folder.files)
-        inside = found - last_tokens[end]
-    endings = [
-        {"id": token, "token": None if tokenizer is None else tokenizer.id_to_token(token), "documents": count}
-        for token, count in last_tokens.most_common(5)
-    ]
+    end = eos_token_id if eos_token_id is not None else _most(scan.last_tokens)
     report = {
         "schema": 1,
         "folder": str(path),
@@ -84,24 +92,25 @@ def report_tokens(
         "tokens": folder.tokens,
         "token_bytes": folder.token_size,
         "tokenizer": folder.files[0].tokenizer,
-        "scanned_tokens": scanned,
-        "highest_id": highest,
-        "documents": sum(lengths.values()) if told_apart else None,
-        "empty_documents": empty if told_apart else None,
-        "lengths": _statistics(lengths) if lengths else None,
-        "endings": endings,
+        "scanned_tokens": scan.tokens,
+        "highest_id": scan.highest,
+        "documents": sum(scan.lengths.values()) if told_apart else None,
+        "empty_documents": scan.empty if told_apart else None,
+        "lengths": _statistics(scan.lengths) if scan.lengths else None,
+        "endings": [
+            {"id": token, "token": None if tokenizer is None else tokenizer.id_to_token(token), "documents": count}
+            for token, count in scan.last_tokens.most_common(5)
+        ],
         "eos": None if end is None else {
-            "id": end,
-            "given": eos_token_id is not None,
-            "documents_ending": last_tokens[end],
-            "documents_seen": sum(last_tokens.values()),
-            "inside_documents": inside,
+            "id": end, "given": eos_token_id is not None, "documents_ending": (ending := scan.last_tokens[end]),
+            "documents_seen": sum(scan.last_tokens.values()),
+            "inside_documents": sum(_occurrences(file.ids[:share], end) for file in folder.files) - ending,
         },
         "sequence_length": sequence_length,
         "windows": windows,
         "tail_share": 1 - windows * (sequence_length + 1) / folder.tokens,
-        "documents_per_window": 1 + pieces / windows_scanned if windows_scanned and told_apart else None,
-        "masked_share": masked / scanned if folder.has_loss else None,
+        "documents_per_window": 1 + scan.pieces / scan.windows if scan.windows and told_apart else None,
+        "masked_share": scan.masked / scan.tokens if folder.has_loss else None,
         "first_documents": [_shown(ids, tokenizer) for ids in _first(folder, documents, eos_token_id)],
         "problems": [],
     }  # fmt: skip
@@ -109,14 +118,20 @@ def report_tokens(
     return report
 
 
+def eos_ends_documents(report: dict[str, Any]) -> bool:
+    """Whether the EOS of a report, given or found, is one."""
+    eos = report["eos"]
+    return eos is not None and ends_documents(eos["documents_ending"], eos["documents_seen"])
+
+
 def _problems(report: dict[str, Any]) -> list[str]:
     found = []
     eos, windows = report["eos"], report["windows"]
     if report["documents"] is None:
         found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
-    elif eos is None or 2 * eos["documents_ending"] <= eos["documents_seen"]:
+    elif not eos_ends_documents(report):
         most = report["endings"][0]
-        if eos and 2 * most["documents"] > eos["documents_seen"]:
+        if eos and ends_documents(most["documents"], eos["documents_seen"]):
             found.append(
                 f"{eos['documents_ending']} of {eos['documents_seen']} documents end in {eos['id']}; "
                 f"{most['documents']} end in {most['id']}: set data.eos_token_id to that"
@@ -128,7 +143,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
             )
     if report["empty_documents"]:
         found.append(f"{report['empty_documents']} documents are empty (equal entries of the index)")
-    if eos and 2 * eos["documents_ending"] > eos["documents_seen"] and eos["inside_documents"] > 0:
+    if eos_ends_documents(report) and eos["inside_documents"] > 0:
         found.append(
             f"{eos['id']} occurs {eos['inside_documents']} times within documents: "
             "boundaries by EOS and by index differ"
@@ -157,7 +172,7 @@ def _ends(file: TokenFile, part: NDArray[Any], eos_token_id: int | None) -> Iter
 def _most(last_tokens: Counter[int]) -> int | None:
     """The token that more than half of the documents end in."""
     for token, count in last_tokens.most_common(1):
-        if 2 * count > last_tokens.total():
+        if ends_documents(count, last_tokens.total()):
             return token
     return None
 

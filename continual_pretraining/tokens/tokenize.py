@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -24,16 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, NotInstalled, UsageError, some_of
+from smolconv.continual_pretraining.tokens.eos import choose_eos
+from smolconv.continual_pretraining.tokens.inputs import KINDS, TextFiles, as_document, find_inputs, kind_of
+from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer, load_tokenizer, tokenizing_needs
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, NotInstalled, UsageError
 from smolconv.processes import safe_children, usable_cores
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
-#: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
-KINDS = {"jsonl": ("orjson",), "parquet": ("pyarrow",), "txt": ()}
-_SUFFIX = re.compile(r"\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
-#: Ends of documents in the pretraining data of SmolLM2 and of SmolLM3 (Llama 3's tokenizer). Their instruct
-#: tokenizers name another token as eos, the end of a chat turn.
-PRETRAINING_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 #: Input of a task unless --tasks is given: a function of the input alone, so that every machine writes the same files.
 TASK_BYTES = 100_000_000
 DOCUMENTS_PER_BATCH = 1000
@@ -130,8 +126,8 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
         raise UsageError("--max-tokens-per-file needs shuffling: datatrove splits a file when it writes it shuffled.")
     if options.separator == "":
         raise UsageError("--separator is empty. Expected the text between two documents, such as '\\n\\n\\n'.")
-    files = _find_inputs(inputs)
-    if options.separator is not None and "txt" not in {_kind(path) for path in files}:
+    files = find_inputs(inputs)
+    if options.separator is not None and "txt" not in {kind_of(path) for path in files}:
         raise UsageError("--separator divides .txt files, and there is none among the inputs.")
     for path in inputs:
         refuse_nested(path, target)
@@ -145,7 +141,7 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
         # encode_batch obeys them, so documents would be cut, or filled up to the longest of a batch.
         if getattr(tokenizer, switch) is not None:
             raise UsageError(f'{path} asks for {switch} of every text. Set "{switch}" to null in a copy, and use that.')
-    eos, eos_from = (None, "--no-eos") if options.no_eos else _choose_eos(tokenizer, path, options.eos)
+    eos, eos_from = (None, "--no-eos") if options.no_eos else choose_eos(tokenizer, path, options.eos)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     return TokenizePlan(
         inputs=tuple(files), input_bytes=size, target=target.absolute(), tokenizer=path, vocab_size=vocab_size,
@@ -185,13 +181,9 @@ def run_local(
 
 
 def submit_to_slurm(
-    plan: TokenizePlan,
-    slurm: SlurmOptions,
-    *,
-    workers: int | None = None,
-    overwrite: bool = False,
+    plan: TokenizePlan, slurm: SlurmOptions, *, workers: int | None = None, overwrite: bool = False,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Queue a job array, and a job after it that names the folder; returns their ids and where script and logs are.
 
     ``plan.logs/tokenize/launch_script.slurm`` is what was submitted. ``workers`` bounds how many tasks run at once.
@@ -241,189 +233,18 @@ class FinishJob:
             _finish(self.plan, folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextFiles:
-    """datatrove has no reader of plain text: a file is a document, or several divided by ``separator``.
-
-    ``paths_file`` lists the files; blank documents are left out.
-    """
-
-    paths_file: str
-    separator: str | None
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        from datatrove.data import Document
-        from datatrove.io import get_shard_from_paths_file, open_file
-
-        yield from data or ()
-        for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
-            with open_file(path, "rt", encoding="utf-8", compression="infer", newline="") as file:
-                try:
-                    text = file.read()
-                except UnicodeDecodeError as error:
-                    raise CorruptFile(f"{path} is not UTF-8: {error}. Convert it, or leave it out.") from None
-            for number, part in enumerate([text] if self.separator is None else text.split(self.separator)):
-                if part.strip():
-                    yield Document(text=part, id=f"{path}/{number}")
-
-
-# --- input -----------------------------------------------------------------------------------------------------------
-
-
-def _kind(path: Path) -> str | None:
-    found = _SUFFIX.search(path.name)
-    return None if found is None or (found[1] == "parquet" and found[2]) else found[1]
-
-
-def _find_inputs(inputs: list[Path]) -> list[Path]:
-    """Files in the order of the inputs, a folder's sorted by path. Hidden files and other suffixes are passed over."""
-    expected = "Expected .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt or a folder of them."
-    files: list[Path] = []
-    for given in inputs:
-        if not given.exists():
-            raise UsageError(f"{given} is not there. {expected}")
-        if given.is_dir():
-            found = [path for path in sorted(given.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-            found = [path for path in found if _kind(path) is not None]
-            if not found:
-                raise UsageError(f"{given} holds no text that can be read. {expected}")
-            files += found
-        elif _kind(given) is None:
-            raise UsageError(f"{given}: its suffix says nothing about its format. {expected}")
-        else:
-            files.append(given)
-    files = [path.absolute() for path in files]
-    twice = [path for path, count in Counter(files).items() if count > 1]
-    if twice:
-        raise UsageError(f"{twice[0]} is named twice: its documents would be there twice. Name it once.")
-    return files
-
-
-def _adapt(reader: Any, data: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    """A row as the fields of a document, without the metadata that token files cannot hold."""
-    if not isinstance(data, dict) or reader.text_key not in data:
-        keys = ", ".join(map(str, list(data)[:8])) if isinstance(data, dict) else type(data).__name__
-        raise CorruptFile(
-            f"/{path.lstrip('/')}: row {number} has no {reader.text_key!r} (it has: {keys}).\n"
-            "Pass --text-key with the name of the text, or mend the row."
-        )
-    text = data[reader.text_key]
-    if text is not None and not isinstance(text, str):
-        raise CorruptFile(
-            f"/{path.lstrip('/')}: row {number} has a {type(text).__name__} under {reader.text_key!r}, not text.\n"
-            "Pass --text-key with the name of the text, or mend the row."
-        )
-    return {"text": text, "id": f"{path}/{number}"}
-
-
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-
-
-def find_tokenizer(name: str) -> Path:
-    """The tokenizer.json of a folder, itself, or that of ``owner/name``, downloaded to the Hub's cache."""
-    path = Path(name)
-    if path.is_dir():
-        path /= "tokenizer.json"
-        if not path.is_file():
-            raise MissingFile(
-                f"{path} is not there. Expected a folder with the tokenizer.json of the tokenizers library."
-            )
-    if path.is_file():
-        return path.absolute()
-    if not re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", name):
-        raise UsageError(f"--tokenizer {name}: no such file or folder, and not an owner/name on the Hub.")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise NotInstalled(f'fetching {name} needs huggingface_hub. Install it: pip install "smolconv[hub]"') from None
-    repo = name.removeprefix("hf://")
-    try:
-        path = Path(hf_hub_download(repo, "tokenizer.json"))
-        hf_hub_download(repo, "tokenizer_config.json")  # lies beside it, and names the eos
-    except Exception as error:  # the client's errors have no common base class
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise MachineError(
-            f"--tokenizer {name} is no local file or folder, and could not be fetched from the Hub: {said[0]}\n"
-            "Check the name and the network, or give a local folder."
-        ) from None
-    return path
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Raises ``CorruptFile``, and ``NotInstalled`` without the tokenizers library."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise _not_installed(["tokenizers"]) from None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises the base class itself
-        raise CorruptFile(f"{path} is not a tokenizer.json of the tokenizers library ({error}).") from None
-    return tokenizer
-
-
-def _choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]:
-    """The token that ends documents, and who says so."""
-    if asked is not None:
-        if tokenizer.token_to_id(asked) is None:
-            raise UsageError(f"--eos {asked} is not a token of {path}. It has: {_special(tokenizer)}.")
-        return asked, "--eos"
-    own, said_by = _own_eos(tokenizer, path)
-    if own is None:
-        raise UsageError(
-            f"no file beside {path} says which token ends a document.\n"
-            f"Pass --eos TOKEN, one of: {_special(tokenizer)}; or --no-eos."
-        )
-    others = [token for token in PRETRAINING_ENDS if tokenizer.token_to_id(token) is not None]
-    if others and own not in others:
-        raise UsageError(
-            f"{said_by} names {own} (id {tokenizer.token_to_id(own)}) as eos, as chat tokenizers do, but pretraining "
-            f"data usually ends in {others[0]} (id {tokenizer.token_to_id(others[0])}).\n"
-            "Where the data's EOS is not the recipe's, positions and attention never restart at a document.\n"
-            f"Choose: --eos '{others[0]}' or --eos '{own}'."
-        )
-    return own, str(said_by)
-
-
-def _own_eos(tokenizer: Any, path: Path) -> tuple[str | None, Path]:
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
-        beside = path.with_name(name)
-        if not beside.is_file():
-            continue
-        try:
-            document = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptFile(f"{beside} is not JSON ({error}).") from None
-        token = document.get("eos_token") if isinstance(document, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is None and isinstance(document, dict) and isinstance(document.get("eos_token_id"), int):
-            token = tokenizer.id_to_token(document["eos_token_id"])
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-            return token, beside
-    return None, path
-
-
-def _special(tokenizer: Any) -> str:
-    names = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
-    return some_of(names, 8) or "no special tokens"
-
-
 # --- datatrove -------------------------------------------------------------------------------------------------------
-
-
-def _not_installed(missing: list[str]) -> NotInstalled:
-    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: pip install 'smolconv[data]'")
 
 
 def _require_datatrove(plan: TokenizePlan) -> None:
     needed = ["datatrove", "tokenizers"]
-    for kind in sorted({_kind(path) or "" for path in plan.inputs}):
+    for kind in sorted({kind_of(path) or "" for path in plan.inputs}):
         needed += KINDS[kind]
     if any(path.name.endswith(".zst") for path in plan.inputs):
         needed.append("zstandard")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        raise _not_installed(missing)
+        raise tokenizing_needs(missing)
 
 
 def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
@@ -434,7 +255,7 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
 
     steps: list[Any] = []
     for kind in KINDS:
-        files = [path for path in plan.inputs if _kind(path) == kind]
+        files = [path for path in plan.inputs if kind_of(path) == kind]
         if not files:
             continue
         listing = plan.logs / f"inputs-{kind}.txt"
@@ -443,7 +264,7 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
             steps.append(TextFiles(paths_file=str(listing), separator=plan.options.separator))
         else:
             reader = JsonlReader if kind == "jsonl" else ParquetReader
-            steps.append(reader("/", paths_file=str(listing), text_key=plan.options.text_key, adapter=_adapt))
+            steps.append(reader("/", paths_file=str(listing), text_key=plan.options.text_key, adapter=as_document))
     seed = plan.options.shuffle_seed
     tokenizer = DocumentTokenizer(
         str(folder), str(plan.tokenizer), eos_token=plan.eos_token, shuffle_documents=seed is not None, seed=seed,

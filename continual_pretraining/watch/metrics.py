@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import re
 import secrets
 import sys
 from collections import deque
@@ -21,40 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.errors import MachineError, NotInstalled
+from smolconv.errors import MachineError, NotInstalled, first_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
 EventKind = Literal["note", "spike", "resume", "evaluation"]
 #: Speed on the terminal and the time left are means over this many steps.
 _RECENT_STEPS = 100
 _BLOCK_BYTES = 1 << 20
-
-#: Dense bf16 FLOP/s with fp32 accumulation, by what torch calls the device. NVIDIA's datasheets print the double, "with
-#: sparsity", for Hopper and later: H100 (SXM 1,979, PCIe 1,513, NVL 1,671), H200 (SXM 1,979, NVL 1,671), HGX B200 (36
-#: PFLOPS of 8). A100 312; L40S 362; Ada GPU architecture whitepaper: RTX 4090 165.2. A slice of a GPU (MIG) has none.
-_PEAKS = (
-    (r"NVIDIA H100 80GB HBM3", 989e12),
-    (r"NVIDIA H100 PCIe", 756e12),
-    (r"NVIDIA H100 NVL", 835e12),
-    (r"NVIDIA (H200|GH200.*)", 989e12),
-    (r"NVIDIA H200 NVL", 835e12),
-    (r"(NVIDIA )?A100[ -].*", 312e12),
-    (r"NVIDIA B200", 2250e12),
-    (r"NVIDIA L40S", 362e12),
-    (r"NVIDIA GeForce RTX 4090", 165e12),
-)
-
-
-def peak_flops(device_name: str | None, peak_tflops: float | None = None) -> float | None:
-    """FLOP/s that one device could do in dense bf16: the recipe's ``peak_tflops``, or by its name; None: unknown."""
-    if peak_tflops is not None:
-        return peak_tflops * 1e12
-    if device_name is None or "MIG" in device_name:
-        return None
-    return next((peak for name, peak in _PEAKS if re.fullmatch(name, device_name)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +57,7 @@ class Watch:
     """Open while a run trains. Lines of a file that belong to ``first_step`` or later are dropped on opening.
 
     ``flops_per_token`` is by the formula that ``flops_formula`` names, ``peak_flops`` of all ranks together; without a
-    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when that is a terminal.
+    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when the launcher does, by ``LIVE``.
 
     Raises ``NotInstalled`` and ``MachineError`` when a tracker of the recipe cannot be started.
     """
@@ -101,7 +77,7 @@ class Watch:
         patient = recipe.checkpoints.on_full_disk == "continue"
         self._metrics = _Lines(folder / METRICS, first_step, patient=patient, warn=self._say)
         self._events = _Lines(folder / EVENTS, first_step, patient=patient, warn=self._say)
-        if sys.stderr.isatty() if interactive is None else interactive:
+        if os.environ.get(LIVE) == "1" if interactive is None else interactive:
             self._start_display()
         if first_step > 1:
             self.event(first_step, f"resumed after step {first_step - 1}", kind="resume")
@@ -157,7 +133,7 @@ class Watch:
             try:
                 sink.close()
             except Exception as error:
-                self._say(f"warning: {sink.name} did not end well: {_first_line(error)}")
+                self._say(f"warning: {sink.name} did not end well: {first_line(error)}")
         self._sinks = []
 
     # --- trackers ---
@@ -168,7 +144,7 @@ class Watch:
                 sink.log(step, values)
             except Exception as error:  # whatever a tracker's trouble is, it is not worth a run
                 self._sinks.remove(sink)
-                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {_first_line(error)}")
+                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {first_line(error)}")
 
     # --- the terminal ---
 
@@ -387,15 +363,11 @@ def _open_sink(name: str, start: Callable[[], _Sink]) -> _Sink:
         return start()
     except ImportError as error:
         raise NotInstalled(
-            f"logging.{name} needs {name}, which cannot be imported: {_first_line(error)}\n"
+            f"logging.{name} needs {name}, which cannot be imported: {first_line(error)}\n"
             f"pip install {name}, or take logging.{name} out of the recipe."
         ) from None
     except Exception as error:
         raise MachineError(
-            f"logging.{name}: {name} could not be started: {type(error).__name__}: {_first_line(error)}\n"
+            f"logging.{name}: {name} could not be started: {type(error).__name__}: {first_line(error)}\n"
             f"Set it up (an account, the network, its offline mode), or take logging.{name} out of the recipe."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

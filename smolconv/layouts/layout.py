@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
+from smolconv.layouts.listing import Listing, Needed
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.storage.manifest import MANIFEST
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
@@ -45,6 +46,7 @@ class ReadOptions:
 
     config: Path | None = None  #: a config to use instead of the folder's own
     step: int | None = None  #: which step of a run folder; the latest by default
+    architecture: str | None = None  #: which family, where a nanotron config could be of several
     rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
     optimizer: bool = True  #: read Adam's state when it is there
     check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
@@ -70,6 +72,15 @@ class OwnFiles:
     step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
 
 
+class NeededFiles(Protocol):
+    """The files that reading a checkpoint takes, or None where the listing's folder holds none of this layout.
+
+    ``step`` chooses one of a run; without ``optimizer`` Adam's tensors are left out.
+    """
+
+    def __call__(self, listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """One layout: how it is recognised, read and written."""
@@ -78,7 +89,9 @@ class Layout:
     words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
     title: str  #: for people
     signs: str  #: what its folders are recognised by, for the message that nothing was
+    marks: tuple[str, ...]  #: names of files, as patterns, of which each of its folders has one
     detect: Callable[[Path], bool]
+    needed_files: NeededFiles
     #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
     read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
     own_files: Callable[[Path], OwnFiles]
@@ -215,6 +228,8 @@ def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
         known = read_json(checkpoint.assets["config.json"])
     carried = {**(checkpoint.source.nanotron_config or {}), **known}
+    if known.get("model_type") != checkpoint.spec.architecture:
+        known = {}  # --architecture asked for another family, whose class knows other fields
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
+from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UnsupportedModel, UsageError
 from smolconv.files import noting_files
 from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.layout import Layout, ReadOptions
+from smolconv.layouts.listing import Listing, companions, no_checkpoint
 from smolconv.layouts.nanotron.layout import NANOTRON
+from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files
 
@@ -33,8 +35,28 @@ def detect_layout(folder: Path) -> Layout:
     for layout in LAYOUTS:
         if layout.detect(folder):
             return layout
-    signs = ", nor ".join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
-    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs} is there.")
+    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {_signs(', nor ')} is there.")
+
+
+def needed_files(listing: Listing, folder: str, *, step: int | None = None, optimizer: bool = True) -> list[str]:
+    """The paths that reading the checkpoint in a listing's folder takes, sorted; never empty.
+
+    Layouts are not exclusive: what each of them needs is added up, and the reader decides. Raises ``MissingFile`` and
+    its kind.
+    """
+    found = [layout.needed_files(listing, folder, step=step, optimizer=optimizer) for layout in LAYOUTS]
+    here = [needed for needed in found if needed is not None]
+    if not here:
+        marks = tuple(mark for layout in LAYOUTS for mark in layout.marks)
+        raise no_checkpoint(listing, folder, marks, f"Expected {_signs(', or ')}.")
+    paths = frozenset[str]().union(*(needed.paths for needed in here))
+    if not paths and here[0].lacking is not None:
+        raise here[0].lacking
+    return sorted(paths | companions(listing, folder))
+
+
+def _signs(between: str) -> str:
+    return between.join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
 
 
 def _hint(path: Path) -> str:
@@ -51,11 +73,23 @@ def read_checkpoint(folder: Path, options: ReadOptions = ReadOptions()) -> Check
 
 
 def _read(folder: Path, options: ReadOptions) -> Checkpoint:
+    asked = None if options.architecture is None else family_named(options.architecture).name
+    checkpoint = check_dtypes(_read_layout(folder, options))
+    if asked not in (None, checkpoint.spec.architecture):
+        raise UnsupportedModel(
+            f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture says {asked}.\n"
+            "Leave it out: only a nanotron config can be of several architectures."
+        )
+    return checkpoint
+
+
+def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
     layout = detect_layout(folder)
     if options.base is not None and not layout.takes_base:
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout.name}.")
-    base = None if options.base is None else read_checkpoint(options.base, ReadOptions(optimizer=False))
+    of_base = ReadOptions(optimizer=False, architecture=options.architecture)
+    base = None if options.base is None else read_checkpoint(options.base, of_base)
     try:
-        return check_dtypes(layout.read(folder, options, base))
+        return layout.read(folder, options, base)
     finally:
         close_thread_files()  # reading a layout may open them; a file that is replaced later must be opened anew

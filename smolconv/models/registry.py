@@ -14,6 +14,8 @@ from smolconv.models.spec import ModelSpec
 _NAMES = (
     "llama",
     "smollm3",
+    "qwen2",
+    "qwen3",
 )
 FAMILIES: Mapping[str, Family] = {name: import_module(f"smolconv.models.{name}").FAMILY for name in _NAMES}
 

@@ -225,15 +225,15 @@ class SourceSeals:
     warnings: tuple[str, ...] = ()
 
 
-def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], documents: Iterable[str]) -> SourceSeals:
+def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable: Iterable[str]) -> SourceSeals:
     """The seals of all files that ``checkpoint`` was read from and of those below ``tensors``.
 
-    ``documents`` are names of files that people edit, such as README.md: a change of those is a warning. Raises
+    ``editable`` are names of files that people edit, such as README.md: a change of those is a warning. Raises
     ``DigestMismatch`` when a file is not of the size that the source's manifest lists, or is not listed there.
     """
     leaves = {leaf.path for tensor in tensors for leaf in tensor.leaves()}
     paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
-    seals, warnings, edited = archive_seals(paths), list[str](), set(documents)
+    seals, warnings, edited = archive_seals(paths), list[str](), set(editable)
     checksums: list[Seal] = []
     read = set(paths)
     manifest = find_manifest(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -53,7 +53,7 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredCheckpoint:
+class AsStored:
     """Where a checkpoint lies as it was stored, for the forward that runs on that and not on our reading of it."""
 
     folder: Path
@@ -183,7 +183,7 @@ def verify_checkpoints(
     b: Checkpoint,
     options: VerifyOptions = VerifyOptions(),
     *,
-    stored: tuple[StoredCheckpoint | None, StoredCheckpoint | None] = (None, None),
+    stored: tuple[AsStored | None, AsStored | None] = (None, None),
 ) -> VerifyReport:
     """Compare tier by tier. With ``stored`` a side's own forward runs on the folder, else on its canonical tensors."""
     differences = spec_differences(a.spec, b.spec)
@@ -226,17 +226,39 @@ def verify_checkpoints(
     )
 
 
-def side_of(checkpoint: Checkpoint, stored: StoredCheckpoint | None, options: VerifyOptions) -> Side:
+def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
+    """Our own forward on its native tensors."""
+    from smolconv.verify.native import NanotronSide
+
+    if options.engine == "transformers":
+        return None
+    return NanotronSide(read_native_model(stored.folder, stored.options), dtype, options.device)
+
+
+def _huggingface_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
+    """transformers on the folder, unless another config is to be believed."""
+    from smolconv.verify.hf import FolderWeights, TransformersSide
+
+    if stored.options.config is not None:
+        return None
+    return TransformersSide(FolderWeights(stored.folder), dtype, options.device)
+
+
+#: By layout, a forward that needs nothing of our mapping. None is what it says where it does not apply.
+_INDEPENDENT: Mapping[str, Callable[[AsStored, VerifyOptions, Any], Side | None]] = {
+    "nanotron": _nanotron_side, "huggingface": _huggingface_side,
+}  # fmt: skip
+
+
+def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOptions) -> Side:
     """The forward that is as independent of our mapping as the layout allows.
 
-    nanotron: our own on its native tensors. Hugging Face: transformers on the folder. DeepSpeed, and whatever is not as
-    it was stored: transformers on the canonical tensors.
+    Where no layout has one of its own, and for whatever is not as it was stored: transformers on canonical tensors.
     """
     import torch
     from transformers.activations import ACT2FN
 
-    from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide
-    from smolconv.verify.native import NanotronSide
+    from smolconv.verify.hf import CanonicalWeights, TransformersSide
 
     if checkpoint.spec.activation not in ACT2FN:
         raise UnsupportedModel(
@@ -244,15 +266,13 @@ def side_of(checkpoint: Checkpoint, stored: StoredCheckpoint | None, options: Ve
             "Compare with verify --tensors-only, or convert without --verify."
         )
     dtype = getattr(torch, options.compute)
-    if stored is not None and checkpoint.layout == "nanotron" and options.engine != "transformers":
-        return NanotronSide(read_native_model(stored.folder, stored.options), dtype, options.device)
-    if stored is not None and checkpoint.layout == "huggingface" and stored.options.config is None:
-        return TransformersSide(FolderWeights(stored.folder), dtype, options.device)
-    return TransformersSide(CanonicalWeights(checkpoint), dtype, options.device)
+    independent = _INDEPENDENT.get(checkpoint.layout)
+    side = None if stored is None or independent is None else independent(stored, options, dtype)
+    return side or TransformersSide(CanonicalWeights(checkpoint), dtype, options.device)
 
 
 def verify_conversion(
-    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: StoredCheckpoint | None = None
+    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: AsStored | None = None
 ) -> VerifyReport:
     """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
 
@@ -260,10 +280,13 @@ def verify_conversion(
 
     ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
     """
-    read_back = read_checkpoint(folder, ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None))
+    read_back = read_checkpoint(
+        folder,
+        ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None, architecture=prepared.spec.architecture),
+    )
     rows = prepared.spec.vocab_size
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
-    report = verify_checkpoints(prepared, read_back, options, stored=(source, StoredCheckpoint(folder=folder)))
+    report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)))
     return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))

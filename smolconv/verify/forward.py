@@ -24,7 +24,7 @@ Observe = Callable[[str, "torch.Tensor"], None]
 
 
 @dataclass(kw_only=True)
-class Run:
+class ForwardPass:
     """One pass of one side over one batch of tokens, as far as it has come."""
 
     tokens: torch.Tensor  #: int64 [B, T]
@@ -48,13 +48,13 @@ class Side(Protocol):
     vocab_size: int
     max_positions: int
 
-    def begin(self, runs: Sequence[Run]) -> None:
+    def begin(self, runs: Sequence[ForwardPass]) -> None:
         """Look the tokens up in the embedding."""
 
-    def advance(self, layer: int, runs: Sequence[Run]) -> None:
+    def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None:
         """Take every run through one block, whose weights are loaded once."""
 
-    def finish(self, runs: Sequence[Run]) -> None:
+    def finish(self, runs: Sequence[ForwardPass]) -> None:
         """The final norm."""
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:

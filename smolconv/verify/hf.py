@@ -16,7 +16,7 @@ from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.tensors.lazy import row_slice
-from smolconv.verify.forward import Run, embedding_rows, to_torch
+from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class CanonicalWeights:
         return embedding_rows(tensor, tokens, getattr(torch, tensor.dtype))
 
 
-def _attention(run: Run, device: str) -> str:
+def _attention(run: ForwardPass, device: str) -> str:
     """The attention implementation that transformers is given for ``run``."""
     # With a mask, which only packed documents need, transformers repeats keys and values by itself.
     if run.attention != "sdpa" or run.packed or not device.startswith("cuda"):
@@ -192,7 +192,7 @@ class TransformersSide:
             self._models[attention] = model
         return self._models[attention]
 
-    def begin(self, runs: Sequence[Run]) -> None:
+    def begin(self, runs: Sequence[ForwardPass]) -> None:
         import torch
 
         def stop(module: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ class TransformersSide:
                 hook.remove()
             assert torch.is_tensor(run.hidden)
 
-    def advance(self, layer: int, runs: Sequence[Run]) -> None:
+    def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None:
         import torch
 
         prefix = f"model.layers.{layer}."
@@ -238,7 +238,7 @@ class TransformersSide:
             raise BadCheckpoint(f"{name} is {list(tensor.shape)}; transformers expects {list(empty.shape)}.")
         return tensor.to(self.dtype).to(self.device)
 
-    def _watch(self, block: Any, prefix: str, run: Run) -> Any:
+    def _watch(self, block: Any, prefix: str, run: ForwardPass) -> Any:
         def report(name: str) -> Callable[..., None]:
             def hook(module: Any, inputs: Any, output: Any) -> None:
                 run.observe(prefix + name, output[0] if isinstance(output, tuple) else output)
@@ -251,7 +251,7 @@ class TransformersSide:
             lambda module, inputs: run.observe(f"{prefix}self_attn.attention", inputs[0])
         )
 
-    def finish(self, runs: Sequence[Run]) -> None:
+    def finish(self, runs: Sequence[ForwardPass]) -> None:
         import torch
 
         weight = self._loaded(_NORM, self._model("sdpa").model.norm.weight)

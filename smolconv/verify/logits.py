@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolconv.errors import NotInstalled
-from smolconv.verify.forward import Run, Side, return_freed_memory
+from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
 from smolconv.verify.inputs import Rows
 from smolconv.verify.metrics import Distances, Walk
 
@@ -102,17 +102,17 @@ def compare_logits(
     length = rows.tokens.shape[1]
     first = {name: tensor[:, : max(_FLOOR_POSITIONS, length // 2)] for name, tensor in plain.items()}
     runs = [
-        Run(**plain, attention="sdpa", observe=layers.remember),
-        Run(**first, attention="eager", observe=layers.floor_of),
+        ForwardPass(**plain, attention="sdpa", observe=layers.remember),
+        ForwardPass(**first, attention="eager", observe=layers.floor_of),
     ]
     # Packed rows are compared with each document alone: what one sees of another shows there.
     alone = [
-        Run(
+        ForwardPass(
             tokens=plain["tokens"][:, start:stop], positions=plain["positions"][:, start:stop], attention="sdpa"
         )
         for start, stop in rows.spans
     ] if rows.documents > 1 else []  # fmt: skip
-    run_b = Run(**plain, attention="sdpa", observe=layers.distance_of)
+    run_b = ForwardPass(**plain, attention="sdpa", observe=layers.distance_of)
     with torch.inference_mode():
         a.begin([*runs, *alone])
         b.begin([run_b])
@@ -164,9 +164,9 @@ class _Layers:
 def _walk_vocabulary(
     a: Side,
     b: Side,
-    runs: Sequence[Run],
-    run_b: Run,
-    alone: Sequence[Run],
+    runs: Sequence[ForwardPass],
+    run_b: ForwardPass,
+    alone: Sequence[ForwardPass],
     rows: Rows,
     engines: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Distances]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolconv.layouts.nanotron.reader import NativeModel
 from smolconv.tensors.lazy import LazyTensor, row_slice
-from smolconv.verify.forward import Run, embedding_rows, to_torch
+from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class NanotronSide:
         self.separates_documents = qwen2 and bool(config.get("_use_doc_masking"))
         self.head = _EMBEDDING if config["tie_word_embeddings"] else _HEAD
 
-    def begin(self, runs: Sequence[Run]) -> None:
+    def begin(self, runs: Sequence[ForwardPass]) -> None:
         for run in runs:
             run.hidden = embedding_rows(self.parameters[_EMBEDDING], run.tokens, self.dtype).to(self.device)
             run.context = _Context(
@@ -66,7 +66,7 @@ class NanotronSide:
             )  # fmt: skip
             run.observe("model.embed_tokens", run.hidden)
 
-    def advance(self, layer: int, runs: Sequence[Run]) -> None:
+    def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None:
         prefix = _BLOCK.format(layer)
         weights = {
             name.removeprefix(prefix): to_torch(tensor, self.dtype).to(self.device)
@@ -76,7 +76,7 @@ class NanotronSide:
         for run in runs:
             self._block(layer, weights, run)
 
-    def finish(self, runs: Sequence[Run]) -> None:
+    def finish(self, runs: Sequence[ForwardPass]) -> None:
         weight = to_torch(self.parameters[_NORM], self.dtype).to(self.device)
         for run in runs:
             run.hidden = self._rms_norm(run.hidden, weight)
@@ -87,7 +87,7 @@ class NanotronSide:
 
     # --- one block ---
 
-    def _block(self, layer: int, weights: Mapping[str, torch.Tensor], run: Run) -> None:
+    def _block(self, layer: int, weights: Mapping[str, torch.Tensor], run: ForwardPass) -> None:
         import torch
 
         linear, name = torch.nn.functional.linear, f"model.layers.{layer}"
@@ -156,7 +156,7 @@ class NanotronSide:
         pairs = rows.unflatten(-1, (-1, self.head_size // 2, 2))
         return pairs.transpose(-1, -2).flatten(-3)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: ForwardPass) -> torch.Tensor:
         """[B, H, T, D]; a position sees itself and what came before it, in its document where they are separated."""
         import torch
 

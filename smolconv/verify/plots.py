@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from smolconv.drawing import multiples, round_step
+
 #: A plot over positions draws no more columns than this; each shows the largest value of its bin.
 _MOST_COLUMNS = 600
 HEIGHT = 190.0  # of a plot, in pixels
@@ -68,13 +70,8 @@ class _Axis:
 
     def ticks(self) -> list[tuple[float, str]]:
         """Pixels from the top, and what stands there."""
-        step = float(math.ceil((self.high - self.low) / 6))
-        if not self.log:
-            rough = (self.high - self.low) / 5
-            unit = 10.0 ** math.floor(math.log10(rough))
-            step = unit * next(times for times in (1, 2, 5, 10) if unit * times >= rough)
-        first = math.ceil(self.low / step)
-        marks = [step * (first + i) for i in range(math.floor(self.high / step) - first + 1)]
+        span = self.high - self.low
+        marks = multiples(float(math.ceil(span / 6)) if self.log else round_step(span, 5), self.low, self.high)
         shown = [(self._at(m), f"10{str(round(m)).translate(_RAISED)}" if self.log else f"{m:g}") for m in marks]
         return shown + [(HEIGHT, "0")] * self.zero + [(0.0, "∞, NaN")] * self.broken
 
@@ -190,7 +187,7 @@ def position_plots(found: Mapping[str, Sequence[float | None]]) -> str:
         ("|NLL of B &minus; NLL of A|", "nats, log scale", False, [
             _Series(title="difference", css="b", values=_binned(apart, size))]),
     ]  # fmt: skip
-    marks = [i * step for step in (_round_step(count),) for i in range(math.ceil(count / step))]
+    marks = range(0, count, max(1, round(round_step(count, 5))))
     columns = len(over_a)
     ticks = [(100 * (mark / size + 0.5) / columns, f"{mark:,}") for mark in marks]
     figures, notes = [], [f"Each point is the largest value among {size} positions."] * (size > 1)
@@ -213,12 +210,6 @@ def _binned(values: Sequence[float | None], size: int, *, strict: bool = False) 
         None if strict and None in each else max((value for value in each if value is not None), default=None)
         for each in bins
     ]
-
-
-def _round_step(count: int) -> int:
-    """1, 2 or 5 times a power of ten, so that five or fewer ticks lie over ``count`` positions."""
-    unit = int(10 ** max(0, len(str(count)) - 2))
-    return next(unit * times for times in (1, 2, 5, 10, 20) if count <= 5 * times * unit)
 
 
 def _columns(series: Sequence[_Series], size: int, count: int) -> str:

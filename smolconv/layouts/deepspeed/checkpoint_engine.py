@@ -51,16 +51,6 @@ class CheckpointEngine:
         return save_torch_archive(state_dict, Path(path))
 
 
-def replace_checkpoint_engine(engine: Any) -> None:
-    """Have a DeepSpeed engine load and save by ``CheckpointEngine``, and by the names of files alone.
-
-    DeepSpeed looks for model files by a pattern of which the whole path is part. One that sorts before the right one
-    would be loaded in its place, and with ``run[1]`` in the path those of a folder ``run1`` would be.
-    """
-    engine.checkpoint_engine = CheckpointEngine(engine.checkpoint_engine)
-    engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
-
-
 def deepspeed_classes() -> Mapping[tuple[str, str], Callable[..., object]]:
     """What DeepSpeed's files may name beside tensors, and what is made in its place. The list is closed."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from smolconv.errors import MissingFile
-from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, find_tag_folder, is_deepspeed
+from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, find_tag_folder, is_deepspeed
 from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.listing import needed_files
 from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
@@ -32,7 +33,9 @@ DEEPSPEED = Layout(
     words=("deepspeed",),
     title="DeepSpeed",
     signs="latest or *_model_states.pt",
+    marks=(LATEST, LATEST_UNIVERSAL, "*_model_states.pt"),
     detect=is_deepspeed,
+    needed_files=needed_files,
     read=read_deepspeed,
     own_files=_own_files,
     options=DeepSpeedOptions,

@@ -46,8 +46,8 @@ class DeepSpeedReading:
         self.config, self.where = _find_config(folder, tag, options.config, self.first)
         check_config(self.config, self.where)
         self.spec: ModelSpec = (
-            spec_from_nanotron(self.config, self.where) if is_nanotron_config(self.config)
-            else spec_from_hf(self.config, self.where)
+            spec_from_nanotron(self.config, self.where, architecture=options.architecture)
+            if is_nanotron_config(self.config) else spec_from_hf(self.config, self.where)
         )  # fmt: skip
         if not self.spec.tied and "lm_head.weight" in self.first.shared:
             raise MixedCheckpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from smolconv.layouts.huggingface.listing import needed_files
 from smolconv.layouts.huggingface.reader import is_huggingface, read_huggingface
 from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
@@ -24,7 +25,9 @@ HUGGINGFACE = Layout(
     words=("hf", "huggingface"),
     title="Hugging Face",
     signs="config.json beside weights",
+    marks=("config.json",),
     detect=is_huggingface,
+    needed_files=needed_files,
     read=lambda folder, options, base: read_huggingface(folder, options),
     own_files=_own_files,
     options=HuggingFaceOptions,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
+from smolconv.layouts.nanotron.listing import needed_files
 from smolconv.layouts.nanotron.reader import find_step_folder, is_nanotron, read_nanotron
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 
@@ -31,7 +32,9 @@ NANOTRON = Layout(
     words=("nanotron",),
     title="nanotron",
     signs="latest.txt or model_config.json",
+    marks=("model_config.json", "latest.txt"),
     detect=is_nanotron,
+    needed_files=needed_files,
     read=lambda folder, options, base: read_nanotron(folder, options),
     own_files=_own_files,
     options=NanotronOptions,

@@ -80,7 +80,9 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     step_folder = find_step_folder(folder, options.step)
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
-    spec = spec_from_nanotron(config, where, rope_as_configured=options.rope_as_configured)
+    spec = spec_from_nanotron(
+        config, where, rope_as_configured=options.rope_as_configured, architecture=options.architecture
+    )
     table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None
@@ -162,7 +164,7 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
     step_folder = find_step_folder(folder, options.step)
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
-    spec = spec_from_nanotron(config, where)
+    spec = spec_from_nanotron(config, where, architecture=options.architecture)
     nanotron_interleaved(config, where)  # refuses a config that does not say
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if metadata_path.exists() else None

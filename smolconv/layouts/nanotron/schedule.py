@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from smolconv.errors import BadCheckpoint
+
+#: What is left of the way from the lowest rate to the peak after k of D steps of the decay.
+Shape = Callable[[int, int], float]
+#: By lr_decay_style.
+SHAPES: Mapping[str, Shape] = {
+    "linear": lambda k, steps: 1 - k / steps,
+    "cosine": lambda k, steps: (1 + math.cos(math.pi * (k / steps))) / 2,
+    "1-sqrt": lambda k, steps: 1 - math.sqrt(k / steps),
+}
 
 
 def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[float, float]:
@@ -30,29 +39,26 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
     decay = total - warmup if decay is None else int(decay)
     low = schedule.get("min_decay_lr")
     low = peak if low is None else float(low)
-    try:
-        return peak, learning_rate(
-            step, peak=peak, low=low, warmup=warmup, start=start, decay=decay, shape=schedule.get("lr_decay_style"),
-            warmup_shape=schedule.get("lr_warmup_style"),
-        )  # fmt: skip
-    except ValueError as error:
-        raise BadCheckpoint(f"{where}: lr_decay_style: {error}.") from None
+    style = schedule.get("lr_decay_style")
+
+    def shape(k: int, steps: int) -> float:
+        if style not in SHAPES:
+            raise BadCheckpoint(f"{where}: lr_decay_style: {style!r} is unknown; expected {', '.join(SHAPES)}.")
+        return SHAPES[style](k, steps)
+
+    return peak, learning_rate(
+        step, peak=peak, low=low, warmup=warmup, start=start, decay=decay, shape=None if style is None else shape,
+        warmup_shape=schedule.get("lr_warmup_style"),
+    )  # fmt: skip
 
 
 def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    low: float,
-    warmup: int,
-    start: int,
-    decay: int,
-    shape: str | None,
+    step: int, *, peak: float, low: float, warmup: int, start: int, decay: int, shape: Shape | None,
     warmup_shape: str | None = "linear",
-) -> float:
+) -> float:  # fmt: skip
     """The LR after ``step`` completed steps: warm-up, ``peak``, decay over [start, start + decay), ``low``.
 
-    Without ``shape`` it drops to ``low`` at ``start``. Raises ``ValueError`` at an unknown one.
+    Without ``shape`` it drops to ``low`` at ``start``.
     """
     if warmup == 0 and decay == 0:
         return peak
@@ -62,8 +68,4 @@ def learning_rate(
         return peak
     if shape is None or step >= start + decay:
         return low
-    done = (step - start) / decay
-    shapes = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "1-sqrt": 1 - math.sqrt(done)}
-    if shape not in shapes:
-        raise ValueError(f"{shape!r} is unknown; expected {', '.join(shapes)}")
-    return low + (peak - low) * shapes[shape]
+    return low + (peak - low) * shape(step - start, decay)

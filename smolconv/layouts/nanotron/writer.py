@@ -447,7 +447,8 @@ class _NanotronWriter:
 def _speaks_of(config: Mapping[str, Any], spec: ModelSpec) -> bool:
     try:
         check_config(config, "model_config.json")
-        known = spec_from_nanotron(config, rope_as_configured=spec.rope_scaling is not None)
+        as_configured = spec.rope_scaling is not None
+        known = spec_from_nanotron(config, rope_as_configured=as_configured, architecture=spec.architecture)
     except UnsupportedModel:
         return False
     return known == spec and "rope_interleaved" in config

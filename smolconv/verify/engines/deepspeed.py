@@ -1,4 +1,4 @@
-"""One rank of the real DeepSpeed: load a checkpoint, run one forward, write the logits. Started by engines.py."""
+"""One rank of the real DeepSpeed: load a checkpoint, run one forward, write the logits. Started by start.py."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ def main(work: Path) -> None:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{work / 'meeting'}", rank=rank, world_size=world)
     import deepspeed
-    import deepspeed.ops
     import transformers
 
-    from smolconv.layouts.deepspeed.checkpoint_engine import replace_checkpoint_engine
+    from smolconv.layouts.deepspeed.patches import replace_checkpoint_engine, without_shared_memory_operations
 
-    # Its shared-memory operations are compiled at the first start, for a minute, and one forward needs none.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_shared_memory_operations()
     deepspeed.init_distributed("gloo")
     raw = {**job["config"], "pad_token_id": None}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
@@ -38,7 +36,7 @@ def main(work: Path) -> None:
         parameters[name].requires_grad_(False)
     groups = [{"params": [parameters[name] for name in names]} for names in job["groups"]]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=_ds_config(job))
-    replace_checkpoint_engine(engine)  # DeepSpeed's own would unpickle freely
+    replace_checkpoint_engine(engine)
     path, _ = engine.load_checkpoint(job["load_dir"], tag=job["tag"])
     if path is None:
         raise SystemExit(f"DeepSpeed found nothing to load in {job['load_dir']}, tag {job['tag']}")

@@ -1,4 +1,4 @@
-"""The real nanotron on one GPU: load a step folder at TP 1, run one forward, write the logits. Started by engines.py.
+"""The real nanotron on one GPU: load a step folder at TP 1, run one forward, write the logits. Started by start.py.
 
 Written from nanotron's examples/llama/convert_weights.py and its conversion tests. It needs nanotron and CUDA kernels:
 nothing here has run on a machine without them.

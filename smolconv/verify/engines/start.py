@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from smolconv.errors import BadCheckpoint, MixedCheckpoint, NotInstalled, UsageE
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.layouts.deepspeed.files import find_tag_folder, tag_files
 from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.layout import ReadOptions, hf_config
 from smolconv.layouts.nanotron.reader import find_step_folder
@@ -37,7 +39,9 @@ from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.verify.inputs import Rows
 
 ENGINES = ("deepspeed", "nanotron")
-_TIMEOUT_SECONDS = 3600
+_TIMEOUT_SECONDS = 3600.0
+#: What the others get to end by themselves after a rank has failed: inside a collective they would wait for it.
+_GRACE_SECONDS = 5.0
 #: How the names of files end that DeepSpeed looks for in a tag folder, by patterns and by older names.
 _LOADED = ("_model_states.pt", "optim_states.pt")
 
@@ -63,7 +67,7 @@ def engine_logits(
 
 
 def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, rows: Rows, work: Path) -> None:
-    _require("deepspeed", "deepspeed")
+    check_deepspeed("--engine deepspeed")
     topology, optimizer = checkpoint.topology, checkpoint.optimizer
     if topology.tp is not None:
         raise UsageError("--engine deepspeed: AutoTP checkpoints load only where their model was sharded by AutoTP.")
@@ -131,7 +135,8 @@ def _as_zero1(checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
-    _require("nanotron", "nanotron")
+    if find_spec("nanotron") is None:
+        raise NotInstalled("--engine nanotron needs nanotron: pip install nanotron.")
     import torch
 
     if not torch.cuda.is_available():
@@ -147,13 +152,11 @@ def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
     _run_all([(module_words("smolconv.verify.engines.nanotron", str(work)), environment)], work)
 
 
-def _require(module: str, package: str) -> None:
-    if find_spec(module) is None:
-        raise NotInstalled(f"--engine {module} needs {package}: pip install {package}.")
-
-
 def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: Path) -> None:
-    """Start every rank, wait for all, and end all when one fails."""
+    """Start every rank and wait for all; none of them is left.
+
+    Raises ``BadCheckpoint`` with the last lines of the rank that failed first, or of one that has not ended in time.
+    """
     logs = [work / f"rank-{rank}.log" for rank in range(len(commands))]
     processes: list[subprocess.Popen[Any]] = []
     try:
@@ -168,25 +171,34 @@ def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: 
                         env=safe_environment({**os.environ, **environment}),
                     )
                 )
-        failed = _first_failure(processes)
+        failed, running = _wait(processes)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
     if failed is not None:
-        said = logs[failed].read_text(errors="replace").strip().splitlines()[-6:]
-        raise BadCheckpoint(f"rank {failed} of {len(commands)} of the engine failed:\n" + "\n".join(said))
+        raise BadCheckpoint(f"rank {failed} of {len(commands)} of the engine failed:\n{_last_lines(logs[failed])}")
+    if running:
+        raise BadCheckpoint(
+            f"rank {running[0]} of {len(commands)} of the engine has not ended after {_TIMEOUT_SECONDS:,.0f} s, and "
+            f"was killed.\nLeave --engine out to compare without it. It said last:\n{_last_lines(logs[running[0]])}"
+        )
 
 
-def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
-    import time
-
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
+def _wait(processes: Sequence[subprocess.Popen[Any]]) -> tuple[int | None, list[int]]:
+    """The rank that failed first, if one did, and those that have not ended in time."""
+    deadline, failed = time.monotonic() + _TIMEOUT_SECONDS, None
+    while True:
         codes = [process.poll() for process in processes]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None or all(code == 0 for code in codes):
-            return failed
+        running = [rank for rank, code in enumerate(codes) if code is None]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        if not running or time.monotonic() >= deadline:
+            return failed, running
         time.sleep(0.1)
-    return 0
+
+
+def _last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-6:])

@@ -1,0 +1,64 @@
+"""The folders that a recipe names, open for reading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smolconv.continual_pretraining.tokens.files import TokenFolder
+from smolconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from smolconv.continual_pretraining.data.position import Position
+    from smolconv.continual_pretraining.recipe.schema import Data, Source
+
+
+def open_folders(data: Data, position: Position | None, vocab_size: int | None) -> dict[str, TokenFolder]:
+    """By path, the folders of the stages that the position has not left behind. One rank's serve all.
+
+    Raises as ``TrainingData`` does.
+    """
+    check_sources(data)
+    names = [stage.name for stage in data.stages]
+    left = position["stages"][-1]["name"] if position and position["stages"] else None
+    folders: dict[str, TokenFolder] = {}
+    for stage in data.stages[names.index(left) if left in names else 0 :]:
+        for source, name in zip(stage.sources, stage.names):
+            if plain_path(source.path) not in folders:
+                folders[plain_path(source.path)] = _open(source.path, name, data, vocab_size)
+    return folders
+
+
+def open_held_out(source: Source, data: Data, vocab_size: int | None) -> TokenFolder:
+    """A source of the evaluation, named as its losses are. Raises what ``TokenFolder.open`` does."""
+    return _open(source.path, source.name or plain_path(source.path).rpartition("/")[2], data, vocab_size)
+
+
+def check_sources(data: Data) -> None:
+    """Refuse what cannot be counted apart: a folder twice in a stage, or one name for two folders."""
+    paths: dict[str, str] = {}
+    for stage in data.stages:
+        folders = [plain_path(source.path) for source in stage.sources]
+        twice = next((path for path in folders if folders.count(path) > 1), None)
+        if twice is not None:
+            raise UsageError(
+                f"data: stage {stage.name} names the folder {twice} twice.\n"
+                "Both would read the same samples.\nName it once, with the sum of the weights."
+            )
+        for name, path in zip(stage.names, folders):
+            if paths.setdefault(name, path) != path:
+                raise UsageError(
+                    f"data: two sources are named {name}: {paths[name]} and {path} (stage {stage.name}).\n"
+                    "Tokens are counted by name.\nGive one of them another name: in the recipe."
+                )
+
+
+def _open(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFolder:
+    return TokenFolder.open(
+        path, data.sequence_length, name=name, file_seed=data.file_seed, vocab_size=vocab_size,
+        eos_token_id=data.eos_token_id if data.boundaries == "eos" else None,
+    )  # fmt: skip
+
+
+def plain_path(path: str) -> str:
+    """What folders are told apart by."""
+    return path.rstrip("/")

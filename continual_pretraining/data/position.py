@@ -1,0 +1,154 @@
+"""The place in the data, and the place of a run that nanotron trained.
+
+A position is plain JSON: ``{"step", "stages": [{"name", "start_step", "sequence_length", "sources": [{"path", "name",
+"weight", "samples"}]}]}``, with every stage that began, and the samples that it really read of each source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from smolconv.checkpoint import DataStage
+from smolconv.continual_pretraining.data.blending import Blend
+from smolconv.continual_pretraining.data.folders import check_sources, plain_path
+from smolconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from smolconv.continual_pretraining.recipe.schema import Data, Source, Stage
+
+Position = Mapping[str, Any]
+#: Nothing was read: the data begins at the first step that is asked for, whatever its number.
+BEGINNING: Position = {"step": 0, "stages": []}
+
+
+def tokens_of(position: Position) -> dict[str, int]:
+    """Consumed input tokens by the name of a source."""
+    tokens: dict[str, int] = {}
+    for stage in position["stages"]:
+        for source in stage["sources"]:
+            tokens[source["name"]] = tokens.get(source["name"], 0) + source["samples"] * stage["sequence_length"]
+    return tokens
+
+
+def stages_of(position: Position) -> tuple[DataStage, ...]:
+    """A position as nanotron counts it, for exports: consumed tokens are input tokens, by folder path."""
+    return tuple(
+        DataStage(
+            name=stage["name"],
+            start_training_step=stage["start_step"],
+            consumed_train_samples=sum(source["samples"] for source in stage["sources"]),
+            sequence_length=stage["sequence_length"],
+            consumed_tokens_per_dataset_folder={
+                source["path"]: source["samples"] * stage["sequence_length"] for source in stage["sources"]
+            },
+        )
+        for stage in position["stages"]
+    )
+
+
+def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> dict[str, Any]:
+    """Where a run that nanotron trained up to ``step`` stands in the recipe's data.
+
+    Folders are matched by path. The source's last stage goes on when the recipe has a stage of its name; otherwise the
+    recipe's stage begins, and its folders are read on from where the source's stages left them.
+
+    In its later stages nanotron counts tokens per folder at the wrong place of the blend, some samples off. What it
+    reads is the blend itself, so the counts of the last stage are those of the blend, replayed (6 to 11 million samples
+    a second); its record must come within a sample a source. Offsets of earlier stages are as recorded: nanotron used
+    them.
+
+    Raises ``UsageError`` that names what does not match.
+    """
+    check_sources(data)
+    if not stages:
+        raise UsageError(
+            "start.data: the source has no record of its data.\nOnly a nanotron checkpoint, or one that was converted "
+            "from it with its progress, knows its place.\nSet start.data: false to begin with the data's first samples."
+        )
+    names = {
+        _recorded_as(source): (source.path, name)
+        for stage in data.stages
+        for source, name in zip(stage.sources, stage.names)
+    }
+    goes_on = next((stage for stage in data.stages if stage.name == stages[-1].name), None)
+    history = [_recorded(stage, names) for stage in (stages[:-1] if goes_on else stages)]
+    known = {path for path, _ in names.values()}
+    if goes_on:
+        history.append(_continued(stages[-1], goes_on, data.sequence_length))
+        first = max((stage for stage in data.stages if stage.start_step <= step + 1), key=lambda each: each.start_step)
+        if first.start_step < goes_on.start_step:
+            raise UsageError(
+                f"start.data: the source is in stage {goes_on.name!r}, which the recipe begins at step "
+                f"{goes_on.start_step}; training would begin at step {step + 1}, in stage {first.name!r}.\n"
+                "Set start.learning_rate: true to go on at the source's step, or start.data: false."
+            )
+    elif not any(source["path"] in known for stage in history for source in stage["sources"]):
+        consumed = sorted({source["path"] for stage in history for source in stage["sources"]})
+        raise UsageError(
+            f"start.data: the source's last stage is {stages[-1].name!r} and it read {consumed}, but the recipe has "
+            f"the stages {[stage.name for stage in data.stages]} and reads {sorted(names)}.\n"
+            "Going on needs the name of the stage, or at least one folder, by the same path.\n"
+            "Give the recipe's stage the source's name, give its sources recorded_as, or set start.data: false."
+        )
+    return {"step": step, "stages": history}
+
+
+def _recorded_as(source: Source) -> str:
+    """The folder's name in the record of a checkpoint that another program trained."""
+    return plain_path(source.recorded_as or source.path)
+
+
+def _recorded(stage: DataStage, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    length = stage.sequence_length or 4096  # as nanotron reads a missing one
+    tokens = stage.consumed_tokens_per_dataset_folder or {}
+    if stage.consumed_train_samples * length != sum(tokens.values()):
+        raise UsageError(
+            f"start.data: the source's stage {stage.name!r} consumed {stage.consumed_train_samples} samples of "
+            f"{length} tokens, but its folders sum up to {sum(tokens.values())} tokens.\n"
+            "What is not counted by folder would be read twice.\nSet start.data: false to begin with the first samples."
+        )
+    sources = []
+    for recorded, count in tokens.items():
+        path, name = names.get(plain_path(recorded), (recorded, recorded))
+        sources.append({"path": path, "name": name, "weight": None, "samples": count // length})
+    return {
+        "name": stage.name, "start_step": stage.start_training_step, "sequence_length": length, "sources": sources,
+    }  # fmt: skip
+
+
+def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, Any]:
+    length = stage.sequence_length or 4096
+    if length != sequence_length:
+        raise UsageError(
+            f"start.data: stage {stage.name!r} was read in sequences of {length}, but data.sequence_length is "
+            f"{sequence_length}.\nOther windows have no place in common.\n"
+            f"Set data.sequence_length={length}, or give the recipe's stage another name."
+        )
+    consumed = stage.consumed_tokens_per_dataset_folder or {}
+    recorded = {plain_path(path): tokens // length for path, tokens in consumed.items()}
+    paths = [_recorded_as(source) for source in now.sources]
+    missing = [path for path in paths if recorded and path not in recorded]
+    unknown = [path for path, samples in recorded.items() if samples and path not in paths]
+    if missing or unknown:
+        raise UsageError(
+            f"start.data: the source's stage {stage.name!r} did not read {missing or 'other folders'}"
+            f" and read {unknown or 'no others'}.\nA stage goes on with the folders that it began with, by path.\n"
+            "Give each source of the recipe the source's name for it (recorded_as), or its stage another name."
+        )
+    blend = Blend([source.weight for source in now.sources])
+    blend.skip(stage.consumed_train_samples)
+    for path, read in zip(paths, blend.counts):
+        if recorded and abs(recorded[path] - read) > len(paths):
+            raise UsageError(
+                f"start.data: by the recipe's weights, stage {stage.name!r} read {read} samples of {path}; the source "
+                f"recorded {recorded[path]}.\nThe weights differ from those it was trained with.\n"
+                "Set the source's weights, or give the recipe's stage another name."
+            )
+    return {
+        "name": now.name, "start_step": now.start_step, "sequence_length": length,
+        "sources": [
+            {"path": source.path, "name": name, "weight": source.weight, "samples": count}
+            for source, name, count in zip(now.sources, now.names, blend.counts)
+        ],
+    }  # fmt: skip

@@ -1,0 +1,236 @@
+"""Memory of a rank by part, counted from what DeepSpeed 0.19 allocates.
+
+As read in its source (``engine.py``, ``bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``) with the
+settings of ``engine_config``; docs/estimate.md has the formulas and what they leave out.
+
+Letters: N parameters (a tied head counted once), W ranks, b bytes of a weight, S sequence length, E hidden size, F
+intermediate size, V vocabulary, Q and K query and key/value rows, H query heads, L layers. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS, accumulation_steps, engine_config
+from smolconv.continual_pretraining.engine.optimizer import group_parameters
+from smolconv.continual_pretraining.estimate.flops import parameter_sizes
+from smolconv.continual_pretraining.estimate.hardware import GPU_RUNTIME_BYTES
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.spec import ModelSpec
+
+#: Elements of gradients that DeepSpeed flattens into one all-reduce: ``MEMORY_OPT_ALLREDUCE_SIZE`` of its engine.py.
+ENGINE_REDUCE_ELEMENTS = 500_000_000
+#: DeepSpeed's default of ``stage3_max_live_parameters``.
+MAX_LIVE_PARAMETERS = 1_000_000_000
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Memory of one rank for one purpose."""
+
+    name: str
+    bytes: int
+    where: Literal["gpu", "host"]
+    formula: str
+
+
+def memory_parts(recipe: Recipe, spec: ModelSpec, world_size: int) -> tuple[Part, ...]:
+    """What a rank holds at its fullest, which is in the backward pass of a step's last micro-batch.
+
+    Padding of flat groups to a multiple of 2W elements is left out, and so is what the allocator cannot use.
+    """
+    engine = _engine(recipe, spec, world_size)
+    parts = [
+        *_weight_parts(engine),
+        *_gradient_parts(engine),
+        *_optimizer_parts(engine),
+        _reduction_part(engine),
+        *_activation_parts(recipe, spec),
+        _gpu("CUDA and NCCL", GPU_RUNTIME_BYTES, "assumed"),
+    ]
+    return tuple(part for part in parts if part.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engine:
+    """What DeepSpeed's allocations depend on."""
+
+    parameters: Mapping[str, int]  #: elements by name
+    groups: tuple[int, ...]  #: elements of each optimizer group
+    stage: int
+    mixed: bool  #: bf16 weights with fp32 masters
+    offloads: bool
+    offloads_weights: bool
+    accumulates: bool
+    bucket: int
+    prefetched: int
+    world_size: int
+
+    @property
+    def n(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def largest(self) -> int:
+        return max(self.parameters.values())
+
+    @property
+    def share(self) -> int:
+        """Elements of a rank's partition."""
+        return math.ceil(self.n / self.world_size) if self.stage else self.n
+
+    @property
+    def b(self) -> int:
+        return 2 if self.mixed else FP32
+
+    @property
+    def sums_on_parameters(self) -> bool:
+        """ZeRO-1 as the stages 1 and 2 share it, which sums fp32 gradients on the parameters. In bf16 without offload
+        ZeRO-1 is another class, BF16_Optimizer."""
+        return self.stage == 1 and (self.offloads or not self.mixed)
+
+
+def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
+    given, sizes = recipe.parallelism, parameter_sizes(spec)
+    zero = engine_config(recipe, world_size)["zero_optimization"]
+    groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied)
+    return _Engine(
+        parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
+        stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",
+        offloads_weights=given.offload == "all", accumulates=accumulation_steps(recipe, world_size) > 1,
+        bucket=int(zero["reduce_bucket_size"]), prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
+        world_size=world_size,
+    )  # fmt: skip
+
+
+def _gpu(name: str, size: int, formula: str) -> Part:
+    return Part(name=name, bytes=size, where="gpu", formula=formula)
+
+
+def _host(name: str, size: int, formula: str) -> Part:
+    return Part(name=name, bytes=size, where="host", formula=formula)
+
+
+def _weight_parts(given: _Engine) -> Iterator[Part]:
+    b = given.b
+    if given.stage < 3:
+        yield _gpu("weights", b * given.n, f"{b}·N")
+        return
+    yield (_host if given.offloads_weights else _gpu)("weights", b * given.share, f"{b}·N/W")
+    live = min(given.n, MAX_LIVE_PARAMETERS) + min(given.n, given.prefetched)
+    yield _gpu("gathered weights", b * live, f"{b} x (live + prefetched parameters)")
+
+
+def _gradient_parts(given: _Engine) -> Iterator[Part]:
+    own, share = "fp32 gradients of the partition", FP32 * given.share
+    if given.stage == 3:
+        yield (_host if given.offloads else _gpu)(own, share, "4·N/W")
+        return
+    if given.sums_on_parameters:
+        yield _gpu("fp32 gradients", FP32 * given.n, "4·N")
+    elif given.stage < 2:
+        # The model's own gradients stay allocated: they are zeroed, not freed.
+        yield _gpu("gradients", given.b * given.n, f"{given.b}·N")
+        if given.mixed:
+            yield _gpu("fp32 gradients", FP32 * given.n, "4·N")
+        return
+    if given.mixed:
+        yield _gpu(own, share, "4·N/W")  # also where the host has its own
+    elif not given.offloads:
+        # ZeRO-2: the sums so far beside those of a micro-batch.
+        yield _gpu(own, given.stage * share, f"{4 * given.stage}·N/W")
+
+
+def _optimizer_parts(given: _Engine) -> Iterator[Part]:
+    share, over = given.share, "N/W" if given.stage else "N"
+    part = _host if given.offloads else _gpu
+    if given.stage or given.mixed:  # in fp32 ZeRO-0 the weights are the masters
+        yield part("fp32 masters", FP32 * share, f"4·{over}")
+    yield part("Adam's moments", 2 * FP32 * share, f"8·{over}")
+    if not given.offloads:
+        return
+    yield _host("fp32 gradients for Adam", FP32 * share, "4·N/W")
+    if given.stage < 3:
+        b = given.b
+        yield _host("updated weights on their way back", b * share, f"{b}·N/W")
+        yield _gpu("gradient on its way to the host", b * given.largest, f"{b} x largest parameter")
+        if given.accumulates:
+            yield _host("sums of gradients", b * share, f"{b}·N/W")
+
+
+def _reduction_part(given: _Engine) -> Part:
+    """What gradients are put into for their reduction, flattened into, and cast into fp32."""
+    b, bucket = given.b, given.bucket
+    cast = FP32 if given.mixed else 0
+    # A parameter larger than the bucket is reduced by itself.
+    together = max(min(bucket, given.n), given.largest)
+    beside = b * given.largest if given.largest > bucket else 0
+    if given.sums_on_parameters:
+        size = FP32 * (bucket + together)
+    elif given.world_size == 1 and given.stage < 2:
+        size = 0  # the trainer leaves out what would be a copy for nobody
+    elif given.stage == 0:
+        size = (b + cast) * _flattened_together(given.parameters.values())
+    elif given.stage == 1:
+        size = FP32 * _flattened_together(given.groups)
+    elif given.stage == 2:
+        size = b * bucket + (b + cast) * together + beside
+    else:
+        size = FP32 * (bucket + together) + beside
+    return _gpu("reduction buffers", size, "bucket, and what is flattened or cast beside it")
+
+
+def _flattened_together(sizes: Iterable[int]) -> int:
+    """Elements of the largest copy that the engine's all-reduce makes; a tensor alone in its bucket is not copied."""
+    largest, bucket = 0, list[int]()
+    for size in sizes:
+        bucket.append(size)
+        if len(bucket) > 1:
+            largest = max(largest, sum(bucket))
+        if sum(bucket) > ENGINE_REDUCE_ELEMENTS:
+            bucket = []
+    return largest
+
+
+def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
+    """What autograd keeps of a micro-batch of transformers' model, with attention that keeps no scores.
+
+    Of a layer: both norms (input and normalised in fp32 or b, output), rotated q, k and v, attention's output and
+    log-sum, and the four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows.
+    """
+    b, fused = weight_bytes(recipe), recipe.model.liger == "on"
+    hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
+    # In float32, attention on a GPU is given the keys and values of every query head.
+    kv = query if b == FP32 else spec.kv_rows
+    positions = recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length
+    norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
+    attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
+    if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
+        attention += (b if fused else FP32 + b) * (query + spec.kv_rows) + FP32 * (spec.num_heads + spec.num_kv_heads)
+    layer = 2 * norm + attention + (3 if fused else 4) * b * inner
+    # Gradients of the widest block, while it is walked back.
+    walking = b * (3 * inner + 2 * hidden)
+    if recipe.model.activation_checkpointing:
+        kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
+    else:
+        kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
+    # Embedding, last norm, and the gradient of its output, which the loss makes in the forward pass.
+    ends = b * hidden + norm + b * hidden
+    chunk = min(positions, max(1, MAX_LOGITS["cuda"] // spec.vocab_size))
+    # Summed over the chunks in fp32, or one chunk's own in the model's dtype; beside it the product that is added.
+    head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
+    return [
+        _gpu("activations", positions * (kept + walking + ends), formula),
+        _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
+        _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
+    ]
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """b"""
+    return 2 if recipe.model.dtype == "bfloat16" else FP32

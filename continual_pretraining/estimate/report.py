@@ -1,0 +1,69 @@
+"""An estimate as rows for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smolconv.continual_pretraining.estimate.estimate import DAY, Estimate, size_text
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Headings with rows of a label and a value, in reading order."""
+    given, disk = estimate, estimate.disk
+    gpus = f"{given.world_size} GPU{'s' if given.world_size > 1 else ''} of {given.peak_tflops:g} TFLOPS"
+    run = [
+        ("parameters", f"{given.parameters:,}"),
+        ("tokens", f"{given.tokens:,} = {given.steps:,} steps x {given.tokens_per_step:,}"),
+        *([("steps", f"{given.first_step:,} to {given.train_steps:,}")] if given.first_step > 1 else []),
+        ("a step of a rank", f"{given.accumulation_steps} micro-batches"),
+        ("FLOPs per token", ", ".join(f"{flops:.3g} ({name})" for name, flops in given.flops_per_token.items())),
+    ]
+    speed = [
+        ("assumed", f"MFU {given.mfu:.1%} (6N) = {given.mfu_nanotron:.1%} (nanotron's formula) on {gpus}"),
+        (
+            "tokens per second",
+            f"{given.tokens_per_second:,.0f}; {given.tokens_per_second / given.world_size:,.0f} a GPU",
+        ),
+        ("step", f"{given.seconds_per_step:.3g} s; {given.steps_per_day:,.0f} a day"),
+        ("run", f"{given.days:.3g} days"),
+    ]
+    memory = [
+        (f"{part.name}{' (host)' if part.where == 'host' else ''}", f"{size_text(part.bytes)}  {part.formula}")
+        for part in given.memory
+    ]
+    memory.append(("together", size_text(given.gpu_bytes)))
+    if given.host_bytes:
+        memory.append(("together (host)", size_text(given.host_bytes)))
+    checkpoints = [
+        ("one checkpoint", size_text(disk.checkpoint_bytes)),
+        ("every", f"{_duration(given.save_seconds)}; {disk.saves} in all, {size_text(disk.written_bytes)} written"),
+        ("kept", f"{disk.kept}, {size_text(disk.kept_bytes)}; {size_text(disk.peak_bytes)} at most"),
+    ]
+    rates = [(f"step {step:,}", f"{rate:.3g}") for step, rate in given.learning_rates]
+    rates.append(("curve", _sparkline(given.learning_rate_curve)))
+    data = [(f"{use.stage}: {use.source}", f"{use.tokens:,} tokens, {_epochs(use.epochs)}") for use in given.sources]
+    sections = [
+        ("Run", run), ("Time", speed), ("Memory of a rank", memory), ("Checkpoints", checkpoints),
+        ("Learning rate", rates), ("Data", data),
+    ]  # fmt: skip
+    if given.warnings:
+        sections.append(("Warnings", [("", warning) for warning in given.warnings]))
+    return sections
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def _epochs(epochs: float | None) -> str:
+    return "epochs unknown" if epochs is None else f"{epochs:.3g} epochs"
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    top = max(values) or 1.0
+    return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in values)

@@ -1,0 +1,90 @@
+"""Runs beside a rank, once for each that torchrun, DeepSpeed or Slurm starts: those turn every failure into code 1.
+
+It keeps the rank's log, passes signals on, and leaves ``logs/ends/ATTEMPT/rank-N.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from smolconv.continual_pretraining.launchers.ends import FAILED, SAVED, ends_folder, leave_end, report, report_left
+from smolconv.continual_pretraining.launchers.front_end import ATTEMPT_FILE, LAUNCHER_PID
+from smolconv.continual_pretraining.launchers.launcher import BESIDE, WORKER, rank_environment
+from smolconv.continual_pretraining.launchers.output import tell
+from smolconv.continual_pretraining.launchers.signals import die_with
+from smolconv.continual_pretraining.launchers.watching import run_ranks
+from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.run.folder import RECIPE
+from smolconv.continual_pretraining.run.ranks import ATTEMPT
+from smolconv.errors import SmolconvError
+from smolconv.processes import module_words
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {BESIDE}", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--resume", default="auto")
+    parser.add_argument("--worker", default=WORKER, help=argparse.SUPPRESS)
+    parser.add_argument("--attempt", help="what the files of this start are told apart by from another's")
+    parser.add_argument("--outcome", type=int, metavar="STATUS", help="say how ranks ended whose launcher left STATUS")
+    parser.add_argument("--world-size", type=int, default=1, help="for --outcome")
+    given = parser.parse_args()
+    # What all ranks of a start have in common, and no other start at the same time: where they meet.
+    attempt = given.attempt or f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
+    if given.outcome is not None:
+        return report_left(given.run, attempt, given.world_size, given.outcome)
+    return _run_rank(given.run, given.resume, given.worker, attempt)
+
+
+def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
+    """Run the one rank that the environment names, as torchrun, DeepSpeed or Slurm has set it."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]  # the latter is DeepSpeed's
+    launcher = int(os.environ.get(LAUNCHER_PID, "0"))
+    die_with(os.getppid())
+    if ATTEMPT_FILE in os.environ:
+        Path(os.environ[ATTEMPT_FILE]).write_text(attempt)
+    recipe = load_recipe(run / RECIPE)
+    folder, leads = ends_folder(run, attempt), os.environ["LOCAL_RANK"] == "0"
+
+    def abandoned(stopping: bool) -> bool:
+        if launcher and not _lives(launcher):
+            return True
+        # One rank of a node looks, and torchrun ends the node's others when that one ends. Once it has told its ranks
+        # to stop, torchrun waits for each of them, so each looks for itself. os.path: an error is no "yes".
+        return (leads or stopping) and os.path.exists(folder / FAILED)
+
+    own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
+    environment = {**rank_environment(recipe, int(local_world_size)), **own}
+    words = module_words(worker, str(run), "--resume", resume)
+    told_elsewhere = rank != 0 or bool(launcher)
+    ends = run_ranks(words, {rank: environment}, run, abandoned=abandoned, told_elsewhere=told_elsewhere)
+    if not ends:  # we had to kill it, so another has the reason
+        return SmolconvError.exit_code
+    first = leave_end(folder, ends[0])
+    if ends[0].exit_code == SAVED:
+        return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
+    return report(ends, run, world_size) if first else ends[0].exit_code
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # ended, but its parent has not looked yet
+
+
+def _run_and_exit() -> None:
+    try:
+        sys.exit(main())
+    except SmolconvError as error:
+        tell(f"{type(error).__name__}: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    _run_and_exit()

@@ -1,0 +1,93 @@
+"""DeepSpeed's launcher: on this machine, or on a hostfile's by ssh."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from smolconv.continual_pretraining.launchers.front_end import run_front_end
+from smolconv.continual_pretraining.launchers.launcher import Launcher, Start, count_gpus, free_port
+from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.errors import UsageError
+from smolconv.processes import EMPTY_FOLDER, module_words, script_words
+
+#: Variables for other nodes, which its front end reads: DEEPSPEED_ENVIRONMENT_NAME in launcher/runner.py.
+_VARIABLES = Path(".deepspeed_env")
+
+
+class DeepSpeed(Launcher):
+    programs = ("pdsh",)
+
+    def place(self, given: Launch) -> tuple[int, int | None]:
+        nodes, ranks = given.nodes, given.ranks_per_node
+        if not given.hostfile:
+            if nodes > 1:
+                raise UsageError(f"the deepspeed launcher cannot start {nodes} nodes by itself: use a --hostfile.")
+            return nodes, ranks
+        slots = list(read_hostfile(Path(given.hostfile)).values())
+        if nodes > len(slots):
+            raise UsageError(f"{given.hostfile} lists {len(slots)} hosts, but {nodes} nodes were asked for.")
+        # One node is the default, and a hostfile is written to be used: all its hosts.
+        slots = slots[:nodes] if nodes > 1 else slots
+        ranks = ranks or slots[0]
+        if min(slots) < ranks:
+            raise UsageError(
+                f"{given.hostfile} has a host with {min(slots)} slots, but {ranks} ranks per node are needed: give "
+                "--nproc-per-node at most that."
+            )
+        return len(slots), ranks
+
+    def words(self, start: Start) -> list[str]:
+        # Its front end starts `python -m` itself, and puts its working folder on PYTHONPATH for several nodes. So it
+        # works in an empty folder, and the ranks return from there.
+        hostfile = start.recipe.launch.hostfile
+        words = [*module_words("deepspeed.launcher.runner", folder=EMPTY_FOLDER), *_slots(start)]
+        words += ["--master_port", str(free_port()), "--no_local_rank"]
+        words += ["--hostfile", str(Path(hostfile).absolute())] if hostfile else []
+        return [*words, "--log_level", "error", *script_words(*start.beside_words, folder=Path.cwd())]
+
+    def launch(self, start: Start) -> int:
+        variables = {}
+        if _VARIABLES.is_file() and "DS_ENV_FILE" not in {**os.environ, **start.recipe.launch.environment}:
+            variables["DS_ENV_FILE"] = str(_VARIABLES.absolute())  # it would look in its working folder
+        # It passes no SIGTERM on to its own child, and may be gone before its ranks.
+        return run_front_end(start, self.words(start), variables=variables, as_group=True)
+
+
+def _slots(start: Start) -> list[str]:
+    """How many ranks, or on which GPUs: given a number, DeepSpeed's launcher forgets CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if start.recipe.launch.hostfile or not visible or not count_gpus():
+        return ["--num_nodes", str(start.placed.nodes), "--num_gpus", str(start.placed.ranks_per_node)]
+    devices = visible.replace(" ", "").split(",")[: start.placed.ranks_per_node]
+    if not all(device.isdecimal() for device in devices):
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES is {visible}, but DeepSpeed's launcher knows GPUs by number only. Give numbers, or "
+            "take --launcher local or torchrun."
+        )
+    return ["--include", f"localhost:{','.join(devices)}"]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Ranks by host, in the file's order. Its lines are ``host slots=N``, as DeepSpeed and MPI have them."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"the hostfile cannot be read: {error}") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", words)
+        if not match or match[1] in slots:
+            what = f"{match[1]} a second time" if match else repr(words)
+            raise UsageError(f"{path}:{number}: found {what}; expected one line `host slots=N` for each host.")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise UsageError(f"{path} lists no host. Its lines are `host slots=N`.")
+    return slots
+
+
+LAUNCHER = DeepSpeed()

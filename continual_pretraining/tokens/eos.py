@@ -1,0 +1,83 @@
+"""Which token ends a document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smolconv.errors import CorruptFile, UsageError, some_of
+
+#: Ends of documents in the pretraining data of SmolLM2 and of SmolLM3 (Llama 3's tokenizer). Their instruct
+#: tokenizers name another token as eos, the end of a chat turn.
+PRETRAINING_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+#: Ids of the same by the names of tokenizers in nanotron's published YAMLs.
+KNOWN_EOS = {"HuggingFaceTB/cosmo2-tokenizer": 0, "meta-llama/Llama-3.2-1B": 128001}
+
+
+def ends_documents(ending: int, seen: int) -> bool:
+    """Whether a token is the end of documents: more than half of those ``seen`` end in it."""
+    return 2 * ending > seen
+
+
+def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]:
+    """The token that ends documents, and who says so."""
+    if asked is not None:
+        if tokenizer.token_to_id(asked) is None:
+            raise UsageError(f"--eos {asked} is not a token of {path}. It has: {_special(tokenizer)}.")
+        return asked, "--eos"
+    own, said_by = _own_eos(tokenizer, path)
+    if own is None:
+        raise UsageError(
+            f"no file beside {path} says which token ends a document.\n"
+            f"Pass --eos TOKEN, one of: {_special(tokenizer)}; or --no-eos."
+        )
+    others = [token for token in PRETRAINING_ENDS if tokenizer.token_to_id(token) is not None]
+    if others and own not in others:
+        raise UsageError(
+            f"{said_by} names {own} (id {tokenizer.token_to_id(own)}) as eos, as chat tokenizers do, but pretraining "
+            f"data usually ends in {others[0]} (id {tokenizer.token_to_id(others[0])}).\n"
+            "Where the data's EOS is not the recipe's, positions and attention never restart at a document.\n"
+            f"Choose: --eos '{others[0]}' or --eos '{own}'."
+        )
+    return own, str(said_by)
+
+
+def _own_eos(tokenizer: Any, path: Path) -> tuple[str | None, Path]:
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        beside = path.with_name(name)
+        if not beside.is_file():
+            continue
+        try:
+            document = json.loads(beside.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptFile(f"{beside} is not JSON ({error}).") from None
+        token = _named(document)
+        if token is None and isinstance(document, dict) and isinstance(document.get("eos_token_id"), int):
+            token = tokenizer.id_to_token(document["eos_token_id"])
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            return token, beside
+    return None, path
+
+
+def _special(tokenizer: Any) -> str:
+    names = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
+    return some_of(names, 8) or "no special tokens"
+
+
+def eos_of_folder(folder: Path) -> int | None:
+    """The EOS of a tokenizer on this disk, by its own files."""
+    try:
+        token = _named(json.loads((folder / "tokenizer_config.json").read_text()))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
+        found = added.get(token, tokenizer["model"]["vocab"].get(token))
+        return None if found is None else int(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _named(document: Any) -> Any:
+    """By a tokenizer's settings: a token itself, or with how it is treated."""
+    token = document.get("eos_token") if isinstance(document, dict) else None
+    return token.get("content") if isinstance(token, dict) else token

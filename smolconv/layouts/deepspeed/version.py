@@ -1,0 +1,29 @@
+"""Which versions of DeepSpeed our engines can be.
+
+A checkpoint is loaded as smolconv wrote it, so both must lay ZeRO's flat partitions out alike. 0.19.7 pads parameters
+in them (``round_robin_bit16_padding``, partitions.py), and 0.19.6 does not: a patch release changes what a file means.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from smolconv.errors import NotInstalled
+
+#: What tests/test_deepspeed_engine.py passed with: 0.19.7 and 0.19.8. pyproject.toml asks for the same.
+RANGE = ">=0.19.7,<0.19.9"
+
+
+def check_deepspeed(wanting: str) -> None:
+    """Raise ``NotInstalled`` unless a DeepSpeed of ``RANGE`` is there, which is not imported. ``wanting`` needs it."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise NotInstalled(f"{wanting} needs deepspeed: pip install 'deepspeed{RANGE}'.") from None
+    from packaging.specifiers import SpecifierSet  # DeepSpeed needs it itself
+
+    if not SpecifierSet(RANGE).contains(found, prereleases=True):
+        raise NotInstalled(
+            f"deepspeed {found} is installed, and {wanting} needs deepspeed{RANGE}: others lay ZeRO's partitions out "
+            f"differently, or were not tried.\nInstall one that was: pip install 'deepspeed{RANGE}'."
+        )
