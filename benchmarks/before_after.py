@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from common import (
@@ -69,12 +70,12 @@ def measure(before: Path, sources: Path, out: Path, size: str, pairs: int) -> li
             environment = {**os.environ, "PYTHONPATH": str(code)}
             return run([sys.executable, *words], environment, then_sync=True, folder=sources)
 
+        def told(a: Run, b: Run, title: str = title) -> None:
+            say(f"{title}: after {a.seconds:.2f} s, before {b.seconds:.2f} s")
+
         warm(place)
         once(before), once(REPOSITORY)  # bytecode, and what the disk does the first time
-        found = alternate(
-            lambda once=once: once(REPOSITORY), lambda once=once: once(before), pairs,
-            lambda a, b, title=title: say(f"{title}: after {a.seconds:.2f} s, before {b.seconds:.2f} s"),
-        )  # fmt: skip
+        found = alternate(partial(once, REPOSITORY), partial(once, before), pairs, told)
         rows.append(_row(title, size, folder_bytes(place), found))
         remove(out)
         remove(place)

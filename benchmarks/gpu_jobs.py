@@ -158,13 +158,13 @@ def long_document(
     """
     place = torch.device(device)
     packing = pack(torch.arange(length)[None], place, KERNELS["documents"], by_length=True)
-    given = [
+    query, key, value = (
         torch.randn(1, each, length, head_size, device=place, requires_grad=True)
         for each in (heads, kv_heads, kv_heads)
-    ]
-    packing.kernel(*given, packing, head_size**-0.5).sum().backward()
+    )
+    packing.kernel(query, key, value, packing, head_size**-0.5).sum().backward()
     found = {"attention": _peak_bytes(place)["allocated"]}
-    del given
+    del query, key, value
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     side = TransformersSide(FolderWeights(Path(folder)), torch.float32, device)
@@ -304,7 +304,7 @@ def hf_trainer(
     examples = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]  # the model shifts the labels
     ends: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()

@@ -82,10 +82,8 @@ def smolconv(given: argparse.Namespace, clock: Clock) -> None:
     """The worker that ``continue-train`` starts, whole: data, metrics, agreement of ranks; one rank."""
     from smolconv.continual_pretraining.recipe.files import dump_recipe
     from smolconv.continual_pretraining.recipe.schema import Recipe
-    from smolconv.continual_pretraining.run import (
-        trainer,
-        worker,
-    )
+    from smolconv.continual_pretraining.run import trainer, worker
+    from smolconv.continual_pretraining.run.folder import RECIPE
     from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 
     document = {
@@ -103,7 +101,7 @@ def smolconv(given: argparse.Namespace, clock: Clock) -> None:
             "threads": given.threads,
         },
     }  # fmt: skip
-    (given.work / worker.RECIPE).write_text(dump_recipe(Recipe.model_validate(document)))
+    (given.work / RECIPE).write_text(dump_recipe(Recipe.model_validate(document)))
     _alone()
     record_step, check_start = Watch.step, trainer.Trainer.check_start
 
@@ -200,7 +198,7 @@ def _hugging_face(given: argparse.Namespace, clock: Clock, deepspeed: dict[str, 
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Rows(Dataset):  # type: ignore[misc]
+    class Rows(Dataset):
         def __init__(self) -> None:
             self.rows = rows(given.tokens, given.length)
 
@@ -211,7 +209,7 @@ def _hugging_face(given: argparse.Namespace, clock: Clock, deepspeed: dict[str, 
             row = next(self.rows)[0]  # whatever the index: Trainer shuffles
             return {"input_ids": row, "labels": row}
 
-    class Timed(TrainerCallback):  # type: ignore[misc]
+    class Timed(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             clock.start()
 

@@ -12,7 +12,7 @@ from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -145,7 +145,7 @@ def _modules() -> dict[str, ModuleType]:
     for module, name in _CLASSES.items():
         stand_in: type = type(name, (), {"__module__": module})
         if name == "ZeroStageEnum":
-            stand_in = IntEnum(name, _STAGES, module=module, start=0)
+            stand_in = cast(type, IntEnum(name, _STAGES, module=module, start=0))
         setattr(modules[module], name, stand_in)
     return modules
 

@@ -578,7 +578,7 @@ def test_words_that_do_not_fit_are_a_usage_error(nanotron, cli, tmp_path, words,
     "options", [{"to": "gguf"}, {"dtype": "int8"}, {"cast_from": "moon"}, {"rope_scaling": "yes"}, {"digest": "md5"}]
 )
 def test_words_that_do_not_fit_are_refused_in_the_library_too(
-    nanotron: Path, tmp_path: Path, options: dict[str, str]
+    nanotron: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     ((name, value),) = options.items()
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: expected "):
@@ -779,7 +779,8 @@ def test_overwrite_replaces_nothing_but_a_checkpoint(make, hf, cli, tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("words", [{}, {"overwrite": True}], ids=str)
 def test_what_appears_at_the_target_meanwhile_is_not_lost(make, words, hf, cli, tmp_path):
-    target, made = tmp_path / "out", []
+    target = tmp_path / "out"
+    made: list[Any] = []
 
     def appear(count: int) -> None:
         if count and not made:
@@ -963,7 +964,7 @@ def test_a_parent_that_is_a_file_is_a_machine_error(hf, cli, tmp_path):
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mounts a small file system in memory; skips where that is not allowed."""
-    places = []
+    places: list[Path] = []
 
     def mount(options: str) -> Path:
         place = tmp_path / f"mounted-{len(places)}"
@@ -1238,7 +1239,7 @@ def test_damage_anywhere_ends_in_one_of_our_errors(request, kind):
     assert refusals >= 12, "the damage was to be noticed, most of the time"
 
 
-STRANGE = (None, -1, 0, 1.5, 1 << 40, 1e300, float("nan"), "x", "", [], [None], {}, {"a": 1}, True)
+STRANGE: tuple[Any, ...] = (None, -1, 0, 1.5, 1 << 40, 1e300, float("nan"), "x", "", [], [None], {}, {"a": 1}, True)
 
 
 def places(document: object, so_far: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -546,7 +546,8 @@ def test_a_world_size_that_is_no_number_is_a_corrupt_file(broken, refused, name,
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": False}], ids=["with Adam", "weights only"])
 def test_a_list_in_the_client_state_that_holds_itself_is_a_corrupt_file(broken, refused, options):
-    source, endless = broken(ZERO1), []
+    source = broken(ZERO1)
+    endless: list[Any] = []
     endless.append(endless)
     edit(model_file(source.tag), lambda document: document.update(history=endless))
     refused(source, CorruptFile, "holds itself", **options)
@@ -565,7 +566,8 @@ def test_alignment_paddings_of_fewer_groups_are_a_corrupt_file(broken, refused, 
 
 def test_names_of_zero_0_that_are_fewer_than_its_numbers_end_in_one_of_our_errors(broken):
     source = broken("zero0-bf16")
-    for shapes in ([], [{}], [{}, {}], [{NORM: torch.Size([16])}]):
+    wrong: list[list[dict[str, Any]]] = [[], [{}], [{}, {}], [{NORM: torch.Size([16])}]]
+    for shapes in wrong:
         edit(model_file(source.tag), lambda document: document.update(param_shapes=shapes))  # noqa: B023
         only_our_errors(source.checkpoint)
 

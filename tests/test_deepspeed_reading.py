@@ -95,7 +95,7 @@ def groups_of_the_run(case: Case) -> list[list[str]]:
     return [sorted(group, key=module.index) for group in groups]
 
 
-@pytest.mark.parametrize("case", filter(has_state, READABLE), ids=str)
+@pytest.mark.parametrize("case", [case for case in READABLE if has_state(case)], ids=str)
 def test_steps_and_groups_are_those_of_the_live_engine(case):
     checkpoint = read(case)
     groups = checkpoint.optimizer.groups

@@ -66,7 +66,7 @@ class _Stranger:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class LossScaler(_Stranger):

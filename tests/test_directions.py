@@ -142,8 +142,8 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def hf_differences(a: Path, b: Path) -> Iterator[str]:
     yield from differences(hf_weights(a), hf_weights(b), "weights")
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (a, b)]
-    yield from differences(*configs, "config.json")
+    left, right = (json.loads((folder / "config.json").read_text()) for folder in (a, b))
+    yield from differences(left, right, "config.json")
     left, right = sidecar(a), sidecar(b)
     for state in (left, right):
         # A layout's own switches of the optimizer (fused, capturable) are no hyperparameters.
@@ -299,7 +299,8 @@ def test_masters_without_moments_survive(between, tmp_path):
 
 def same_archives(a: Path, b: Path) -> list[str]:
     """What parts the torch files of two of our folders; bias_correction is added where a rank's file is written."""
-    return list(differences(*(documents(run, {"bias_correction": "of ranks' files"}) for run in (a, b))))
+    left, right = (documents(run, {"bias_correction": "of ranks' files"}) for run in (a, b))
+    return list(differences(left, right))
 
 
 STAGES = {
@@ -366,7 +367,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     return {"nanotron": RUNS[1], "hf": home / "hf", "deepspeed": home / "deepspeed"}
 
 
-TARGETS = {"nanotron": {"tp": 2}, "hf": {}, "deepspeed": {"zero_stage": 3, "world_size": 3}}
+TARGETS: dict[str, dict[str, Any]] = {"nanotron": {"tp": 2}, "hf": {}, "deepspeed": {"zero_stage": 3, "world_size": 3}}
 
 
 def run_verified(

@@ -23,7 +23,7 @@ from test_verify import tiers, turned_rows, verified
 from training import recipe, recipe_document, token_folder, train
 from training_model_worker import Packed
 
-from smolconv.continual_pretraining.estimate.estimate import memory_parts
+from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.errors import NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint

@@ -209,7 +209,7 @@ def test_biases_and_an_untied_head_come_along(tmp_path: Path) -> None:
     weights = tiny_weights()
     rng = np.random.default_rng(8)
     for name in [name for name in weights if "_proj" in name]:
-        weights[name.replace(".weight", ".bias")] = rng.normal(size=weights[name].shape[0]).astype(np.float32)
+        weights[name.replace(".weight", ".bias")] = rng.normal(size=weights[name].shape[:1]).astype(np.float32)
     weights["lm_head.weight"] = rng.normal(size=weights["model.embed_tokens.weight"].shape).astype(np.float32)
     folder = import_to(write_tiny(tmp_path / "biased.gguf", weights), tmp_path / "hf")
     assert_same_tensors(folder, {name: quantised(name, weight) for name, weight in weights.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -21,8 +20,8 @@ from smolconv.continual_pretraining.engine.attention import KERNELS, Packing
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-check = importlib.import_module("gpu_check")
-jobs = importlib.import_module("gpu_jobs")
+import gpu_check as check  # noqa: E402
+import gpu_jobs as jobs  # noqa: E402
 
 LLAMA = check._tiny("llama", hidden_size=48, intermediate_size=32, num_attention_heads=6, num_key_value_heads=2)
 SMOLLM3 = check._tiny(
@@ -203,7 +202,7 @@ def test_an_export_of_a_run_that_ends_is_not_met_with_its_reason(place):
 def canned(place: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """A place whose measurements are as estimated, and ``changes`` of single runs: trainer, liger, plain, compile, ..."""
     given = check.subject(place, 0)
-    plain = {
+    plain: dict[str, Any] = {
         "tokens_per_second": 989e12 * 0.3 / given.flops["6N"], "losses": [6.0, 5.0], "attention": "varlen",
         "allocated": check._estimated_bytes(given.recipe(place), given.spec), "reserved": 10, "graphs": 0,
     }  # fmt: skip

@@ -346,7 +346,7 @@ def test_a_saved_again_archive_with_right_checksums_is_noticed_by_the_manifest(t
 def test_what_is_read_in_part_is_said_and_compared_with_check_source(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "_SMALL_BYTES", 16)
     convert(ZERO1 / "checkpoint", tmp_path / "run", "hf", optimizer=False)
-    options = {"optimizer": False, "vocab_size": 8}  # most of the embedding stays unread
+    options: dict[str, Any] = {"optimizer": False, "vocab_size": 8}  # most of the embedding stays unread
     result = convert(tmp_path / "run", tmp_path / "out", "nanotron", **options)
     assert [name for name in result.source_check["unchecked"] if "embed_tokens" in name]
     assert any("--check-source" in warning for warning in result.warnings)
@@ -354,7 +354,7 @@ def test_what_is_read_in_part_is_said_and_compared_with_check_source(tmp_path, m
     assert run_conversion(plan, check_source=True).source_check["unchecked"] == []
 
 
-def edited_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+def edited_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads((folder / MANIFEST).read_text())
     edit(document)
     (folder / MANIFEST).write_text(json.dumps(document))

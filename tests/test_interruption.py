@@ -223,7 +223,7 @@ def test_resume_keeps_what_is_done(tmp_path):
     journal = (partial(target) / JOURNAL).read_text()
     written = {path.name: path.stat() for path in partial(target).glob("*.safetensors") if f'"{path.name}"' in journal}
     assert written
-    seen = []
+    seen: list[int] = []
     convert(TP2, target, "hf", resume=True, progress=seen.append)
     assert seen[0] >= sum(stat.st_size for stat in written.values())
     for name, stat in written.items():

@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from smolconv.continual_pretraining.recipe import schema
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
-from smolconv.continual_pretraining.recipe.schedules import DECAYS, learning_rate
+from smolconv.continual_pretraining.recipe.schedules import DECAYS, Schedule, learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.layouts.nanotron.schedule import scheduled_lr
@@ -580,7 +580,8 @@ HEADINGS = {
 def field_tables() -> str:
     """The page's tables, from the schema and the comments beside its fields."""
     lines = []
-    for model in dict.fromkeys([schema.Recipe, *within(schema.Recipe)]):
+    found: list[type[BaseModel]] = [schema.Recipe, *within(schema.Recipe)]
+    for model in dict.fromkeys(found):
         name = model.__name__
         comments = dict(re.findall(r"^    (\w+): .*?#: (.*)$", inspect.getsource(model), re.M))
         lines += [f"### {HEADINGS.get(name, name.lower())}", ""]
@@ -608,19 +609,18 @@ def decay_table() -> str:
 
 def with_tables(page: str) -> str:
     for part, table in (("decays", decay_table()), ("fields", field_tables())):
-        page = re.sub(
-            rf"(<!-- {part}:begin.*?-->\n).*(<!-- {part}:end -->)",
-            lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}",
-            page,
-            flags=re.S,
-        )
+
+        def filled(m: re.Match[str], table: str = table) -> str:
+            return f"{m[1]}\n{table}\n\n{m[2]}"
+
+        page = re.sub(rf"(<!-- {part}:begin.*?-->\n).*(<!-- {part}:end -->)", filled, page, flags=re.S)
     return page
 
 
 def test_the_page_lists_every_field_with_its_default():
     page = PAGE.read_text()
     assert page == with_tables(page), "run `python tests/test_recipe.py`"
-    for model in (schema.Recipe, schema.Schedule, schema.Slurm):
+    for model in (schema.Recipe, Schedule, schema.Slurm):
         assert all(f"| `{field}` |" in page for field in model.model_fields)
 
 

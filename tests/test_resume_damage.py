@@ -258,7 +258,8 @@ def test_a_checkpoint_without_a_manifest_is_taken_with_a_note(run, tokens):
 
 @pytest.mark.parametrize("spoil", [bits_in_adam, an_exponent, cut, another_steps_state, without("config.json")])
 def test_without_a_manifest_the_archives_own_checksums_and_steps_are_compared(spoil, run, tokens):
-    as_an_earlier_version(step_folder(run, 6)), as_an_earlier_version(step_folder(run, 2))
+    for step in (6, 2):
+        as_an_earlier_version(step_folder(run, step))
     name = spoil(step_folder(run, 6))
     with pytest.raises(BadCheckpoint, match=re.escape(name)):
         found(run, tokens)

@@ -295,9 +295,14 @@ def test_output_larger_than_the_memory_to_cache_it_is_dropped_from_the_cache_and
     room, tmp_path, monkeypatch
 ):
     source = saved(llama(), tmp_path / "hf")
-    advised = []
+    advised: list[tuple[int, ...]] = []
     real = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (advised.append(given[1:]), real(*given)))
+
+    def fadvise(*given: int) -> None:
+        advised.append(given[1:])
+        real(*given)
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
     monkeypatch.setattr(output, "_bytes_to_cache", lambda: 0 if room == "none" else 10**9)
     monkeypatch.setattr(output, "_WRITEBACK_BYTES", 1_000)
     convert(source, tmp_path / "out", "hf")
@@ -542,11 +547,11 @@ def test_a_vocabulary_that_tp_does_not_divide_is_padded_with_zero_rows_and_zero_
 
 def test_trimming_the_padding_again_gives_the_same_checkpoint(odd_vocabulary, tmp_path):
     again = to_nanotron_and_back(odd_vocabulary, tmp_path, {"vocab_size": 255}, tp=2, pp=2)
-    sidecars = [
+    left, right = (
         {p.name: load_file(p) for p in (f / "smolconv_state").glob("*.safetensors")} for f in (again, odd_vocabulary)
-    ]
+    )
     assert same_weights(again, odd_vocabulary)
-    assert list(differences(*sidecars)) == []
+    assert list(differences(left, right)) == []
     assert spec_from_hf(config_of(again)) == spec_from_hf(config_of(odd_vocabulary))
 
 

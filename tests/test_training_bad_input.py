@@ -133,6 +133,11 @@ def without_progress(folder: Path, document: dict[str, Any]) -> None:
     document["model"]["source"] = str(hf_models.saved(hf_models.smollm3(vocab_size=256), folder / "new"))
 
 
+def with_learning_rate_but_no_progress(folder: Path, document: dict[str, Any]) -> None:
+    without_progress(folder, document)
+    document.update(start={"learning_rate": True})
+
+
 def scaled_with_theta(folder: Path, document: dict[str, Any]) -> None:
     model = hf_models.llama(vocab_size=256, **hf_models.rope(10_000.0, hf_models.LLAMA3_SCALING))
     document["model"] |= {"source": str(hf_models.saved(model, folder / "scaled")), "rope_theta": 5e5}
@@ -182,7 +187,7 @@ BAD = {
         without_optimizer, 2, ("start.optimizer", "no Adam state", "Set start.optimizer: false"), ranks=2
     ),
     "a place in the schedule where there is none": Bad(
-        lambda folder, document: (without_progress(folder, document), document.update(start={"learning_rate": True})),
+        with_learning_rate_but_no_progress,
         2, ("start.learning_rate", "has none", "Set both to false"),
     ),
     "a source that is beyond the schedule": Bad(
@@ -322,7 +327,7 @@ def test_a_run_goes_on_from_a_source_in_another_layout_of_the_same_model(trained
 
 
 def test_the_micro_batch_may_change_with_a_mean_over_tokens(trained, tokens, tmp_path):
-    by_tokens = {"loss": {"normalisation": "tokens"}, "parallelism": {"micro_batch_sequences": 2}}
+    by_tokens: dict[str, Any] = {"loss": {"normalisation": "tokens"}, "parallelism": {"micro_batch_sequences": 2}}
     for name, values in by_tokens.items():
         by_tokens[name] = {**recipe_document(SMOLLM3, tokens, **QUICK).get(name, {}), **values}
     ended = going_on(tmp_path / "run", trained, tokens, **by_tokens)

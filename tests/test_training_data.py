@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from smolconv.checkpoint import DataStage
@@ -99,7 +100,7 @@ def copy_of(folder: str, tmp_path: Path, name: str | None = None) -> Path:
 
 
 def write_tokens(
-    folder: Path, tokens: Sequence[int], ends: Sequence[int], dtype: str = "<u2", name: str = "0.ds"
+    folder: Path, tokens: npt.ArrayLike, ends: npt.ArrayLike, dtype: str = "<u2", name: str = "0.ds"
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     np.array(tokens, dtype).tofile(folder / name)
@@ -309,7 +310,7 @@ def test_counts_of_another_blend_give_another_order() -> None:
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
-TWO_STAGES = [
+TWO_STAGES: list[dict[str, Any]] = [
     {
         "name": "stable",
         "sources": [
@@ -335,8 +336,8 @@ def test_every_step_reads_what_nanotron_would(tmp_path: Path) -> None:
     folders = {s.path: TokenFolder.open(s.path, 127) for stage in data.stages for s in stage.sources}
     read = dict.fromkeys(folders, 0)
     expected = []
-    for stage, steps in zip(data.stages, (8, 7)):
-        for d in nanotrons_blend([source.weight for source in stage.sources], steps * per_step):
+    for stage, count in zip(data.stages, (8, 7)):
+        for d in nanotrons_blend([source.weight for source in stage.sources], count * per_step):
             path = stage.sources[d].path
             expected.append((folders[path], read[path] % folders[path].windows))
             read[path] += 1
@@ -623,7 +624,7 @@ def second_tokenizer(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], type[SmolconvError], str]] = {
     "missing": (shutil.rmtree, MissingFile, "is not a folder"),
-    "empty": (lambda f: void([p.unlink() for p in f.iterdir()]), MissingFile, r"holds no token files \(\*.ds\)"),
+    "empty": (lambda f: void(list(map(Path.unlink, f.iterdir()))), MissingFile, r"holds no token files \(\*.ds\)"),
     "in a subfolder": (into_subfolder, MissingFile, "There are some in .*/x"),
     "half a token": (add_bytes("", b"\0"), CorruptFile, "83817 bytes, which is no multiple of its token size"),
     "a token more": (add_bytes("", b"\0\0"), CorruptFile, "has 41909 tokens .* counts 41908"),
@@ -710,7 +711,7 @@ def test_nanotrons_own_record_becomes_a_position_and_comes_back() -> None:
     run = ORACLE.parent / "nanotron" / "smollm3-tiny" / "tp1-pp2-dp1-zero0"
     progress = read_nanotron(run).progress
     assert progress is not None and len(progress.stages) == 2
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"name": "stable phase", "sources": [{"path": "datasets/stable-a"}, {"path": "datasets/stable-b"}]},
         {
             "name": "decay phase",

@@ -29,6 +29,7 @@ from transformers import masking_utils
 
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import attend_by_document, choose_attention, pack
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS
 from smolconv.continual_pretraining.engine.model import SummedCrossEntropy, build_model, check_no_leak
 from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe import schema as recipe
@@ -298,7 +299,8 @@ def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_t
     given, counted = batch([[7, 20, 5]]), []
     results = []
     for on in (False, True):
-        built, calls = training(plain, activation_checkpointing=on), []
+        built = training(plain, activation_checkpointing=on)
+        calls: list[int] = []
         built.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         results.append(run(built, given))
         counted.append(len(calls))
@@ -367,8 +369,8 @@ def test_compiled_layers_keep_their_names_and_give_the_same_loss(plain, checkpoi
     for compiled in (False, True):
         torch.compiler.reset()
         built = training(plain, compile=compiled, activation_checkpointing=checkpointing)
-        for lengths in ([[7, 20, 5]], [[9, 23]], [[4] * 8]):
-            losses[compiled, str(lengths)] = run(built, batch(lengths))[0].item()
+        for row in ([7, 20, 5], [9, 23], [4] * 8):
+            losses[compiled, str(row)] = run(built, batch([row]))[0].item()
     assert list(built.state_dict()) == list(plain.state_dict())
     for (compiled, lengths), loss in losses.items():
         assert loss == pytest.approx(losses[not compiled, lengths], rel=1e-5)
@@ -395,7 +397,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [1, 5, 16, 50], ids=lambda rows: f"{rows} rows at once")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 def test_cross_entropy_of_some_rows_at_a_time_is_that_of_all(monkeypatch, rows, dtype, tolerance):
-    monkeypatch.setitem(model.MAX_LOGITS, "cpu", 300 * rows)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 300 * rows)
     torch.manual_seed(0)
     hidden, weight = torch.randn(41, 16), torch.randn(300, 16)
     labels = torch.randint(0, 300, (41,))
@@ -529,21 +531,21 @@ def test_float32_on_a_gpu_is_given_whole_heads_so_that_scores_are_never_written(
         return original(query, key, value, enable_gqa=enable_gqa, **options)
 
     packing = pack(batch([[5, 5]]).positions, torch.device("cpu"), attend_by_document, by_length=True)
-    given = [torch.randn(1, heads, 10, 16).to(dtype) for heads in (8, 2, 2)]
-    expected = attend_by_document(*given, packing, 0.25)
+    q, k, v = (torch.randn(1, heads, 10, 16).to(dtype) for heads in (8, 2, 2))
+    expected = attend_by_document(q, k, v, packing, 0.25)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
-    found = attend_by_document(*(tensor.as_subclass(kind) for tensor in given), packing, 0.25)
+    found = attend_by_document(q.as_subclass(kind), k.as_subclass(kind), v.as_subclass(kind), packing, 0.25)
     assert calls == [([8, 8, 8], False) if kind is AsOnGpu and dtype == torch.float32 else ([8, 2, 2], True)]
     assert (found - expected).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_the_estimate_counts_the_heads_that_float32_is_given_on_a_gpu():
     def activations(kv_heads: int, dtype: str) -> int:
-        given = recipe.Recipe(
-            name="-", model={"source": "-", "dtype": dtype}, schedule={"train_steps": 1, "peak_lr": 1e-4},
-            data={"sequence_length": 8, "eos_token_id": 0, "stages": [{"name": "-", "sources": [{"path": "-"}]}]},
-            parallelism={"global_batch_sequences": 1},
-        )  # fmt: skip
+        given = recipe.Recipe.model_validate({
+            "name": "-", "model": {"source": "-", "dtype": dtype}, "schedule": {"train_steps": 1, "peak_lr": 1e-4},
+            "data": {"sequence_length": 8, "eos_token_id": 0, "stages": [{"name": "-", "sources": [{"path": "-"}]}]},
+            "parallelism": {"global_batch_sequences": 1},
+        })  # fmt: skip
         spec = spec_from_hf(hf_models.llama(num_key_value_heads=kv_heads).config.to_dict())
         return next(part.bytes for part in memory_parts(given, spec, 1) if part.name == "activations")
 
@@ -589,7 +591,7 @@ def fake_flash(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
         calls.append(1)
         return reference_kernel(q, k, v, cu_seqlens_q, softmax_scale)
 
-    module = ModuleType("flash_attn")
+    module: Any = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
@@ -609,7 +611,7 @@ def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
         calls.append(1)
         return reference_kernel(q, k, v, given["cu_seq_q"], given["scale"])
 
-    varlen_attn.__signature__ = signature
+    varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
 
@@ -617,7 +619,8 @@ def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
 def test_gpu_kernels_are_called_as_they_document_and_give_the_same(monkeypatch, plain, name, fake):
     """The kernels need a GPU; a plain computation with their signature stands in for them here."""
     given = batch([[7, 20, 5], [9, 9, 14]])
-    built, calls = training(plain), []
+    built = training(plain)
+    calls: list[int] = []
     expected, gradients = run(built, given)
     fake(monkeypatch, calls)
     built.attention, built.attend = name, attention.KERNELS[name]
@@ -672,7 +675,7 @@ def test_liger_is_refused_where_it_is_not_and_left_out_when_not_asked_for():
     assert build_model(config, recipe.Model(source="-"), "cpu").lm_head.fused is None
 
 
-def modeling_of(plain: torch.nn.Module) -> ModuleType:
+def modeling_of(plain: torch.nn.Module) -> Any:
     """transformers' module: LlamaRMSNorm, LlamaMLP, apply_rotary_pos_emb, ..."""
     return importlib.import_module(type(plain).__module__)
 
@@ -726,7 +729,8 @@ def fake_liger(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> list[
                 if type(module).__name__ == f"{name}{kind}":
                     module.__dict__["forward"] = forward.__get__(module)
 
-    liger, inside = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    liger: Any = ModuleType("liger_kernel")
+    inside: Any = ModuleType("liger_kernel.transformers")
     inside.LigerFusedLinearCrossEntropyLoss = FusedLoss
     setattr(inside, f"apply_liger_kernel_to_{plain.config.model_type}", apply)
     liger.transformers = inside
@@ -779,7 +783,7 @@ def test_liger_rotates_on_gpus_alone_however_many_models_were_built(monkeypatch,
 def incompatible(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> None:
     """Liger imports what it expects of transformers when one of its functions is asked for, and not before."""
     fake_liger(monkeypatch, plain)
-    inside = ModuleType("liger_kernel.transformers")
+    inside: Any = ModuleType("liger_kernel.transformers")
 
     def lazily(name: str) -> Any:
         raise ImportError("liger-kernel requires transformers >= 9, got this one")

@@ -436,6 +436,7 @@ def turned_rows(parts: str) -> Callable[..., Callable[..., Rule]]:
         def wrong(spec: ModelSpec, kind: str, *, interleaved: bool) -> Rule:
             inner = tuple(TurnedHeads() if part in parts else Rename() for part in "qkv")
             found = rule(spec, kind, interleaved=interleaved)
+            assert isinstance(found.op, JoinRows)
             return replace(found, op=JoinRows(found.op.rows, inner))
 
         return wrong

@@ -4,7 +4,7 @@ whole forward, float64 formulas."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,8 @@ def test_interleaved_rows_give_the_same_logits(run, tmp_path):
 def test_interleaved_queries_are_shown_in_the_order_of_hugging_face(tmp_path):
     seen: list[dict[str, torch.Tensor]] = []
     for folder in (SMOLLM2, as_interleaved(SMOLLM2, tmp_path / "run")):
-        side, found = native(folder), {}
+        side = native(folder)
+        found: dict[str, torch.Tensor] = {}
         tokens = known(SMOLLM2.parent)["input_ids"]
         run = ForwardPass(
             tokens=tokens, positions=torch.arange(32).expand_as(tokens), attention="sdpa", observe=found.__setitem__
@@ -232,7 +233,8 @@ def test_on_a_gpu_transformers_is_given_whole_heads_so_that_scores_are_never_wri
     with monkeypatch.context() as patch:
         patch.setattr(hf, "_attention", lambda run, device: chosen(run, "cuda:0"))
         found, calls = given_to_sdpa(monkeypatch, lambda: logits(on_folder(folder), TOKENS, positions))
-    config = on_folder(folder)._model("sdpa").config
+    side: Any = on_folder(folder)
+    config = side._model("sdpa").config
     assert config.num_key_value_heads < config.num_attention_heads
     whole = ([config.num_attention_heads] * 3, False)
     assert calls == [(*whole, positions is None, positions is None)] * config.num_hidden_layers
@@ -470,7 +472,7 @@ def test_the_shipped_text_begins_anew_where_it_is_too_short(tokenizer, monkeypat
 def test_ids_of_ones_own_are_taken_in_order(shape, dtype, tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(12, dtype=dtype).reshape(shape))
     rows = choose(tokens=tmp_path / "ids.npy", length=10)
-    assert (rows.tokens.dtype, rows.tokens.tolist()) == (np.int64, [list(range(10))])
+    assert (rows.tokens.dtype, rows.tokens.tolist()) == (np.dtype(np.int64), [list(range(10))])
 
 
 @pytest.mark.parametrize(
@@ -521,7 +523,7 @@ def saved_text(data: bytes, option: str = "text") -> Callable[[Path], dict[str, 
     return make
 
 
-WRONG: dict[str, tuple[Callable[[Path], dict[str, object]], type[SmolconvError], str]] = {
+WRONG: dict[str, tuple[Callable[[Path], Mapping[str, object]], type[SmolconvError], str]] = {
     "beyond the vocabulary": (saved_ids([1, 300]), UsageError, "gives token 300,"),
     "negative": (saved_ids([1, -1]), UsageError, "gives token -1,"),
     "floats": (saved_ids([1.0, 2.0]), UsageError, "float64"),
@@ -541,7 +543,7 @@ def test_rows_that_cannot_be_are_refused_by_name(make, error, says, tmp_path):
         choose(**make(tmp_path))
 
 
-WRONG_TEXTS: dict[str, tuple[Callable[[Path], dict[str, object]], type[SmolconvError], str]] = {
+WRONG_TEXTS: dict[str, tuple[Callable[[Path], Mapping[str, object]], type[SmolconvError], str]] = {
     "no file": (lambda folder: {"text": folder / "none.txt"}, MissingFile, r"none\.txt"),
     "not UTF-8": (saved_text(b"\xff\xfe\xff"), UsageError, "UTF-8"),
     "empty": (saved_text(b""), UsageError, "0 tokens"),

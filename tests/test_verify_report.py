@@ -32,9 +32,9 @@ Document = dict[str, Any]
 def document(b: Path, **options: Any) -> Document:
     """The real run of ``verify`` on the fixture and ``b``, as JSON."""
     read = ReadOptions(optimizer=options.get("optimizer", False))
-    sides = [read_checkpoint(folder, read) for folder in (NATIVE, b)]
+    left, right = (read_checkpoint(folder, read) for folder in (NATIVE, b))
     stored = (AsStored(folder=NATIVE, options=read), AsStored(folder=b, options=read))
-    return verify_checkpoints(*sides, VerifyOptions(**{"length": 64, **options}), stored=stored).to_json()
+    return verify_checkpoints(left, right, VerifyOptions(**{"length": 64, **options}), stored=stored).to_json()
 
 
 def swap_gate_and_up(weights: dict[str, Any]) -> None:
