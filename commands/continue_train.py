@@ -131,7 +131,7 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
     from smolconv.continual_pretraining.run.start import check_model, with_overrides
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 

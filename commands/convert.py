@@ -144,7 +144,7 @@ def convert(
     console.warn(result.warnings)
     summary = result.to_json()
     if push is not None:
-        from smolconv.hub.hub import push_folder
+        from smolconv.hub.push import push_folder
 
         summary["pushed"] = push_folder(target, push, message=f"Convert {source} with smolconv")
     if as_json:

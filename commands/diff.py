@@ -28,7 +28,7 @@ def diff(
 
     No tensor is read; values are compared by **smolconv verify**.
     """
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.inspection import diff_checkpoints
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint

@@ -33,7 +33,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.inspection import check_checkpoint, inspect_checkpoint
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint

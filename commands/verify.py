@@ -58,7 +58,7 @@ def verify(
 ) -> None:
     """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
     from smolconv.errors import UsageError
-    from smolconv.hub.hub import open_source
+    from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
     from smolconv.verify.compare import Stored, VerifyOptions, verify_checkpoints

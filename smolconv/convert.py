@@ -24,12 +24,13 @@ from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, SmolconvError, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
-from smolconv.hub.hub import open_source
+from smolconv.hub.download import open_source
 from smolconv.layouts.deepspeed import DeepSpeedOptions, plan_deepspeed, with_adam
-from smolconv.layouts.deepspeed.files import find_tag_folder
+from smolconv.layouts.deepspeed.listing import find_tag_folder
 from smolconv.layouts.huggingface.huggingface import HuggingFaceOptions, plan_huggingface
 from smolconv.layouts.layout import ASSET_NAMES, PlannedOutput, ReadOptions
-from smolconv.layouts.nanotron import NanotronOptions, find_step_folder, plan_nanotron
+from smolconv.layouts.nanotron import NanotronOptions, plan_nanotron
+from smolconv.layouts.nanotron.listing import find_step_folder
 from smolconv.layouts.registry import detect_layout, read_checkpoint
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
 from smolconv.storage.integrity import SourceCheck, SourceReport

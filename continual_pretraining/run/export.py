@@ -44,7 +44,7 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
             run_conversion(plan, overwrite=True)
         said.append(f"exported {target}{reason}")
         if export.push is not None and layout == "hf":
-            from smolconv.hub.hub import push_folder
+            from smolconv.hub.push import push_folder
 
             said.append(f"pushed {push_folder(target, export.push, message='Trained with smolconv continue-train')}")
     return said

@@ -23,7 +23,8 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
-from smolconv.hub.hub import is_hub_uri, open_source
+from smolconv.hub.address import is_hub_uri
+from smolconv.hub.download import open_source
 from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, hf_config
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import ModelSpec, parameter_shapes, spec_differences

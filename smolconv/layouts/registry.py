@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UsageError
 from smolconv.files import noting_files
-from smolconv.layouts.deepspeed import is_deepspeed, read_deepspeed
+from smolconv.layouts.deepspeed import listing as deepspeed
+from smolconv.layouts.deepspeed import read_deepspeed
 from smolconv.layouts.dtypes import check_dtypes
-from smolconv.layouts.huggingface.huggingface import is_huggingface, read_huggingface
+from smolconv.layouts.huggingface import listing as huggingface
+from smolconv.layouts.huggingface.huggingface import read_huggingface
 from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.nanotron import is_nanotron, read_nanotron
+from smolconv.layouts.listing import AnyPath, Listing
+from smolconv.layouts.nanotron import listing as nanotron
+from smolconv.layouts.nanotron import read_nanotron
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.lazy import close_thread_files
+
+#: In the order in which a folder is shown to them.
+LISTINGS: Mapping[str, Listing] = {"huggingface": huggingface, "nanotron": nanotron, "deepspeed": deepspeed}
+
+
+def layout_of(folder: AnyPath) -> str | None:
+    """The layout of a folder on disk or on the Hub, by its names alone; None for no checkpoint."""
+    return next((layout for layout, listing in LISTINGS.items() if listing.detect(folder)), None)
 
 
 def detect_layout(folder: Path) -> str:
@@ -28,12 +41,9 @@ def detect_layout(folder: Path) -> str:
         raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
     if (folder / INCOMPLETE).exists():
         raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")
-    if is_huggingface(folder):
-        return "huggingface"
-    if is_nanotron(folder):
-        return "nanotron"
-    if is_deepspeed(folder):
-        return "deepspeed"
+    layout = layout_of(folder)
+    if layout is not None:
+        return layout
     raise UnknownLayout(
         f"{folder} is not a checkpoint that smolconv knows: neither config.json beside weights (Hugging Face), nor "
         "latest.txt or model_config.json (nanotron), nor latest or *_model_states.pt (DeepSpeed) is there."

@@ -51,7 +51,8 @@ from smolconv.layouts.deepspeed.documents import (
     read_universal_tensor,
     stored,
 )
-from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, TagFiles, find_tag_folder, optimizer_file, tag_files
+from smolconv.layouts.deepspeed.files import TagFiles, optimizer_file, tag_files
+from smolconv.layouts.deepspeed.listing import SOURCE_DOCUMENTS, find_tag_folder
 from smolconv.layouts.deepspeed.matching import Unnamed, alike, name_by_order, place_by_order, starts_alike
 from smolconv.layouts.deepspeed.partitions import (
     check_paddings,

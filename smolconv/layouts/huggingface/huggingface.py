@@ -19,6 +19,7 @@ from smolconv.errors import CorruptFile, DigestMismatch, MissingFile, MissingSha
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import adam_step, check_config, check_progress, understood, with_tuples
 from smolconv.layouts.dtypes import check_named_dtypes
+from smolconv.layouts.huggingface.listing import OTHER_RUN, SIDECAR, WEIGHTS, index_of
 from smolconv.layouts.layout import (
     ASSET_NAMES,
     PlannedOutput,
@@ -37,18 +38,6 @@ from smolconv.storage.output import PlannedFile, digest_tensor, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
 from smolconv.storage.torch_archive.archive import ArchiveTensor, read_torch_archive
 from smolconv.tensors.lazy import LazyTensor, Stored
-
-SIDECAR = "smolconv_state"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether ``folder`` holds an HF config beside weights."""
-    if not (folder / "config.json").is_file():
-        return False
-    return any((folder / name).exists() for stem in _WEIGHTS for name in (stem, f"{stem}.index.json")) or any(
-        folder.glob("model-*-of-*.safetensors")
-    )
 
 
 def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
@@ -75,10 +64,10 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
         origin.update(sidecar.origin)
         files = (*files, *sidecar.files)
-    ignored = next((f"{name}.index.json" for name in _WEIGHTS if folder / name in files), None)
+    ignored = next((index_of(name) for name in WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
         warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
-    if (folder / "latest").is_file():
+    if (folder / OTHER_RUN).is_file():
         warnings = (
             *warnings,
             "a DeepSpeed checkpoint lies beside the weights: name its tag folder to read Adam's state.",
@@ -104,8 +93,8 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
 
 def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The weight files, and what they hold by name."""
-    for stem in _WEIGHTS:
-        index, single = folder / f"{stem}.index.json", folder / stem
+    for name in WEIGHTS:
+        index, single = folder / index_of(name), folder / name
         if single.is_file():  # transformers, too, looks for an index only where there is no single file
             return (single,), _tensors_of(single)
         if index.is_file():

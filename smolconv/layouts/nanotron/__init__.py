@@ -2,8 +2,6 @@
 
 from smolconv.layouts.nanotron.reader import (
     NativeModel,
-    find_step_folder,
-    is_nanotron,
     read_nanotron,
     read_native_model,
 )
@@ -12,8 +10,6 @@ from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 __all__ = [
     "NanotronOptions",
     "NativeModel",
-    "find_step_folder",
-    "is_nanotron",
     "plan_nanotron",
     "read_nanotron",
     "read_native_model",

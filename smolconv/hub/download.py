@@ -1,0 +1,170 @@
+"""A checkpoint on the Hub as a local folder: what its layout needs, fetched to the Hub's cache or found there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from queue import SimpleQueue
+from threading import Thread
+
+from smolconv.errors import MachineError, MissingFile, MissingShard
+from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
+from smolconv.hub.commit import HubPath, open_commit
+from smolconv.hub.digests import check_cached
+from smolconv.hub.errors import branches, client_errors
+from smolconv.hub.headers import StandIns, headers_root
+from smolconv.layouts.huggingface.listing import CONFIG, SIDECAR, no_weights
+from smolconv.layouts.listing import P, files_below, shown
+from smolconv.layouts.registry import LISTINGS, layout_of
+
+DOWNLOAD_THREADS = 8
+
+
+def open_source(
+    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
+) -> Path:
+    """The local folder of a checkpoint: ``uri`` itself, or what a conversion needs of it, downloaded from the Hub.
+
+    That folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
+
+    ``headers_only`` leaves the tensors on the Hub: each safetensors file becomes a sparse file of the true size that
+    holds the real header and reads as zeros after it, under ``HF_HOME/smolconv-headers/<repo>/<commit>``, with the
+    other files linked beside it. ``.bin`` and ``.pt`` files are still downloaded whole: they are zip archives, whose
+    directory stands at the end and whose tensor names stand in a pickle, so their first bytes say nothing.
+
+    Without ``optimizer``, Adam's tensors stay on the Hub where they lie apart; ``step`` chooses a step of a run. With
+    ``HF_HUB_OFFLINE`` set, the cache alone is used.
+
+    Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
+    """
+    if not is_hub_uri(str(uri)):
+        return Path(uri)
+    source = parse_hub_uri(str(uri))
+    with client_errors(str(source)):
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return _find_in_cache(source, headers_only=headers_only, optimizer=optimizer, step=step)
+        commit = open_commit(source)
+        folder = HubPath(commit=commit, path=source.subfolder)
+        layout = layout_of(folder)
+        if layout is None:
+            raise _no_checkpoint(folder, commit.tree(""), lambda: branches(source.repo))
+        needed = LISTINGS[layout].needed_files(folder, step=step, optimizer=optimizer)
+        paths = sorted({file.path for file in needed})
+        # Every layout has a small file that names it, so this never downloads tensors.
+        small = min(paths, key=lambda path: path.endswith(".safetensors"))
+        snapshot = commit.download(small).parents[small.count("/")]
+        if headers_only:
+            root = headers_root(source.repo, commit.sha)
+            _run_on_threads(StandIns(commit, root).place, paths)
+        else:
+            # Not by the client's snapshot_download: its threads keep Ctrl-C waiting, and for a busy Hub it answers with
+            # what lies in the cache.
+            root = snapshot
+            _run_on_threads(commit.download, paths)
+        commit.remember_revision(small)
+    return root / source.subfolder
+
+
+def _find_in_cache(source: HubSource, *, headers_only: bool, optimizer: bool, step: int | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # No patterns: only the folder is looked up. Completeness is judged below, by what a conversion needs.
+        snapshot = Path(
+            snapshot_download(source.repo, revision=source.revision, local_files_only=True, allow_patterns=[])
+        )
+    except LocalEntryNotFoundError as error:
+        raise MachineError(
+            f"{source} is not in the cache.\n"
+            "Expected it there, since HF_HUB_OFFLINE is set.\n"
+            "Unset HF_HUB_OFFLINE and run again with a network."
+        ) from error
+
+    def needed_in(root: Path) -> list[Path]:
+        folder = root / source.subfolder
+        layout = layout_of(folder) if folder.is_dir() else None
+        try:
+            if layout is None:
+                there = (path.relative_to(root).as_posix() for path in files_below(root))
+                raise _no_checkpoint(folder, there, list)
+            return LISTINGS[layout].needed_files(folder, step=step, optimizer=optimizer)
+        except (MissingFile, MissingShard) as error:
+            # Whether the repository lacks it too cannot be known offline, so it is the machine that falls short.
+            raise MachineError(
+                f"{source}, as far as it is in the cache: {str(error).rpartition(chr(10))[0] or error}\n"
+                "HF_HUB_OFFLINE is set: unset it and run again with a network, so that the rest is fetched."
+            ) from error
+
+    try:
+        needed = needed_in(snapshot)
+    except MachineError:
+        stand_ins = headers_root(source.repo, snapshot.name)
+        if not headers_only or not stand_ins.is_dir():
+            raise
+        needed_in(stand_ins)
+        return stand_ins / source.subfolder
+    for path in [] if headers_only else needed:
+        check_cached(path, source.inside(path.relative_to(snapshot).as_posix()))
+    return snapshot / source.subfolder
+
+
+def _no_checkpoint(folder: P, repository: Iterable[str], names_of_branches: Callable[[], list[str]]) -> MissingFile:
+    """The error for a folder of no layout, by all files of the repository."""
+    if (folder / CONFIG).is_file():
+        return no_weights(folder)
+    marks = [mark for listing in LISTINGS.values() for mark in listing.MARKS]
+    marked = [path for path in map(PurePosixPath, repository) if any(fnmatchcase(path.name, mark) for mark in marks)]
+    candidates = sorted({str(path.parent) for path in marked if SIDECAR not in path.parts} - {"."})
+    known = names_of_branches() if not candidates else []
+    if candidates:
+        remedy = f"Name one of its folders in the address: {shown(candidates)}."
+    elif len(known) > 1:
+        remedy = f"Name one of its branches in the address, after an '@': {shown(known)}."
+    else:
+        remedy = "Check the address: no folder of the repository has them."
+    found = "holds no checkpoint" if folder.is_dir() and any(folder.iterdir()) else "is not a folder with files"
+    return MissingFile(
+        f"{folder} {found}.\n"
+        "Expected a config.json (Hugging Face), a model_config.json or latest.txt (nanotron), or a latest "
+        "(DeepSpeed).\n"
+        f"{remedy}"
+    )
+
+
+def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None:
+    """Do the work for every path on a few threads, and raise the first failure.
+
+    The threads are daemons, unlike a ThreadPoolExecutor's, so that Ctrl-C does not wait for shards of several GB. The
+    client continues half a download next time.
+    """
+    waiting = deque(paths)
+    outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        with suppress(IndexError):  # of a queue that is empty
+            while path := waiting.popleft():
+                outcomes.put(_failure(work, path))
+
+    for _ in range(min(DOWNLOAD_THREADS, len(paths))):
+        Thread(target=run, daemon=True).start()
+    try:
+        for _ in paths:
+            error = outcomes.get()
+            if error is not None:
+                raise error
+    finally:
+        waiting.clear()
+
+
+def _failure(work: Callable[[str], object], path: str) -> BaseException | None:
+    try:
+        work(path)
+    except BaseException as error:
+        return error
+    return None

@@ -1,0 +1,88 @@
+"""Names of a Hugging Face folder: how it is recognised, and which of its files are needed."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from smolconv.errors import CorruptFile, MissingFile, MissingShard
+from smolconv.layouts.layout import parse_json
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, shown
+
+CONFIG = "config.json"
+#: Where Transformers puts weights, the best first. ``index_of`` each names the file that says where the shards are.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+#: Where our writer puts Adam's state and the documents of the layout that the checkpoint came from.
+SIDECAR = "smolconv_state"
+#: A DeepSpeed run beside the weights: the reader says that it is there.
+OTHER_RUN = "latest"
+#: Names that show where a checkpoint lies.
+MARKS: tuple[str, ...] = (CONFIG,)
+
+#: Suffixes of weights for any program.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
+)  # fmt: skip
+
+
+def index_of(weights: str) -> str:
+    return f"{weights}.index.json"
+
+
+def detect(folder: AnyPath) -> bool:
+    """Whether ``folder`` holds an HF config beside weights."""
+    if not (folder / CONFIG).is_file():
+        return False
+    return any((folder / name).exists() for single in WEIGHTS for name in (single, index_of(single))) or any(
+        fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
+    )
+
+
+def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
+    """``Listing.needed_files``. A folder is one step, so ``step`` chooses nothing."""
+    adam = (".safetensors", index_of(".safetensors"))
+    sidecar = [path for path in files_below(folder / SIDECAR) if optimizer or not path.name.endswith(adam)]
+    other_run = folder / OTHER_RUN
+    return [*companions(folder), *_weights(folder), *sidecar, *([other_run] if other_run.is_file() else [])]
+
+
+def _weights(folder: P) -> list[P]:
+    for single in WEIGHTS:
+        index = folder / index_of(single)
+        if (folder / single).is_file():  # as transformers chooses, and our reader
+            return [folder / single]
+        if index.is_file():
+            shards = _shards(index)
+            # Whatever the index names is looked for among the names that are there, so it leads nowhere else.
+            missing = sorted(shards.difference(path.name for path in folder.iterdir() if path.is_file()))
+            if missing:
+                raise MissingShard(
+                    f"{folder} lacks {len(missing)} of the {len(shards)} shards in {index.name}: {shown(missing)}.\n"
+                    "Expected every shard that the index names.\n"
+                    "Choose another revision, or ask the repository's owner to upload them."
+                )
+            return [index, *(folder / name for name in sorted(shards))]
+    raise no_weights(folder)
+
+
+def _shards(index: AnyPath) -> set[str]:
+    try:
+        names = set(parse_json(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CorruptFile(
+            f"{index} is not an index of shards.\n"
+            'Expected JSON with a "weight_map" from tensor names to file names.\n'
+            "Choose another revision, or ask the repository's owner to mend it."
+        )
+    return names
+
+
+def no_weights(folder: AnyPath) -> MissingFile:
+    """The error for a config without weights."""
+    found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name.endswith(_WEIGHT_SUFFIXES))
+    return MissingFile(
+        f"{folder} has a {CONFIG} but no weights that can be read (found: {shown(found) or 'none'}).\n"
+        f"Expected {', '.join(name for single in WEIGHTS for name in (index_of(single), single))}.\n"
+        "Check the subfolder and the revision, or convert those weights to safetensors first."
+    )

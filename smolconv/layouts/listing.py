@@ -1,0 +1,69 @@
+"""Which files of a checkpoint are there and which are needed: asked alike of a folder on disk and of one on the Hub.
+
+Each layout answers in its module ``listing``: the functions of ``Listing``, and the names that it knows
+its files by. Nothing there opens a file of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from smolconv.layouts.layout import ASSET_NAMES
+from smolconv.storage.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AnyPath(Protocol):
+    """What ``pathlib.Path`` and a path in a repository on the Hub have in common. ``str`` is its name in messages."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parent(self) -> Self: ...
+    def __truediv__(self, name: str, /) -> Self: ...
+    def exists(self) -> bool: ...
+    def is_file(self) -> bool: ...
+    def is_dir(self) -> bool: ...
+    def iterdir(self) -> Iterable[Self]: ...
+    def rglob(self, pattern: str, /) -> Iterable[Self]: ...
+    def read_bytes(self) -> bytes: ...
+
+
+P = TypeVar("P", bound=AnyPath)
+
+
+class Listing(Protocol):
+    """A layout's module ``listing``."""
+
+    MARKS: tuple[str, ...]  #: patterns of names that show where a checkpoint lies
+
+    def detect(self, folder: AnyPath) -> bool: ...
+
+    def needed_files(self, folder: P, *, step: int | None, optimizer: bool) -> list[P]:
+        """The files that reading the checkpoint in ``folder`` opens; all are there.
+
+        ``step`` chooses one of a run's; without ``optimizer``, Adam's tensors are left out where they lie apart. Raises
+        ``BadCheckpoint`` and its kinds for what is missing.
+        """
+
+
+#: Small files that a reader of any layout looks for. A README and a license are about the repository.
+COMPANIONS = ("config.json", MANIFEST, *(name for name in ASSET_NAMES if name not in ("README.md", "LICENSE")))
+
+
+def companions(folder: P) -> list[P]:
+    return [path for name in COMPANIONS if (path := folder / name).is_file()]
+
+
+def files_below(folder: P) -> list[P]:
+    """All files of a folder, at any depth; none when there is no such folder."""
+    return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+
+
+def shown(names: Sequence[str], limit: int = 8) -> str:
+    """The first names, for a message."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
