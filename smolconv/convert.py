@@ -22,7 +22,8 @@ from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.download import open_source
-from smolconv.layouts.layout import ASSET_NAMES, Layout, PlannedOutput, ReadOptions, Written
+from smolconv.layouts.layout import Layout, PlannedOutput, ReadOptions, Written
+from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
 from smolconv.processes import usable_cores
 from smolconv.replacing import lost_with

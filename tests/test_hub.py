@@ -43,8 +43,7 @@ CLIENT = """
 import json, os, sys
 from pathlib import Path
 replies, sys.stdout = sys.stdout, sys.stderr
-from smolconv.hub.address import parse_hub_uri
-from smolconv.hub.download import fetch_source
+from smolconv.hub.download import open_source
 from smolconv.hub.push import push_folder
 from smolconv.errors import SmolconvError
 for line in sys.stdin:
@@ -54,8 +53,7 @@ for line in sys.stdin:
         os.environ["HF_TOKEN"] = request["token"]
     try:
         if request["do"] == "fetch":
-            source = parse_hub_uri(request["uri"])
-            reply = {"value": str(fetch_source(source, headers_only=request["headers_only"]))}
+            reply = {"value": str(open_source(request["uri"], headers_only=request["headers_only"]))}
         else:
             folder = Path(request["folder"])
             url = push_folder(folder, request["repo"], message=request["message"], private=request["private"])
@@ -67,7 +65,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """The Hub's functions in another process, and its errors raised in this one."""
+    """smolconv.hub in another process, and its errors raised in this one."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -373,14 +371,28 @@ def test_a_nanotron_run_is_its_newest_step(hub: FakeHub, client: Client, repo: s
 def test_inspect_fetches_the_step_that_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def fetch(_: HubSource, **options: object) -> Path:
+    def fetch(_: str, **options: object) -> Path:
         asked.append(options["step"])
         raise MissingFile("seen")
 
-    monkeypatch.setattr("smolconv.hub.download.fetch_source", fetch)
+    monkeypatch.setattr("smolconv.hub.download.open_source", fetch)
     with pytest.raises(MissingFile, match="seen"):
         inspect("hf://owner/name", step=10)
     assert asked == [10]
+
+
+def test_a_run_is_what_its_reader_opens(hub: FakeHub, client: Client, repo: str) -> None:
+    step = {f"10/{path}": content for path, content in nanotron_step(1).items()}
+    tokenizer = {"smolconv_assets/tokenizer.json": b'{"model": 1}'}
+    hub.commit(repo, {**step, **tokenizer, "notes.txt": b""})  # the only step needs no latest.txt
+    assert contents(client.fetch(f"hf://{repo}")) == {**step, **tokenizer}
+    tag = {f"step-1/{path}": content for path, content in DEEPSPEED_TAG.items()}
+    documents = {"smolconv_source/config.yaml": b"a: 2", "config.json": b'{"b": 2}', "latest": b"step-1"}
+    hub.commit(repo, {**tag, **documents, "step-2/other": b""}, branch="deepspeed")
+    assert contents(client.fetch(f"hf://{repo}@deepspeed")) == {**tag, **documents}
+    model = {"config.json": b'{"c": 3}', "model.safetensors": safetensors(700), "latest": b"step-1"}
+    hub.commit(repo, {**tag, **model}, branch="both")  # as on disk, weights come first
+    assert contents(client.fetch(f"hf://{repo}@both")) == model
 
 
 def test_a_nanotron_step_is_taken_whole(hub: FakeHub, client: Client, repo: str) -> None:
@@ -415,7 +427,7 @@ def test_a_deepspeed_tag_comes_with_the_config_beside_latest(hub: FakeHub, clien
 
 def test_a_latest_that_names_no_folder_is_an_error(hub: FakeHub, client: Client, repo: str) -> None:
     hub.commit(repo, {"latest.txt": b"../30", "10/model_config.json": b"{}"})
-    with pytest.raises(MissingFile, match=r"names '\.\./30', but no such folder \(found: 10\)"):
+    with pytest.raises(CorruptFile, match=r"holds '\.\./30'; a step number was expected"):
         client.fetch(f"hf://{repo}")
 
 
@@ -830,7 +842,10 @@ def test_without_the_client_the_way_to_install_it_is_told(tmp_path: Path) -> Non
 
 
 def test_the_client_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, smolconv.hub.download as hub; hub.parse_hub_uri('hf://a/b'); print('huggingface_hub' in sys.modules)"
+    code = (
+        "import sys, smolconv.hub.download as hub, smolconv.hub.push; hub.parse_hub_uri('hf://a/b'); "
+        "print('huggingface_hub' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(errors.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"

@@ -28,7 +28,8 @@ from smolconv.layouts.deepspeed.checkpoint_engine import FileDigest, digest_file
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.layouts.deepspeed.files import model_file, optimizer_file
 from smolconv.layouts.deepspeed.reader import read_deepspeed
-from smolconv.layouts.layout import ASSET_NAMES, ReadOptions
+from smolconv.layouts.layout import ReadOptions
+from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.storage.manifest import MANIFEST, SCHEMA, read_manifest
 from smolconv.storage.torch_archive.archive import read_torch_archive

@@ -25,7 +25,8 @@ from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversio
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
-from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, hf_config
+from smolconv.layouts.layout import ReadOptions, hf_config
+from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec, spec_differences

@@ -1,4 +1,4 @@
-"""Addresses on the Hub: ``hf://owner/name[/subfolder][@revision]``."""
+"""Addresses on the Hugging Face Hub: ``hf://owner/name[/subfolder][@revision]``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class HubSource:
                 "Leave '@...' out for the default branch."
             )
 
-    def at(self, folder: str) -> str:
-        """The address of something else in the same revision."""
-        return str(replace(self, subfolder=folder))
-
     def __str__(self) -> str:
         folder = f"/{self.subfolder}" if self.subfolder else ""
         revision = f"@{self.revision}" if self.revision else ""
         return f"{SCHEME}{self.repo}{folder}{revision}"
+
+    def inside(self, path: str) -> str:
+        """The address of a file or folder of the repository."""
+        return str(replace(self, subfolder=path))
 
 
 def is_hub_uri(text: str) -> bool:

@@ -1,24 +1,24 @@
-"""A checkpoint on the Hub as a local folder: what a conversion needs of it, in the client's own cache.
-
-``huggingface_hub`` does the transfer, the cache and the login, and is imported only when an ``hf://`` address is used;
-0.36, 1.x and 2.x are all spoken to through the same calls. Which files are needed, the layouts say.
-"""
+"""A checkpoint on the Hub as a local folder: what its layout needs, fetched to the Hub's cache or found there."""
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from threading import Thread
 
-from smolconv.errors import CorruptFile, MachineError
+from smolconv.errors import MachineError, MissingFile, MissingShard, some_of
 from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
-from smolconv.hub.commits import CachedCommit, ListedFile, open_commit, remember_checked, was_checked
-from smolconv.hub.errors import client_errors, require_client
+from smolconv.hub.commit import HubPath, open_commit
+from smolconv.hub.digests import check_cached
+from smolconv.hub.errors import branches, client_errors
 from smolconv.hub.headers import StandIns, headers_root
-from smolconv.layouts.registry import needed_files
+from smolconv.layouts.huggingface.listing import SIDECAR
+from smolconv.layouts.listing import P, files_below
+from smolconv.layouts.registry import LAYOUTS, layout_of, signs
 
 DOWNLOAD_THREADS = 8
 
@@ -26,49 +26,51 @@ DOWNLOAD_THREADS = 8
 def open_source(
     uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
 ) -> Path:
-    """A local folder for ``uri``: itself, or what is needed of a Hub repository, downloaded to the cache."""
-    if is_hub_uri(str(uri)):
-        return fetch_source(parse_hub_uri(str(uri)), headers_only=headers_only, optimizer=optimizer, step=step)
-    return Path(uri)
+    """The local folder of a checkpoint: ``uri`` itself, or what a conversion needs of it, downloaded from the Hub.
 
-
-def fetch_source(
-    source: HubSource, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
-) -> Path:
-    """Download what a conversion needs and return the local folder of the checkpoint.
-
-    The folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
+    That folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
 
     ``headers_only`` leaves the tensors on the Hub: each safetensors file becomes a sparse file of the true size that
     holds the real header and reads as zeros after it, under ``HF_HOME/smolconv-headers/<repo>/<commit>``, with the
     other files linked beside it. ``.bin`` and ``.pt`` files are still downloaded whole: they are zip archives, whose
     directory stands at the end and whose tensor names stand in a pickle, so their first bytes say nothing.
 
-    Without ``optimizer``, Adam's tensors stay on the Hub; ``step`` chooses a step of a nanotron run. With
+    Without ``optimizer``, Adam's tensors stay on the Hub where they lie apart; ``step`` chooses a step of a run. With
     ``HF_HUB_OFFLINE`` set, the cache alone is used.
 
     Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
     """
-    require_client()
-    from huggingface_hub import constants
-
+    if not is_hub_uri(str(uri)):
+        return Path(uri)
+    source = parse_hub_uri(str(uri))
     with client_errors(str(source)):
+        from huggingface_hub import constants
+
         if constants.HF_HUB_OFFLINE:
-            return _find_in_cache(source, headers_only, step)
+            return _find_in_cache(source, headers_only=headers_only, optimizer=optimizer, step=step)
         commit = open_commit(source)
-        paths = needed_files(commit, source.subfolder, step=step, optimizer=optimizer)
+        folder = HubPath(commit=commit, path=source.subfolder)
+        layout = layout_of(folder)
+        if layout is None:
+            raise _no_checkpoint(folder, commit.tree(""), lambda: branches(source.repo))
+        needed = layout.listing.needed_files(folder, step=step, optimizer=optimizer)
+        paths = sorted({file.path for file in needed})
         # Every layout has a small file that names it, so this never downloads tensors.
-        snapshot = commit.snapshot(next(path for path in paths if not path.endswith(".safetensors")))
+        small = min(paths, key=lambda path: path.endswith(".safetensors"))
+        snapshot = commit.download(small).parents[small.count("/")]
         if headers_only:
             root = headers_root(source.repo, commit.sha)
             _run_on_threads(StandIns(commit, root).place, paths)
         else:
+            # Not by the client's snapshot_download: its threads keep Ctrl-C waiting, and for a busy Hub it answers with
+            # what lies in the cache.
             root = snapshot
             _run_on_threads(commit.download, paths)
+        commit.remember_revision(small)
     return root / source.subfolder
 
 
-def _find_in_cache(source: HubSource, headers_only: bool, step: int | None) -> Path:
+def _find_in_cache(source: HubSource, *, headers_only: bool, optimizer: bool, step: int | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -83,35 +85,52 @@ def _find_in_cache(source: HubSource, headers_only: bool, step: int | None) -> P
             "Expected it there, since HF_HUB_OFFLINE is set.\n"
             "Unset HF_HUB_OFFLINE and run again with a network."
         ) from error
-    cached = CachedCommit(source=source, root=snapshot)
-    stand_ins = headers_root(source.repo, snapshot.name)
+
+    def needed_in(root: Path) -> list[Path]:
+        folder = root / source.subfolder
+        layout = layout_of(folder) if folder.is_dir() else None
+        try:
+            if layout is None:
+                there = (path.relative_to(root).as_posix() for path in files_below(root))
+                raise _no_checkpoint(folder, there, list)
+            return layout.listing.needed_files(folder, step=step, optimizer=optimizer)
+        except (MissingFile, MissingShard) as error:
+            # Whether the repository lacks it too cannot be known offline, so it is the machine that falls short.
+            raise MachineError(
+                f"{source}, as far as it is in the cache: {str(error).rpartition(chr(10))[0] or error}\n"
+                "HF_HUB_OFFLINE is set: unset it and run again with a network, so that the rest is fetched."
+            ) from error
+
     try:
-        needed = needed_files(cached, source.subfolder, step=step)
+        needed = needed_in(snapshot)
     except MachineError:
+        stand_ins = headers_root(source.repo, snapshot.name)
         if not headers_only or not stand_ins.is_dir():
             raise
-        cached = CachedCommit(source=source, root=stand_ins)
-        needed_files(cached, source.subfolder, step=step)
-        return cached.root / source.subfolder
+        needed_in(stand_ins)
+        return stand_ins / source.subfolder
     for path in [] if headers_only else needed:
-        _check_cached(snapshot / path, source.at(path))
-    return cached.root / source.subfolder
+        check_cached(path, source.inside(path.relative_to(snapshot).as_posix()))
+    return snapshot / source.subfolder
 
 
-def _check_cached(local: Path, address: str) -> None:
-    """Compare a file of the cache with the digest that its blob is named by. Raises ``CorruptFile``."""
-    blob = local.resolve()
-    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return  # a cache without links does not tell
-    digest = f"{'git' if len(blob.name) == 40 else 'sha256'}:{blob.name}"
-    listed = ListedFile(size=blob.stat().st_size, digest=digest)
-    if not was_checked(local, listed) and not listed.matches(local):
-        raise CorruptFile(
-            f"{address}: the file in the cache is not the one that was downloaded.\n"
-            f"Expected {digest} of {blob}.\n"
-            "Unset HF_HUB_OFFLINE and run again with a network, so that it is fetched again."
-        )
-    remember_checked(local, listed)
+def _no_checkpoint(folder: P, repository: Iterable[str], names_of_branches: Callable[[], list[str]]) -> MissingFile:
+    """The error for a folder of no layout, by all files of the repository."""
+    for layout in LAYOUTS:
+        if (error := layout.lacking(folder)) is not None:
+            return error
+    marks = [mark for layout in LAYOUTS for mark in layout.listing.MARKS]
+    marked = [path for path in map(PurePosixPath, repository) if any(fnmatchcase(path.name, mark) for mark in marks)]
+    candidates = sorted({str(path.parent) for path in marked if SIDECAR not in path.parts} - {"."})
+    known = names_of_branches() if not candidates else []
+    if candidates:
+        remedy = f"Name one of its folders in the address: {some_of(candidates, 8, more=True)}."
+    elif len(known) > 1:
+        remedy = f"Name one of its branches in the address, after an '@': {some_of(known, 8, more=True)}."
+    else:
+        remedy = "Check the address: no folder of the repository has them."
+    found = "holds no checkpoint" if folder.is_dir() and any(folder.iterdir()) else "is not a folder with files"
+    return MissingFile(f"{folder} {found}.\nExpected {signs(', or ')}.\n{remedy}")
 
 
 def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None:
@@ -124,17 +143,9 @@ def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None
     outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
-        while True:
-            try:
-                path = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                work(path)
-            except BaseException as error:
-                outcomes.put(error)
-            else:
-                outcomes.put(None)
+        with suppress(IndexError):  # of a queue that is empty
+            while path := waiting.popleft():
+                outcomes.put(_failure(work, path))
 
     for _ in range(min(DOWNLOAD_THREADS, len(paths))):
         Thread(target=run, daemon=True).start()
@@ -145,3 +156,11 @@ def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None
                 raise error
     finally:
         waiting.clear()
+
+
+def _failure(work: Callable[[str], object], path: str) -> BaseException | None:
+    try:
+        work(path)
+    except BaseException as error:
+        return error
+    return None

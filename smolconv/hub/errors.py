@@ -1,4 +1,4 @@
-"""What the errors of the Hub's client mean to a user."""
+"""What failures of the Hub's client, and answers that are none, mean to a user."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
 
-from smolconv.errors import BadCheckpoint, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError, some_of
+from smolconv.errors import (
+    BadCheckpoint,
+    CorruptFile,
+    MachineError,
+    MissingFile,
+    NotInstalled,
+    SmolconvError,
+    UsageError,
+    some_of,
+)
 from smolconv.hub.address import SCHEME
 
 
-def require_client() -> None:
+@contextmanager
+def client_errors(address: str) -> Iterator[None]:
+    """Raise what goes wrong inside the client as one of ours; our own errors and unknown ones pass.
+
+    Raises ``NotInstalled`` at once when there is no client.
+    """
     try:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
@@ -21,11 +35,6 @@ def require_client() -> None:
             "Expected it in this Python environment.\n"
             "Install it: pip install huggingface_hub"
         ) from error
-
-
-@contextmanager
-def client_errors(address: str) -> Iterator[None]:
-    """Raise what goes wrong inside the client as one of ours; our own errors and unknown ones pass."""
     try:
         yield
     except SmolconvError:
@@ -35,6 +44,25 @@ def client_errors(address: str) -> Iterator[None]:
         if ours is None:
             raise
         raise ours from error
+
+
+@contextmanager
+def sound(what: str) -> Iterator[None]:
+    """Inside, an answer of the Hub is taken apart; what Python says of one of another kind becomes ``CorruptFile``."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (HFValidationError, json.JSONDecodeError, SmolconvError, OSError):  # OSError: the client's own errors are
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        if type(error).__name__ == "JSONDecodeError":  # of requests: no JSON at all came, from a proxy perhaps
+            raise
+        raise CorruptFile(
+            f"{what} cannot be read ({type(error).__name__}: {shorten(str(error), 120, placeholder=' ...')}).\n"
+            "Expected the answer of a Hugging Face Hub: files with paths, sizes and digests.\n"
+            "Check HF_ENDPOINT. Nothing was downloaded from it."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +124,10 @@ def _not_found(trouble: _Trouble) -> SmolconvError | None:
     )
 
     if isinstance(trouble.error, RevisionNotFoundError):
-        branches = some_of(branches_of(trouble.repo), 8, more=True)
+        known = branches(trouble.repo)
         return BadCheckpoint(
             f"{trouble.address}: {trouble.repo} has no such revision.\n"
-            f"Expected a branch, a tag or a commit{f' (branches: {branches})' if branches else ''}.\n"
+            f"Expected a branch, a tag or a commit{f' (branches: {some_of(known, 8, more=True)})' if known else ''}.\n"
             "Correct what stands after the '@'."
         )
     if isinstance(trouble.error, RepositoryNotFoundError):
@@ -155,7 +183,7 @@ def _failed(trouble: _Trouble) -> SmolconvError | None:
     return None
 
 
-def branches_of(repo: str) -> list[str]:
+def branches(repo: str) -> list[str]:
     """The repository's branches for an error message, or none if they cannot be had either."""
     from huggingface_hub import HfApi
 

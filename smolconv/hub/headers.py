@@ -1,13 +1,13 @@
-"""A model's tensors without their bytes: safetensors headers by range requests, as sparse files of the true size."""
+"""A model's tensors seen without downloading them: each safetensors file as its header, and zeros after it."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from smolconv.errors import CorruptFile, MachineError
-from smolconv.hub.commits import RETRIES, HubCommit, was_checked
+from smolconv.hub.commit import RETRIES, HubCommit
+from smolconv.hub.digests import was_checked
 from smolconv.storage.atomic import appearing_whole
 
 # Headers computed from the names and shapes, bf16 in one file: SmolLM2-135M 30,530 bytes (272 tensors), 360M 32,670,
@@ -16,19 +16,13 @@ FIRST_READ_BYTES = 48 * 1024
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself (MAX_HEADER_SIZE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    start: int
-    stop: int  #: one past the last byte
-
-
 class StandIns:
     """Puts files of a commit under ``root``: safetensors as headers only, the rest as links into the Hub's cache."""
 
     def __init__(self, commit: HubCommit, root: Path) -> None:
         self.commit = commit
         self.root = root
-        top = _headers_top()
+        top = root.parents[2]
         if not top.is_dir():
             top.mkdir(mode=0o700, parents=True, exist_ok=True)
             (top / "README").write_text("Model files here are stand-ins for `smolconv inspect`: headers, no tensors.\n")
@@ -41,7 +35,10 @@ class StandIns:
         local = self._whole_file(path)
         with appearing_whole(target) as part:
             if local is not None:
-                _link_or_copy(local.resolve(), part)
+                try:
+                    part.hardlink_to(local.resolve())
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(local, part)
             else:
                 size = self.commit.listed[path].size
                 with part.open("wb") as file:
@@ -59,26 +56,27 @@ class StandIns:
         return Path(found) if isinstance(found, str) and known else None
 
     def _header(self, path: str, size: int) -> bytes:
-        start = self._read(path, _Range(start=0, stop=min(size, FIRST_READ_BYTES)), size)
+        start = self._read(path, 0, min(size, FIRST_READ_BYTES), size)
         length = 8 + int.from_bytes(start[:8], "little")
         if len(start) < 8 or length > min(size, HEADER_LIMIT_BYTES):
             raise CorruptFile(
-                f"{self.commit.source.at(path)} is {size} bytes, but its header would end at {length}.\n"
+                f"{self.commit.source.inside(path)} is {size} bytes, but its header would end at {length}.\n"
                 "Expected the header inside the file.\n"
                 "Choose another revision, or ask the repository's owner to upload it again."
             )
         if length > len(start):
-            start += self._read(path, _Range(start=len(start), stop=length), size)
+            start += self._read(path, len(start), length, size)
         return start[:length]
 
-    def _read(self, path: str, wanted: _Range, size: int) -> bytes:
+    def _read(self, path: str, start: int, stop: int, size: int) -> bytes:
+        """The bytes from ``start`` to before ``stop`` of a file of ``size`` bytes."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-        if wanted.start == wanted.stop:
+        if start == stop:
             return b""
         headers = build_hf_headers()
-        headers["Range"] = f"bytes={wanted.start}-{wanted.stop - 1}"
+        headers["Range"] = f"bytes={start}-{stop - 1}"
         headers["Accept-Encoding"] = "identity"  # a range of compressed bytes would be of no use
         response = http_backoff(
             "GET",
@@ -91,28 +89,18 @@ class StandIns:
         hf_raise_for_status(response)
         content: bytes = response.content
         if response.status_code == 200 and len(content) == size:  # the server does not know ranges
-            content = content[wanted.start : wanted.stop]
-        if len(content) != wanted.stop - wanted.start:
+            content = content[start:stop]
+        if len(content) != stop - start:
             raise MachineError(
-                f"{self.commit.source.at(path)}: {len(content)} bytes came for {headers['Range']}.\n"
-                f"Expected {wanted.stop - wanted.start}, from a server that answers range requests.\n"
+                f"{self.commit.source.inside(path)}: {len(content)} bytes came for {headers['Range']}.\n"
+                f"Expected {stop - start}, from a server that answers range requests.\n"
                 "Run again; if it stays so, check HF_ENDPOINT and the proxy."
             )
         return content
 
 
-def _headers_top() -> Path:
+def headers_root(repo: str, sha: str) -> Path:
+    """Where the stand-ins of a commit lie."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "smolconv-headers"
-
-
-def headers_root(repo: str, sha: str) -> Path:
-    return _headers_top() / repo / sha
-
-
-def _link_or_copy(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(file, target)
+    return Path(constants.HF_HOME) / "smolconv-headers" / repo / sha

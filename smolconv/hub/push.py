@@ -1,4 +1,4 @@
-"""A finished folder becomes a commit of a repository on the Hub."""
+"""A finished checkpoint as a commit on the Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from smolconv.errors import UsageError
 from smolconv.hub.address import SCHEME, check_repo
-from smolconv.hub.errors import client_errors, require_client
+from smolconv.hub.errors import client_errors
 
 NEVER_PUSHED = ("*.lock", "*.journal", "*journal.json", "*journal.jsonl", "*.tmp")
 
@@ -20,11 +20,10 @@ def push_folder(folder: Path, repo: str, *, message: str, private: bool = False)
     check_repo(repo)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder.\nExpected the folder of a finished checkpoint.\nCheck the path.")
-    require_client()
-    from huggingface_hub import HfApi
-
-    api = HfApi()
     with client_errors(SCHEME + repo):
+        from huggingface_hub import HfApi
+
+        api = HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise UsageError(

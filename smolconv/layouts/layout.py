@@ -8,34 +8,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import read_bytes
-from smolconv.layouts.listing import Listing, Needed
+from smolconv.layouts.listing import AnyPath, Listing
 from smolconv.models.huggingface import spec_to_hf
-from smolconv.storage.manifest import MANIFEST
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
 from smolconv.storage.torch_archive.crc32 import crc32_combine
 from smolconv.storage.torch_archive.values import ArchiveTensor, Storage
 from smolconv.tensors.lazy import LazyTensor, Stored, equal
 
-#: Files that travel with the weights, beside config.json.
-ASSET_NAMES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
-    "LICENSE",
-)  # fmt: skip
-#: The same as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
-ASSET_PATTERN = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
 #: What the pass over the tensors found, by file: digests are known only then.
 Written = Mapping[str, Sequence[WrittenTensor]]
 
@@ -72,15 +62,6 @@ class OwnFiles:
     step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
 
 
-class NeededFiles(Protocol):
-    """The files that reading a checkpoint takes, or None where the listing's folder holds none of this layout.
-
-    ``step`` chooses one of a run; without ``optimizer`` Adam's tensors are left out.
-    """
-
-    def __call__(self, listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """One layout: how it is recognised, read and written."""
@@ -89,9 +70,7 @@ class Layout:
     words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
     title: str  #: for people
     signs: str  #: what its folders are recognised by, for the message that nothing was
-    marks: tuple[str, ...]  #: names of files, as patterns, of which each of its folders has one
-    detect: Callable[[Path], bool]
-    needed_files: NeededFiles
+    listing: Listing  #: the package's module of that name
     #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
     read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
     own_files: Callable[[Path], OwnFiles]
@@ -101,6 +80,8 @@ class Layout:
     prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
     #: Why Adam's state of a checkpoint has no place in it, or None.
     without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    #: Why a folder that looks like one of its own cannot be read.
+    lacking: Callable[[AnyPath], MissingFile | None] = lambda folder: None
     #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.
     of_an_engine: bool = False
     takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies

@@ -12,7 +12,7 @@ from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.layout import Layout, ReadOptions
-from smolconv.layouts.listing import Listing, companions, no_checkpoint
+from smolconv.layouts.listing import AnyPath
 from smolconv.layouts.nanotron.layout import NANOTRON
 from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
@@ -32,30 +32,18 @@ def detect_layout(folder: Path) -> Layout:
         raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
     if (folder / INCOMPLETE).exists():
         raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")
-    for layout in LAYOUTS:
-        if layout.detect(folder):
-            return layout
-    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {_signs(', nor ')} is there.")
+    if layout := layout_of(folder):
+        return layout
+    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs(', nor ')} is there.")
 
 
-def needed_files(listing: Listing, folder: str, *, step: int | None = None, optimizer: bool = True) -> list[str]:
-    """The paths that reading the checkpoint in a listing's folder takes, sorted; never empty.
-
-    Layouts are not exclusive: what each of them needs is added up, and the reader decides. Raises ``MissingFile`` and
-    its kind.
-    """
-    found = [layout.needed_files(listing, folder, step=step, optimizer=optimizer) for layout in LAYOUTS]
-    here = [needed for needed in found if needed is not None]
-    if not here:
-        marks = tuple(mark for layout in LAYOUTS for mark in layout.marks)
-        raise no_checkpoint(listing, folder, marks, f"Expected {_signs(', or ')}.")
-    paths = frozenset[str]().union(*(needed.paths for needed in here))
-    if not paths and here[0].lacking is not None:
-        raise here[0].lacking
-    return sorted(paths | companions(listing, folder))
+def layout_of(folder: AnyPath) -> Layout | None:
+    """The layout of a folder on disk or on the Hub, by its names alone; None for no checkpoint."""
+    return next((layout for layout in LAYOUTS if layout.listing.detect(folder)), None)
 
 
-def _signs(between: str) -> str:
+def signs(between: str) -> str:
+    """What each layout is recognised by, for people."""
     return between.join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
 
 

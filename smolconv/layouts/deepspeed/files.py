@@ -1,7 +1,6 @@
-"""Names of DeepSpeed's files, and where things lie in its folders.
+"""Names of DeepSpeed's files, and those of one tag folder, sorted.
 
-A run folder holds ``latest`` (or ``latest_universal``), whose text names a tag folder. In that lie one model file a
-tensor-parallel rank (ZeRO-3: a rank) and, for ZeRO 1 to 3, one optimizer file a rank.
+In it lie one model file a tensor-parallel rank (ZeRO-3: a rank) and, for ZeRO 1 to 3, one optimizer file a rank.
 Names: ``_get_ckpt_name`` and ``_get_rank_zero_ckpt_name`` in deepspeed/runtime/engine.py, 0.19.8.
 """
 
@@ -13,15 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, UnsupportedModel
+from smolconv.errors import MissingShard, MixedCheckpoint, UnsupportedModel
 
-LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
-#: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
-SOURCE_DOCUMENTS = "smolconv_source"
-
-_MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")
+MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")
 #: Until 2022 the last underscore was missing.
-_OPTIMIZER = re.compile(r"(?P<prefix>(?:bf16_|fp16_)?)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_?optim_states\.pt")
+OPTIMIZER = re.compile(r"(?P<prefix>(?:bf16_|fp16_)?)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_?optim_states\.pt")
 
 
 def model_file(dp: int | None, tp: int = 0) -> str:
@@ -57,61 +52,6 @@ class TagFiles:
         return path
 
 
-def is_deepspeed(folder: Path) -> bool:
-    """Whether ``folder`` is a DeepSpeed run folder or one of its tag folders."""
-    return (
-        any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
-        or _is_tag_folder(folder)
-        or any(entry.is_dir() and _is_tag_folder(Path(entry.path)) for entry in os.scandir(folder))
-    )
-
-
-def _is_tag_folder(folder: Path) -> bool:
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return False
-    return any(_MODEL.fullmatch(name) or _OPTIMIZER.fullmatch(name) for name in names)
-
-
-def find_tag_folder(folder: Path, step: int | None = None) -> Path:
-    """The tag folder that ``folder`` is or holds: that of ``step``, else the one that ``latest`` names.
-
-    Raises ``MissingFile`` when it is not there, naming the tags that are.
-    """
-    if _is_tag_folder(folder):
-        if step is not None and _step_of(folder.name) != step:
-            raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
-        return folder
-    tags = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_tag_folder(Path(entry.path)))
-    there = ", ".join(tags) or "none"
-    if step is not None:
-        # A step saved both ways: training goes on from the ranks' files.
-        found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
-        if not found:
-            raise MissingFile(f"{folder}: no tag of step {step}; tags found: {there}. Choose one with --step.")
-        return folder / found[0][1]
-    for name in (LATEST, LATEST_UNIVERSAL):
-        if not (folder / name).is_file():
-            continue
-        tag = (folder / name).read_bytes().decode(errors="replace").strip()
-        if not tag or "\0" in tag or Path(tag).name != tag or tag in (".", ".."):
-            raise CorruptFile(f"{folder / name} holds {tag!r:.60}; the name of a folder beside it was expected.")
-        if tag not in tags:
-            empty = f"{tag} holds no *_model_states.pt" if (folder / tag).is_dir() else f"there is no folder {tag}"
-            raise MissingFile(
-                f"{folder / name} names the tag {tag!r:.60}, but {empty}; tags found: {there}.\n"
-                "Copy it from where the run was saved, or name a tag's folder."
-            )
-        return folder / tag
-    raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({there}).")
-
-
-def _step_of(tag: str) -> int | None:
-    match = re.search(r"(\d{1,18})(?:_universal)?$", tag)
-    return None if match is None else int(match[1])
-
-
 def tag_files(folder: Path) -> TagFiles:
     """Sort the files of a tag folder. Raises when they are of two checkpoints, or of a form that is not read."""
     models: dict[tuple[int | None, int], Path] = {}
@@ -119,9 +59,9 @@ def tag_files(folder: Path) -> TagFiles:
     prefixes: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         path = folder / name
-        if match := _MODEL.fullmatch(name):
+        if match := MODEL.fullmatch(name):
             models[None if match["dp"] is None else int(match["dp"]), int(match["tp"])] = path
-        elif match := _OPTIMIZER.fullmatch(name):
+        elif match := OPTIMIZER.fullmatch(name):
             optimizers[int(match["dp"]), int(match["tp"])] = path
             prefixes[match["prefix"]] = path
         elif re.match(r"layer_\d+", name) or "expert" in name or "expp_rank" in name:

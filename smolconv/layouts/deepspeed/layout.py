@@ -6,25 +6,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from smolconv.errors import MissingFile
-from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, find_tag_folder, is_deepspeed
+from smolconv.layouts.deepspeed import listing
 from smolconv.layouts.deepspeed.groups import with_adam
-from smolconv.layouts.deepspeed.listing import needed_files
 from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
-from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
+from smolconv.layouts.layout import Layout, OwnFiles, ReadOptions
+from smolconv.layouts.listing import ASSET_PATTERN
 
 
 def _own_files(folder: Path) -> OwnFiles:
     with suppress(MissingFile):  # runs hold no config of the model
         read_deepspeed(folder, ReadOptions(check_sidecar=False))
     return OwnFiles(
-        names=frozenset(f"{SOURCE_DOCUMENTS}/{path.name}" for path in folder.glob(f"{SOURCE_DOCUMENTS}/*")),
+        names=frozenset(
+            f"{listing.SOURCE_DOCUMENTS}/{path.name}" for path in folder.glob(f"{listing.SOURCE_DOCUMENTS}/*")
+        ),
         pattern=(
             rf"latest|latest_universal|([^/]+/)?({ASSET_PATTERN}|zero_to_fp32\.py|"
             r"(\w*zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt|"
             r"zero/(optimizer_state|[^/]+/(fp32|exp_avg|exp_avg_sq|step))\.pt)"
         ),
-        step=find_tag_folder(folder, None),
+        step=listing.find_tag_folder(folder, None),
     )
 
 
@@ -33,9 +35,7 @@ DEEPSPEED = Layout(
     words=("deepspeed",),
     title="DeepSpeed",
     signs="latest or *_model_states.pt",
-    marks=(LATEST, LATEST_UNIVERSAL, "*_model_states.pt"),
-    detect=is_deepspeed,
-    needed_files=needed_files,
+    listing=listing,
     read=read_deepspeed,
     own_files=_own_files,
     options=DeepSpeedOptions,

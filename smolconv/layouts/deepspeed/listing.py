@@ -1,24 +1,96 @@
-"""Which files of a listing a DeepSpeed checkpoint is read from."""
+"""Names in DeepSpeed's folders: how a run or a tag is recognised, which tag is meant, and which files are needed.
+
+A run folder holds ``latest`` (or ``latest_universal``), whose text names a tag folder.
+"""
 
 from __future__ import annotations
 
-from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL
-from smolconv.layouts.listing import Listing, Needed, companions, documents, folders_above, pointed_folder
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from smolconv.errors import CorruptFile, MissingFile
+from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
+from smolconv.layouts.listing import AnyPath, P, companions, files_below
+
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+#: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
+SOURCE_DOCUMENTS = "smolconv_source"
+#: Names that show where a checkpoint lies.
+MARKS: tuple[str, ...] = (LATEST, LATEST_UNIVERSAL, "*_model_states.pt")
 
 
-def needed_files(listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None:
-    """A tag's folder, or those that a run's pointers name, and configs above it. Raises ``MissingFile``."""
-    here = listing.children(folder)
-    is_tag = any(name.endswith("_model_states.pt") for name in here.files)
-    pointers = sorted(here.files & {LATEST, LATEST_UNIVERSAL})
-    if not is_tag and not pointers:
-        return None
-    paths = documents(listing, folder)
-    for pointer in pointers:
-        paths.update(listing.tree(pointed_folder(listing, folder, pointer)))
-    if is_tag:
-        paths.update(listing.tree(folder))
-    # DeepSpeed's own folders hold no model config: it may lie beside `latest`, or above the run.
-    for parent in folders_above(folder)[:2]:
-        paths |= companions(listing, parent)
-    return Needed(paths=frozenset(paths))
+def detect(folder: AnyPath) -> bool:
+    """Whether ``folder`` is a DeepSpeed run folder or one of its tag folders."""
+    return (
+        any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
+        or _is_tag_folder(folder)
+        or any(True for _ in _tags(folder))
+    )
+
+
+def _is_tag_folder(folder: AnyPath) -> bool:
+    try:
+        return any(MODEL.fullmatch(path.name) or OPTIMIZER.fullmatch(path.name) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _tags(folder: AnyPath) -> Iterator[str]:
+    return (path.name for path in folder.iterdir() if path.is_dir() and _is_tag_folder(path))
+
+
+def find_tag_folder(folder: P, step: int | None = None) -> P:
+    """The tag folder that ``folder`` is or holds: that of ``step``, else the one that ``latest`` names.
+
+    Raises ``MissingFile`` when it is not there, naming the tags that are.
+    """
+    if _is_tag_folder(folder):
+        if step is not None and _step_of(folder.name) != step:
+            raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
+        return folder
+    named = None if step is not None else _named_tag(folder)
+    if named is not None and _is_tag_folder(folder / named[1]):  # without a look at every other tag
+        return folder / named[1]
+    tags = sorted(_tags(folder))
+    there = ", ".join(tags) or "none"
+    if step is not None:
+        # A step saved both ways: training goes on from the ranks' files.
+        found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
+        if not found:
+            raise MissingFile(f"{folder}: no tag of step {step}; tags found: {there}. Choose one with --step.")
+        return folder / found[0][1]
+    if named is None:
+        raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({there}).")
+    pointer, tag = named
+    empty = f"{tag} holds no *_model_states.pt" if (folder / tag).is_dir() else f"there is no folder {tag}"
+    raise MissingFile(
+        f"{pointer} names the tag {tag!r:.60}, but {empty}; tags found: {there}.\n"
+        "Copy it from where the run was saved, or name a tag's folder."
+    )
+
+
+def _named_tag(folder: P) -> tuple[P, str] | None:
+    for pointer in (folder / LATEST, folder / LATEST_UNIVERSAL):
+        if not pointer.is_file():
+            continue
+        tag = pointer.read_bytes().decode(errors="replace").strip()
+        if not tag or "\0" in tag or PurePosixPath(tag).name != tag or tag in (".", ".."):
+            raise CorruptFile(f"{pointer} holds {tag!r:.60}; the name of a folder beside it was expected.")
+        return pointer, tag
+    return None
+
+
+def _step_of(tag: str) -> int | None:
+    match = re.search(r"(\d{1,18})(?:_universal)?$", tag)
+    return None if match is None else int(match[1])
+
+
+def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
+    """``Listing.needed_files``. Adam's state is always among them: the weights' masters lie in the same files."""
+    tag = find_tag_folder(folder, step)
+    run = tag.parent
+    pointers = [path for name in (LATEST, LATEST_UNIVERSAL) if (path := folder / name).is_file()]
+    # The tag holds no model config of DeepSpeed's: it may lie beside ``latest``, or above the run.
+    above = [path for place in (run, run.parent) for path in companions(place)]
+    return [*pointers, *files_below(tag), *above, *files_below(run / SOURCE_DOCUMENTS)]

@@ -24,13 +24,15 @@ from smolconv.checkpoint import (
 from smolconv.errors import CorruptFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
-from smolconv.layouts.deepspeed.files import SOURCE_DOCUMENTS, find_tag_folder, optimizer_file
+from smolconv.layouts.deepspeed.files import optimizer_file
+from smolconv.layouts.deepspeed.listing import SOURCE_DOCUMENTS, find_tag_folder
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.universal import read_universal
 from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
 from smolconv.layouts.documents import check_progress, understood
-from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, without_aliases
+from smolconv.layouts.layout import ReadOptions, without_aliases
+from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.record import read_documents
 from smolconv.models.registry import is_nanotron_config
 from smolconv.tensors.lazy import LazyTensor, cast

@@ -35,8 +35,9 @@ from smolconv.layouts.deepspeed.documents import (
     loss_scaler,
     zero_stage_enum,
 )
-from smolconv.layouts.deepspeed.files import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS, model_file, optimizer_file
+from smolconv.layouts.deepspeed.files import model_file, optimizer_file
 from smolconv.layouts.deepspeed.groups import common_values, master, one_step
+from smolconv.layouts.deepspeed.listing import LATEST, LATEST_UNIVERSAL, SOURCE_DOCUMENTS
 from smolconv.layouts.deepspeed.partitions import (
     SUB_GROUP_SIZE,
     cut_group,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolconv.layouts.huggingface.listing import needed_files
-from smolconv.layouts.huggingface.reader import is_huggingface, read_huggingface
+from smolconv.layouts.huggingface import listing
+from smolconv.layouts.huggingface.reader import read_huggingface
 from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface
-from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
+from smolconv.layouts.layout import Layout, OwnFiles, ReadOptions
+from smolconv.layouts.listing import ASSET_PATTERN
 
 
 def _own_files(folder: Path) -> OwnFiles:
@@ -25,9 +26,8 @@ HUGGINGFACE = Layout(
     words=("hf", "huggingface"),
     title="Hugging Face",
     signs="config.json beside weights",
-    marks=("config.json",),
-    detect=is_huggingface,
-    needed_files=needed_files,
+    listing=listing,
+    lacking=listing.lacking,
     read=lambda folder, options, base: read_huggingface(folder, options),
     own_files=_own_files,
     options=HuggingFaceOptions,

@@ -1,67 +1,93 @@
-"""Which files of a listing a Hugging Face checkpoint is read from."""
+"""Names of a Hugging Face folder: how it is recognised, and which of its files are needed."""
 
 from __future__ import annotations
 
-import json
+from fnmatch import fnmatchcase
 
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, some_of
-from smolconv.layouts.huggingface.sidecar import SIDECAR
-from smolconv.layouts.listing import WEIGHT_SUFFIXES, Listing, Needed, within
+from smolconv.layouts.layout import parse_json
+from smolconv.layouts.listing import AnyPath, P, companions, files_below
 
-#: Where transformers puts weights, the best first: (name of a single file, index of several shards).
-WEIGHTS = tuple((stem, f"{stem}.index.json") for stem in ("model.safetensors", "pytorch_model.bin"))
-_STATE_SUFFIXES = (".safetensors", ".safetensors.index.json")
+CONFIG = "config.json"
+#: Where Transformers puts weights, the best first. ``index_of`` each names the file that says where the shards are.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+#: Where our writer puts Adam's state and the documents of the layout that the checkpoint came from.
+SIDECAR = "smolconv_state"
+#: A DeepSpeed run beside the weights: the reader says that it is there.
+OTHER_RUN = "latest"
+#: Names that show where a checkpoint lies.
+MARKS: tuple[str, ...] = (CONFIG,)
 
-
-def needed_files(listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None:
-    """Weights, and the sidecar. Raises ``MissingShard`` and ``CorruptFile`` for an index that does not hold."""
-    here = listing.children(folder)
-    if "config.json" not in here.files:
-        return None
-    weights = _weights(listing, folder, here.files)
-    if not weights:
-        found = sorted(name for name in here.files if name.endswith(WEIGHT_SUFFIXES))
-        return Needed(
-            lacking=listing.lacking(
-                MissingFile,
-                folder,
-                f"has a config.json but no weights that can be read (found: {some_of(found, 8, more=True) or 'none'})",
-                f"Expected {', '.join(name for single, index in WEIGHTS for name in (index, single))}.",
-                "Check the subfolder and the revision, or convert those weights to safetensors first.",
-            )
-        )
-    sidecar = listing.tree(within(folder, SIDECAR)) if SIDECAR in here.folders else []
-    return Needed(paths=frozenset([*weights, *(p for p in sidecar if optimizer or not p.endswith(_STATE_SUFFIXES))]))
+#: Suffixes of weights for any program.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
+)  # fmt: skip
 
 
-def _weights(listing: Listing, folder: str, files: frozenset[str]) -> list[str]:
-    for single, index in WEIGHTS:
-        if single in files:  # as transformers chooses, and our reader
-            return [within(folder, single)]
-        if index in files:
-            shards = _shards_in_index(listing, within(folder, index))
-            missing = sorted(shards - files)
+def index_of(weights: str) -> str:
+    return f"{weights}.index.json"
+
+
+def detect(folder: AnyPath) -> bool:
+    """Whether ``folder`` holds an HF config beside weights."""
+    if not (folder / CONFIG).is_file():
+        return False
+    return any((folder / name).exists() for single in WEIGHTS for name in (single, index_of(single))) or any(
+        fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
+    )
+
+
+def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
+    """``Listing.needed_files``. A folder is one step, so ``step`` chooses nothing."""
+    adam = (".safetensors", index_of(".safetensors"))
+    sidecar = [path for path in files_below(folder / SIDECAR) if optimizer or not path.name.endswith(adam)]
+    other_run = folder / OTHER_RUN
+    return [*companions(folder), *_weights(folder), *sidecar, *([other_run] if other_run.is_file() else [])]
+
+
+def _weights(folder: P) -> list[P]:
+    for single in WEIGHTS:
+        index = folder / index_of(single)
+        if (folder / single).is_file():  # as transformers chooses, and our reader
+            return [folder / single]
+        if index.is_file():
+            shards = _shards(index)
+            # Whatever the index names is looked for among the names that are there, so it leads nowhere else.
+            missing = sorted(shards.difference(path.name for path in folder.iterdir() if path.is_file()))
             if missing:
-                raise listing.lacking(
-                    MissingShard,
-                    folder,
-                    f"lacks {len(missing)} of the {len(shards)} shards in {index}: {some_of(missing, 8, more=True)}",
-                    "Expected every shard that the index names.",
-                    "Choose another revision, or ask the repository's owner to upload them.",
+                raise MissingShard(
+                    f"{folder} lacks {len(missing)} of the {len(shards)} shards in {index.name}: "
+                    f"{some_of(missing, 8, more=True)}.\n"
+                    "Expected every shard that the index names.\n"
+                    "Choose another revision, or ask the repository's owner to upload them."
                 )
-            return [within(folder, name) for name in (index, *shards)]
-    return []
+            return [index, *(folder / name for name in sorted(shards))]
+    raise _no_weights(folder)
 
 
-def _shards_in_index(listing: Listing, path: str) -> set[str]:
+def _shards(index: AnyPath) -> set[str]:
     try:
-        names = set(json.loads(listing.text(path))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        names = {error}
+        names = set(parse_json(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = set()
     if not names or not all(isinstance(name, str) for name in names):
         raise CorruptFile(
-            f"{path} in the repository is not an index of shards.\n"
+            f"{index} is not an index of shards.\n"
             'Expected JSON with a "weight_map" from tensor names to file names.\n'
             "Choose another revision, or ask the repository's owner to mend it."
         )
     return names
+
+
+def lacking(folder: AnyPath) -> MissingFile | None:
+    """The error for a config without weights."""
+    return _no_weights(folder) if (folder / CONFIG).is_file() else None
+
+
+def _no_weights(folder: AnyPath) -> MissingFile:
+    found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name.endswith(_WEIGHT_SUFFIXES))
+    return MissingFile(
+        f"{folder} has a {CONFIG} but no weights that can be read (found: {some_of(found, 8, more=True) or 'none'}).\n"
+        f"Expected {', '.join(name for single in WEIGHTS for name in (index_of(single), single))}.\n"
+        "Check the subfolder and the revision, or convert those weights to safetensors first."
+    )

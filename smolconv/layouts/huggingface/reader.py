@@ -14,22 +14,13 @@ from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import MissingFile
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.dtypes import check_named_dtypes
+from smolconv.layouts.huggingface.listing import WEIGHTS
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
 from smolconv.layouts.huggingface.sidecar import SIDECAR, read_sidecar
-from smolconv.layouts.layout import ASSET_NAMES, ReadOptions, read_json, without_aliases
+from smolconv.layouts.layout import ReadOptions, read_json, without_aliases
+from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.models.huggingface import spec_from_hf, weight_table
 from smolconv.tensors.lazy import LazyTensor
-
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether ``folder`` holds an HF config beside weights."""
-    if not (folder / "config.json").is_file():
-        return False
-    return any((folder / name).exists() for stem in _WEIGHTS for name in (stem, f"{stem}.index.json")) or any(
-        folder.glob("model-*-of-*.safetensors")
-    )
 
 
 def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
@@ -56,7 +47,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
         source = sidecar.source
         files = (*files, *sidecar.files)
-    ignored = next((f"{name}.index.json" for name in _WEIGHTS if folder / name in files), None)
+    ignored = next((f"{name}.index.json" for name in WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
         warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
     if (folder / "latest").is_file():
@@ -82,7 +73,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
 
 def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The weight files, and what they hold by name."""
-    for stem in _WEIGHTS:
+    for stem in WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
         if single.is_file():  # transformers, too, looks for an index only where there is no single file
             return (single,), tensors_of(single)

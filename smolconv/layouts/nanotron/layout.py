@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.layouts.layout import ASSET_PATTERN, Layout, OwnFiles, ReadOptions
-from smolconv.layouts.nanotron.listing import needed_files
-from smolconv.layouts.nanotron.reader import find_step_folder, is_nanotron, read_nanotron
+from smolconv.layouts.layout import Layout, OwnFiles, ReadOptions
+from smolconv.layouts.listing import ASSET_PATTERN
+from smolconv.layouts.nanotron import listing
+from smolconv.layouts.nanotron.reader import read_nanotron
 from smolconv.layouts.nanotron.writer import NanotronOptions, plan_nanotron
 
 
@@ -18,7 +19,7 @@ def _own_files(folder: Path) -> OwnFiles:
             rf"latest\.txt|{ASSET_PATTERN}|(\d+/)?(model_config\.json|config\.yaml|checkpoint_metadata\.json|"
             r"(model|optimizer|lr_scheduler|random|smolconv_assets)/.*\.(safetensors|pt|json|jinja|model|txt))"
         ),
-        step=find_step_folder(folder, None),
+        step=listing.find_step_folder(folder, None),
     )
 
 
@@ -32,9 +33,7 @@ NANOTRON = Layout(
     words=("nanotron",),
     title="nanotron",
     signs="latest.txt or model_config.json",
-    marks=("model_config.json", "latest.txt"),
-    detect=is_nanotron,
-    needed_files=needed_files,
+    listing=listing,
     read=lambda folder, options, base: read_nanotron(folder, options),
     own_files=_own_files,
     options=NanotronOptions,

@@ -1,25 +1,84 @@
-"""Which files of a listing a nanotron checkpoint is read from."""
+"""Names of nanotron's folders: how a run or a step is recognised, which step is meant, and which files are needed.
+
+A run folder holds a folder a step, named by its number, and ``latest.txt``, whose text is the newest step's number.
+"""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import re
 
-from smolconv.layouts.listing import Listing, Needed, documents, pointed_folder, within
+from smolconv.errors import CorruptFile, MissingFile
+from smolconv.layouts.listing import AnyPath, P, companions, files_below
 
-_STATE = ("optimizer", "lr_scheduler", "random")
+MODEL_CONFIG = "model_config.json"
+LATEST = "latest.txt"
+#: Documents of a step.
+DOCUMENTS = (MODEL_CONFIG, "config.yaml", "checkpoint_metadata.json")
+#: Folders of a step: weights, Adam's state, and what else training goes on from.
+WEIGHTS, STATE = "model", ("optimizer", "lr_scheduler", "random")
+#: Where our writer puts tokenizer and other documents, beside the step folder.
+ASSETS = "smolconv_assets"
+#: Names that show where a checkpoint lies.
+MARKS: tuple[str, ...] = (MODEL_CONFIG, LATEST)
 
 
-def needed_files(listing: Listing, folder: str, *, step: int | None, optimizer: bool) -> Needed | None:
-    """A step's folder, or that of a run which ``latest.txt`` or ``step`` names. Raises ``MissingFile``."""
-    here = listing.children(folder)
-    paths: set[str] = set()
-    if "model_config.json" in here.files:
-        paths |= documents(listing, folder)
-        for name in here.folders.intersection(("model", *_STATE)):
-            paths.update(listing.tree(within(folder, name)))
-    if "latest.txt" in here.files:
-        paths.add(within(folder, "latest.txt"))
-        paths.update(listing.tree(pointed_folder(listing, folder, "latest.txt", step)))
-    if not optimizer:
-        paths = {path for path in paths if not set(PurePosixPath(path).relative_to(folder).parts[:-1]) & {*_STATE}}
-    return Needed(paths=frozenset(paths)) if paths else None
+def detect(folder: AnyPath) -> bool:
+    """Whether ``folder`` is a nanotron run folder or one of its step folders."""
+    return _is_step_folder(folder) or (folder / LATEST).is_file() or any(map(_is_step_of_run, _children(folder)))
+
+
+def _is_step_folder(folder: AnyPath) -> bool:
+    return (folder / MODEL_CONFIG).is_file() or (folder / WEIGHTS / "model").is_dir()
+
+
+def _is_step_of_run(folder: AnyPath) -> bool:
+    return is_number(folder.name) and _is_step_folder(folder)
+
+
+def _children(folder: P) -> list[P]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def is_number(name: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,18}", name) is not None
+
+
+def find_step_folder(folder: P, step: int | None = None) -> P:
+    """The step folder that ``folder`` is or holds: ``step``, else the one that ``latest.txt`` names.
+
+    Raises ``MissingFile`` when it is not there, naming the steps that are.
+    """
+    if _is_step_folder(folder):
+        if step is not None and folder.name != str(step):
+            raise MissingFile(
+                f"{folder} is one step's folder, but --step asks for {step}. Name the run folder instead."
+            )
+        return folder
+    latest = folder / LATEST
+    if step is None and latest.is_file():
+        text = latest.read_bytes().decode(errors="replace").strip()
+        if not is_number(text):
+            raise CorruptFile(
+                f"{latest} holds {text!r:.60}; a step number was expected.\n"
+                "It names the folder of the newest step beside it.\nChoose a step with --step."
+            )
+        step = int(text)
+    if step is not None and _is_step_of_run(folder / str(step)):  # without a look at every other step
+        return folder / str(step)
+    steps = {int(path.name): path for path in _children(folder) if _is_step_of_run(path)}
+    if step is None and len(steps) == 1:
+        return next(iter(steps.values()))
+    if step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        asked = f"no {LATEST}" if step is None else f"step {step} is not there"
+        raise MissingFile(f"{folder}: {asked}; steps found: {there}. Choose one with --step.")
+    return steps[step]
+
+
+def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
+    """``Listing.needed_files``."""
+    home = find_step_folder(folder, step)
+    wanted = (WEIGHTS, *STATE) if optimizer else (WEIGHTS,)
+    documents = [path for path in (folder / LATEST, *(home / name for name in DOCUMENTS)) if path.is_file()]
+    tensors = [path for name in wanted for path in files_below(home / name)]
+    return [*companions(folder), *companions(home), *documents, *tensors, *files_below(home.parent / ASSETS)]

@@ -3,73 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Document, Slot, SourceRecord
-from smolconv.errors import CorruptFile, MissingFile
+from smolconv.errors import CorruptFile
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions, read_json
 from smolconv.layouts.nanotron.documents import read_model_config, read_progress
+from smolconv.layouts.nanotron.listing import ASSETS, find_step_folder, is_number
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
 from smolconv.layouts.nanotron.weights import NativeParameter, read_native, weights_topology
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
 from smolconv.models.spec import ModelSpec
 from smolconv.tensors.lazy import LazyTensor
-
-
-def is_nanotron(folder: Path) -> bool:
-    """Whether ``folder`` is a nanotron run folder or one of its step folders."""
-    return _is_step_folder(folder) or (folder / "latest.txt").is_file() or bool(_step_folders(folder))
-
-
-def _is_step_folder(folder: Path) -> bool:
-    return (folder / "model_config.json").is_file() or (folder / "model" / "model").is_dir()
-
-
-def _step_folders(folder: Path) -> dict[int, Path]:
-    if not folder.is_dir():
-        return {}
-    return {
-        int(entry.name): Path(entry.path)
-        for entry in os.scandir(folder)
-        if _is_number(entry.name) and entry.is_dir() and _is_step_folder(Path(entry.path))
-    }
-
-
-def _is_number(name: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,18}", name) is not None
-
-
-def find_step_folder(folder: Path, step: int | None = None) -> Path:
-    """The step folder that ``folder`` is or holds: ``step``, else the one that ``latest.txt`` names.
-
-    Raises ``MissingFile`` when it is not there, naming the steps that are.
-    """
-    if _is_step_folder(folder):
-        if step is not None and folder.name != str(step):
-            raise MissingFile(
-                f"{folder} is one step's folder, but --step asks for {step}. Name the run folder instead."
-            )
-        return folder
-    steps, latest = _step_folders(folder), folder / "latest.txt"
-    if step is None and latest.is_file():
-        text = latest.read_bytes().decode(errors="replace").strip()
-        if not _is_number(text):
-            raise CorruptFile(f"{latest} holds {text!r:.60}; a step number was expected.")
-        step = int(text)
-    if step is None and len(steps) == 1:
-        return next(iter(steps.values()))
-    if step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
-        asked = "no latest.txt" if step is None else f"step {step} is not there"
-        raise MissingFile(f"{folder}: {asked}; steps found: {there}. Choose one with --step.")
-    return steps[step]
 
 
 def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
@@ -176,12 +127,12 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
 
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
-        folders.sort(key=lambda name: (not _is_number(name), int(name) if _is_number(name) else 0, name))
+        folders.sort(key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name))
         for name in sorted(files):
             yield Path(parent) / name
 
 
 def _assets(folder: Path) -> dict[str, Path]:
     """Tokenizer and other documents that our writer put beside the step folder."""
-    assets = folder / "smolconv_assets"
+    assets = folder / ASSETS
     return {path.name: path for path in sorted(assets.iterdir()) if path.is_file()} if assets.is_dir() else {}

@@ -14,6 +14,7 @@ from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageErr
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
 from smolconv.layouts.nanotron.documents import read_yaml
+from smolconv.layouts.nanotron.listing import ASSETS, LATEST, MODEL_CONFIG
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
     block_of,
@@ -383,9 +384,9 @@ class _NanotronWriter:
     def _documents(self) -> list[PlannedFile]:
         step, assets = self.step, self.checkpoint.assets
         documents = {
-            f"{step}/model_config.json": json.dumps(self.model_config),
+            f"{step}/{MODEL_CONFIG}": json.dumps(self.model_config),
             f"{step}/checkpoint_metadata.json": json.dumps(self._metadata(), indent=2, sort_keys=True),
-            "latest.txt": step,
+            LATEST: step,
         }
         if self.config is not None:
             import yaml
@@ -396,9 +397,9 @@ class _NanotronWriter:
         return [
             *(plain_file(path, text.encode()) for path, text in documents.items()),
             plain_file("README.md", card),
-            *(copied_file(f"smolconv_assets/{name}", path) for name, path in assets.items()),
+            *(copied_file(f"{ASSETS}/{name}", path) for name, path in assets.items()),
             # An HF config holds fields that no spec knows; it comes back with the tokenizer.
-            *(plain_file("smolconv_assets/config.json", data) for data in [self._hf_config()] if data is not None),
+            *(plain_file(f"{ASSETS}/config.json", data) for data in [self._hf_config()] if data is not None),
         ]
 
     def _hf_config(self) -> bytes | None:

@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, MixedCheckpoint, NotInstalled, UsageError
 from smolconv.layouts.deepspeed.documents import STAND_INS
-from smolconv.layouts.deepspeed.files import find_tag_folder, tag_files
+from smolconv.layouts.deepspeed.files import tag_files
 from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.listing import find_tag_folder
 from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.layout import ReadOptions, hf_config
-from smolconv.layouts.nanotron.reader import find_step_folder
+from smolconv.layouts.nanotron.listing import find_step_folder
 from smolconv.processes import module_words, safe_environment
 from smolconv.storage.atomic import OutputFolder, require_space
 from smolconv.storage.output import write_files

@@ -1,0 +1,83 @@
+"""Whether a file in the Hub's cache is the one that the Hub lists: digests, compared once and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolconv.errors import CorruptFile
+from smolconv.storage.atomic import appearing_whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What the Hub says of a file. Its digest tells whether what came is that file."""
+
+    size: int
+    digest: str  #: "sha256:..." of the content (LFS), or "git:...", the SHA-1 of git's blob
+
+    def matches(self, path: Path) -> bool:
+        """Read the whole file, and compare it."""
+        algorithm, _, wanted = self.digest.partition(":")
+        if path.stat().st_size != self.size:
+            return False
+        hasher = hashlib.sha256() if algorithm == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                hasher.update(data)
+        return hasher.hexdigest() == wanted
+
+
+def _mark(listed: Listed) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "smolconv-checked" / listed.digest.replace(":", "-")
+
+
+def _state_of(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def was_checked(local: Path, listed: Listed) -> bool:
+    """Whether this very file had this digest, and was not written to since: a model is not hashed at every start."""
+    try:
+        return _mark(listed).read_text() == _state_of(local)
+    except OSError:
+        return False
+
+
+def remember_checked(local: Path, listed: Listed) -> None:
+    mark = _mark(listed)
+    with suppress(OSError):  # a cache that cannot be written to is checked each time
+        if not was_checked(local, listed):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            with appearing_whole(mark) as part:
+                part.write_text(_state_of(local))
+
+
+def check_cached(local: Path, address: str) -> None:
+    """Compare a file of the cache with the digest that its blob is named by. Raises ``CorruptFile``."""
+    blob = local.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return  # a cache without links does not tell
+    digest = f"{'git' if len(blob.name) == 40 else 'sha256'}:{blob.name}"
+    listed = Listed(size=blob.stat().st_size, digest=digest)
+    if not was_checked(local, listed) and not listed.matches(local):
+        raise CorruptFile(
+            f"{address}: the file in the cache is not the one that was downloaded.\n"
+            f"Expected {digest} of {blob}.\n"
+            "Unset HF_HUB_OFFLINE and run again with a network, so that it is fetched again."
+        )
+    remember_checked(local, listed)
+
+
+def discard(local: Path) -> None:
+    """Delete a file from the Hub's cache, and the blob that it is a link to."""
+    blob = local.resolve()
+    local.unlink(missing_ok=True)
+    if blob.parent.name == "blobs":
+        blob.unlink(missing_ok=True)
