@@ -1,7 +1,8 @@
 """Which versions of DeepSpeed our engines can be.
 
-A checkpoint is loaded as smolconv wrote it, so both must lay ZeRO's flat partitions out alike. 0.19.7 pads parameters
-in them (``round_robin_bit16_padding``, partitions.py), and 0.19.6 does not: a patch release changes what a file means.
+A patch release changes what a file means. Up to 0.19.6 ZeRO's flat partitions have no padding between parameters
+(``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes, but what it saves after a resume has a
+frozenset for ``sparse_tensor_module_names``, as it was read, which our reader does not allow.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import importlib.metadata
 
 from smolconv.errors import NotInstalled
 
-#: What tests/test_deepspeed_engine.py passed with: 0.19.7 and 0.19.8. pyproject.toml asks for the same.
-RANGE = ">=0.19.7,<0.19.9"
+#: What test_deepspeed_engine.py and test_training_resume.py pass with: 0.19.8. pyproject.toml asks for the same.
+RANGE = ">=0.19.8,<0.19.9"
 
 
 def check_deepspeed(wanting: str) -> None:
