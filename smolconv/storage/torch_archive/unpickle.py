@@ -268,10 +268,10 @@ class _Unpickler:
                 return TorchSize(self.counts(sizes))
         raise self.damaged("has a torch.Size of something other than a tuple")
 
-    def frozen_set(self, args: tuple[object, ...]) -> object:
+    def a_set(self, args: tuple[object, ...]) -> object:
         match args:
             case (list(items),) if all(map(_is_plain_key, items)):
-                return frozenset(items)
+                return set(items)
         raise self.damaged("has a set of something other than plain values")
 
     def tensor(self, args: tuple[object, ...]) -> object:
@@ -366,7 +366,7 @@ _BUILDERS: Mapping[tuple[str, str], _Builder] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _Unpickler.tensor_with_attributes,
     ("torch", "Size"): _Unpickler.size,
     ("collections", "OrderedDict"): _Unpickler.ordered_dict,
-    ("builtins", "set"): _Unpickler.frozen_set,
+    ("builtins", "set"): _Unpickler.a_set,
 }
 
 #: The instructions that torch.save writes by default (protocol 2), and those in which protocols 3 to 5 say the same.
