@@ -293,6 +293,7 @@ def test_a_gpu_whose_peak_is_not_known_has_no_mfu(place, monkeypatch):
     assert check._speed_cells(speeds.rows[0])[4:6] == ["", ""]
 
 
+@pytest.mark.slow
 def test_real_runs_of_the_trainer_and_of_hugging_face_are_measured(place):
     outside = check.Place(device="cpu", budget=place.budget, work=place.work, sizes=TOY, gpu=H100)
     speeds, given = check.Speeds(outside), check.subject(outside, 0)

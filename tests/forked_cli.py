@@ -1,0 +1,108 @@
+"""The command line in children of a process that has imported it: most of a short command is Python starting up.
+
+A child is as a process of its own but for what was imported before: ``main()`` ends it, and nothing of it is left. Who
+tests imports, the environment at the start, or a broken installation starts a Python of its own (``conftest.command``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+SECONDS = 300
+
+
+def run(words: Sequence[str], cwd: Path | None, *, torch: bool) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``smolconv`` with these words; ``torch``: it may well need it."""
+    server = _server(torch)
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {"words": list(words), "cwd": str(cwd or Path.cwd()), "folder": folder}
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return code, (Path(folder) / "stdout").read_text(), (Path(folder) / "stderr").read_text()
+
+
+@functools.cache
+def _server(torch: bool) -> subprocess.Popen[str]:
+    from conftest import environment
+
+    server = subprocess.Popen(
+        [sys.executable, __file__, "torch" if torch else "light"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env=environment(),
+    )  # fmt: skip
+    atexit.register(server.communicate)
+    return server
+
+
+def _serve(torch: bool) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    if torch:
+        import transformers
+
+        _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.SmolLM3ForCausalLM
+    for line in sys.stdin:
+        answers.write(f"{_ended(json.loads(line))}\n")
+        answers.flush()
+
+
+def _ended(asked: dict[str, str]) -> int:
+    child = os.fork()
+    if not child:
+        _child(asked)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(SECONDS)
+    _, status = os.waitpid(child, 0)
+    signal.alarm(0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _child(asked: dict[str, str]) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        os.setsid()
+        os.chdir(asked["cwd"])
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            path = os.devnull if name == "stdin" else os.path.join(asked["folder"], name)
+            opened = os.open(path, os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT, 0o600)
+            os.dup2(opened, number)
+            os.close(opened)
+        sys.stdin, sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(0, closefd=False)), io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=False),
+            io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True),
+        )  # fmt: skip
+        sys.argv = ["smolconv", *asked["words"]]
+        from smolconv.commands.main import main
+
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1] == "torch")
