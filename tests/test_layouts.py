@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from conftest import convert
 
 from smolconv.commands import convert as command
 from smolconv.convert import ConvertOptions
 from smolconv.errors import UsageError
 from smolconv.layouts.registry import BY_WORD, LAYOUTS
+from smolconv.replacing import lost_with
 
 ROOT = Path(__file__).parent.parent
 NAMES = {name for layout in LAYOUTS for name in (layout.name, *layout.words)}
@@ -79,3 +81,11 @@ def test_an_unknown_word_names_the_known_ones(tmp_path):
 
     with pytest.raises(UsageError, match="expected one of hf, nanotron, deepspeed"):
         plan_conversion(tmp_path, tmp_path / "out", ConvertOptions(to="onnx"))
+
+
+def test_a_users_file_beside_the_carried_documents_is_not_taken_for_one_of_them(tmp_path):
+    source = ROOT / "fixtures/nanotron/smollm2-tiny/tp1-pp2-dp1-zero0"
+    convert(source, tmp_path / "out", "deepspeed")
+    assert lost_with(tmp_path / "out") is None
+    (tmp_path / "out/smolconv_source/my-notes.txt").touch()
+    assert lost_with(tmp_path / "out") == "also holds smolconv_source/my-notes.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def _own_files(folder: Path) -> OwnFiles:
         read_deepspeed(folder, ReadOptions(check_sidecar=False))
     return OwnFiles(
         names=frozenset(
-            f"{listing.SOURCE_DOCUMENTS}/{path.name}" for path in folder.glob(f"{listing.SOURCE_DOCUMENTS}/*")
+            f"{listing.SOURCE_DOCUMENTS}/{path.name}"
+            for path in folder.glob(f"{listing.SOURCE_DOCUMENTS}/*")
+            if re.fullmatch(r"[\w.]+", path.name)  # as our writer's documents are named
         ),
         pattern=(
             rf"latest|latest_universal|([^/]+/)?({ASSET_PATTERN}|zero_to_fp32\.py|"
