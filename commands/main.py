@@ -45,7 +45,7 @@ def main() -> None:
     except MemoryError as error:
         _stop(error, 4, "MachineError: out of memory. Try fewer --workers or a smaller --max-memory.")
     except OSError as error:
-        _stop(error, 4, f"MachineError: {error}.{_advice(error)}")
+        _stop(error, 4, f"MachineError: {_told(error)}\n{_advice(error)}")
     except Exception as error:
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
 
@@ -85,12 +85,20 @@ def _left(words: list[str]) -> str:
     return "What was finished stays as it is. Repeat the command to go on."
 
 
+def _told(error: OSError) -> str:
+    """Which file, and what the system said of it, in a line that is not too long."""
+    names = [f"{name!s:.300}" for name in (error.filename, error.filename2) if name is not None]
+    return f"{' and '.join(names) or 'a file or a connection'}: {error.strerror or error!s:.300}."
+
+
 def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "\nThe partial output is kept: free some space and repeat the command with --resume."
+        return "The partial output is kept: free some space and repeat the command with --resume."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return "\nMake it accessible, or choose another place."
-    return ""
+        return "Make it accessible, or choose another place."
+    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
+        return "Check the path."
+    return "Expected files and folders that can be read and written: check the disk, and repeat the command."
 
 
 def _stop(error: BaseException, code: int, text: str) -> None:

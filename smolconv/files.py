@@ -1,19 +1,39 @@
-"""What the files of a source were when they were first opened: a conversion of files that change is a mixture.
+"""How files of a source are opened, and what they were then: a conversion of files that change is a mixture.
 
-Readers open files by this module, or tell it of them. ``require_unchanged`` looks again, after the last byte was read.
-Files that only choose a step (``latest``) are left out: a run that goes on rewrites them, and its older steps stay.
+Every file that somebody gives us is opened here: only regular ones, since a pipe is waited for and a device has no end.
+``require_unchanged`` looks again, after the last byte was read. Files that only choose a step (``latest``) are left
+out: a run that goes on rewrites them, and its older steps stay.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolconv.errors import SourceChanged
+from smolconv.errors import CorruptFile, MachineError, MissingFile, SmolconvError, SourceChanged
+
+#: A document that people or programs wrote about tensors: configs, sidecars, recipes. Indexes may have more.
+MOST_DOCUMENT_BYTES = 1 << 24
+#: A file whose text is the name of another, or one number.
+MOST_NAME_BYTES = 4096
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+#: What ``stat`` says where a path leads nowhere.
+_NOWHERE = {
+    errno.ENOENT: "is not there",
+    errno.ENOTDIR: "is not there: something above it is no folder",
+    errno.ELOOP: "is a link that leads back to itself",
+    errno.ENAMETOOLONG: "cannot be: its name is longer than names of files are",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +75,77 @@ def noting_files() -> Iterator[dict[Path, FileState]]:
                 outer.setdefault(path, state)
 
 
-def note(path: Path, descriptor: int) -> None:
-    """Remember an open file as it is now, unless it was opened before."""
-    noted = _noted.get()
-    if noted is not None and path not in noted:
-        noted[path] = FileState.of(os.fstat(descriptor))
+def open_file(path: Path, *, noted: bool = True) -> int:
+    """A descriptor to read a regular file by; the file is noted as it is now, unless it was opened before.
+
+    Raises ``MissingFile``, ``CorruptFile`` for what is no file, and ``MachineError``.
+    """
+    with reading(path):
+        _require_regular(path, os.stat(path))  # before it is opened: to open a device may already do something
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            now = os.fstat(descriptor)
+            _require_regular(path, now)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    notes = _noted.get()
+    if noted and notes is not None and path not in notes:
+        notes[path] = FileState.of(now)
+    return descriptor
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a small file. Raises as ``open`` does."""
-    with open(path, "rb") as file:
-        note(path, file.fileno())
-        return file.read()
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        raise CorruptFile(f"{path} is {kind}; a file was expected.\nName the file itself, or copy it again.")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, a file is opened or read: what the system refuses is raised as ``unreadable`` has it."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
+    """What the system said when a file was to be read, with what to do: ``MissingFile`` or ``MachineError``."""
+    if error.errno in _NOWHERE:
+        shown = f"{path}" if len(f"{path}") <= MOST_NAME_BYTES else f"{path!s:.200}..."
+        advice = advice or "A file was expected there.\nCheck the path, or copy the file from where it was written."
+        return MissingFile(f"{shown} {_NOWHERE[error.errno]}.\n{advice}")
+    return MachineError(
+        f"{path} cannot be read ({error.strerror or error}).\n"
+        "A readable file was expected.\nCheck its permissions and the disk."
+    )
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, noted: bool = True) -> bytes:
+    """The content of a small file. Raises as ``open_file`` does, and ``CorruptFile`` when it is larger."""
+    descriptor = open_file(path, noted=noted)
+    with reading(path), open(descriptor, "rb", buffering=0) as file:
+        size = os.fstat(descriptor).st_size
+        data = bytearray()
+        while size <= most_bytes and (more := file.read(max(1, min(size + 1, most_bytes + 1) - len(data)))):
+            data += more
+            size = max(size, len(data))
+    if size > most_bytes:
+        raise CorruptFile(
+            f"{path} has {size} bytes; at most {most_bytes} were expected of a file of its kind.\n"
+            "It is not what its name says: copy it again."
+        )
+    return bytes(data)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether it can name a file or a folder beside the one that says so, and nothing elsewhere."""
+    try:
+        length = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return 0 < length <= 255 and text not in (".", "..") and "/" not in text and "\0" not in text
 
 
 def require_unchanged(files: Mapping[Path, FileState], when: str) -> None:

@@ -908,7 +908,7 @@ def test_an_archive_that_is_not_little_endian_is_refused(tmp_path, order):
 def test_a_pickle_beyond_the_limit_is_refused_unread(tmp_path, monkeypatch):
     path = archive_of(tmp_path / "a.pt", pickle.dumps("x" * 1000, 2))
     assert read_torch_archive(path) == "x" * 1000
-    assert records.MAX_PICKLE_BYTES == 1 << 30
+    assert records.MAX_PICKLE_BYTES == 1 << 26
     monkeypatch.setattr(records, "MAX_PICKLE_BYTES", 1000)
     with pytest.raises(CorruptFile, match="At most 1000"):
         read_torch_archive(path)
@@ -997,14 +997,32 @@ def test_random_pickles_raise_only_our_errors(scratch, instructions):
 
 
 def test_deeply_nested_pickles_do_not_exhaust_the_stack(tmp_path):
-    depth = 200_000
-    path = archive_of(tmp_path / "a.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
-    value: Any = read_torch_archive(path)
-    found = 1
-    while value:
-        (value,) = value
-        found += 1
-    assert found == depth
+    for depth, read in ((60, True), (200_000, False)):
+        path = archive_of(tmp_path / f"{depth}.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
+        if read:
+            assert str(read_torch_archive(path)) == "[" * depth + "]" * depth
+        else:
+            with pytest.raises(CorruptFile, match="more than 64 deep"):
+                read_torch_archive(path)
+
+
+def test_a_list_that_holds_itself_is_refused(tmp_path):
+    path = archive_of(tmp_path / "a.pt", b"\x80\x02]q\x00h\x00a.")
+    with pytest.raises(CorruptFile, match="holds itself"):
+        read_torch_archive(path)
+
+
+@pytest.mark.parametrize("doublings", [20, 60])
+def test_a_list_of_lists_of_the_same_lists_is_bounded(tmp_path, doublings):
+    # Each list holds the one before it twice: a few hundred bytes say 2 ** doublings things.
+    lists = b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, doublings + 1))
+    path = archive_of(tmp_path / "a.pt", b"\x80\x02(]q\x00" + lists + b"t.")
+    if doublings == 20:
+        found: Any = read_torch_archive(path)
+        assert len(found) == 21
+        return
+    with pytest.raises(CorruptFile, match="so often"):
+        read_torch_archive(path)
 
 
 # --- Imports ---

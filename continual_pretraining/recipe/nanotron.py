@@ -17,8 +17,9 @@ from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.tokens.eos import KNOWN_EOS, eos_of_folder
 from smolconv.errors import BadCheckpoint, UsageError
-from smolconv.layouts.nanotron.documents import read_yaml
+from smolconv.files import read_bytes
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
+from smolconv.parsing import parse_yaml_mapping
 
 #: Patterns of fields, in order, and why they have no place in a recipe. The first that matches counts.
 _DROPPED = {
@@ -81,9 +82,7 @@ def recipe_from_nanotron(path: Path, *, eos: int | None = None, source: str | No
     Raises ``UsageError`` when the config has no recipe that trains the same.
     """
     try:
-        config = read_yaml(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; expected nanotron's training config.") from None
+        config = parse_yaml_mapping(read_bytes(path), path)
     except BadCheckpoint as error:
         raise UsageError(str(error)) from None
     try:

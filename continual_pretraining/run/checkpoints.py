@@ -22,8 +22,8 @@ from typing import Any
 
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.layouts.documents import is_count, understood
-from smolconv.layouts.layout import read_json
+from smolconv.layouts.documents import is_count, is_world, understood
+from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole, sync_folder, write_synced
 
 FOLDER = "checkpoints"
@@ -31,7 +31,6 @@ LATEST = "latest"
 STATE = "trainer.json"
 #: Below the run's folder: the checkpoint that --resume named, until the first save after it.
 RESUME_FROM = "resume-from"
-_MOST_RANKS = 1 << 20
 _STEP = re.compile(r"step-(\d{1,18})")
 _LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
 
@@ -55,7 +54,7 @@ class RunState:
         counts = {"step": self.step, "world_size": self.world_size, "skipped_steps": self.skipped_steps}
         if wrong := [name for name, value in counts.items() if not is_count(value) or value > 1 << 40]:
             raise ValueError(f"{wrong[0]} is {counts[wrong[0]]!r:.60}, expected a count")
-        if self.zero_stage not in (0, 1, 2, 3) or not 1 <= self.world_size <= _MOST_RANKS:
+        if self.zero_stage not in (0, 1, 2, 3) or not is_world(self.world_size):
             raise ValueError(f"no run has ZeRO stage {self.zero_stage!r:.60} and {self.world_size} ranks")
 
     def write(self, folder: Path) -> None:

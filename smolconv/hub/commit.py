@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from smolconv.errors import CorruptFile, MachineError
+from smolconv.files import read_bytes
 from smolconv.hub.address import HubSource
 from smolconv.hub.digests import Listed, discard, remember_checked, was_checked
 from smolconv.hub.errors import sound
@@ -158,7 +159,7 @@ class HubPath:
         return (HubPath(commit=self.commit, path=path) for path in self.commit.tree(self.path))
 
     def read_bytes(self) -> bytes:
-        return self.commit.download(self.path).read_bytes()
+        return read_bytes(self.commit.download(self.path))
 
 
 def open_commit(source: HubSource) -> HubCommit:

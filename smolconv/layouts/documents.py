@@ -17,9 +17,18 @@ from smolconv.errors import CorruptFile, UnsupportedModel
 _MOST_LAYERS = 10_000
 
 
+#: More ranks than any run has. A file that promises more would have each of them looked for.
+MOST_RANKS = 1 << 17
+
+
 def is_count(value: object) -> bool:
     """Whether it is a whole number from 0 on; ``True`` is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_world(value: object) -> bool:
+    """Whether it can be a number of ranks: a whole number from 1 to 131,072."""
+    return type(value) is int and 1 <= value <= MOST_RANKS
 
 
 def is_number(value: object) -> bool:

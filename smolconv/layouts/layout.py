@@ -6,8 +6,6 @@ verifies or downloads asks the record, and names no layout.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,9 +15,9 @@ from typing import Any
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
-from smolconv.files import read_bytes
 from smolconv.layouts.listing import AnyPath, Listing
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.parsing import read_json
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
 from smolconv.storage.torch_archive.crc32 import crc32_combine
@@ -85,33 +83,6 @@ class Layout:
     #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.
     of_an_engine: bool = False
     takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``MissingFile``, or ``CorruptFile`` for anything else."""
-    try:
-        value = parse_json(read_bytes(path))
-    except FileNotFoundError:
-        raise MissingFile(f"{path} is not there.") from None
-    except IsADirectoryError:
-        raise MissingFile(f"{path} is a folder; a JSON file was expected. Name the file itself.") from None
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON ({error}).\nCopy the file again.") from None
-    if not isinstance(value, dict):
-        raise CorruptFile(f"{path} holds {type(value).__name__}, expected an object.")
-    return value
-
-
-def parse_json(data: bytes) -> Any:
-    """Any JSON value. Raises ``ValueError``, also for NaN and infinity, which no document of ours could hold."""
-
-    def finite(text: str) -> float:
-        number = float(text)
-        if not math.isfinite(number):
-            raise ValueError(f"{text} is not a finite number")
-        return number
-
-    return json.loads(data, parse_float=finite, parse_constant=finite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from smolconv.errors import CorruptFile
+from smolconv.files import MOST_NAME_BYTES, is_file_name, read_bytes
 from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -43,6 +46,23 @@ class AnyPath(Protocol):
 
 
 P = TypeVar("P", bound=AnyPath)
+
+
+def read_name(pointer: AnyPath) -> str:
+    """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` for what is no name.
+
+    On disk it is not noted among a checkpoint's files: a run that goes on rewrites it.
+    """
+    if isinstance(pointer, Path):
+        name = read_bytes(pointer, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
+    else:
+        name = pointer.read_bytes().decode(errors="replace").strip()
+    if not is_file_name(name):
+        raise CorruptFile(
+            f"{pointer} holds {name!r:.60}; the name of a folder beside it was expected.\n"
+            "Copy it again, or name that folder itself."
+        )
+    return name
 
 
 class Listing(Protocol):

@@ -12,7 +12,7 @@ from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRe
 from smolconv.errors import CorruptFile
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, understood, with_tuples
-from smolconv.layouts.layout import read_json
+from smolconv.parsing import read_json
 
 NANOTRON_CONFIG, NANOTRON_TRAINING = "model_config.json", "config.yaml"
 NANOTRON_METADATA, ENGINE = "checkpoint_metadata.json", "deepspeed.json"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, MissingFile, UnknownLayout, UnsupportedModel, UsageError
-from smolconv.files import noting_files
+from smolconv.errors import BadCheckpoint, UnknownLayout, UnsupportedModel, UsageError
+from smolconv.files import noting_files, unreadable
 from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
@@ -26,9 +27,11 @@ BY_WORD = {word: layout for layout in LAYOUTS for word in layout.words}
 
 def detect_layout(folder: Path) -> Layout:
     """Raise ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there."""
-    if not folder.exists():
-        raise MissingFile(f"{folder} is not there. Check the path; Hub repositories are written hf://owner/name.")
-    if not folder.is_dir():
+    try:
+        found = folder.stat()
+    except OSError as error:
+        raise unreadable(folder, error, "Check the path; Hub repositories are written hf://owner/name.") from None
+    if not stat.S_ISDIR(found.st_mode):
         raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
     if (folder / INCOMPLETE).exists():
         raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")

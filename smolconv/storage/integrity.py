@@ -22,7 +22,8 @@ from typing import Any
 import xxhash
 from zlib_ng.zlib_ng import crc32
 
-from smolconv.errors import CorruptFile, DigestMismatch, MissingFile
+from smolconv.errors import CorruptFile, DigestMismatch
+from smolconv.files import open_file, reading
 from smolconv.storage.torch_archive.crc32 import crc32_combine
 from smolconv.storage.torch_archive.records import is_torch_archive, read_archive_records
 from smolconv.tensors.lazy import LazyTensor
@@ -85,7 +86,7 @@ def digest_of_ranges(
     """The digest of ranges of a file, (offset, bytes), one after the other; None for "none", and when abandoned."""
     hasher = new_hasher(algorithm)
     if hasher is not None:
-        with open(path, "rb", buffering=0) as file:
+        with reading(path), open(open_file(path), "rb", buffering=0) as file:
             for offset, nbytes in ranges:
                 for _, data in _read(file.fileno(), path, offset, nbytes):
                     if abandoned():
@@ -123,10 +124,7 @@ class Seal:
 
     def differs(self, abandoned: Callable[[], bool] = lambda: False) -> str | None:
         """Read the bytes, and say how they are not what was recorded; None when they are, and when abandoned."""
-        try:
-            found = digest_of_ranges(self.path, self.ranges, self.algorithm, abandoned)
-        except FileNotFoundError:
-            raise MissingFile(f"{self.path} is gone.\nA digest of its bytes was to be compared. Put it back.") from None
+        found = digest_of_ranges(self.path, self.ranges, self.algorithm, abandoned)
         return None if found is None else self.contradicted(found)
 
     def contradicted(self, found: str | None) -> str | None:
@@ -346,7 +344,7 @@ class SourceCheck:
         gaps = covered.gaps(begin, begin + nbytes)
         if not however_large and sum(end - start for start, end in gaps) > max(_SMALL_BYTES, nbytes // 2):
             return False
-        descriptor = os.open(seal.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(seal.path)
         try:
             for start, end in gaps:
                 for at, data in _read(descriptor, seal.path, start, end - start):

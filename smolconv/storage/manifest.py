@@ -6,7 +6,6 @@ or all of a file without tensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile
 from smolconv.files import read_bytes
+from smolconv.parsing import parse_json
 from smolconv.storage.integrity import (
     RECORDED_BY_US,
     Seal,
@@ -29,6 +29,8 @@ from smolconv.tensors.lazy import LazyTensor
 
 MANIFEST = "smolconv_manifest.json"
 SCHEMA = 1
+#: Room for 384 ranks of a 3B model with Adam's state: 460,000 tensors.
+_MOST_BYTES = 1 << 28
 
 
 def make_manifest(
@@ -124,11 +126,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        document = json.loads(read_bytes(path))
+        document = parse_json(read_bytes(path, _MOST_BYTES))
         if document["schema"] != SCHEMA:
             raise ValueError(f"its schema is {document['schema']!r:.40}, this version reads {SCHEMA}")
         return _parsed(folder, document)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(
             f"{path} cannot be read ({type(error).__name__}: {error!s:.200}).\n"
             "The list of files and digests that smolconv writes beside a checkpoint was expected.\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
 
+from smolconv.files import open_file
 from smolconv.storage.integrity import SourceCheck, digest_of_zeros, digest_text, new_hasher
 from smolconv.storage.planned import Journal, PlannedFile, PlannedTensor, WrittenTensor, total_bytes
 from smolconv.storage.torch_archive.crc32 import crc_of_zeros
@@ -220,7 +221,7 @@ class _WritePass:
             return False  # the kernel would not compare them
         at = tensor.offset
         for extent in extents:
-            with open(extent.path, "rb") as source:
+            with open(open_file(extent.path), "rb", buffering=0) as source:
                 done = 0
                 while done < extent.nbytes:
                     try:

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.files import note
+from smolconv.files import open_file, reading
+from smolconv.parsing import parse_json
 from smolconv.storage.planned import PlannedFile, PlannedTensor
 from smolconv.tensors.dtypes import DTYPE_BYTES
 from smolconv.tensors.lazy import LazyTensor, Stored
@@ -47,8 +48,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """
     try:
         # One read is a whole header for most files; each more is a round trip on a network file system.
-        with open(path, "rb", buffering=0) as file:
-            note(path, file.fileno())
+        with reading(path), open(open_file(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             first = os.pread(file.fileno(), _FIRST_READ_BYTES, 0)
             if len(first) < 8:
@@ -89,17 +89,11 @@ def read_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
     try:
-        header = json.loads(raw, object_pairs_hook=once)
+        header = parse_json(raw, unique=True)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptFile(f"{path}: the safetensors header cannot be read ({error}). Copy the file again.") from None
     return header
 

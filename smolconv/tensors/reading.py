@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolconv.errors import CorruptFile, MissingFile
-from smolconv.files import note
+from smolconv.errors import CorruptFile
+from smolconv.files import open_file, reading
 
 if TYPE_CHECKING:
     from smolconv.tensors.elements import Raw
@@ -41,11 +41,7 @@ def pread(path: Path, offset: int, view: memoryview) -> None:
     # Opening costs a round trip on network file systems, so each thread keeps the files that it read last.
     descriptor = _thread.files.get(path)
     if descriptor is None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise MissingFile(f"{path} is gone. It was there when the conversion was planned; start again.") from None
-        note(path, descriptor)
+        descriptor = open_file(path)
         _thread.files[path] = descriptor
         if len(_thread.files) > _OPEN_FILES:
             os.close(_thread.files.popitem(last=False)[1])
@@ -53,7 +49,8 @@ def pread(path: Path, offset: int, view: memoryview) -> None:
         _thread.files.move_to_end(path)
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        with reading(path):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             raise CorruptFile(
                 f"{path} ends at byte {offset + done}, but its header promises {offset + len(view)}.\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.errors import CorruptFile
+from smolconv.files import open_file, reading
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.storage.integrity import digest_text, new_hasher
 from smolconv.storage.torch_archive.archive import read_torch_archive
@@ -116,7 +117,7 @@ def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Ten
         if tensor.nbytes:
             spans[tensor.storage] = (start, stop) if known is None else (min(start, known[0]), max(stop, known[1]))
     storages: dict[str, torch.Tensor] = {}
-    with path.open("rb") as file:
+    with reading(path), open(open_file(path), "rb") as file:
         for key, (start, stop) in spans.items():
             data = torch.empty(stop - start, dtype=torch.uint8)
             file.seek(start)
@@ -208,7 +209,7 @@ def save_torch_archive(content: Any, path: Path) -> FileDigest:
 def digest_file(path: Path) -> FileDigest:
     """The same of a file that lies on the disk."""
     hasher, nbytes, chunk = new_hasher("xxh3"), 0, memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with reading(path), open(open_file(path), "rb", buffering=0) as file:
         while count := file.readinto(chunk):
             hasher.update(chunk[:count])
             nbytes += count

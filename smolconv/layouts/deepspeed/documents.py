@@ -14,7 +14,7 @@ from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
-from smolconv.layouts.documents import adam_step, check_plain, is_count, understood, with_tuples
+from smolconv.layouts.documents import adam_step, check_plain, is_count, is_world, understood, with_tuples
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.values import ArchiveTensor, PickledObject, TorchSize
@@ -164,10 +164,12 @@ def read_model_document(path: Path) -> ModelDocument:
         if not isinstance(found.optimizer, (dict, type(None))):
             raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; a mapping was expected.")
     for name, value in (("global_steps", found.step), ("skipped_steps", found.skipped_steps),
-                        ("global_samples", found.samples), ("dp_world_size", found.dp or 0),
-                        ("mp_world_size", found.tp)):  # fmt: skip
+                        ("global_samples", found.samples)):  # fmt: skip
         if not is_count(value):
             raise CorruptFile(f"{path}: {name} is {value!r:.60}; a whole number from 0 on was expected.")
+    for name, value in (("dp_world_size", found.dp or 1), ("mp_world_size", found.tp)):
+        if not is_world(value):
+            raise CorruptFile(f"{path}: {name} is {value!r:.60}; the number of ranks was expected.")
     return found
 
 
@@ -215,7 +217,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
         counts = counts if isinstance(counts, list) and counts else [counts]
         ranks = counts[0]
         # One a group; only experts are spread over other ranks than the rest.
-        if not is_count(ranks) or ranks == 0 or any(type(count) is not int or count != ranks for count in counts):
+        if not is_world(ranks) or any(type(count) is not int or count != ranks for count in counts):
             raise CorruptFile(f"{path}: partition_count is {counts!r:.60}; the number of ranks was expected.")
         bf16_optimizer = "zero_stage" not in state
         stage = 1 if bf16_optimizer else _stage(state["zero_stage"], path)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerState, ParameterGroup, Slot
-from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError, some_of
+from smolconv.errors import CorruptFile, UnsupportedModel, UsageError, some_of
+from smolconv.files import read_bytes
 from smolconv.layouts.documents import is_number
-from smolconv.layouts.layout import parse_json
 from smolconv.models.family import Family
 from smolconv.models.registry import family_of
+from smolconv.parsing import parse_json
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
 #: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
@@ -209,10 +210,8 @@ def _agreed(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _read_rules(path: Path) -> list[_Rule]:
     try:
-        document = parse_json(path.read_bytes())
-    except OSError as error:
-        raise MissingFile(f"--groups {path} cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError) as error:
+        document = parse_json(read_bytes(path))
+    except ValueError as error:
         raise UsageError(f"--groups {path} is not valid JSON ({error}).") from None
     expected = 'a list of {"names": [...] or "regex": "...", "weight_decay": 0.1}'
     if not isinstance(document, list) or not document:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
-from smolconv.errors import CorruptFile, MissingFile
+from smolconv.errors import MissingFile
 from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
-from smolconv.layouts.listing import AnyPath, P, companions, files_below
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 #: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
@@ -72,12 +71,8 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
 
 def _named_tag(folder: P) -> tuple[P, str] | None:
     for pointer in (folder / LATEST, folder / LATEST_UNIVERSAL):
-        if not pointer.is_file():
-            continue
-        tag = pointer.read_bytes().decode(errors="replace").strip()
-        if not tag or "\0" in tag or PurePosixPath(tag).name != tag or tag in (".", ".."):
-            raise CorruptFile(f"{pointer} holds {tag!r:.60}; the name of a folder beside it was expected.")
-        return pointer, tag
+        if pointer.is_file():
+            return pointer, read_name(pointer)
     return None
 
 

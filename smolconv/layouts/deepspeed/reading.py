@@ -12,11 +12,12 @@ from smolconv.errors import MissingFile, MixedCheckpoint
 from smolconv.layouts.deepspeed.documents import AnotherOptimizer, ModelDocument, plain, read_model_document
 from smolconv.layouts.deepspeed.files import TagFiles, tag_files
 from smolconv.layouts.documents import check_config
-from smolconv.layouts.layout import ReadOptions, read_json
+from smolconv.layouts.layout import ReadOptions
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
 from smolconv.models.nanotron import spec_from_nanotron
 from smolconv.models.registry import is_nanotron_config
 from smolconv.models.spec import ModelSpec
+from smolconv.parsing import read_json
 from smolconv.tensors.lazy import LazyTensor
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel
+from smolconv.errors import CorruptFile, UnsupportedModel
+from smolconv.files import open_file, reading
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,9 +77,7 @@ class _Header:
 
 def read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, Entry]]:
     """All metadata by key, and where the tensors are by name."""
-    if not path.is_file():
-        raise MissingFile(f"{path} is not a file. Name the .gguf file itself.")
-    with path.open("rb") as file:
+    with reading(path), open(open_file(path), "rb") as file:
         header = _Header(path, file)
         if header.take(4) != b"GGUF":
             raise header.corrupt("it does not begin with GGUF")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, some_of
-from smolconv.layouts.layout import parse_json
 from smolconv.layouts.listing import AnyPath, P, companions, files_below
+from smolconv.parsing import parse_json
 
 CONFIG = "config.json"
 #: Where Transformers puts weights, the best first. ``index_of`` each names the file that says where the shards are.

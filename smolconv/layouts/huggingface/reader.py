@@ -17,9 +17,10 @@ from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.huggingface.listing import WEIGHTS
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
 from smolconv.layouts.huggingface.sidecar import SIDECAR, read_sidecar
-from smolconv.layouts.layout import ReadOptions, read_json, without_aliases
+from smolconv.layouts.layout import ReadOptions, without_aliases
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.models.huggingface import spec_from_hf, weight_table
+from smolconv.parsing import read_json
 from smolconv.tensors.lazy import LazyTensor
 
 

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from smolconv.checkpoint import Slot
 from smolconv.errors import CorruptFile, MissingShard, NameMismatch, UnsupportedModel
-from smolconv.layouts.layout import read_json
+from smolconv.files import is_file_name
+from smolconv.parsing import read_json
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
 from smolconv.storage.torch_archive.archive import read_torch_archive
@@ -23,8 +24,10 @@ def read_indexed(folder: Path, index: Path) -> tuple[tuple[Path, ...], dict[str,
         raise CorruptFile(f"{index} has no weight_map from tensor names to file names.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise CorruptFile(f"{index} names {name!r}, which is not a plain file name beside it. It was not opened.")
+        if not is_file_name(name) or "\\" in name:
+            raise CorruptFile(
+                f"{index} names {name!r:.80}, which is not a plain file name beside it. It was not opened."
+            )
         if not (folder / name).is_file():
             raise MissingShard(
                 f"{folder}: {name} is missing, although {index.name} puts "

@@ -19,9 +19,10 @@ from smolconv.checkpoint import (
 from smolconv.errors import CorruptFile, DigestMismatch, MissingShard
 from smolconv.layouts.documents import adam_step, check_progress, understood
 from smolconv.layouts.huggingface.shards import plan_sharded, read_indexed
-from smolconv.layouts.layout import ReadOptions, Written, read_json
+from smolconv.layouts.layout import ReadOptions, Written
 from smolconv.layouts.record import documents_of, group_from_json, group_to_json, read_documents
 from smolconv.models.weights import WeightTable
+from smolconv.parsing import read_json
 from smolconv.storage.integrity import digest_tensor
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.tensors.lazy import LazyTensor

@@ -10,20 +10,7 @@ from smolconv.checkpoint import DataStage, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_progress, understood
-from smolconv.layouts.layout import read_json
-
-
-def read_yaml(data: bytes, where: object) -> dict[str, Any]:
-    """A YAML mapping of plain types. Raises ``CorruptFile``."""
-    import yaml
-
-    try:
-        value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
-        raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]}.") from None
-    if not isinstance(value, dict):
-        raise CorruptFile(f"{where} holds no mapping.")
-    return value
+from smolconv.parsing import parse_yaml_mapping, read_json
 
 
 def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:
@@ -36,7 +23,7 @@ def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[st
     document = step_folder / "config.yaml"
     if not document.exists():
         raise MissingFile(f"{step_folder} holds neither model_config.json nor config.yaml. Pass one with --config.")
-    model = read_yaml(read_bytes(document), document).get("model")
+    model = parse_yaml_mapping(read_bytes(document), document).get("model")
     config = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(config, dict):
         raise CorruptFile(f"{document} has no model.model_config. Pass a model_config.json with --config.")

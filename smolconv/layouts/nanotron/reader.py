@@ -13,13 +13,14 @@ from smolconv.errors import CorruptFile
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
-from smolconv.layouts.layout import ReadOptions, read_json
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.documents import read_model_config, read_progress
 from smolconv.layouts.nanotron.listing import ASSETS, find_step_folder, is_number
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
 from smolconv.layouts.nanotron.weights import NativeParameter, read_native, weights_topology
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
 from smolconv.models.spec import ModelSpec
+from smolconv.parsing import read_json
 from smolconv.tensors.lazy import LazyTensor
 
 

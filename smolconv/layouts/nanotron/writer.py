@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
-from smolconv.errors import CorruptFile, MissingFile, UnsupportedModel, UsageError
+from smolconv.errors import CorruptFile, UnsupportedModel, UsageError
+from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
-from smolconv.layouts.nanotron.documents import read_yaml
 from smolconv.layouts.nanotron.listing import ASSETS, LATEST, MODEL_CONFIG
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import (
@@ -35,6 +35,7 @@ from smolconv.models.nanotron import nanotron_table, refuse_for_nanotron, spec_f
 from smolconv.models.operations import PadVocabulary
 from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import WeightTable
+from smolconv.parsing import parse_yaml_mapping
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
 from smolconv.storage.torch_archive.values import Storage, TensorRef
@@ -336,14 +337,11 @@ class _NanotronWriter:
 
     def _training_config(self) -> dict[str, Any] | None:
         given = self.options.nanotron_config
-        if given is not None and (given.is_dir() or not given.exists()):
-            found = "is a folder" if given.is_dir() else "is not there"
-            raise MissingFile(f"--nanotron-config {given} {found}. Name a training config of nanotron.")
-        original = given.read_bytes() if given is not None else self.checkpoint.source.nanotron_training
+        original = read_bytes(given) if given is not None else self.checkpoint.source.nanotron_training
         if original is None:
             return None
         where = str(given or "the source's config.yaml")
-        config = read_yaml(original, where)
+        config = parse_yaml_mapping(original, where)
         for name in ("parallelism", "optimizer", "general", "model"):
             if not isinstance(config.get(name) or {}, dict):
                 raise CorruptFile(f"{where}: {name} is {config[name]!r:.60}; a mapping was expected.")

@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
-from smolconv.errors import CorruptFile, MachineError, MissingFile, UnsafePickle
-from smolconv.files import note
+from smolconv.errors import CorruptFile, UnsafePickle
+from smolconv.files import open_file, reading
 from smolconv.storage.torch_archive.zip import LOCAL_SIGNATURE, ZipDirectory, ZipRecord, read_zip_directory
 
-#: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor, so this is room for millions.
-MAX_PICKLE_BYTES = 1 << 30
+#: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor: room for half a million.
+MAX_PICKLE_BYTES = 1 << 26
 
 _COPY_AGAIN = "Copy the file again from where it was written, and compare the sizes."
 
@@ -138,28 +138,8 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            note(path, file.fileno())
-            yield file
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingFile(
-            f"{path}: there is no such file.\n"
-            "A file written by torch.save was expected.\n"
-            "Check the path, or copy the file from where the checkpoint was written."
-        ) from error
-    except IsADirectoryError as error:
-        raise CorruptFile(
-            f"{path}: is a folder.\n"
-            "A file written by torch.save was expected.\n"
-            "Give the path of the file; an archive that was unpacked has to be copied again as it was."
-        ) from error
-    except OSError as error:
-        raise MachineError(
-            f"{path}: cannot be read ({error.strerror or error}).\n"
-            "A readable file was expected.\n"
-            "Check its permissions and the disk."
-        ) from error
+    with reading(path), open(open_file(path), "rb") as file:
+        yield file
 
 
 def _checked(path: Path, file: BinaryIO) -> Archive:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import pickletools
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what pickle.Unpickler itself uses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeGuard
 
 from smolconv.errors import CorruptFile, SmolconvError, UnsafePickle
@@ -37,6 +38,9 @@ _NAMED_ONLY = _UNTYPED_STORAGES | _TENSOR_CLASSES | {("torch", name) for name in
 
 _MAX_DIMENSIONS = 64
 _MAX_COUNT = 1 << 63
+_MAX_INTEGER_BYTES = 255  # as torch.load
+#: Levels of containers, and values once each is written out as often as it is contained: what is walked has an end.
+_MAX_LEVELS, _MAX_VALUES = 64, 1 << 22
 
 
 def unpickle(archive: Archive, allow: Mapping[tuple[str, str], Callable[..., object]]) -> object:
@@ -77,7 +81,31 @@ class _Unpickler:
             raise self.damaged("is not a valid pickle") from error
         if self.stack or self.marked:
             raise self.damaged("ends before its object is complete")
+        self.require_bounded(result)
         return result
+
+    def require_bounded(self, result: object) -> None:
+        """Raise ``CorruptFile`` for containers that hold themselves, lie too deep, or in each other too often."""
+        sizes: dict[int, int | None] = {}  # by id; None while the container is open
+        opened: list[tuple[object, Iterator[object], int]] = [(result, iter((result,)), 0)]
+        while opened:
+            container, parts, size = opened.pop()
+            for part in parts:
+                known = sizes.get(id(part), 0) if (inner := _parts(part)) is not None else 1
+                if known is None or len(opened) > _MAX_LEVELS:
+                    raise self.damaged("has a container that holds itself, or lies more than 64 deep")
+                if inner is not None and known == 0:
+                    sizes[id(part)] = None
+                    opened += [(container, parts, size), (part, inner, 1)]
+                    break
+                size += known
+            else:
+                if size > _MAX_VALUES:
+                    raise self.damaged(f"says the same things so often that they are {size:,} values")
+                sizes[id(container)] = size
+                if opened:
+                    outer, rest, before = opened.pop()
+                    opened.append((outer, rest, before + size))
 
     # Failures
 
@@ -137,10 +165,13 @@ class _Unpickler:
         self.stack = []
 
     def text(self, length_bytes: int) -> None:
-        self.push(self.take(self.take_int(length_bytes)).decode("utf-8", "surrogatepass"))
+        self.push(self.take(self.take_int(length_bytes)).decode())
 
     def long(self, length_bytes: int) -> None:
-        self.push(self.take_int(self.take_int(length_bytes), signed=True))
+        nbytes = self.take_int(length_bytes)
+        if nbytes > _MAX_INTEGER_BYTES:
+            raise self.damaged(f"has an integer of {nbytes} bytes")
+        self.push(self.take_int(nbytes, signed=True))
 
     def set_protocol(self) -> None:
         self.protocol = self.take_int(1)
@@ -412,6 +443,16 @@ _INSTRUCTIONS: Mapping[bytes, Callable[[_Unpickler], object]] = {
     pickle.BUILD: _Unpickler.build,
     pickle.BINPERSID: _Unpickler.find_storage,
 }
+
+
+def _parts(value: object) -> Iterator[object] | None:
+    """What a container holds; None for anything else."""
+    if isinstance(value, dict):
+        return itertools.chain(value, value.values(), vars(value).values() if hasattr(value, "__dict__") else ())
+    if isinstance(value, (list, tuple, set)):
+        return iter(value)
+    is_ours = isinstance(value, (ArchiveTensor, ArchiveStorage, GlobalRef))  # no such thing holds another
+    return iter(vars(value).values()) if hasattr(value, "__dict__") and not is_ours else None
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -1,0 +1,176 @@
+"""JSON and YAML of strangers, with bounds that hold before anything is made of them.
+
+A document of a few hundred bytes can ask for gigabytes (an alias of aliases), for ever (an alias of itself) or for a
+stack that ends (brackets). What is returned here has finite numbers, text that can be written again, and few levels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from smolconv.errors import CorruptFile
+from smolconv.files import MOST_DOCUMENT_BYTES, read_bytes
+
+#: The deepest of ours has 8 levels; Python's own limit, some hundreds, is lower where it has to be walked.
+_DEEPEST = 64
+#: Values of a YAML document, those of aliases as often as they are used.
+_MOST_YAML_NODES = 200_000
+#: Digits of a whole number: Adam's steps, sizes and ids have 20 at most, seeds 39.
+_MOST_DIGITS = 40
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_json(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> dict[str, Any]:
+    """A JSON object. Raises ``MissingFile`` and ``MachineError``, and ``CorruptFile`` for anything else."""
+    return parse_json_object(read_bytes(path, most_bytes), path)
+
+
+def parse_json_object(data: bytes, where: object) -> dict[str, Any]:
+    """A JSON object that was read from ``where``. Raises ``CorruptFile``."""
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise CorruptFile(f"{where} is not valid JSON ({error}).\nCopy the file again.") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{where} holds {_kind(value)}; a JSON object was expected.\nCopy the file again.")
+    return value
+
+
+def parse_json(data: bytes, *, unique: bool = False) -> Any:
+    """Any JSON value; ``unique`` refuses names that are there twice.
+
+    Raises ``ValueError``, also for NaN and infinity, which no document of ours could hold, for numbers of more than 40
+    digits, text that is not Unicode, and more than 64 levels.
+    """
+    try:
+        value = json.loads(
+            data, parse_float=_finite, parse_constant=_finite, parse_int=_whole,
+            object_pairs_hook=_once if unique else None,
+        )  # fmt: skip
+        if _LONE_SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a character, which is no text") from None
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    require_shallow(value)
+    return value
+
+
+def require_shallow(value: object) -> None:
+    """Raise ``ValueError`` for lists and mappings in more than 64 levels. Nothing may hold itself."""
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST + 1):
+        parts = (part for each in level for part in (each.values() if isinstance(each, dict) else each))
+        level = [part for part in parts if isinstance(part, (dict, list, tuple))]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.40} is not a finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(text)} digits")
+    return int(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _kind(value: object) -> str:
+    known = {"list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}
+    return known.get(type(value).__name__, "a number")
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+def parse_yaml_mapping(data: bytes | str, where: object) -> dict[str, Any]:
+    """A YAML mapping of values that JSON has, too, that was read from ``where``. Raises ``CorruptFile``."""
+    import yaml
+
+    try:
+        require_small_yaml(data)
+        value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        _require_plain(value)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: also a date such as 2024-99-99
+        raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]:.200}.") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{where} holds no mapping.")
+    return value
+
+
+def require_small_yaml(data: bytes | str) -> None:
+    """Raise ``ValueError`` for more than 64 levels, more than 200,000 values, or an alias within what it stands for.
+
+    The values of an alias count as often as it is used. Nothing is made of the document, and its syntax is not judged.
+    """
+    import yaml
+
+    open_sizes: list[int] = [0]  # of the values that are open, from the outermost
+    anchors: list[str | None] = [None]
+    sizes: dict[str, int | None] = {}  # of anchored values; None while one is open
+    try:
+        for event in yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            size = 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_sizes.append(1)
+                anchors.append(event.anchor)
+                if event.anchor is not None:
+                    sizes[event.anchor] = None
+                if len(open_sizes) > _DEEPEST:
+                    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                size, anchor = open_sizes.pop(), anchors.pop()
+                if anchor is not None:
+                    sizes[anchor] = size
+            elif isinstance(event, yaml.AliasEvent):
+                known = sizes.get(event.anchor or "", 1)
+                if known is None:
+                    raise ValueError(f"the alias *{event.anchor:.40} stands within what it stands for")
+                size = known
+            elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
+                sizes[event.anchor] = 1
+            open_sizes[-1] += size
+            if open_sizes[-1] > _MOST_YAML_NODES:
+                raise ValueError(f"it holds more than {_MOST_YAML_NODES:,} values, those of aliases counted")
+    except yaml.YAMLError:
+        return  # whoever parses it says what is wrong, with the line
+
+
+def _require_plain(value: object) -> None:
+    """Raise ``ValueError`` for what JSON does not have: dates, bytes, sets, NaN, half characters."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise ValueError(f"a key is {type(key).__name__}, expected text")
+            _require_plain(key)
+            _require_plain(part)
+    elif isinstance(value, list):
+        for part in value:
+            _require_plain(part)
+    elif isinstance(value, str):
+        value.encode()
+    elif isinstance(value, float):
+        _finite(repr(value))
+    elif isinstance(value, int):
+        if abs(value) >= 10**_MOST_DIGITS:
+            raise ValueError("it has a number of more than 40 digits")
+    elif value is not None:
+        raise ValueError(f"a value is {type(value).__name__}; text, a number, true or false was expected")
