@@ -101,6 +101,21 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
         raise CorruptFile(f"{path} is {kind}; a file was expected.\nName the file itself, or copy it again.")
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file of that name is there. Raises ``CorruptFile`` and ``MissingFile`` for anything else in its place.
+
+    A document that may be left out must not be taken for left out because it is a pipe, or a link to nothing.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path):
+            return False
+        raise unreadable(path, error) from None
+    _require_regular(path, found)
+    return True
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Inside, a file is opened or read: what the system refuses is raised as ``unreadable`` has it."""
@@ -114,8 +129,10 @@ def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
     """What the system said when a file was to be read, with what to do: ``MissingFile`` or ``MachineError``."""
     if error.errno in _NOWHERE:
         shown = f"{path}" if len(f"{path}") <= MOST_NAME_BYTES else f"{path!s:.200}..."
+        dangling = error.errno == errno.ENOENT and os.path.islink(shown)
+        nowhere = "is a link to nothing" if dangling else _NOWHERE[error.errno]
         advice = advice or "A file was expected there.\nCheck the path, or copy the file from where it was written."
-        return MissingFile(f"{shown} {_NOWHERE[error.errno]}.\n{advice}")
+        return MissingFile(f"{shown} {nowhere}.\n{advice}")
     return MachineError(
         f"{path} cannot be read ({error.strerror or error}).\n"
         "A readable file was expected.\nCheck its permissions and the disk."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from smolconv.errors import CorruptFile
-from smolconv.files import MOST_NAME_BYTES, is_file_name, read_bytes
+from smolconv.files import MOST_NAME_BYTES, is_file_name, is_there, read_bytes
 from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class AnyPath(Protocol):
 
 
 P = TypeVar("P", bound=AnyPath)
+
+
+def there(path: AnyPath) -> bool:
+    """Whether a file is there. On disk, raises ``BadCheckpoint`` for anything else in its place."""
+    return is_there(path) if isinstance(path, Path) else path.is_file()
 
 
 def read_name(pointer: AnyPath) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile
-from smolconv.files import read_bytes
+from smolconv.files import is_there, read_bytes
 from smolconv.parsing import parse_json
 from smolconv.storage.integrity import (
     RECORDED_BY_US,
@@ -123,7 +123,7 @@ def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest in ``folder``, or None. Raises ``CorruptFile`` when it cannot be read, or lists nothing."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         document = parse_json(read_bytes(path, _MOST_BYTES))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from smolconv.errors import MissingFile
 from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
-from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 #: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
@@ -52,26 +52,26 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
     if named is not None and _is_tag_folder(folder / named[1]):  # without a look at every other tag
         return folder / named[1]
     tags = sorted(_tags(folder))
-    there = ", ".join(tags) or "none"
+    known = ", ".join(tags) or "none"
     if step is not None:
         # A step saved both ways: training goes on from the ranks' files.
         found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
         if not found:
-            raise MissingFile(f"{folder}: no tag of step {step}; tags found: {there}. Choose one with --step.")
+            raise MissingFile(f"{folder}: no tag of step {step}; tags found: {known}. Choose one with --step.")
         return folder / found[0][1]
     if named is None:
-        raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({there}).")
+        raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({known}).")
     pointer, tag = named
     empty = f"{tag} holds no *_model_states.pt" if (folder / tag).is_dir() else f"there is no folder {tag}"
     raise MissingFile(
-        f"{pointer} names the tag {tag!r:.60}, but {empty}; tags found: {there}.\n"
+        f"{pointer} names the tag {tag!r:.60}, but {empty}; tags found: {known}.\n"
         "Copy it from where the run was saved, or name a tag's folder."
     )
 
 
 def _named_tag(folder: P) -> tuple[P, str] | None:
     for pointer in (folder / LATEST, folder / LATEST_UNIVERSAL):
-        if pointer.is_file():
+        if there(pointer):
             return pointer, read_name(pointer)
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, ParameterGroup, Slot
 from smolconv.errors import MissingFile, MixedCheckpoint
+from smolconv.files import is_there
 from smolconv.layouts.deepspeed.documents import AnotherOptimizer, ModelDocument, plain, read_model_document
 from smolconv.layouts.deepspeed.files import TagFiles, tag_files
 from smolconv.layouts.documents import check_config
@@ -82,7 +83,7 @@ def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDoc
     looked = list(dict.fromkeys([tag, tag.parent, tag.parent.parent]))
     for place in looked:
         path = place / "config.json"
-        if path.is_file():
+        if is_there(path):
             config = read_json(path)
             if "hidden_size" in config:
                 return config, str(path)

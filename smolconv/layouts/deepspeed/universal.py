@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smolconv.checkpoint import ParameterGroup, Slot
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
+from smolconv.files import is_there
 from smolconv.layouts.deepspeed.documents import (
     WITHOUT,
     ModelDocument,
@@ -28,7 +29,7 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     """Fill in what the parameters' folders hold, which is whole."""
     model, zero = reading.first, reading.tag / "zero"
     common = UniversalDocument(groups=(), members=(), steps=())
-    if (zero / "optimizer_state.pt").is_file():
+    if is_there(zero / "optimizer_state.pt"):
         common = read_universal_document(zero / "optimizer_state.pt")
         reading.read_files.append(zero / "optimizer_state.pt")
     elif reading.options.optimizer:
@@ -81,13 +82,13 @@ def _read_parameter(
         if slot is not Slot.MASTER and not reading.options.optimizer:
             continue
         found.slots[slot][name] = _read_tensor(reading, folder / f"{stem}.pt", slot, shape)
-    if reading.options.optimizer and (folder / "step.pt").is_file():
+    if reading.options.optimizer and is_there(folder / "step.pt"):
         found.steps[name] = read_universal_step(folder / "step.pt")
         reading.read_files.append(folder / "step.pt")
 
 
 def _read_tensor(reading: DeepSpeedReading, path: Path, slot: Slot, shape: tuple[int, ...] | None) -> LazyTensor:
-    if not path.is_file():
+    if not is_there(path):
         raise MissingShard(f"{path} is missing. Copy it from the source.")
     reading.read_files.append(path)
     tensor = read_universal_tensor(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, some_of
-from smolconv.layouts.listing import AnyPath, P, companions, files_below
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, there
 from smolconv.parsing import parse_json
 
 CONFIG = "config.json"
@@ -30,7 +30,7 @@ def index_of(weights: str) -> str:
 
 def detect(folder: AnyPath) -> bool:
     """Whether ``folder`` holds an HF config beside weights."""
-    if not (folder / CONFIG).is_file():
+    if not there(folder / CONFIG):
         return False
     return any((folder / name).exists() for single in WEIGHTS for name in (single, index_of(single))) or any(
         fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
@@ -48,9 +48,9 @@ def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
 def _weights(folder: P) -> list[P]:
     for single in WEIGHTS:
         index = folder / index_of(single)
-        if (folder / single).is_file():  # as transformers chooses, and our reader
+        if there(folder / single):  # as transformers chooses, and our reader
             return [folder / single]
-        if index.is_file():
+        if there(index):
             shards = _shards(index)
             # Whatever the index names is looked for among the names that are there, so it leads nowhere else.
             missing = sorted(shards.difference(path.name for path in folder.iterdir() if path.is_file()))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import MissingFile
+from smolconv.files import is_there
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.huggingface.listing import WEIGHTS
@@ -42,7 +43,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     optimizer, progress = None, None
     source = SourceRecord()
     warnings: tuple[str, ...] = ()
-    if (folder / SIDECAR / "state.json").is_file():
+    if (folder / SIDECAR).is_dir() and (options.optimizer or is_there(folder / SIDECAR / "state.json")):
         sidecar = read_sidecar(folder, table, parameters, options)
         tensors.update(sidecar.slots)
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
@@ -76,9 +77,9 @@ def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The weight files, and what they hold by name."""
     for stem in WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
-        if single.is_file():  # transformers, too, looks for an index only where there is no single file
+        if is_there(single):  # transformers, too, looks for an index only where there is no single file
             return (single,), tensors_of(single)
-        if index.is_file():
+        if is_there(index):
             return read_indexed(folder, index)
     shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     there = f"{shards[0]} and {len(shards) - 1} more are there, but no index" if shards else "no weights are there"

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from smolconv.checkpoint import Slot
 from smolconv.errors import CorruptFile, MissingShard, NameMismatch, UnsupportedModel
-from smolconv.files import is_file_name
+from smolconv.files import is_file_name, is_there
 from smolconv.parsing import read_json
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors, read_safetensors
@@ -28,7 +28,7 @@ def read_indexed(folder: Path, index: Path) -> tuple[tuple[Path, ...], dict[str,
             raise CorruptFile(
                 f"{index} names {name!r:.80}, which is not a plain file name beside it. It was not opened."
             )
-        if not (folder / name).is_file():
+        if not is_there(folder / name):
             raise MissingShard(
                 f"{folder}: {name} is missing, although {index.name} puts "
                 f"{sum(value == name for value in weight_map.values())} tensors there.\nCopy it from the source."

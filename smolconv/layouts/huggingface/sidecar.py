@@ -17,6 +17,7 @@ from smolconv.checkpoint import (
     TrainingProgress,
 )
 from smolconv.errors import CorruptFile, DigestMismatch, MissingShard
+from smolconv.files import is_there
 from smolconv.layouts.documents import adam_step, check_progress, understood
 from smolconv.layouts.huggingface.shards import plan_sharded, read_indexed
 from smolconv.layouts.layout import ReadOptions, Written
@@ -58,7 +59,7 @@ def read_sidecar(
     files = [home / "state.json", *documents]
     for slot in (Slot.MASTER, Slot.EXP_AVG, Slot.EXP_AVG_SQ):
         index = home / f"{slot.value}.safetensors.index.json"
-        if index.is_file():
+        if is_there(index):
             shards, found = read_indexed(home, index)
             slots[slot] = table.to_canonical(found, f"{home} ({slot.value})", all_needed=False)
             files += [index, *shards]

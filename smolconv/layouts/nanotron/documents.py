@@ -8,7 +8,7 @@ from typing import Any
 
 from smolconv.checkpoint import DataStage, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.files import read_bytes
+from smolconv.files import is_there, read_bytes
 from smolconv.layouts.documents import check_progress, understood
 from smolconv.parsing import parse_yaml_mapping, read_json
 
@@ -18,10 +18,10 @@ def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[st
     if override is not None:
         return read_json(override), str(override)
     path = step_folder / "model_config.json"
-    if path.exists():
+    if is_there(path):
         return read_json(path), str(path)
     document = step_folder / "config.yaml"
-    if not document.exists():
+    if not is_there(document):
         raise MissingFile(f"{step_folder} holds neither model_config.json nor config.yaml. Pass one with --config.")
     model = parse_yaml_mapping(read_bytes(document), document).get("model")
     config = model.get("model_config") if isinstance(model, dict) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
 
 MODEL_CONFIG = "model_config.json"
 LATEST = "latest.txt"
@@ -28,7 +28,7 @@ def detect(folder: AnyPath) -> bool:
 
 
 def _is_step_folder(folder: AnyPath) -> bool:
-    return (folder / MODEL_CONFIG).is_file() or (folder / WEIGHTS / "model").is_dir()
+    return there(folder / MODEL_CONFIG) or (folder / WEIGHTS / "model").is_dir()
 
 
 def _is_step_of_run(folder: AnyPath) -> bool:
@@ -55,7 +55,7 @@ def find_step_folder(folder: P, step: int | None = None) -> P:
             )
         return folder
     latest = folder / LATEST
-    if step is None and latest.is_file():
+    if step is None and there(latest):
         text = read_name(latest)
         if not is_number(text):
             raise CorruptFile(
@@ -69,9 +69,9 @@ def find_step_folder(folder: P, step: int | None = None) -> P:
     if step is None and len(steps) == 1:
         return next(iter(steps.values()))
     if step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
+        found = ", ".join(map(str, sorted(steps))) or "none"
         asked = f"no {LATEST}" if step is None else f"step {step} is not there"
-        raise MissingFile(f"{folder}: {asked}; steps found: {there}. Choose one with --step.")
+        raise MissingFile(f"{folder}: {asked}; steps found: {found}. Choose one with --step.")
     return steps[step]
 
 
@@ -79,6 +79,6 @@ def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
     """``Listing.needed_files``."""
     home = find_step_folder(folder, step)
     wanted = (WEIGHTS, *STATE) if optimizer else (WEIGHTS,)
-    documents = [path for path in (folder / LATEST, *(home / name for name in DOCUMENTS)) if path.is_file()]
+    documents = [path for path in (folder / LATEST, *(home / name for name in DOCUMENTS)) if there(path)]
     tensors = [path for name in wanted for path in files_below(home / name)]
     return [*companions(folder), *companions(home), *documents, *tensors, *files_below(home.parent / ASSETS)]

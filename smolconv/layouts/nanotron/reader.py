@@ -10,7 +10,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Document, Slot, SourceRecord
 from smolconv.errors import CorruptFile
-from smolconv.files import read_bytes
+from smolconv.files import is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions
@@ -37,7 +37,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     )
     table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
-    metadata = read_json(metadata_path) if metadata_path.exists() else None
+    metadata = read_json(metadata_path) if is_there(metadata_path) else None
     if metadata is not None and not is_count(metadata.get("dp", 1)):
         raise CorruptFile(f"{metadata_path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
 
@@ -84,7 +84,7 @@ def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str,
     training, path = step_folder / "config.yaml", step_folder / "checkpoint_metadata.json"
     return SourceRecord(
         nanotron_config=config,
-        nanotron_training=read_bytes(training) if training.is_file() else None,
+        nanotron_training=read_bytes(training) if is_there(training) else None,
         nanotron_metadata=None if metadata is None else Document(data=read_bytes(path), value=metadata),
     )
 
@@ -119,7 +119,7 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
     spec = spec_from_nanotron(config, where, architecture=options.architecture)
     nanotron_interleaved(config, where)  # refuses a config that does not say
     metadata_path = step_folder / "checkpoint_metadata.json"
-    metadata = read_json(metadata_path) if metadata_path.exists() else None
+    metadata = read_json(metadata_path) if is_there(metadata_path) else None
     weights = read_native(step_folder, list(_walk(step_folder)), spec, metadata)
     parameters = {name: p.whole for name, p in weights.items()}
     check_named_dtypes(Slot.PARAMETER, parameters)
