@@ -32,7 +32,7 @@ def documents_of(record: SourceRecord) -> dict[str, bytes]:
 
 def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
     """What ``documents_of`` gave, from ``folder``, and its files. Raises ``CorruptFile`` for what is not one."""
-    paths = tuple(sorted(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else ()
+    paths = tuple(sorted(folder.iterdir())) if folder.is_dir() else ()
     record = SourceRecord()
     for path in paths:
         if path.name == NANOTRON_CONFIG:

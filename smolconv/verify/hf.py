@@ -6,15 +6,16 @@ checkpoint comes in by its canonical tensors: a DeepSpeed one consolidated, a na
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint
+from smolconv.errors import BadCheckpoint, CorruptFile, SmolconvError, first_line
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.parsing import read_json
 from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
 
@@ -45,6 +46,22 @@ class Weights(Protocol):
     def looked_up(self, name: str, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
+@contextmanager
+def _accepted(path: Path) -> Iterator[None]:
+    """Inside, another library reads a file that our reader has taken; what it says against it is ``CorruptFile``."""
+    try:
+        yield
+    except (SmolconvError, MemoryError):
+        raise
+    except Exception as error:  # none of them says which errors it raises
+        raise CorruptFile(
+            f"{path}: smolconv reads it, but transformers, torch or safetensors does not "
+            f"({type(error).__name__}: {first_line(error):.200}).\n"
+            "Expected a file that all of them read alike.\n"
+            "Write it again with the library that made it; what smolconv reads of it can be converted."
+        ) from error
+
+
 class FolderWeights:
     """A Hugging Face folder, by transformers and safetensors alone."""
 
@@ -59,14 +76,15 @@ class FolderWeights:
             if self._single.is_file():  # transformers takes it, whether an index lies beside it or not
                 return
             if index.is_file():
-                self._files = {n: folder / file for n, file in json.loads(index.read_text())["weight_map"].items()}
+                self._files = {n: folder / file for n, file in read_json(index)["weight_map"].items()}
                 return
 
     def config(self) -> Any:
         import transformers
 
         # As below: a padding id beyond the vocabulary plays no part in a forward pass.
-        return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
+        with _accepted(self.folder / "config.json"):
+            return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
 
     def _read(self, name: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         path = self._single if self._files is None else self._files[name]
@@ -75,14 +93,15 @@ class FolderWeights:
         from safetensors import safe_open
 
         # Opened each time: the pages that a mapping has touched count as this process's memory until it is closed.
-        with safe_open(path, framework="pt") as file:
+        with _accepted(path), safe_open(path, framework="pt") as file:
             return take(file.get_slice(name)).clone()
 
     def _archive(self, path: Path) -> Any:
         import torch
 
         if path not in self._archives:
-            self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with _accepted(path):
+                self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return self._archives[path]
 
     def whole(self, name: str) -> torch.Tensor:

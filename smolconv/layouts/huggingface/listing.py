@@ -32,7 +32,7 @@ def detect(folder: AnyPath) -> bool:
     """Whether ``folder`` holds an HF config beside weights."""
     if not there(folder / CONFIG):
         return False
-    return any((folder / name).exists() for single in WEIGHTS for name in (single, index_of(single))) or any(
+    return any(there(folder / name) for single in WEIGHTS for name in (single, index_of(single))) or any(
         fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
     )
 
