@@ -79,12 +79,7 @@ def load_torch_archive(path: Path, allow: Mapping[tuple[str, str], Callable[...,
     Nothing is imported or called that ``allow`` does not name. Raises as ``read_torch_archive`` does.
     """
     document = read_torch_archive(path, allow=allow or {})
-    try:
-        found = list(_tensors(document, set()))
-        tensors = _read_tensors(path, found)
-        return _with_tensors(document, tensors, {})
-    except RecursionError:
-        raise CorruptFile(f"{path}: a value in it holds itself or is nested too deeply to be read.") from None
+    return _with_tensors(document, _read_tensors(path, list(_tensors(document, set()))), {})
 
 
 def _parts(value: object) -> Iterator[object]:

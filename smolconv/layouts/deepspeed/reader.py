@@ -21,7 +21,7 @@ from smolconv.checkpoint import (
     Topology,
     TrainingProgress,
 )
-from smolconv.errors import CorruptFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
+from smolconv.errors import MissingShard, MixedCheckpoint, NameMismatch, some_of
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import optimizer_file
@@ -48,11 +48,7 @@ def read_deepspeed(
     ``base`` supplies weights that were left out of the checkpoint (``exclude_frozen_parameters``). Raises
     ``BadCheckpoint`` and its kind for anything missing, contradictory or unsupported.
     """
-    tag = find_tag_folder(folder, options.step)
-    try:
-        return _read(DeepSpeedReading(folder, tag, options, base))
-    except RecursionError:
-        raise CorruptFile(f"{tag}: a value in its files holds itself or is nested too deeply to be read.") from None
+    return _read(DeepSpeedReading(folder, find_tag_folder(folder, options.step), options, base))
 
 
 def _read(reading: DeepSpeedReading) -> Checkpoint:

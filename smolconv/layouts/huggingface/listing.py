@@ -68,7 +68,7 @@ def _weights(folder: P) -> list[P]:
 def _shards(index: AnyPath) -> set[str]:
     try:
         names = set(parse_json(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         names = set()
     if not names or not all(isinstance(name, str) for name in names):
         raise CorruptFile(
