@@ -621,7 +621,7 @@ def test_a_config_that_is_not_there_is_named(nanotron, refused, tmp_path, option
 
 @pytest.mark.parametrize("option", ["--config", "--nanotron-config"])
 def test_a_folder_given_as_a_config_is_named(nanotron, refused, tmp_path, option):
-    refused(nanotron, "MissingFile", str(tmp_path), "is a folder", to="nanotron", options=(option, tmp_path))
+    refused(nanotron, "CorruptFile", str(tmp_path), "is a folder", to="nanotron", options=(option, tmp_path))
 
 
 # --- Targets ---

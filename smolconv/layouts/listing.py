@@ -53,15 +53,19 @@ def there(path: AnyPath) -> bool:
     return is_there(path) if isinstance(path, Path) else path.is_file()
 
 
-def read_name(pointer: AnyPath) -> str:
-    """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` for what is no name.
+def pointer_text(pointer: AnyPath) -> str:
+    """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` when it is long.
 
     On disk it is not noted among a checkpoint's files: a run that goes on rewrites it.
     """
     if isinstance(pointer, Path):
-        name = read_bytes(pointer, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
-    else:
-        name = pointer.read_bytes().decode(errors="replace").strip()
+        return read_bytes(pointer, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
+    return pointer.read_bytes().decode(errors="replace").strip()
+
+
+def read_name(pointer: AnyPath) -> str:
+    """The same, once it is the name of a folder beside it. Raises ``CorruptFile`` for anything else."""
+    name = pointer_text(pointer)
     if not is_file_name(name):
         raise CorruptFile(
             f"{pointer} holds {name!r:.60}; the name of a folder beside it was expected.\n"

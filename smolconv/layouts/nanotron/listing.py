@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
+from smolconv.layouts.listing import AnyPath, P, companions, files_below, pointer_text, there
 
 MODEL_CONFIG = "model_config.json"
 LATEST = "latest.txt"
@@ -56,7 +56,7 @@ def find_step_folder(folder: P, step: int | None = None) -> P:
         return folder
     latest = folder / LATEST
     if step is None and there(latest):
-        text = read_name(latest)
+        text = pointer_text(latest)
         if not is_number(text):
             raise CorruptFile(
                 f"{latest} holds {text!r:.60}; a step number was expected.\n"
