@@ -23,9 +23,9 @@ _EPILOG = """
 
     smolconv continue-train try-out --dry-run
 
-    smolconv continue-train my.yaml --nproc-per-node 8 --set schedule.train_steps=2000
+    smolconv continue-train my.yaml --set schedule.train_steps=2000
 
-    smolconv continue-train my.yaml --launcher slurm --nnodes 4 --nproc-per-node 8
+    smolconv continue-train my.yaml --launcher slurm --nnodes 4
 
 The same command goes on with a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
 a signal and has saved, 6 when training stopped itself.

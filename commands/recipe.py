@@ -37,7 +37,7 @@ _INIT = """
 _FROM_NANOTRON = """
 **Examples**
 
-    smolconv recipe from-nanotron checkpoints/10000/config.yaml my.yaml --source checkpoints
+    smolconv recipe from-nanotron 10000/config.yaml my.yaml --source .
 
     smolconv recipe from-nanotron stage1_8T.yaml smollm3.yaml --eos 128001
 """
