@@ -118,36 +118,40 @@ def parse_yaml_mapping(data: bytes | str, where: object) -> dict[str, Any]:
 def require_small_yaml(data: bytes | str) -> None:
     """Raise ``ValueError`` for more than 64 levels, more than 200,000 values, or an alias within what it stands for.
 
-    The values of an alias count as often as it is used. Nothing is made of the document, and its syntax is not judged.
+    The values and levels of an alias count wherever it is used. Nothing is made of the document, and its syntax is not
+    judged.
     """
     import yaml
 
-    open_sizes: list[int] = [0]  # of the values that are open, from the outermost
+    open_sizes, heights = [0], [0]  # of the values that are open, from the outermost
     anchors: list[str | None] = [None]
-    sizes: dict[str, int | None] = {}  # of anchored values; None while one is open
+    known: dict[str, tuple[int, int] | None] = {}  # size and height of anchored values; None while one is open
     try:
         for event in yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            size = 1
+            size, height = 1, 0
             if isinstance(event, yaml.CollectionStartEvent):
                 open_sizes.append(1)
+                heights.append(0)
                 anchors.append(event.anchor)
                 if event.anchor is not None:
-                    sizes[event.anchor] = None
-                if len(open_sizes) > _DEEPEST:
-                    raise ValueError(f"it is nested more than {_DEEPEST} deep")
-                continue
-            if isinstance(event, yaml.CollectionEndEvent):
-                size, anchor = open_sizes.pop(), anchors.pop()
+                    known[event.anchor] = None
+            elif isinstance(event, yaml.CollectionEndEvent):
+                size, height, anchor = open_sizes.pop(), heights.pop() + 1, anchors.pop()
                 if anchor is not None:
-                    sizes[anchor] = size
+                    known[anchor] = size, height
             elif isinstance(event, yaml.AliasEvent):
-                known = sizes.get(event.anchor or "", 1)
-                if known is None:
+                found = known.get(event.anchor or "", (1, 0))
+                if found is None:
                     raise ValueError(f"the alias *{event.anchor:.40} stands within what it stands for")
-                size = known
+                size, height = found
             elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
-                sizes[event.anchor] = 1
+                known[event.anchor] = 1, 0
+            if len(open_sizes) - 1 + height > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            if isinstance(event, yaml.CollectionStartEvent):
+                continue
             open_sizes[-1] += size
+            heights[-1] = max(heights[-1], height)
             if open_sizes[-1] > _MOST_YAML_NODES:
                 raise ValueError(f"it holds more than {_MOST_YAML_NODES:,} values, those of aliases counted")
     except yaml.YAMLError:
