@@ -1,4 +1,4 @@
-"""JSON and YAML of strangers, with bounds that hold before anything is made of them.
+"""JSON, YAML and tokenizers of strangers, with bounds that hold before anything is made of them.
 
 A document of a few hundred bytes can ask for gigabytes (an alias of aliases), for ever (an alias of itself) or for a
 stack that ends (brackets). What is returned here has finite numbers, text that can be written again, and few levels.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,35 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _kind(value: object) -> str:
     known = {"list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}
     return known.get(type(value).__name__, "a number")
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+#: Of a tokenizer.json; that of a vocabulary of 256,000 entries has 34 MB.
+MOST_TOKENIZER_BYTES = 1 << 27
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A ``tokenizers.Tokenizer``. Raises ``ImportError`` without the library, and as ``read_json`` does."""
+    from tokenizers import Tokenizer
+
+    data = read_bytes(path, MOST_TOKENIZER_BYTES)
+    with tokenizing(path):
+        return Tokenizer.from_buffer(data)
+
+
+@contextmanager
+def tokenizing(path: Path) -> Iterator[None]:
+    """Inside, the tokenizers library works by the file ``path``; whatever it raises becomes ``CorruptFile``."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises Exception itself; and where Rust panics, something that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CorruptFile(
+            f"{path} is not a tokenizer.json of the tokenizers library ({error!s:.300}).\nCopy the file again."
+        ) from None
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------

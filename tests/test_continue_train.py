@@ -214,8 +214,8 @@ def test_stages_that_have_not_begun_may_be_added_and_those_that_have_may_not(tmp
 
     run = saved_run(tmp_path, staged(("stable", 1), ("later", 7)))
     state = RunState(
-        step=4, position={}, zero_stage=1, world_size=1, dtype="float32", micro_batch_sequences=1,
-        global_batch_sequences=4, spikes={},
+        step=4, position={"step": 4, "stages": []}, zero_stage=1, world_size=1, dtype="float32", micro_batch_sequences=1,
+        global_batch_sequences=4, spikes={"losses": [], "spikes": []},
     )  # fmt: skip
     state.write(run / "checkpoints" / "step-2")
     notes = check_run(staged(("stable", 1), ("decay", 5)), run, "auto")

@@ -89,7 +89,7 @@ def test_smoothing_is_a_mean_that_weighs_every_step_once():
 
 def test_a_run_is_read_with_its_stages_spikes_resumes_and_evaluations(run):
     found = read_run(run)
-    assert (found.first["step"], found.last["step"]) == (1, 300)
+    assert (found.first.step, found.last.step) == (1, 300)
     assert found.stages == [(1, "stable"), (201, "decay <1>")]
     assert [step for step, _ in found.marks["spike"]] == [120] and [step for step, _ in found.marks["resume"]] == [201]
     assert [point.step for point in found.evaluations["held-out"].points()] == [50, 100, 150, 200, 250, 300]
@@ -100,7 +100,7 @@ def test_a_run_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     folder = trained(tmp_path / "run", 20)
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 21, "lo')
-    assert read_run(folder).last["step"] == 20
+    assert read_run(folder).last.step == 20
 
 
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
