@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
@@ -121,6 +121,23 @@ def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return replace(checkpoint, spec=replace(checkpoint.spec, **changes)) if changes else checkpoint
 
 
+def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
+    """Of the schedule, when a run begins at a source with this progress. Raises ``UsageError`` when it cannot."""
+    wanted = recipe.start
+    if (wanted.learning_rate or wanted.data) and progress is None:
+        raise UsageError(
+            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
+            "Set both to false to begin at step 1 with the first samples."
+        )
+    step = progress.step if wanted.learning_rate and progress is not None else 0
+    if step >= recipe.schedule.train_steps:
+        raise UsageError(
+            f"start.learning_rate: the source has completed {step} steps, and schedule.train_steps is "
+            f"{recipe.schedule.train_steps}. Raise train_steps, or set start.learning_rate: false."
+        )
+    return step
+
+
 def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
     wanted = recipe.start
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
@@ -136,18 +153,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
             f"start.optimizer: {recipe.model.source} ({checkpoint.layout}) holds no Adam state.\n"
             "Set start.optimizer: false to begin with zero moments."
         )
-    progress = source.progress
-    if (wanted.learning_rate or wanted.data) and progress is None:
-        raise UsageError(
-            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
-            "Set both to false to begin at step 1 with the first samples."
-        )
-    step = progress.step if wanted.learning_rate and progress is not None else 0
-    if step >= recipe.schedule.train_steps:
-        raise UsageError(
-            f"start.learning_rate: the source has completed {step} steps, and schedule.train_steps is "
-            f"{recipe.schedule.train_steps}. Raise train_steps, or set start.learning_rate: false."
-        )
+    step = completed_steps(recipe, source.progress)
     position: Mapping[str, Any] | None = None
     if wanted.data:
         position = _source_position(recipe, source, step)
