@@ -195,6 +195,10 @@ def test_what_is_no_run_is_refused(tmp_path):
     for name, said in (("missing", "is not there"), ("empty", "holds no metrics"), ("new", "holds no step yet")):
         with pytest.raises(MissingFile, match=said):
             read_run(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", Path("x" * 5000)):
+        with pytest.raises(MissingFile, match="is not there"):
+            write_plot([path], tmp_path / "out.svg")
 
 
 def test_a_picture_of_one_step_and_of_constant_values_is_drawn(tmp_path):

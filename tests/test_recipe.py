@@ -277,6 +277,7 @@ def test_what_would_fill_the_memory_or_no_text_holds_is_a_mistake_of_the_file(ol
         (f"name={'[' * 3000}", "nested more than 64 deep"),
         (f"data.stages.{'9' * 5000}.name=x", "data.stages has 1 items"),
         ("name=\udcff", "not UTF-8"),
+        ("launch.environment={A=B: c}", "launch.environment.A=B"),
         ('name="a\\0"', "has a character that no text has"),
         (f"{'a' * 100_000}=1", "no such key"),
     ],

@@ -386,6 +386,13 @@ def test_a_pipe_is_not_waited_for(place: str, tmp_path: Path) -> None:
         plan_tokenization(inputs, tmp_path / "out", TokenizeOptions(tokenizer=str(tokenizer)))
 
 
+def test_a_link_to_itself_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    options = TokenizeOptions(tokenizer=str(byte_tokenizer(tmp_path / "tokenizer")))
+    with pytest.raises(MissingFile, match="leads back to itself"):
+        plan_tokenization([tmp_path / "loop.txt"], tmp_path / "out", options)
+
+
 def test_a_panic_of_the_library_is_a_corrupt_file(tmp_path: Path) -> None:
     """pyo3's class for one is no ``Exception``, and cannot be imported."""
     panic = type("PanicException", (BaseException,), {})

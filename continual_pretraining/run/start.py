@@ -23,6 +23,7 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
+from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.layouts.layout import ReadOptions, hf_config
@@ -30,6 +31,7 @@ from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec, spec_differences
+from smolconv.parsing import MOST_TOKENIZER_BYTES
 from smolconv.tensors.lazy import LazyTensor
 
 #: Below the run's folder; removed when the first checkpoint of the run is whole.
@@ -277,7 +279,7 @@ def _convert(
 def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     skipped = ("README.md", "LICENSE")
     return {
-        name: path.read_bytes()
+        name: read_bytes(path, MOST_TOKENIZER_BYTES)
         for name, path in checkpoint.assets.items()
         if name in ASSET_NAMES and name not in skipped
     }

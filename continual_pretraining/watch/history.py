@@ -130,7 +130,7 @@ def read_run(folder: Path, name: str | None = None) -> RunHistory:
     first = next(lines, None)
     if first is None:
         raise MissingFile(f"{folder / METRICS} holds no step yet. Wait until the first one is done.")
-    run = RunHistory(name=visible(name or folder.resolve().name), first=first, last=first)
+    run = RunHistory(name=visible(name or os.path.basename(os.path.realpath(folder))), first=first, last=first)
     for line in itertools.chain((first,), lines):
         _add_step(run, line)
     if os.path.lexists(folder / EVENTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from html import escape
@@ -27,7 +28,7 @@ def write_plot(folders: Sequence[Path], out: Path) -> None:
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: a picture is written as {', '.join(SUFFIXES)}, by the suffix of its name.")
     to_png = _png_writer() if out.suffix == ".png" else None
-    names = [folder.resolve().name for folder in folders]
+    names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     alone = len(set(names)) == len(names)
     runs = [read_run(folder, name if alone else str(folder)) for folder, name in zip(folders, names)]
     drawn = render_html(runs) if out.suffix == ".html" else render_svg(runs, dark=to_png is None)
