@@ -33,7 +33,9 @@ def inspect(
         str | None, typer.Option(help="Folder, tokenizer.json or owner/name, to show documents as text.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many of the first documents to show.")] = 3,
-    sequence_length: Annotated[int, typer.Option(min=1, help="The recipe's, for what windows make of it.")] = 2048,
+    sequence_length: Annotated[
+        int, typer.Option(min=1, max=1 << 40, help="The recipe's, for what windows make of it.")
+    ] = 2048,
     eos: Annotated[
         int | None, typer.Option(min=0, metavar="ID", help="The recipe's data.eos_token_id; exit 3 if it is not.")
     ] = None,
