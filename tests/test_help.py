@@ -13,7 +13,8 @@ import pytest
 import typer
 from conftest import FIXTURES, Finished, command, environment
 
-from smolconv.commands.main import app
+import smolconv.commands.main  # noqa: F401  (the commands register themselves)
+from smolconv.commands.app import app
 
 HF = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf"
 TP2 = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp1-dp2-zero1"
