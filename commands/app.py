@@ -13,7 +13,7 @@ app = typer.Typer(
     name="smolconv",
     help="Rewrite, verify and continue checkpoints of SmolLM2 and SmolLM3: nanotron, Hugging Face, DeepSpeed.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Architecture = Annotated[
     str | None,
-    typer.Option(help="What to read a nanotron config as that could be several: qwen2. Default: smollm3."),
+    typer.Option(
+        metavar="NAME", rich_help_panel="Source", help="What a nanotron config is read as: smollm3, or qwen2."
+    ),
 ]
 
 

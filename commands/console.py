@@ -12,10 +12,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     out: Console  #: stdout
     err: Console  #: stderr
+
+
+_WIDEST = 100_000  #: columns of a pipe
 
 
 @dataclass
@@ -45,12 +48,25 @@ def _console(name: str) -> Console:
         def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
             discard_output()
 
-    return Out(highlight=False) if name == "out" else Console(stderr=True, highlight=False)
+    if name == "out":
+        return Out(highlight=False, width=None if sys.stdout.isatty() else _WIDEST)
+    return Console(stderr=True, highlight=False)
 
 
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
     line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show(renderable: RenderableType) -> None:
+    """A table or a text on stdout. In a pipe nothing is cut or wrapped, and no line ends in blanks."""
+    console = _console("out")
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    with console.capture() as captured:
+        console.print(renderable)
+    line("\n".join(text.rstrip() for text in captured.get().rstrip("\n").split("\n")))
 
 
 def line(text: str) -> None:

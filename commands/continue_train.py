@@ -23,9 +23,9 @@ _EPILOG = """
 
     smolconv continue-train try-out --dry-run
 
-    smolconv continue-train my.yaml --nproc-per-node 8 --set schedule.train_steps=2000
+    smolconv continue-train my.yaml --set schedule.train_steps=2000
 
-    smolconv continue-train my.yaml --launcher slurm --nnodes 4 --nproc-per-node 8
+    smolconv continue-train my.yaml --launcher slurm --nnodes 4
 
 The same command goes on with a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
 a signal and has saved, 6 when training stopped itself.
@@ -97,6 +97,12 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     engine = engine_config(recipe, world_size)
     spec, first_step = _start(recipe, run, resume)
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
+    if plan.steps == 0:
+        told.append(
+            f"all {plan.train_steps:,} steps are done: nothing would be trained"
+            f"{'' if recipe.export is None else ', only exported again'}. Raise schedule.train_steps to train on, or "
+            "begin another run with another --output."
+        )
     launcher, words = recipe.launch.launcher, launch_command(recipe, run, resume=resume)
     script = batch_script(recipe, run, resume=resume)
     if as_json:
@@ -113,7 +119,7 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.line(f"# DeepSpeed's JSON for {world_size} ranks\n{json.dumps(engine, indent=2)}\n")
     for title, rows in render(plan):
         console.line(f"# {title}")
-        width = max(len(label) for label, _ in rows)
+        width = max((len(label) for label, _ in rows), default=0)
         for label, value in rows:
             console.line(f"{label:<{width}}  {value}".strip())
         console.line("")
@@ -134,7 +140,7 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
-    from smolconv.continual_pretraining.run.start import check_model, with_overrides
+    from smolconv.continual_pretraining.run.start import check_model, completed_steps, with_overrides
     from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
@@ -148,8 +154,7 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     own = find_resume(run, resume)
     if own is not None:
         return spec, RunState.read(own).step + 1
-    progress = source.progress if recipe.start.learning_rate else None
-    return spec, 1 if progress is None else progress.step + 1
+    return spec, completed_steps(recipe, source.progress) + 1
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

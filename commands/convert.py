@@ -23,82 +23,150 @@ _EPILOG = """
 
     smolconv convert smollm2-hf resharded --to nanotron --tp 2 --pp 2
 
-    smolconv convert checkpoints/nanotron run --to deepspeed --zero-stage 1 --world-size 8
+    smolconv convert smollm2-hf run --to deepspeed --zero-stage 1 --world-size 8
 
     smolconv convert ds-run smollm2-hf --to hf --dtype float32
 
-    smolconv convert hf://HuggingFaceTB/SmolLM2-135M out --to nanotron --tp 2 --dry-run
+    smolconv convert hf://HuggingFaceTB/SmolLM2-135M out --to nanotron --dry-run
 """
+
+
+_SOURCE, _NANOTRON, _DEEPSPEED = "Source", "To nanotron", "To DeepSpeed (and nanotron's --zero-stage)"
+_HF, _SAFETY = "To Hugging Face", "Safety and speed"
 
 
 @app.command(epilog=_EPILOG)
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make. It appears only when it is whole.")],
-    to: Annotated[Literal["hf", "huggingface", "nanotron", "deepspeed"], typer.Option("--to", help="Layout to write.")],
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks (nanotron).")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks (nanotron).")] = None,
-    dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks (nanotron).")] = None,
-    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage of the optimizer files.")] = None,
-    world_size: Annotated[
-        int | None, typer.Option(min=1, help="Data-parallel ranks that will load it (deepspeed, with --zero-stage).")
-    ] = None,
-    universal: Annotated[
-        bool, typer.Option("--universal", help="One folder for ZeRO 1, 2 and 3 at any world size (deepspeed default).")
-    ] = False,
-    groups: Annotated[
-        Path | None,
-        typer.Option(help='Parameter groups of the run that loads it: [{"regex": "...", "weight_decay": 0.1}].'),
-    ] = None,
-    sub_group_size: Annotated[
-        int | None, typer.Option(min=1, help="sub_group_size of the ZeRO-3 run to load into. Default: DeepSpeed's 1e9.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Checkpoint with the weights that SRC left out as frozen (deepspeed source).")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file (hf), such as 5GB or 500MB.")] = "5GB",
+    to: Annotated[
+        Literal["hf", "huggingface", "nanotron", "deepspeed", "ds"],
+        typer.Option("--to", metavar="LAYOUT", help="Layout to write: hf, nanotron or deepspeed."),
+    ],
     dtype: Annotated[
-        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; keep: as stored.")
+        Literal["keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        typer.Option(metavar="TYPE", help="Of the weights: keep (as stored), float32, bfloat16, float16."),
     ] = "keep",
     cast_from: Annotated[
-        Literal["weights", "master"] | None, typer.Option(help="Cast from the stored weights or from the fp32 master.")
+        Literal["weights", "master"] | None,
+        typer.Option(metavar="WHICH", help="Cast from the stored weights, or from the fp32 master: weights, master."),
     ] = None,
     optimizer: Annotated[
         bool | None,
         typer.Option("--optimizer/--no-optimizer", help="Carry Adam's state. Default: when the source has it."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder or file with the tokenizer to put beside.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder or file with the tokenizer to put beside.")
+    ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first N vocabulary rows, drop padding.")
+        int | None, typer.Option(min=1, metavar="N", help="Keep the first N vocabulary rows, drop padding.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to the Hub (owner/name), verified.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", rich_help_panel=_SOURCE, help="Config to read instead of the source's own."),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", rich_help_panel=_SOURCE, help="Step of a run folder. Default: the latest."),
+    ] = None,
+    architecture: Architecture = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", rich_help_panel=_SOURCE, help="Has the weights that SRC left out as frozen."),
     ] = None,
     rope_scaling: Annotated[
         Literal["as-trained", "as-configured"],
-        typer.Option(help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it."),
+        typer.Option(
+            metavar="HOW",
+            rich_help_panel=_SOURCE,
+            help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it.",
+        ),
     ] = "as-trained",
-    config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
-    architecture: Architecture = None,
-    nanotron_config: Annotated[
-        Path | None, typer.Option(help="Training YAML to write as config.yaml when the source has none (nanotron).")
+    tp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", rich_help_panel=_NANOTRON, help="Tensor-parallel ranks.")
     ] = None,
-    digest: Annotated[Literal["xxh3", "sha256", "none"], typer.Option(help="Digest of every tensor.")] = "xxh3",
+    pp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", rich_help_panel=_NANOTRON, help="Pipeline ranks.")
+    ] = None,
+    dp: Annotated[
+        int | None, typer.Option(min=1, metavar="N", rich_help_panel=_NANOTRON, help="Data-parallel ranks.")
+    ] = None,
+    nanotron_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML",
+            rich_help_panel=_NANOTRON,
+            help="Training config to write as config.yaml when the source has none.",
+        ),
+    ] = None,
+    zero_stage: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=3,
+            metavar="N",
+            rich_help_panel=_DEEPSPEED,
+            help="ZeRO stage of the optimizer files, 0 to 3; 0 or 1 for nanotron.",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=_DEEPSPEED, help="Data-parallel ranks, with --zero-stage."),
+    ] = None,
+    universal: Annotated[
+        bool,
+        typer.Option("--universal", rich_help_panel=_DEEPSPEED, help="For ZeRO 1 to 3 at any world size: the default."),
+    ] = False,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON",
+            rich_help_panel=_DEEPSPEED,
+            help="Parameter groups of the run that loads it: docs/deepspeed.md.",
+        ),
+    ] = None,
+    sub_group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", rich_help_panel=_DEEPSPEED, help="Of the ZeRO-3 run to load into. Default: 1e9."
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", rich_help_panel=_HF, help="Largest file of weights, such as 500MB.")
+    ] = "5GB",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be written and its size, write nothing.")
+        bool, typer.Option("--dry-run", rich_help_panel=_SAFETY, help="Print what would be written, and write nothing.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Prove the result before it gets its name; exit 1 if not.")
+        bool,
+        typer.Option(
+            "--verify", rich_help_panel=_SAFETY, help="Prove the result before it gets its name; else exit 1."
+        ),
     ] = False,
     check_source: Annotated[
-        bool, typer.Option("--check-source", help="Read all of SRC and compare every digest recorded for it.")
+        bool,
+        typer.Option("--check-source", rich_help_panel=_SAFETY, help="Compare every digest recorded for SRC."),
     ] = False,
+    digest: Annotated[
+        Literal["xxh3", "sha256", "none"],
+        typer.Option(metavar="NAME", rich_help_panel=_SAFETY, help="Of what is written: xxh3, sha256 or none."),
+    ] = "xxh3",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint at DST, once the new one is whole.")
+        bool,
+        typer.Option("--overwrite", rich_help_panel=_SAFETY, help="Replace the checkpoint at DST by the new one."),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Threads that copy. Default: up to 4.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Bound of the copy buffers, such as 64MB.")] = None,
-    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub once verified.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=_SAFETY, help="Go on with an interrupted conversion.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, metavar="N", rich_help_panel=_SAFETY, help="Threads that copy. Default: up to 4."),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", rich_help_panel=_SAFETY, help="Of the copy buffers, such as 64MB.")
+    ] = None,
 ) -> None:
     """Rewrite a checkpoint in another layout or topology, streaming, on a CPU."""
     from smolconv.convert import (
@@ -110,6 +178,7 @@ def convert(
     )
     from smolconv.errors import UsageError
     from smolconv.layouts.huggingface.writer import parse_size
+    from smolconv.tensors.dtypes import DTYPE_WORDS
 
     def parsed(name: str, text: str) -> int:
         try:
@@ -120,7 +189,8 @@ def convert(
     if push is not None and to not in ("hf", "huggingface"):
         raise UsageError("--push uploads Hugging Face folders; use it with --to hf.")
     options = ConvertOptions(
-        to=to, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=dtype, cast_from=cast_from, optimizer=optimizer,
+        to=to, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=DTYPE_WORDS.get(dtype, dtype),
+        cast_from=cast_from, optimizer=optimizer,
         max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
         rope_scaling=rope_scaling, config=config, step=step, architecture=architecture,
         nanotron_config=nanotron_config, digest=digest,
@@ -200,8 +270,8 @@ def _show_plan(plan: ConversionPlan) -> None:
         table.add_row(console.escape(str(file.path)), f"{file.size:,}")
     if len(shown) < len(plan.output.files):
         table.add_row(f"... and {len(plan.output.files) - len(shown)} more (-v shows all)", "")
-    console.out.print(table)
-    console.out.print(
+    console.show(table)
+    console.show(
         f"{plan.source.layout} -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
         f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
     )

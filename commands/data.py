@@ -20,7 +20,7 @@ _EPILOG = """
 
     smolconv data inspect tokens
 
-    smolconv data inspect tokens --tokenizer smollm2-hf --documents 5 --sequence-length 8192
+    smolconv data inspect tokens --tokenizer smollm2-hf --documents 5
 
     smolconv data inspect tokens --eos 0 --json
 """
@@ -33,7 +33,9 @@ def inspect(
         str | None, typer.Option(help="Folder, tokenizer.json or owner/name, to show documents as text.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many of the first documents to show.")] = 3,
-    sequence_length: Annotated[int, typer.Option(min=1, help="The recipe's, for what windows make of it.")] = 2048,
+    sequence_length: Annotated[
+        int, typer.Option(min=1, max=1 << 40, help="The recipe's, for what windows make of it.")
+    ] = 2048,
     eos: Annotated[
         int | None, typer.Option(min=0, metavar="ID", help="The recipe's data.eos_token_id; exit 3 if it is not.")
     ] = None,
@@ -90,14 +92,14 @@ def _show(report: dict[str, Any]) -> None:
         rows.append(("looked at", f"the first {console.number(report['scanned_tokens'])} tokens, for all but lengths"))
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", console.escape(value))
-    console.out.print(table)
+    console.show(table)
     if lengths is not None:
         _show_histogram(lengths["histogram"])
     for number, document in enumerate(report["first_documents"]):
         text = document["text"] if "text" in document else " ".join(map(str, document["ids"][:64]))
         text = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
         cut = "" if "text" in document or len(document["ids"]) <= 64 else " ..."
-        console.out.print(f"\n[bold]document {number}[/], {document['tokens']:,} tokens")
+        console.show(f"\n[bold]document {number}[/], {document['tokens']:,} tokens")
         console.line(text + cut)  # rich would draw emoji for words between colons
     console.warn(report["problems"])
 
@@ -111,4 +113,4 @@ def _show_histogram(bins: list[dict[str, int]]) -> None:
     for each in bins:
         bar = "█" * round(40 * each["documents"] / most) or ("▏" if each["documents"] else "")
         table.add_row(f"{each['from']:,} to {each['below'] - 1:,}", f"{bar} {each['documents']:,}")
-    console.out.print(table)
+    console.show(table)

@@ -46,13 +46,13 @@ def diff(
             for entry in document[key][:20]:
                 console.line(f"only {side}  {entry['name']} ({entry['slot']})")
             if len(document[key]) > 20:
-                console.out.print(f"only {side}  ... and {len(document[key]) - 20} more (--json lists all)")
+                console.show(f"only {side}  ... and {len(document[key]) - 20} more (--json lists all)")
         for entry in document["changed"][:20]:
             text = f"{entry['name']} ({entry['slot']}): {entry['dtype_a']} {entry['shape_a']} in A, {entry['dtype_b']} "
             console.line(f"tensor  {text}{entry['shape_b']} in B")
         if len(document["changed"]) > 20:
-            console.out.print(f"tensor  ... and {len(document['changed']) - 20} more (--json lists all)")
+            console.show(f"tensor  ... and {len(document['changed']) - 20} more (--json lists all)")
         if document["same"]:
-            console.out.print("the same spec and the same tensors by name, shape and dtype")
+            console.show("the same spec and the same tensors by name, shape and dtype")
     if not document["same"]:
         raise typer.Exit(1)

@@ -81,5 +81,5 @@ def _show(found: Diagnosis) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", console.escape(value))
-    console.out.print(table)
+    console.show(table)
     console.warn(list(found.problems))

@@ -15,7 +15,7 @@ _EPILOG = """
 
     smolconv import-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2-hf
 
-    smolconv import-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2-hf --dtype bfloat16
+    smolconv import-gguf SmolLM2-135M-Instruct.Q4_1.gguf out --dtype bfloat16
 """
 
 
@@ -26,7 +26,8 @@ def import_gguf(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make. It appears only when it is whole.")],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="float32 keeps the dequantised values exactly.")
+        Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        typer.Option(metavar="TYPE", help="float32 keeps the dequantised values exactly; bfloat16, float16."),
     ] = "float32",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written and its size, write nothing.")
@@ -43,13 +44,14 @@ def import_gguf(
     Nothing is guessed: what the file does not say, or says in a way that has no exact equal, is refused.
     """
     from smolconv.convert import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion
+    from smolconv.tensors.dtypes import DTYPE_WORDS
 
-    plan = plan_gguf_import(file, target, ConvertOptions(to="hf", dtype=dtype))
+    plan = plan_gguf_import(file, target, ConvertOptions(to="hf", dtype=DTYPE_WORDS.get(dtype, dtype)))
     if dry_run:
         if as_json:
             console.print_json(plan_to_json(plan))
             return
-        console.out.print(
+        console.show(
             f"gguf -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
             f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
         )

@@ -84,7 +84,7 @@ def _show(document: dict[str, Any], source: str) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", console.escape(value))
-    console.out.print(table)
+    console.show(table)
     console.warn(document["problems"])
     if "tensors" in document:
         listing = Table(box=None, pad_edge=False)
@@ -92,7 +92,7 @@ def _show(document: dict[str, Any], source: str) -> None:
             listing.add_column(title)
         for tensor in document["tensors"]:
             listing.add_row(tensor["name"], tensor["slot"], tensor["dtype"], console.escape(str(tensor["shape"])))
-        console.out.print(listing)
+        console.show(listing)
 
 
 def _digests(document: dict[str, Any]) -> str:

@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any, NoReturn
+
+from typer import rich_utils
 
 # numpy's BLAS would start a thread per core on import, for matrix products that nothing here asks it for.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,7 +36,8 @@ def main() -> None:
     """Run the app and end the process with its exit code."""
     _listen()
     try:
-        app(_common_first(sys.argv[1:]))
+        # Not standalone: a mistake in the words is told here, as all others are.
+        sys.exit(app(_common_first(sys.argv[1:]), standalone_mode=False))
     except SignalReceived as error:
         _stop(error, Interrupted.exit_code, f"Interrupted: stopped by {error.args[0]}. {_left(sys.argv[1:])}")
     except SmolconvError as error:
@@ -47,6 +51,8 @@ def main() -> None:
     except OSError as error:
         _stop(error, 4, f"MachineError: {_told(error)}\n{_advice(error)}")
     except Exception as error:
+        if hasattr(error, "format_message"):  # of click, which newer versions of Typer have inside
+            _usage(error)
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
 
 
@@ -101,13 +107,32 @@ def _advice(error: OSError) -> str:
     return "Expected files and folders that can be read and written: check the disk, and repeat the command."
 
 
+def _usage(error: Any) -> NoReturn:
+    """Words that the command does not have, in Typer's box."""
+    rich_utils.rich_format_error(error)
+    _tell_scripts("UsageError", error.exit_code, error.format_message())
+    sys.exit(error.exit_code)
+
+
 def _stop(error: BaseException, code: int, text: str) -> None:
     if console.settings.debug:
         import traceback
 
         traceback.print_exception(error)
+    # Names in files may hold anything, such as what moves a terminal's cursor.
+    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     print(text, file=sys.stderr)
+    name, _, message = text.partition(": ")
+    _tell_scripts(name, code, message)
     sys.exit(code)
+
+
+def _tell_scripts(name: str, code: int, message: str) -> None:
+    """With --json a failure is a document, too: what happened in its first line, then what to do."""
+    if "--json" in sys.argv[1:]:
+        first, _, advice = message.partition("\n")
+        error = {"class": name, "exit_code": code, "message": first, "advice": advice}
+        console.print_json({"schema": 1, "error": error})
 
 
 if __name__ == "__main__":

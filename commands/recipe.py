@@ -37,7 +37,7 @@ _INIT = """
 _FROM_NANOTRON = """
 **Examples**
 
-    smolconv recipe from-nanotron checkpoints/10000/config.yaml my.yaml --source checkpoints
+    smolconv recipe from-nanotron 10000/config.yaml my.yaml --source .
 
     smolconv recipe from-nanotron stage1_8T.yaml smollm3.yaml --eos 128001
 """
@@ -66,9 +66,9 @@ def list_recipes(
 @recipe_app.command(epilog=_SHOW)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a file.")]) -> None:
     """Print a recipe as it is written, with its comments."""
-    from smolconv.continual_pretraining.recipe.files import find_recipe
+    from smolconv.continual_pretraining.recipe.files import read_recipe
 
-    console.line(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    console.line(read_recipe(name).rstrip("\n"))
 
 
 @recipe_app.command(epilog=_INIT)
@@ -78,9 +78,9 @@ def init(
     overwrite: _Overwrite = False,
 ) -> None:
     """Copy a recipe to a file of your own, to be edited."""
-    from smolconv.continual_pretraining.recipe.files import find_recipe
+    from smolconv.continual_pretraining.recipe.files import read_recipe
 
-    _write(out, find_recipe(name).read_text(encoding="utf-8"), overwrite)
+    _write(out, read_recipe(name), overwrite)
     console.line(str(out))
 
 

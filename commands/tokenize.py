@@ -18,9 +18,11 @@ _EPILOG = """
 
     smolconv tokenize corpus/ tokens --tokenizer smollm2-hf
 
-    smolconv tokenize a.jsonl.gz b.parquet tokens --tokenizer smollm2-hf --eos '<|endoftext|>' --text-key content
+    smolconv tokenize a.parquet tokens --tokenizer smollm2-hf --text-key content
 
-    smolconv tokenize corpus/ tokens --tokenizer smollm2-hf --executor slurm --partition cpu --tasks 64
+    smolconv tokenize corpus/ tokens --tokenizer chat-hf --eos '<|endoftext|>'
+
+    smolconv tokenize corpus/ tokens --tokenizer t --executor slurm --tasks 64
 """
 
 
@@ -53,7 +55,9 @@ def tokenize(
     max_tokens_per_file: Annotated[
         int | None, typer.Option(min=1, help="Begin a new file after the document that passes this.")
     ] = None,
-    executor: Annotated[Literal["local", "slurm"], typer.Option(help="On slurm: a job array.")] = "local",
+    executor: Annotated[
+        Literal["local", "slurm"], typer.Option(metavar="NAME", help="local, or slurm: a job array.")
+    ] = "local",
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     time: Annotated[str, typer.Option(help="Slurm's time limit of a task.")] = "24:00:00",
     cpus_per_task: Annotated[int, typer.Option(min=1, help="Slurm's CPUs for a task.")] = 1,

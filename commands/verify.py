@@ -31,28 +31,34 @@ def verify(
     tensors_only: Annotated[bool, typer.Option("--tensors-only", help="Specs and tensors; needs no torch.")] = False,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Compare logits in fp32.")] = True,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare masters, moments, steps and groups.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Config to read for A instead of its own.")] = None,
-    config_b: Annotated[Path | None, typer.Option(help="Config to read for B instead of its own.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="PATH", help="Config of A instead of its own.")] = None,
+    config_b: Annotated[Path | None, typer.Option(metavar="PATH", help="Config of B instead of its own.")] = None,
     architecture: Architecture = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text to run both models on; needs a tokenizer beside A or B.")
+        Path | None, typer.Option(metavar="PATH", help="Text to run both models on; needs a tokenizer beside A or B.")
     ] = None,
-    tokens: Annotated[Path | None, typer.Option(help="Token ids to run both models on, as a .npy file.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Positions to compare, at most the context length.")] = 2048,
+    tokens: Annotated[Path | None, typer.Option(metavar="NPY", help="Token ids to run both models on.")] = None,
+    length: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Positions to compare; the context bounds them.")
+    ] = 2048,
     documents: Annotated[
-        int, typer.Option(min=1, help="Pack the row with N documents, and compare each with itself alone.")
+        int, typer.Option(min=1, metavar="N", help="Pack the row with N documents, and compare each with itself alone.")
     ] = 1,
     compute: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the forwards; bfloat16 has gates of its own.")
+        Literal["float32", "bfloat16", "fp32", "bf16"],
+        typer.Option(metavar="TYPE", help="Of the forwards: float32, or bfloat16, which has gates of its own."),
     ] = "float32",
-    device: Annotated[str, typer.Option(help="Where the forwards run, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where the forwards run, such as cpu or cuda.")] = "cpu",
     engine: Annotated[
         Literal["ours", "transformers", "deepspeed", "nanotron"],
-        typer.Option(help="deepspeed, nanotron: the real engine beside our forward (nanotron needs a GPU)."),
+        typer.Option(
+            metavar="NAME",
+            help="ours; transformers; deepspeed or nanotron: the real engine beside our forward (nanotron: a GPU).",
+        ),
     ] = "ours",
-    gate_max_abs: Annotated[float | None, typer.Option(help="Largest difference of logits that passes.")] = None,
-    gate_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence that passes.")] = None,
-    gate_top1: Annotated[float | None, typer.Option(help="Smallest share of equal first choices that passes.")] = None,
+    gate_max_abs: Annotated[float | None, typer.Option(metavar="X", help="Largest difference that passes.")] = None,
+    gate_kl: Annotated[float | None, typer.Option(metavar="X", help="Largest mean KL divergence that passes.")] = None,
+    gate_top1: Annotated[float | None, typer.Option(metavar="X", help="Smallest share of equal choices.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="List every module's largest difference.")] = False,
     html: Annotated[
         Path | None,
@@ -65,6 +71,7 @@ def verify(
     from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
+    from smolconv.tensors.dtypes import DTYPE_WORDS
     from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
     from smolconv.verify.logits import require_torch
 
@@ -88,7 +95,7 @@ def verify(
     left, right = (read_checkpoint(side.folder, side.options) for side in (at_a, at_b))
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=text, tokens=tokens, length=length,
-        documents=documents, compute=compute, device=device, engine=engine,
+        documents=documents, compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
     report = verify_checkpoints(left, right, options, stored=(at_a, at_b))
@@ -146,7 +153,7 @@ def _show(report: VerifyReport, *, per_layer: bool) -> None:
             if name not in ("max_abs", "kl", "top1"):
                 table.add_row(f"  {name}", _mark(gate.passed), f"{gate.value:.2g} (limit {gate.limit:.2g})")
         table.add_row("forwards", "", console.escape(f"A: {logits.forwards[0]}; B: {logits.forwards[1]}"))
-    console.out.print(table)
+    console.show(table)
     if per_layer and logits is not None:
         layers = Table(box=None, pad_edge=False)
         for title in ("module", "max abs", "floor"):
@@ -154,12 +161,12 @@ def _show(report: VerifyReport, *, per_layer: bool) -> None:
         for layer in logits.layers:
             style = "red" if layer["diverged"] else None
             layers.add_row(layer["module"], f"{layer['max_abs']:.2g}", f"{layer['floor']:.2g}", style=style)
-        console.out.print(layers)
+        console.show(layers)
     if report.passed:
-        console.out.print("[green]PASS[/]  the same model")
+        console.show("[green]PASS[/]  the same model")
     else:
         where = report.first_divergence
-        console.out.print(
+        console.show(
             f"[red]FAIL[/]  {console.escape(report.reason)}" + (f"  (first divergence: {where})" if where else "")
         )
 

@@ -179,6 +179,14 @@ def read_bytes(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, noted: bool
     return bytes(data)
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a regular file. Raises as ``open_file`` does; it is not noted."""
+    with reading(path):
+        found = os.stat(path)
+    _require_regular(path, found)
+    return found.st_size
+
+
 def is_file_name(text: str) -> bool:
     """Whether it can name a file or a folder beside the one that says so, and nothing elsewhere."""
     try:

@@ -1,4 +1,4 @@
-"""JSON and YAML of strangers, with bounds that hold before anything is made of them.
+"""JSON, YAML and tokenizers of strangers, with bounds that hold before anything is made of them.
 
 A document of a few hundred bytes can ask for gigabytes (an alias of aliases), for ever (an alias of itself) or for a
 stack that ends (brackets). What is returned here has finite numbers, text that can be written again, and few levels.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,35 @@ def _kind(value: object) -> str:
     return known.get(type(value).__name__, "a number")
 
 
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+#: Of a tokenizer.json; that of a vocabulary of 256,000 entries has 34 MB.
+MOST_TOKENIZER_BYTES = 1 << 27
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A ``tokenizers.Tokenizer``. Raises ``ImportError`` without the library, and as ``read_json`` does."""
+    from tokenizers import Tokenizer
+
+    data = read_bytes(path, MOST_TOKENIZER_BYTES)
+    with tokenizing(path):
+        return Tokenizer.from_buffer(data)
+
+
+@contextmanager
+def tokenizing(path: Path) -> Iterator[None]:
+    """Inside, the tokenizers library works by the file ``path``; whatever it raises becomes ``CorruptFile``."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises Exception itself; and where Rust panics, something that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CorruptFile(
+            f"{path} is not a tokenizer.json of the tokenizers library ({error!s:.300}).\nCopy the file again."
+        ) from None
+
+
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
@@ -118,36 +149,40 @@ def parse_yaml_mapping(data: bytes | str, where: object) -> dict[str, Any]:
 def require_small_yaml(data: bytes | str) -> None:
     """Raise ``ValueError`` for more than 64 levels, more than 200,000 values, or an alias within what it stands for.
 
-    The values of an alias count as often as it is used. Nothing is made of the document, and its syntax is not judged.
+    The values and levels of an alias count wherever it is used. Nothing is made of the document, and its syntax is not
+    judged.
     """
     import yaml
 
-    open_sizes: list[int] = [0]  # of the values that are open, from the outermost
+    open_sizes, heights = [0], [0]  # of the values that are open, from the outermost
     anchors: list[str | None] = [None]
-    sizes: dict[str, int | None] = {}  # of anchored values; None while one is open
+    known: dict[str, tuple[int, int] | None] = {}  # size and height of anchored values; None while one is open
     try:
         for event in yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            size = 1
+            size, height = 1, 0
             if isinstance(event, yaml.CollectionStartEvent):
                 open_sizes.append(1)
+                heights.append(0)
                 anchors.append(event.anchor)
                 if event.anchor is not None:
-                    sizes[event.anchor] = None
-                if len(open_sizes) > _DEEPEST:
-                    raise ValueError(f"it is nested more than {_DEEPEST} deep")
-                continue
-            if isinstance(event, yaml.CollectionEndEvent):
-                size, anchor = open_sizes.pop(), anchors.pop()
+                    known[event.anchor] = None
+            elif isinstance(event, yaml.CollectionEndEvent):
+                size, height, anchor = open_sizes.pop(), heights.pop() + 1, anchors.pop()
                 if anchor is not None:
-                    sizes[anchor] = size
+                    known[anchor] = size, height
             elif isinstance(event, yaml.AliasEvent):
-                known = sizes.get(event.anchor or "", 1)
-                if known is None:
+                found = known.get(event.anchor or "", (1, 0))
+                if found is None:
                     raise ValueError(f"the alias *{event.anchor:.40} stands within what it stands for")
-                size = known
+                size, height = found
             elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
-                sizes[event.anchor] = 1
+                known[event.anchor] = 1, 0
+            if len(open_sizes) - 1 + height > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            if isinstance(event, yaml.CollectionStartEvent):
+                continue
             open_sizes[-1] += size
+            heights[-1] = max(heights[-1], height)
             if open_sizes[-1] > _MOST_YAML_NODES:
                 raise ValueError(f"it holds more than {_MOST_YAML_NODES:,} values, those of aliases counted")
     except yaml.YAMLError:

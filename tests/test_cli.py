@@ -63,12 +63,15 @@ def test_help_explains_every_option_and_shows_examples(command: str) -> None:
 @pytest.mark.parametrize(
     ("words", "choices"),
     [
-        (("convert", "a", "b", "--to"), "'hf', 'huggingface', 'nanotron', 'deepspeed'"),
-        (("convert", "a", "b", "--to", "hf", "--dtype"), "'keep', 'float32', 'bfloat16', 'float16'"),
+        (("convert", "a", "b", "--to"), "'hf', 'huggingface', 'nanotron', 'deepspeed', 'ds'"),
+        (
+            ("convert", "a", "b", "--to", "hf", "--dtype"),
+            "'keep', 'float32', 'bfloat16', 'float16', 'fp32', 'bf16', 'fp16'",
+        ),
         (("convert", "a", "b", "--to", "hf", "--digest"), "'xxh3', 'sha256', 'none'"),
         (("verify", "a", "b", "--engine"), "'ours', 'transformers', 'deepspeed', 'nanotron'"),
-        (("verify", "a", "b", "--compute"), "'float32', 'bfloat16'"),
-        (("import-gguf", "a", "b", "--dtype"), "'float32', 'bfloat16', 'float16'"),
+        (("verify", "a", "b", "--compute"), "'float32', 'bfloat16', 'fp32', 'bf16'"),
+        (("import-gguf", "a", "b", "--dtype"), "'float32', 'bfloat16', 'float16', 'fp32', 'bf16', 'fp16'"),
         (("tokenize", "a", "b", "--tokenizer", "c", "--executor"), "'local', 'slurm'"),
     ],
 )

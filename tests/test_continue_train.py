@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import yaml
 from conftest import FIXTURES, Finished, files_below, run_cli
 from training import recipe_document, token_folder
 
-from smolconv.continual_pretraining.recipe.files import dump_recipe
+from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState
 from smolconv.continual_pretraining.run.folder import changes, check_run, write_recipe
-from smolconv.errors import MissingFile, OutputLocked, UsageError
+from smolconv.errors import CorruptFile, MissingFile, OutputLocked, UsageError
 
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 
@@ -97,6 +99,45 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, reci
     assert not (tmp_path / "run").exists()
 
 
+def finished(run: Path, given: Path, step: int = 3) -> None:
+    """A run's folder in which ``step`` steps are done, as far as a dry run looks at it."""
+    saved_run(run, load_recipe(given))
+    state = RunState(
+        step=step, position={"step": step, "stages": []}, zero_stage=1, world_size=1, dtype="float32",
+        micro_batch_sequences=1, global_batch_sequences=4, spikes={"losses": [], "spikes": []},
+    )  # fmt: skip
+    state.write(run / "checkpoints" / "step-2")
+
+
+@pytest.mark.parametrize("export", ["null", "{}"])
+def test_a_dry_run_of_a_run_that_is_done_says_so(export, tmp_path, recipe_file):
+    """As the run itself, which ends with 0 and says that all steps are done."""
+    finished(tmp_path / "run", recipe_file)
+    words = (recipe_file, "--dry-run", "--set", "schedule.train_steps=3", "--set", f"export={export}")
+    done = continue_train(*words)
+    assert done.code == 0, done.stderr
+    assert "all 3 steps are done: nothing would be trained" in done.stderr
+    assert ("exported again" in done.stderr) == (export == "{}") and "Raise schedule.train_steps" in done.stderr
+    for said in ("all 3 are done", "none is left to read", "0 in all, 0.00 MB written"):
+        assert said in done.stdout
+    document = json.loads(continue_train(*words, "--json").stdout)
+    assert (document["estimate"]["tokens"], document["estimate"]["disk"]["saves"]) == (0, 0)
+    more = continue_train(*words, "--set", "schedule.train_steps=4")
+    assert more.code == 0 and "nothing would be trained" not in more.stderr  # control
+
+
+def test_a_dry_run_refuses_a_source_that_is_beyond_the_schedule(recipe_file):
+    """The oracle has completed 3 steps; without --dry-run the ranks refuse it in the same words."""
+    for steps, code in ((3, 2), (4, 0)):
+        done = continue_train(
+            recipe_file, "--dry-run", "--set", "start.learning_rate=true", "--set", f"schedule.train_steps={steps}"
+        )
+        assert done.code == code, done.stderr
+    assert "has completed 3 steps" in continue_train(
+        recipe_file, "--dry-run", "--set", "start.learning_rate=true", "--set", "schedule.train_steps=3"
+    ).stderr  # fmt: skip
+
+
 # --- a run that goes on -----------------------------------------------------------------------------------------------
 
 
@@ -167,6 +208,56 @@ def test_a_checkpoint_of_another_run_is_compared_with_that_runs_recipe(tmp_path)
         check_run(recipe(), tmp_path / "run", str(tmp_path / "nowhere"))
 
 
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def of_bytes(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "error", "said"),
+    [
+        ("recipe.resolved.yaml", pipe, UsageError, r"recipe\.resolved\.yaml is a named pipe"),
+        ("recipe.resolved.yaml", of_bytes(b"name: \xff"), UsageError, "not UTF-8"),
+        ("recipe.resolved.yaml", of_bytes(b"a: " + b"[" * 3000), UsageError, "nested more than 64 deep"),
+        ("checkpoints/latest", pipe, CorruptFile, "latest is a named pipe"),
+        ("checkpoints/latest", of_bytes(b"step-2\0"), CorruptFile, r"latest holds 'step-2\\x00'"),
+        ("checkpoints/latest", of_bytes(b"\xff" * 300), CorruptFile, "the name of a folder beside it"),
+        ("checkpoints/latest", of_bytes(b"step-" + b"9" * 3000), CorruptFile, "the name of a folder beside it"),
+        ("checkpoints/latest", of_bytes(b"x" * 5000), CorruptFile, "has 5000 bytes"),
+        ("resume-from", pipe, CorruptFile, "resume-from is a named pipe"),
+        ("resume-from", of_bytes(b"a\0b"), MissingFile, "was told to go on from"),
+        ("resume-from", of_bytes(b"x" * 3000), MissingFile, "was told to go on from"),
+        ("resume-from", of_bytes(b"x" * 5000), CorruptFile, "has 5000 bytes"),
+        ("checkpoints/step-2/trainer.json", pipe, None, ""),  # the ranks refuse it
+    ],
+)
+def test_files_of_a_run_that_are_damaged_or_no_files_are_said(name, make, error, said, tmp_path):
+    run = saved_run(tmp_path / "run", recipe())
+    check_run(recipe(), run, "auto")  # control
+    (run / name).unlink(missing_ok=True)
+    make(run / name)
+    if error is None:
+        check_run(recipe(), run, "auto")
+        return
+    with pytest.raises(error, match=said) as caught:
+        check_run(recipe(), run, "auto")
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_resume_path_that_cannot_be_is_not_there(tmp_path):
+    with pytest.raises(MissingFile, match="no checkpoint is there"):
+        check_run(recipe(), tmp_path, "/" + "x" * 5000)
+
+
+def test_a_damaged_recipe_of_a_run_is_written_anew(tmp_path):
+    (tmp_path / "recipe.resolved.yaml").write_bytes(b"\xff")
+    write_recipe(recipe(), tmp_path)
+    assert load_recipe(tmp_path / "recipe.resolved.yaml") == recipe()
+
+
 def test_equal_recipes_have_no_changes():
     assert changes(recipe(), recipe(output="elsewhere")) == []
 
@@ -214,8 +305,8 @@ def test_stages_that_have_not_begun_may_be_added_and_those_that_have_may_not(tmp
 
     run = saved_run(tmp_path, staged(("stable", 1), ("later", 7)))
     state = RunState(
-        step=4, position={}, zero_stage=1, world_size=1, dtype="float32", micro_batch_sequences=1,
-        global_batch_sequences=4, spikes={},
+        step=4, position={"step": 4, "stages": []}, zero_stage=1, world_size=1, dtype="float32", micro_batch_sequences=1,
+        global_batch_sequences=4, spikes={"losses": [], "spikes": []},
     )  # fmt: skip
     state.write(run / "checkpoints" / "step-2")
     notes = check_run(staged(("stable", 1), ("decay", 5)), run, "auto")

@@ -30,6 +30,7 @@ from conftest import FIXTURES
 from training import recipe_document, token_folder
 
 from smolconv.continual_pretraining.launchers.deepspeed import read_hostfile
+from smolconv.continual_pretraining.launchers.ends import end_of, ends_folder, failure_file, report_left
 from smolconv.continual_pretraining.launchers.launch import launch_command, placement
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher
 from smolconv.continual_pretraining.launchers.output import drawing_environment, plain
@@ -602,11 +603,60 @@ def test_a_hostfile_says_how_many_nodes_and_ranks_there_are(tmp_path):
         placement(recipe(launch=launch | {"nodes": 3}))
 
 
-@pytest.mark.parametrize("text", ["alpha 2", "alpha slots=0", "alpha slots=2\nalpha slots=2", "", "alpha slots=two"])
+@pytest.mark.parametrize(
+    "text",
+    ["alpha 2", "alpha slots=0", "alpha slots=2\nalpha slots=2", "", "alpha slots=two", f"alpha slots={'9' * 5000}"],
+    ids=range(6),
+)
 def test_a_hostfile_that_is_not_understood_is_refused(tmp_path, text):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UsageError, match="slots=N"):
         read_hostfile(tmp_path / "hosts")
+
+
+def test_a_hostfile_that_is_no_text_or_no_file_is_refused(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe slots=2")
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in ((tmp_path / "bytes", "not UTF-8"), (tmp_path / "pipe", "is a named pipe"), (tmp_path, "folder")):
+        with pytest.raises(UsageError, match=said):
+            read_hostfile(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rank": -1}, {"rank": "0"}, {"exit_code": None}, {"exit_code": True}, {"exit_code": 10**30}, {"seconds": "now"},
+        {"message": 3}, {"last_lines": [1]}, {"last_lines": 3}, {"more": 1}, None,
+    ],
+)  # fmt: skip
+def test_what_no_rank_leaves_of_itself_is_not_believed(damage, tmp_path, capfd):
+    """As a launcher that finds nothing: its status is what it has to say."""
+    end = {"rank": 0, "exit_code": 3, "seconds": 1.5, "message": "CorruptFile: a file", "last_lines": ["a line"]}
+    path = ends_folder(tmp_path, "a") / "rank-00000.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(end))
+    assert report_left(tmp_path, "a", 1, 1) == 3 and "rank 0 of 1 failed first: CorruptFile" in capfd.readouterr().err
+    path.write_text("[" * 3000 if damage is None else json.dumps({**end, **damage}))
+    assert report_left(tmp_path, "a", 1, 1) == 4 and "no rank said why" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        ('{"exit_code": 6, "error": "E", "message": "m", "attempt": "a"}', 6, "E: m"),  # control
+        ('{"exit_code": "6", "error": "E", "message": "m", "attempt": "a"}', 3, "ended with exit code 3."),
+        ('{"exit_code": 6, "error": "E", "message": "m", "attempt": "b"}', 3, "ended with exit code 3."),
+        ("[" * 3000, 3, "ended with exit code 3."),
+        ("[]", 3, "ended with exit code 3."),
+        ("\udcff", 3, "ended with exit code 3."),
+    ],
+)
+def test_a_damaged_failure_file_says_nothing(content, code, said, tmp_path):
+    path = failure_file(tmp_path, 1)
+    path.parent.mkdir(parents=True)
+    path.write_text(content, errors="surrogateescape")
+    found = end_of(1, 3, tmp_path, attempt="a", log_start=0)
+    assert (found.exit_code, found.message) == (code, said)
 
 
 def test_deepspeeds_own_parser_understands_our_words(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_lines_are_found_from_the_end_across_blocks(tmp_path, seed, size):
         expected += [(end, line)] if line.endswith(b"\n") else []
     with open(path, "rb") as file:
         assert list(_lines_backwards(file.fileno())) == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"[" * 3000 + b"\n", b'{"step": ' + b"9" * 5000 + b"}\n", b'{"step": -1e999}\n', b"\0" * (5 << 20), b"\0" * (5 << 20) + b"\n"]
+)  # fmt: skip
+def test_resuming_drops_lines_that_are_none(tmp_path, torn):
+    with watch(tmp_path) as watched:
+        for step in range(1, 4):
+            watched.step(record(step))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(before + torn)
+    with watch(tmp_path, first_step=4):
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 9999, b""])
+def test_a_damaged_id_of_a_run_is_made_anew(tmp_path, content):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "run-id").write_bytes(content)
+    with watch(tmp_path, first_step=2):
+        assert re.fullmatch("[0-9a-f]{8}", (tmp_path / "logs" / "run-id").read_text())
 
 
 def test_a_kill_loses_no_line_of_a_step_that_was_over(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -89,7 +90,7 @@ def test_smoothing_is_a_mean_that_weighs_every_step_once():
 
 def test_a_run_is_read_with_its_stages_spikes_resumes_and_evaluations(run):
     found = read_run(run)
-    assert (found.first["step"], found.last["step"]) == (1, 300)
+    assert (found.first.step, found.last.step) == (1, 300)
     assert found.stages == [(1, "stable"), (201, "decay <1>")]
     assert [step for step, _ in found.marks["spike"]] == [120] and [step for step, _ in found.marks["resume"]] == [201]
     assert [point.step for point in found.evaluations["held-out"].points()] == [50, 100, 150, 200, 250, 300]
@@ -100,7 +101,7 @@ def test_a_run_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     folder = trained(tmp_path / "run", 20)
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 21, "lo')
-    assert read_run(folder).last["step"] == 20
+    assert read_run(folder).last.step == 20
 
 
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
@@ -111,12 +112,80 @@ def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
     assert "nan" not in render_svg([read_run(tmp_path)])
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"[1, 2]\n", b'{"loss": 2.0}\n', b'{"step": "two"}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n", b"[1, 2]\n", b'{"loss": 2.0}\n', b'{"step": "two"}\n', b"\xff\xfe\n",
+        b'{"step": ' + b"9" * 5000 + b"}\n", b'{"step": 9223372036854775808}\n', b'{"step": -1}\n', b'{"step": true}\n',
+        b'{"step": 4, "loss": 1e999}\n', b'{"step": 4, "loss": NaN}\n', b'{"step": 4, "loss": 1e301}\n',
+        b'{"step": 4, "loss": "low"}\n', b'{"step": 4, "seconds": -1}\n', b'{"step": 4, "tokens": 1.5}\n',
+        b'{"step": 4, "stage": ["a"]}\n', b'{"step": 4, "stage": "\\ud800"}\n', b"[" * 3000 + b"\n",
+        b'{"step": 4, "stage": "' + b"x" * (1 << 20) + b'"}\n',
+    ],
+    ids=range(19),
+)  # fmt: skip
 def test_a_line_that_is_none_of_ours_is_named(tmp_path, line):
     folder = trained(tmp_path / "run", 3)
     (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes() + line + b'{"step": 5}\n')
     with pytest.raises(CorruptFile, match=r"metrics\.jsonl, line 4: "):
         read_run(folder)
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
+    """As a file of nulls that a lost node leaves: 16 GB, on a disk that has no such file."""
+    folder = trained(tmp_path / "run", 3)
+    os.truncate(folder / "metrics.jsonl", 1 << 34)
+    with pytest.raises(CorruptFile, match=r"metrics\.jsonl, line 4: it has more than 1,048,576 bytes"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 2, "kind": "evaluation", "losses": [1]}\n', b'{"step": 2, "losses": {"a": "x"}}\n', b'{"step": 2, "kind": 3}\n'],
+)  # fmt: skip
+def test_an_event_that_is_none_of_ours_is_named(line, tmp_path):
+    folder = trained(tmp_path / "run", 3)
+    (folder / "events.jsonl").write_bytes(b'{"step": 1}\n' + line)
+    with pytest.raises(CorruptFile, match=r"events\.jsonl, line 2: "):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(name, tmp_path):
+    folder = trained(tmp_path / "run", 3)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CorruptFile, match=f"{name} is a named pipe"):
+        read_run(folder)
+
+
+def test_steps_and_values_of_any_size_are_drawn(tmp_path):
+    """Steps that jump to 2^53 and back, losses from the least to the largest, times that no clock shows."""
+    folder, choose = tmp_path / "ru\x01n\udcff", random.Random(3)
+    folder.mkdir()
+    steps = [0, 1, 1 << 53, 5, *(choose.randrange(1 << choose.randrange(1, 54)) for _ in range(3000))]
+    values = [5e-324, 1e299, -1e299, 0, 10**39, 1e-300, 1.0, 1.0 + 2**-52]
+    lines = [
+        {"step": step, "loss": choose.choice(values), "lr": choose.choice(values), "grad_norm": 5e-324, "mfu": 1e299,
+         "seconds": 1e299, "tokens": 10**39, "stage": f"a\x00\x1b[2J<b>{step % 3}"}
+        for step in steps
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "events.jsonl").write_text(
+        json.dumps({"step": 1, "kind": "spike", "text": "\x00", "losses": {"\x01": 1}}) + "\n"
+    )
+    found = read_run(folder)
+    assert all(len(curve.points()) <= 2000 for curve in found.curves.values())
+    ElementTree.fromstring(render_svg([found]))
+    assert not re.search(r"[\x00-\x08\x1b]", render_html([found]).encode().decode())
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-320, 1e-300, 1e17, 1e299, -1e299, 10**38])
+def test_a_curve_of_one_value_of_any_size_is_drawn(value, tmp_path):
+    for other in (value, 0, value * (1 + 2**-52), -value):
+        lines = [{"step": i, "loss": v, "lr": v} for i, v in enumerate([value, other, value])]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ElementTree.fromstring(render_svg([read_run(tmp_path)]))
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -126,6 +195,10 @@ def test_what_is_no_run_is_refused(tmp_path):
     for name, said in (("missing", "is not there"), ("empty", "holds no metrics"), ("new", "holds no step yet")):
         with pytest.raises(MissingFile, match=said):
             read_run(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", Path("x" * 5000)):
+        with pytest.raises(MissingFile, match="is not there"):
+            write_plot([path], tmp_path / "out.svg")
 
 
 def test_a_picture_of_one_step_and_of_constant_values_is_drawn(tmp_path):

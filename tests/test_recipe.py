@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+import os
 import re
 import sys
 import types
@@ -210,7 +212,7 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
         ("name: small", "name: small: er", "small.yaml:1: not YAML: a second colon in the line"),
         ("name: small", "name: [small", "small.yaml:2: not YAML"),
         ("name: small", "name: !!python/name:os.system x", "small.yaml:1: the tag tag:yaml.org,2002:python/name:os.system has no place"),
-        ("name: small", "name: &loop [*loop]", "nested more than 20 deep"),
+        ("name: small", "name: &loop [*loop]", "small.yaml: not YAML: the alias *loop stands within what it stands for."),
         ("2e-4", ".inf", "small.yaml:14: schedule.peak_lr is inf; expected a finite number"),
     ],
 )  # fmt: skip
@@ -239,6 +241,68 @@ def test_a_name_that_is_no_file_and_no_recipe_is_refused_with_the_nearest(tmp_pa
     (tmp_path / "x.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):
         load_recipe(tmp_path / "x.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
+LADDER = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 500))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: small", BOMB, "holds more than 200,000 values"),
+        ("name: small", LADDER, "nested more than 64 deep"),
+        ("name: small", f"name: {'[' * 3000}", "nested more than 64 deep"),
+        ("1_000", "9" * 5000, "small.yaml:13: '99999"),
+        ("1_000", "9" * 20, "small.yaml:13: schedule.train_steps is 99999999999999999999; expected less than"),
+        ("  source: a", '  source: "a\\0b"', "small.yaml:3: 'a\\x00b' has a character that no text has"),
+        ("  source: a", '  source: "a\\uD800b"', "small.yaml:3:"),
+        ("  source: a", "  source: a\x07", "small.yaml: not YAML: unacceptable character #x0007"),
+        ("  peak_lr: 2e-4", "  peak_lr: 2e-4\n  decay: cosine-restarts\n  cycles: 100000000", "schedule.cycles is 100000000"),
+        ("name: small", "\n".join(f"key{i}: {i}" for i in range(9000)), "has 9001 mistakes; these are some."),
+    ],
+    ids=["alias bomb", "ladder of aliases", "brackets", "digits", "more than a number of 64 bits", "a NUL",
+         "half a character", "a control character", "cycles", "thousands of mistakes"],
+)  # fmt: skip
+def test_what_would_fill_the_memory_or_no_text_holds_is_a_mistake_of_the_file(old, new, said):
+    found = mistakes(SMALL.replace(old, new, 1))
+    assert said in found and len(found) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (f"name={'[' * 3000}", "nested more than 64 deep"),
+        (f"data.stages.{'9' * 5000}.name=x", "data.stages has 1 items"),
+        ("name=\udcff", "not UTF-8"),
+        ("launch.environment={A=B: c}", "launch.environment.A=B"),
+        ('name="a\\0"', "has a character that no text has"),
+        (f"{'a' * 100_000}=1", "no such key"),
+    ],
+)
+def test_an_override_of_such_is_refused_too(override, said):
+    assert said in mistakes(SMALL, override)
+
+
+def test_what_is_no_regular_file_is_no_recipe_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (1 << 21))
+    for path, said in (
+        (tmp_path / "pipe", "is a named pipe"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path / "loop", "is a link that leads back to itself"),
+        (tmp_path / "large.yaml", "has 2097152 bytes"),
+        (Path("x" * 5000), "no such file"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            load_recipe(path)
+        with pytest.raises(UsageError):
+            recipe_from_nanotron(path)
+    assert run_cli("recipe", "show", tmp_path / "pipe").code == 2
+    assert run_cli("recipe", "show", "x" * 5000).code == 2
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------
@@ -494,7 +558,7 @@ def test_a_config_that_no_recipe_trains_the_same_is_refused(tmp_path, section, c
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- a", "data_stages: 3", "{"])
+@pytest.mark.parametrize("text", ["", "just words", "- a", "data_stages: 3", "{", BOMB, LADDER, "a: [" * 3000])
 def test_what_is_no_config_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UsageError):

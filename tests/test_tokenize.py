@@ -35,6 +35,7 @@ from smolconv.continual_pretraining.tokens.tokenize import (
     submit_to_slurm,
 )
 from smolconv.errors import CorruptFile, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError
+from smolconv.parsing import tokenizing
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
@@ -302,6 +303,10 @@ def test_broken_input_leaves_no_output(
         (["missing.jsonl"], {}, "missing.jsonl is not there"),
         (["empty"], {}, "holds no text"),
         (["a.csv"], {}, "suffix says nothing"),
+        (["b" * 5000 + ".jsonl"], {}, "is not there"),
+        (["two\nlines.jsonl"], {}, "in one line"),
+        (["a.jsonl"], {"eos": "\udcff"}, "is not a token"),
+        (["a.jsonl"], {"tokenizer": "t" * 5000}, "no such file or folder"),
         (["a.jsonl", "a.jsonl"], {}, "named twice"),
         (["a.jsonl"], {"tasks": 2}, "--tasks 2: there are 1 input files"),
         (["a.jsonl"], {"separator": "\n"}, "--separator divides .txt files"),
@@ -314,6 +319,7 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").touch()
+    (tmp_path / "two\nlines.jsonl").touch()
     jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(UsageError, match=said):
         plan_tokenization(
@@ -329,6 +335,71 @@ def test_a_tokenizer_that_cuts_documents_is_refused(tmp_path: Path) -> None:
         plan_tokenization(
             [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", TokenizeOptions(tokenizer=str(cutting))
         )
+
+
+def spoilt_tokenizer(folder: Path, name: str, content: bytes) -> Path:
+    made = byte_tokenizer(folder, eos=None)
+    (made / name).write_bytes(content)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("tokenizer.json", b"{}", CorruptFile, r"tokenizer\.json is not a tokenizer.json of the tokenizers library"),
+        ("tokenizer.json", b"[" * 3000, CorruptFile, r"tokenizer\.json is not a tokenizer.json"),
+        ("tokenizer.json", b"\xff\x00", CorruptFile, r"tokenizer\.json is not a tokenizer.json"),
+        ("tokenizer_config.json", b"[" * 3000, CorruptFile, r"tokenizer_config\.json is not valid JSON"),
+        ("tokenizer_config.json", b"[]", CorruptFile, "holds a list; a JSON object was expected"),
+        ("special_tokens_map.json", b"\xff", CorruptFile, r"special_tokens_map\.json is not valid JSON"),
+        ("config.json", b'{"eos_token_id": ' + b"9" * 5000 + b"}", CorruptFile, "a number of 5000 digits"),
+        ("config.json", b'{"eos_token_id": true}', UsageError, "says which token ends a document"),
+        ("config.json", b'{"eos_token_id": 99999999999}', UsageError, "says which token ends a document"),
+        ("config.json", b'{"eos_token_id": [0], "eos_token": {"content": ["x"]}}', UsageError, "says which token ends"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_file(name, content, error, said, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    options = TokenizeOptions(tokenizer=str(spoilt_tokenizer(tmp_path / "spoilt", name, content)))
+    with pytest.raises(error, match=said):
+        plan_tokenization([source], tmp_path / "out", options)
+
+
+def test_an_id_of_the_config_names_the_end(tmp_path: Path) -> None:
+    """The control of the damaged ones above."""
+    made = spoilt_tokenizer(tmp_path / "sound", "config.json", b'{"eos_token_id": 0}')
+    plan = plan_tokenization(
+        [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", TokenizeOptions(tokenizer=str(made))
+    )
+    assert (plan.eos_token, plan.eos_from) == (END, str(made / "config.json"))
+
+
+@pytest.mark.parametrize("place", ["a.jsonl", "folder/a.jsonl", "tokenizer/tokenizer.json", "tokenizer/config.json"])
+def test_a_pipe_is_not_waited_for(place: str, tmp_path: Path) -> None:
+    source, tokenizer = jsonl(tmp_path / "b.jsonl", TEXTS), byte_tokenizer(tmp_path / "tokenizer", eos=None)
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    inputs = [tmp_path / place.partition("/")[0]] if place.endswith(".jsonl") else [source]
+    with pytest.raises(CorruptFile, match="is a named pipe; a file was expected"):
+        plan_tokenization(inputs, tmp_path / "out", TokenizeOptions(tokenizer=str(tokenizer)))
+
+
+def test_a_link_to_itself_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    options = TokenizeOptions(tokenizer=str(byte_tokenizer(tmp_path / "tokenizer")))
+    with pytest.raises(MissingFile, match="leads back to itself"):
+        plan_tokenization([tmp_path / "loop.txt"], tmp_path / "out", options)
+
+
+def test_a_panic_of_the_library_is_a_corrupt_file(tmp_path: Path) -> None:
+    """pyo3's class for one is no ``Exception``, and cannot be imported."""
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(CorruptFile, match="at your own risk"), tokenizing(tmp_path / "tokenizer.json"):
+        raise panic("index out of bounds, at your own risk")
+    with pytest.raises(KeyboardInterrupt), tokenizing(tmp_path / "tokenizer.json"):
+        raise KeyboardInterrupt
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
@@ -616,6 +687,13 @@ def test_without_an_index_the_eos_tells_documents_apart(tmp_path: Path) -> None:
     report = report_tokens(tmp_path, sequence_length=2, eos_token_id=0)
     assert (report["documents"], report["lengths"]["max"]) == (2, 3)
     assert [each["ids"] for each in report["first_documents"]] == [[5, 6, 0], [7, 0]]
+
+
+def test_an_eos_that_never_occurs_without_an_index_is_told(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [[5, 6, 0], [7, 0]])
+    (folder / "00000_unshuffled.ds.index").unlink()
+    report = report_tokens(folder, sequence_length=2, eos_token_id=9)
+    assert report["documents"] == 0 and "documents end in no common token" in report["problems"][0]
 
 
 def test_documents_are_shown_as_text(tokenizer: Path, tmp_path: Path, smolconv: Callable[..., Finished]) -> None:

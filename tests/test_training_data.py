@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from smolconv.continual_pretraining.data.position import BEGINNING, position_fro
 from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.recipe.schema import Data, Source
 from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL, Batch, RowReader, TokenFolder, Wanted
-from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, UsageError
+from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SmolconvError, SourceChanged, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 
 ORACLE = Path(__file__).parent.parent / "fixtures" / "datatrove"
@@ -622,6 +623,27 @@ def second_tokenizer(folder: Path) -> None:
     (folder / "00001_unshuffled.ds.metadata").write_text("gpt2|2\n41908\n41.9 kT")
 
 
+def instead(suffix: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else in the place of a file."""
+
+    def change(folder: Path) -> None:
+        path = Path(f"{tokens_file(folder)}{suffix}")
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def beyond(ends: Any) -> Any:
+    """Ascending as signed differences, though the entries in the middle are far beyond the file."""
+    quarter = 1 << 62
+    return np.array([quarter, 2 * quarter, 3 * quarter, ends[-1]], "<u8")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], type[SmolconvError], str]] = {
     "missing": (shutil.rmtree, MissingFile, "is not a folder"),
     "empty": (lambda f: void(list(map(Path.unlink, f.iterdir()))), MissingFile, r"holds no token files \(\*.ds\)"),
@@ -634,6 +656,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[SmolconvError], str]] = {
     "metadata counts otherwise": (metadata("x|2\n41907\n41.9 kT"), CorruptFile, "counts 41907"),
     "metadata of another size": (metadata("x|4\n41908\n41.9 kT"), CorruptFile, "has 20954 tokens of 4 bytes"),
     "no metadata": (metadata("{}"), CorruptFile, "begins with"),
+    "a count of thousands of digits": (metadata(f"x|2\n{'9' * 3000}\n"), CorruptFile, "begins with"),
+    "index beyond the file": (edit_index(beyond), CorruptFile, "document 3 ends at token 41908, before"),
+    "index of nothing": (edit_index(lambda ends: ends[:0]), CorruptFile, "has 41908 tokens .* ends at 0"),
     "loss of another length": (add_bytes(".loss", b"\1"), CorruptFile, "41909 bytes, but .* has 41908 tokens"),
     "two tokenizers": (second_tokenizer, MixedCheckpoint, "the tokenizer of 00001_unshuffled.ds is gpt2"),
 }  # fmt: skip
@@ -648,6 +673,31 @@ def test_broken_folders_are_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message) as raised:
         TokenFolder.open(folder, 127, vocab_size=SMOLLM2_VOCABULARY, eos_token_id=0)
     assert type(raised.value) is error and len(str(raised.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("suffix", ["", ".index", ".metadata", ".loss"])
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (os.mkfifo, CorruptFile, "is a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), CorruptFile, "is a device"),
+        (link_to_itself, MissingFile, "is a link that leads back to itself"),
+        (lambda path: path.symlink_to("nothing"), MissingFile, "is not there"),
+    ],
+    ids=["a pipe", "a device", "a loop", "a link to nothing"],
+)
+def test_what_is_no_regular_file_is_neither_waited_for_nor_passed_over(suffix, make, error, said, tmp_path) -> None:
+    folder = copy_of("loss_2byte", tmp_path)
+    instead(suffix, make)(folder)
+    with pytest.raises(error, match=rf"00000_unshuffled\.ds{suffix} {said}"):
+        TokenFolder.open(folder, 127)
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_said(tmp_path: Path) -> None:
+    folder = TokenFolder.open(copy_of("loss_2byte", tmp_path), 127)
+    tokens_file(folder.path).write_bytes(b"")
+    with pytest.raises(SourceChanged, match=r"00000_unshuffled\.ds has become shorter"):
+        folder.files[0].ids  # noqa: B018 - a look maps it
 
 
 def test_a_sequence_longer_than_the_files_is_refused() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -578,6 +579,68 @@ def test_a_runs_state_reads_back_as_written(tmp_path):
 def test_a_state_that_is_not_whole_is_corrupt(content, tmp_path):
     (tmp_path / "trainer.json").write_text(content)
     with pytest.raises(CorruptFile, match=r"trainer\.json"):
+        RunState.read(tmp_path)
+
+
+STATE: dict[str, Any] = {
+    "schema": 1, "step": 7, "zero_stage": 2, "world_size": 4, "dtype": "bfloat16", "micro_batch_sequences": 2,
+    "global_batch_sequences": 16, "spikes": {"losses": [1.5], "spikes": []}, "skipped_steps": 3, "manifest": True,
+    "position": {"step": 7, "stages": [
+        {"name": "a", "start_step": 1, "sequence_length": 32, "sources": [
+            {"path": "p", "name": "n", "weight": 1.0, "samples": 5}, {"path": "q", "name": "m", "weight": None, "samples": 0},
+        ]},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ((), 1 << 200, "a number of 61 digits"),
+        (("step",), True, "step is True, expected a count"),
+        (("micro_batch_sequences",), -1, "micro_batch_sequences is -1"),
+        (("global_batch_sequences",), "x" * 9999, "global_batch_sequences is 'xxx"),
+        (("dtype",), ["bfloat16"], r"no run trains in \['bfloat16'\]"),
+        (("manifest",), 1, "1 for a manifest"),
+        (("position",), [], r"position is \[\], expected an object"),
+        (("position",), {}, "position has no step, expected a count"),
+        (("position", "step"), 2**63, "position.step is 9223372036854775808"),
+        (("position", "stages"), {}, r"position.stages is \{\}, expected a list"),
+        (("position", "stages", 0), 7, r"position.stages\[0\] is 7, expected an object"),
+        (("position", "stages", 0, "sequence_length"), 0, "sequence_length is 0, expected a positive count"),
+        (("position", "stages", 0, "sources"), None, "sources is None, expected a list"),
+        (("position", "stages", 0, "sources", 1, "samples"), -5, r"sources\[1\].samples is -5, expected a count"),
+        (("position", "stages", 0, "sources", 0, "samples"), 1.5, r"sources\[0\].samples is 1.5, expected a count"),
+        (("position", "stages", 0, "sources", 0, "path"), 3, r"sources\[0\].path is 3, expected text"),
+        (("position", "stages", 0, "sources", 0, "weight"), 0, "weight is 0, expected a positive number or null"),
+        (("spikes",), [], "spikes.losses is None, expected a list of finite numbers"),
+        (("spikes", "spikes"), [1.0, "2"], "spikes.spikes is"),
+        (("spikes", "losses"), [10**39, None], "spikes.losses is"),
+    ],
+)
+def test_a_field_of_a_state_that_cannot_be_is_named_with_what_was_expected(place, value, said, tmp_path):
+    path = tmp_path / "trainer.json"
+    path.write_text(json.dumps(STATE))
+    assert RunState.read(tmp_path).position == STATE["position"]  # control
+    document: Any = json.loads(json.dumps(STATE)) if place else {**STATE, "step": value}
+    below = document
+    for key in place[:-1]:
+        below = below[key]
+    if place:
+        below[place[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(CorruptFile, match=said) as caught:
+        RunState.read(tmp_path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_state_of_brackets_or_a_pipe_is_corrupt(tmp_path):
+    (tmp_path / "trainer.json").write_text("[" * 3000)
+    with pytest.raises(CorruptFile, match="nested more than 64 deep"):
+        RunState.read(tmp_path)
+    (tmp_path / "trainer.json").unlink()
+    os.mkfifo(tmp_path / "trainer.json")
+    with pytest.raises(CorruptFile, match="is a named pipe"):
         RunState.read(tmp_path)
 
 

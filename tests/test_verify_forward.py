@@ -4,6 +4,7 @@ whole forward, float64 formulas."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -523,6 +524,29 @@ def saved_text(data: bytes, option: str = "text") -> Callable[[Path], dict[str, 
     return make
 
 
+def npy(header: str) -> bytes:
+    """A file of numpy's with a header of one's own, and eight ids."""
+    padded = f"{header}{' ' * 100}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + bytes(64)
+
+
+def promising(shape: str, descr: str = "<i8") -> Callable[[Path], dict[str, Path]]:
+    return saved_text(npy(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape},), }}"), "tokens")
+
+
+def pipe(option: str) -> Callable[[Path], dict[str, Path]]:
+    def make(folder: Path) -> dict[str, Path]:
+        os.mkfifo(folder / "pipe")
+        return {option: folder / "pipe"}
+
+    return make
+
+
+def archive(folder: Path) -> dict[str, Path]:
+    np.savez(folder / "ids.npz", ids=np.arange(100))
+    return {"tokens": folder / "ids.npz"}
+
+
 WRONG: dict[str, tuple[Callable[[Path], Mapping[str, object]], type[SmolconvError], str]] = {
     "beyond the vocabulary": (saved_ids([1, 300]), UsageError, "gives token 300,"),
     "negative": (saved_ids([1, -1]), UsageError, "gives token -1,"),
@@ -532,9 +556,22 @@ WRONG: dict[str, tuple[Callable[[Path], Mapping[str, object]], type[SmolconvErro
     "no file": (lambda folder: {"tokens": folder / "none.npy"}, MissingFile, r"none\.npy"),
     "no array": (saved_text(b"not numpy", "tokens"), CorruptFile, "file"),
     "empty file": (saved_text(b"", "tokens"), CorruptFile, "file"),
+    "a petabyte promised": (promising("1000000000000000"), CorruptFile, "file is not a .npy file"),
+    "more than numbers hold promised": (promising("9" * 40), CorruptFile, "file is not a .npy file"),
+    "a negative length": (promising("-5"), CorruptFile, "file is not a .npy file"),
+    "objects": (promising("1", "|O"), CorruptFile, "file is not a .npy file"),
+    "brackets": (saved_text(npy("(" * 3000), "tokens"), CorruptFile, "file is not a .npy file"),
+    "an archive": (archive, CorruptFile, r"ids\.npz is an \.npz archive"),
+    "a pipe": (pipe("tokens"), CorruptFile, "is a named pipe"),
+    "a folder": (lambda folder: {"tokens": folder}, CorruptFile, "is a folder"),
     "more documents than tokens": (lambda folder: {"length": 5, "documents": 6}, UsageError, "documents"),
     "no documents": (lambda folder: {"documents": 0}, UsageError, "documents"),
 }
+
+
+def test_a_header_of_ones_own_that_is_right_is_read(tmp_path):
+    """The control of those that promise too much."""
+    assert choose(**promising("8")(tmp_path)).tokens.tolist() == [[0] * 8]
 
 
 @pytest.mark.parametrize(("make", "error", "says"), WRONG.values(), ids=WRONG)
@@ -547,6 +584,8 @@ WRONG_TEXTS: dict[str, tuple[Callable[[Path], Mapping[str, object]], type[Smolco
     "no file": (lambda folder: {"text": folder / "none.txt"}, MissingFile, r"none\.txt"),
     "not UTF-8": (saved_text(b"\xff\xfe\xff"), UsageError, "UTF-8"),
     "empty": (saved_text(b""), UsageError, "0 tokens"),
+    "a pipe": (pipe("text"), CorruptFile, "is a named pipe"),
+    "a device": (lambda folder: {"text": Path("/dev/zero")}, CorruptFile, "is a device"),
     "another vocabulary": (lambda folder: {**saved_text(b"ab")(folder), "vocab_size": 20}, UsageError, "20 entries"),
 }
 

@@ -1,18 +1,20 @@
 """The place in the data, and the place of a run that nanotron trained.
 
 A position is plain JSON: ``{"step", "stages": [{"name", "start_step", "sequence_length", "sources": [{"path", "name",
-"weight", "samples"}]}]}``, with every stage that began, and the samples that it really read of each source.
+"weight", "samples"}]}]}``, with every stage that began, and the samples that it really read of each source. The weight
+is null where another program's record, which has none, was taken over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import DataStage
 from smolconv.continual_pretraining.data.blending import Blend
 from smolconv.continual_pretraining.data.folders import check_sources, plain_path
 from smolconv.errors import UsageError
+from smolconv.layouts.documents import is_count, is_number
 
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.recipe.schema import Data, Source, Stage
@@ -20,6 +22,49 @@ if TYPE_CHECKING:
 Position = Mapping[str, Any]
 #: Nothing was read: the data begins at the first step that is asked for, whatever its number.
 BEGINNING: Position = {"step": 0, "stages": []}
+
+
+#: Products of two such numbers are still told apart by 64 bits.
+_MOST = 1 << 40
+
+
+def _is_number_of(value: Any) -> bool:
+    return is_count(value) and value <= _MOST
+
+
+_LIST = ("a list", lambda value: isinstance(value, list))
+_TEXT = ("text", lambda value: isinstance(value, str))
+_COUNT = ("a count", _is_number_of)
+_Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]
+_POSITION: _Fields = {"step": _COUNT, "stages": _LIST}
+_STAGE: _Fields = {
+    "name": _TEXT, "start_step": _COUNT, "sources": _LIST,
+    "sequence_length": ("a positive count", lambda value: _is_number_of(value) and value > 0),
+}  # fmt: skip
+_SOURCE: _Fields = {
+    "path": _TEXT, "name": _TEXT, "samples": _COUNT,
+    "weight": ("a positive number or null", lambda value: value is None or (is_number(value) and value > 0)),
+}  # fmt: skip
+
+
+def check_position(found: object) -> None:
+    """Raise ``ValueError`` with the field, what was found and what was expected, for what is no position."""
+    _check(found, _POSITION, "position")
+    assert isinstance(found, dict)
+    for i, stage in enumerate(found["stages"]):
+        _check(stage, _STAGE, f"position.stages[{i}]")
+        for k, source in enumerate(stage["sources"]):
+            _check(source, _SOURCE, f"position.stages[{i}].sources[{k}]")
+
+
+def _check(found: object, fields: _Fields, where: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {found!r:.60}, expected an object")
+    for name, (expected, holds) in fields.items():
+        if name not in found:
+            raise ValueError(f"{where} has no {name}, expected {expected}")
+        if not holds(found[name]):
+            raise ValueError(f"{where}.{name} is {found[name]!r:.60}, expected {expected}")
 
 
 def tokens_of(position: Position) -> dict[str, int]:

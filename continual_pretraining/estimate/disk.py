@@ -31,7 +31,7 @@ def disk_use(recipe: Recipe, spec: ModelSpec, first_step: int = 1) -> Disk:
     weights = b * n if stage < 3 else 0  # ZeRO-3 saves the masters alone
     size = weights + masters + 2 * FP32 * n
     regular = steps // policy.every_steps - (first_step - 1) // policy.every_steps
-    saves = regular + (steps % policy.every_steps > 0)
+    saves = regular + (steps % policy.every_steps > 0) if first_step <= steps else 0
     newest = saves if policy.keep is None else min(policy.keep, saves)
     kept = newest
     if policy.keep_every_steps and newest < saves:

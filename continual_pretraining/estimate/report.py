@@ -16,7 +16,7 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
     run = [
         ("parameters", f"{given.parameters:,}"),
         ("tokens", f"{given.tokens:,} = {given.steps:,} steps x {given.tokens_per_step:,}"),
-        *([("steps", f"{given.first_step:,} to {given.train_steps:,}")] if given.first_step > 1 else []),
+        *([("steps", _steps(given))] if given.first_step > 1 else []),
         ("a step of a rank", f"{given.accumulation_steps} micro-batches"),
         ("FLOPs per token", ", ".join(f"{flops:.3g} ({name})" for name, flops in given.flops_per_token.items())),
     ]
@@ -44,6 +44,7 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
     rates = [(f"step {step:,}", f"{rate:.3g}") for step, rate in given.learning_rates]
     rates.append(("curve", _sparkline(given.learning_rate_curve)))
     data = [(f"{use.stage}: {use.source}", f"{use.tokens:,} tokens, {_epochs(use.epochs)}") for use in given.sources]
+    data = data or [("", "none is left to read")]
     sections = [
         ("Run", run), ("Time", speed), ("Memory of a rank", memory), ("Checkpoints", checkpoints),
         ("Learning rate", rates), ("Data", data),
@@ -51,6 +52,10 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
     if given.warnings:
         sections.append(("Warnings", [("", warning) for warning in given.warnings]))
     return sections
+
+
+def _steps(given: Estimate) -> str:
+    return f"{given.first_step:,} to {given.train_steps:,}" if given.steps else f"all {given.train_steps:,} are done"
 
 
 def _duration(seconds: float) -> str:

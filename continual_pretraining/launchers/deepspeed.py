@@ -9,7 +9,8 @@ from pathlib import Path
 from smolconv.continual_pretraining.launchers.front_end import run_front_end
 from smolconv.continual_pretraining.launchers.launcher import Launcher, Start, count_gpus, free_port
 from smolconv.continual_pretraining.recipe.schema import Launch
-from smolconv.errors import UsageError
+from smolconv.errors import BadCheckpoint, UsageError
+from smolconv.files import read_bytes
 from smolconv.processes import EMPTY_FOLDER, module_words, script_words
 
 #: Variables for other nodes, which its front end reads: DEEPSPEED_ENVIRONMENT_NAME in launcher/runner.py.
@@ -72,17 +73,19 @@ def _slots(start: Start) -> list[str]:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Ranks by host, in the file's order. Its lines are ``host slots=N``, as DeepSpeed and MPI have them."""
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
+        lines = read_bytes(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the hostfile {path} is no text: byte {error.start} is not UTF-8.") from None
+    except BadCheckpoint as error:
         raise UsageError(f"the hostfile cannot be read: {error}") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", words)
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,5})", words)
         if not match or match[1] in slots:
-            what = f"{match[1]} a second time" if match else repr(words)
+            what = f"{match[1]} a second time" if match else f"{words!r:.200}"
             raise UsageError(f"{path}:{number}: found {what}; expected one line `host slots=N` for each host.")
         slots[match[1]] = int(match[2])
     if not slots:

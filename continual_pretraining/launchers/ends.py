@@ -14,6 +14,8 @@ from pathlib import Path
 from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.launchers.signals import STOPS
 from smolconv.errors import Interrupted, MachineError, SmolconvError, StoppedBySignal
+from smolconv.layouts.documents import is_count, is_number
+from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole
 
 SAVED = StoppedBySignal.exit_code  #: a rank's after a signal and a good save
@@ -33,6 +35,13 @@ class RankEnd:
     message: str = ""  #: "ErrorClass: what happened"; empty for 0 and ``SAVED``
     last_lines: tuple[str, ...] = ()  #: of the rank's log, with a message
 
+    def __post_init__(self) -> None:
+        texts = (self.message, *self.last_lines)
+        if not (is_count(self.rank) and is_count(self.exit_code) and is_number(self.seconds)) or self.exit_code > 255:
+            raise ValueError(f"no rank ended so: {self!r:.200}")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"rank {self.rank} said what is no text")
+
 
 def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> RankEnd:
     """How a rank ended, from its process's ``code`` and the failure file that it may have left.
@@ -44,12 +53,12 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
         return RankEnd(rank=rank, exit_code=code, seconds=now)
     path = failure_file(run, rank)
     try:
-        failure = json.loads(path.read_text())
-        if failure["attempt"] != attempt:
+        failure = read_json(path)
+        if failure["attempt"] != attempt or not is_count(failure["exit_code"]):
             raise ValueError("another start's")
-        code, now = int(failure["exit_code"]), path.stat().st_mtime
+        code, now = min(failure["exit_code"], 255), path.stat().st_mtime
         text = f"{failure['error']}: {failure['message']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it had no time to write one
+    except (SmolconvError, OSError, ValueError, KeyError):  # it had no time to write one
         # Whoever sent it: Slurm signals every process of a task, ours perhaps after the rank.
         if code < 0 and -code in STOPS:
             text = "Interrupted: stopped by a signal while it was starting; checkpoints are as they were."
@@ -124,8 +133,8 @@ def ends_folder(run: Path, attempt: str) -> Path:
 def _read_ends(folder: Path) -> list[RankEnd]:
     found = []
     for path in sorted(folder.glob("rank-*.json")):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            document = json.loads(path.read_text())
+        with suppress(SmolconvError, ValueError, TypeError, KeyError):
+            document = read_json(path)
             found.append(RankEnd(**{**document, "last_lines": tuple(document["last_lines"])}))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,18 @@ from pydantic import BaseModel, ValidationError
 
 from smolconv.continual_pretraining.recipe.schedules import notes as schedule_notes
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.errors import UsageError
+from smolconv.errors import BadCheckpoint, UsageError, first_line
+from smolconv.files import read_bytes
+from smolconv.parsing import require_small_yaml
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
 _ADVICE = "docs/recipes.md lists every field; `smolconv recipe show try-out` prints a whole recipe."
 
-_DEEPEST = 20  # an alias within its own anchor has no end
+#: The longest that is published has 10 KB. A recipe of this size is read within seconds.
+_MOST_BYTES = 1 << 20
+#: Digits of a whole number; 2^64 has as many.
+_MOST_DIGITS = 20
+_MOST_MISTAKES = 50
 
 Place = tuple[str | int, ...]  #: a value's keys and list indices, from the top
 
@@ -37,27 +44,29 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises ``UsageError`` with file, line and field of every mistake.
     """
-    path = find_recipe(path_or_name)
+    return parse_recipe(read_recipe(path_or_name), str(path_or_name), overrides)
+
+
+def read_recipe(path_or_name: str | Path) -> str:
+    """The text of the file itself, else of the shipped recipe of that name. Raises ``UsageError``."""
+    path = _find(path_or_name)
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_bytes(path, _MOST_BYTES).decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is not UTF-8. A recipe is a text file in YAML.") from None
-    return parse_recipe(text, str(path_or_name), overrides)
+    except BadCheckpoint as error:
+        raise UsageError(str(error)) from None
 
 
-def find_recipe(path_or_name: str | Path) -> Path:
-    """The file itself, else the shipped recipe of that name."""
-    path = Path(path_or_name)
-    if path.is_file():
+def _find(path_or_name: str | Path) -> Path:
+    path, name, shipped = Path(path_or_name), str(path_or_name), shipped_recipes()
+    if name in shipped and not os.path.isfile(path):
+        return shipped[name]
+    if os.path.lexists(path):
         return path
-    shipped = shipped_recipes()
-    if str(path_or_name) in shipped:
-        return shipped[str(path_or_name)]
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; expected a recipe, which is a YAML file.")
-    near = _near(str(path_or_name).removesuffix(".yaml"), shipped)
     raise UsageError(
-        f"{path_or_name}: no such file, and no recipe of that name ships with smolconv.{near}\n"
+        f"{name:.200}: no such file, and no recipe of that name ships with smolconv."
+        f"{_near(name.removesuffix('.yaml'), shipped)}\n"
         f"`smolconv recipe list` names them: {', '.join(shipped)}."
     )
 
@@ -71,7 +80,9 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
         return Recipe.model_validate(document.value)
     except ValidationError as error:
         mistakes = document.mistakes(error)
+        total = error.error_count()
     count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    count = count if total <= _MOST_MISTAKES else f"{total} mistakes; these are some"
     raise UsageError("\n".join([f"the recipe {where} has {count}.", *mistakes, _ADVICE])) from None
 
 
@@ -97,7 +108,7 @@ def notes(recipe: Recipe) -> list[str]:
 # --- YAML with positions --------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Scalars as in YAML 1.2: 2e-4 is a number, while on, 24:00:00 and 007 are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
@@ -132,8 +143,6 @@ class _Document:
 
     def _plain(self, node: yaml.Node, place: Place, override: str | None = None) -> Any:
         line = node.start_mark.line + 1
-        if len(place) > _DEEPEST:
-            raise UsageError(f"{override or f'{self.where}:{line}'}: nested more than {_DEEPEST} deep. No recipe is.")
         if override is None:
             self.origins.setdefault(place, (line, f"{self.where}:{line}"))
         if isinstance(node, yaml.SequenceNode):
@@ -146,7 +155,7 @@ class _Document:
             origin = override or f"{self.where}:{line}"
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UsageError(f"{origin}: a key must be a word.")
-            key: str = key_node.value
+            key = _text(key_node.value, origin)
             at: Place = (*place, key)
             if key in found:
                 first = f", first in line {self.origins[at][0]}" if override is None else ""
@@ -158,7 +167,7 @@ class _Document:
 
     def override(self, text: str) -> None:
         """Set one value by ``section.key=value``, the value in YAML and list items by their index."""
-        name = f"--set {text}"
+        name = f"--set {text if len(text) <= 200 else f'{text:.200}...'}"
         path, equals, value_text = text.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
@@ -168,9 +177,10 @@ class _Document:
         for i, key in enumerate(keys):
             last = i == len(keys) - 1
             if isinstance(value, list):
-                if not key.isdecimal() or int(key) >= len(value):
+                if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= len(value):
                     raise UsageError(
-                        f"{name}: {_dotted(place)} has {len(value)} items; expected 0 to {len(value) - 1}, not {key!r}."
+                        f"{name}: {_dotted(place)} has {len(value)} items; expected 0 to {len(value) - 1}, not "
+                        f"{_shown(key)}."
                     )
                 step: str | int = int(key)
             else:
@@ -188,12 +198,12 @@ class _Document:
                 if below is None and _is_section(place):
                     below = value[step] = {}  # the file leaves it out
                 if not isinstance(below, dict | list):
-                    raise UsageError(f"{name}: {_dotted(place)} is {below!r} and has nothing below it.")
+                    raise UsageError(f"{name}: {_dotted(place)} is {_shown(below)} and has nothing below it.")
                 value = below
 
     def mistakes(self, error: ValidationError) -> list[str]:
-        """A sentence for each, in the order of the file."""
-        errors: list[Any] = error.errors()
+        """A sentence for each, in the order of the file; of very many, for some."""
+        errors: list[Any] = error.errors()[:_MOST_MISTAKES]
         # pydantic counts only a list's good items, and misses the key that a misspelt one stands for.
         wrong = [one for one in errors if not (one["type"] == "too_short" and one["input"])]
         misspelt = {
@@ -219,9 +229,9 @@ class _Document:
             section = _dotted(place[:-1])
             return line, f"{origin}: {field} is missing{f'; {section} needs it' if section else ''}."
         if error["type"] == "value_error":
-            return line, f"{origin}: {message}."
+            return line, f"{origin}: {message if len(message) <= 300 else f'{message:.300}...'}."
         found = error["input"]
-        shown = "a section" if isinstance(found, dict) else "a list" if isinstance(found, list) else repr(found)
+        shown = "a section" if isinstance(found, dict) else "a list" if isinstance(found, list) else _shown(found)
         expected = message.replace("Input should be", "expected", 1)
         expected = re.sub("valid dictionary( or instance of .*)?", "section", expected).replace("tuple", "list")
         quotes = " Put it in quotes." if error["type"] == "string_type" and isinstance(found, int | float) else ""
@@ -231,18 +241,21 @@ class _Document:
 def _compose(text: str, where: str) -> yaml.Node:
     """The parsed text without any value made of it; an empty one is null."""
     try:
+        require_small_yaml(text)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None or where.startswith("--set") else f":{mark.line + 1}"
         problem = error.problem or error.context or "it cannot be parsed"
-        if "'\\t'" in problem:
+        if mark is not None and text[mark.index : mark.index + 1] == "\t":
             problem = "a tab; YAML is indented by spaces"
         if problem.startswith("mapping values"):
             problem = "a second colon in the line, or a wrong indentation; text with a colon needs quotes"
         raise UsageError(f"{where}{line}: not YAML: {problem}.") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where}: not YAML: {error}.") from None
+    except UnicodeEncodeError:
+        raise UsageError(f"{where}: it has bytes that are not UTF-8. A recipe is text.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{where}: not YAML: {first_line(error)}.") from None
     return yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark("", 0, 0, 0, "", 0)) if node is None else node
 
 
@@ -254,14 +267,27 @@ def _scalar(node: yaml.Node, origin: str) -> Any:
         if kind == "bool":
             return text.lower() == "true"
         if kind == "int":
+            if len(text) > _MOST_DIGITS:
+                raise UsageError(f"{origin}: {_shown(text)} has more than {_MOST_DIGITS} digits. No field takes it.")
             return int(text.replace("_", ""))
         if kind == "float":
             return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
     except ValueError:
-        raise UsageError(f"{origin}: {text!r} is not the {kind} that its tag says.") from None
+        raise UsageError(f"{origin}: {_shown(text)} is not the {kind} that its tag says.") from None
     if kind != "str":
         raise UsageError(f"{origin}: the tag {node.tag} has no place in a recipe.")
+    return _text(text, origin)
+
+
+def _text(text: str, origin: str) -> str:
+    if "\0" in text or text != text.encode(errors="ignore").decode():
+        raise UsageError(f"{origin}: {_shown(text)} has a character that no text has. Take it out.")
     return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # --- the schema -----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def recipe_from_nanotron(path: Path, *, eos: int | None = None, source: str | No
         raise UsageError(str(error)) from None
     try:
         return _Translator(config, path).translate(eos, source)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: a field is of an unexpected kind ({error}); expected nanotron's config.") from None
 
 

@@ -10,9 +10,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from smolconv.continual_pretraining.recipe.section import (
     NotNegative,
@@ -83,7 +83,7 @@ class Schedule(Section):
     decay: DecayName = "none"
     decay_start_step: NotNegative | None = None  #: completed steps before the decay; None: train_steps - decay_steps
     decay_steps: Positive | None = None  #: None: all that remain after decay_start_step, or after the warm-up
-    cycles: Positive | None = None  #: how often a decay with restarts falls from the peak
+    cycles: Annotated[int, Field(gt=0, le=10_000)] | None = None  #: how often a decay with restarts falls from the peak
 
     @model_validator(mode="after")
     def _has_what_its_decay_needs(self) -> Schedule:

@@ -24,6 +24,7 @@ from smolconv.continual_pretraining.recipe.section import (
 )
 
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -232,7 +233,7 @@ class Launch(Section):
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None
     rendezvous: str | None = None  #: host:port, for torchrun over several nodes
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[Variable, str] = Field(default_factory=dict)
     slurm: Slurm = Slurm()
 
 

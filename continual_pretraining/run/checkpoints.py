@@ -20,8 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from smolconv.continual_pretraining.data.position import Position, check_position
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
+from smolconv.continual_pretraining.watch.spikes import check_spikes
 from smolconv.errors import CorruptFile, MissingFile
+from smolconv.files import MOST_NAME_BYTES, read_bytes
 from smolconv.layouts.documents import is_count, is_world, understood
 from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole, sync_folder, write_synced
@@ -40,22 +43,27 @@ class RunState:
     """What a run must know to go on, beside the engine's tensors. Plain JSON types."""
 
     step: int  #: completed
-    position: Mapping[str, Any]  #: of the data
+    position: Position
     zero_stage: int
     world_size: int
     dtype: str
     micro_batch_sequences: int
     global_batch_sequences: int
-    spikes: Mapping[str, Any]
+    spikes: Mapping[str, Any]  #: of the ``SpikeDetector``
     skipped_steps: int = 0
     manifest: bool = True  #: lists the files and their digests; early versions wrote none
 
     def __post_init__(self) -> None:
-        counts = {"step": self.step, "world_size": self.world_size, "skipped_steps": self.skipped_steps}
+        names = ("step", "world_size", "micro_batch_sequences", "global_batch_sequences", "skipped_steps")
+        counts = {name: getattr(self, name) for name in names}
         if wrong := [name for name, value in counts.items() if not is_count(value) or value > 1 << 40]:
             raise ValueError(f"{wrong[0]} is {counts[wrong[0]]!r:.60}, expected a count")
         if self.zero_stage not in (0, 1, 2, 3) or not is_world(self.world_size):
             raise ValueError(f"no run has ZeRO stage {self.zero_stage!r:.60} and {self.world_size} ranks")
+        if self.dtype not in ("bfloat16", "float32") or not isinstance(self.manifest, bool):
+            raise ValueError(f"no run trains in {self.dtype!r:.60}, or has {self.manifest!r:.60} for a manifest")
+        check_position(self.position)
+        check_spikes(self.spikes)
 
     def write(self, folder: Path) -> None:
         write_text(folder / STATE, json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n")
@@ -64,7 +72,7 @@ class RunState:
     def read(folder: Path) -> RunState:
         """Raises ``MissingFile`` where no run of ours saved, ``CorruptFile`` for a state that is not whole."""
         path = folder / STATE
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise MissingFile(
                 f"{folder} has no {STATE}: it was not saved by smolconv continue-train.\n"
                 "To start from it, name it as model.source; its optimizer is taken with start.optimizer."
@@ -95,9 +103,9 @@ def _folders(run: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
 def latest(run: Path) -> Path | None:
     """The checkpoint that ``latest`` names; None before the first. Raises ``MissingFile`` when it is not there."""
     pointer = run / FOLDER / LATEST
-    if not pointer.is_file():
+    if not os.path.lexists(pointer):
         return None
-    name = pointer.read_bytes().decode(errors="replace").strip()
+    name = _read_line(pointer)
     if not _STEP.fullmatch(name):
         raise CorruptFile(
             f"{pointer} holds {name!r:.60}; the name of a folder beside it, as step-1000, was expected.\n"
@@ -110,6 +118,10 @@ def latest(run: Path) -> Path | None:
             f"Write one of these into {pointer}, or start anew with --resume never and another --output."
         )
     return folder
+
+
+def _read_line(path: Path) -> str:
+    return read_bytes(path, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
 
 
 def _named(steps: Sequence[int]) -> str:
@@ -139,9 +151,9 @@ def find_resume(run: Path, resume: str) -> Path | None:
     if resume == "auto":
         return chosen(run) or latest(run)
     path = Path(resume)
-    found = latest(path) if (path / FOLDER).is_dir() and not (path / STATE).exists() else path
-    if found is None or not found.is_dir():
-        raise MissingFile(f"--resume {resume}: no checkpoint is there. Name a step-N folder, or a run's folder.")
+    found = latest(path) if os.path.isdir(path / FOLDER) and not os.path.lexists(path / STATE) else path
+    if found is None or not os.path.isdir(found):
+        raise MissingFile(f"--resume {resume:.200}: no checkpoint is there. Name a step-N folder, or a run's folder.")
     return found
 
 
@@ -157,12 +169,13 @@ def choose(run: Path, checkpoint: Path) -> None:
 def chosen(run: Path) -> Path | None:
     """What ``choose`` remembered; None after the next save. Raises ``MissingFile`` when it is not there."""
     record = run / RESUME_FROM
-    if not record.is_file():
+    if not os.path.lexists(record):
         return None
-    folder = run / record.read_bytes().decode(errors="replace").strip()
-    if not folder.is_dir():
+    folder = run / _read_line(record)
+    if not os.path.isdir(folder):
+        shown = f"{folder}" if f"{folder}".isprintable() else repr(f"{folder}")
         raise MissingFile(
-            f"an earlier start was told to go on from {folder}, which is not there; nothing was saved since.\n"
+            f"an earlier start was told to go on from {shown:.200}, which is not there; nothing was saved since.\n"
             f"Put it back, name another with --resume PATH, or delete {record} to go on from the run's latest."
         )
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.run.checkpoints import FOLDER, STATE, RunState, find_resume, latest
+from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, find_resume, latest
 from smolconv.errors import BadCheckpoint, OutputLocked, UsageError
 from smolconv.storage.atomic import appearing_whole
 
@@ -72,7 +72,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
         return []
     of_run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
     notes = [f"goes on from {checkpoint}"]
-    if not (of_run / RECIPE).is_file():
+    if not os.path.lexists(of_run / RECIPE):
         return notes
     old, step = load_recipe(of_run / RECIPE), _completed(checkpoint)
     if deciding := [change for change in changes(_begun(old, step), _begun(recipe, step)) if change.decides]:
@@ -90,7 +90,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
 def _completed(checkpoint: Path) -> int | None:
     """The step that a checkpoint was saved after; None where it does not say, which the ranks will refuse."""
     try:
-        return RunState.read(checkpoint).step if (checkpoint / STATE).is_file() else None
+        return RunState.read(checkpoint).step
     except BadCheckpoint:
         return None
 
@@ -108,11 +108,11 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     Raises ``OutputLocked`` when another process trains in the folder by another recipe: its ranks read this file.
     """
     run.mkdir(parents=True, exist_ok=True)
-    path, text = run / RECIPE, dump_recipe(recipe)
-    if path.is_file() and path.read_text(encoding="utf-8") != text and _is_trained(run):
+    path, text = run / RECIPE, dump_recipe(recipe).encode()
+    if path.is_file() and (path.stat().st_size != len(text) or path.read_bytes() != text) and _is_trained(run):
         raise trained_elsewhere(run, ", by another recipe")
     with appearing_whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text)
 
 
 def held_elsewhere(lock: int) -> bool:

@@ -6,6 +6,7 @@ later, and nothing says why.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE)
         if wrong is None:
             earlier = folder
             break
-    own = resume == "auto" and asked.parent.resolve() == (run / FOLDER).resolve()
+    own = resume == "auto" and os.path.realpath(asked.parent) == os.path.realpath(run / FOLDER)
     if earlier is not None and own and recipe.checkpoints.on_damage == "previous":
         first = _short(problem, asked)[0].rstrip(".")
         back = f"went back to {earlier.name}: {first} (checkpoints.on_damage: previous)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -172,7 +173,7 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
     import torch
 
     path = folder / random_file(ranks.rank)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     try:
         random = load_torch_archive(path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
@@ -23,6 +23,7 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
+from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.layouts.layout import ReadOptions, hf_config
@@ -30,6 +31,7 @@ from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec, spec_differences
+from smolconv.parsing import MOST_TOKENIZER_BYTES
 from smolconv.tensors.lazy import LazyTensor
 
 #: Below the run's folder; removed when the first checkpoint of the run is whole.
@@ -121,6 +123,23 @@ def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return replace(checkpoint, spec=replace(checkpoint.spec, **changes)) if changes else checkpoint
 
 
+def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
+    """Of the schedule, when a run begins at a source with this progress. Raises ``UsageError`` when it cannot."""
+    wanted = recipe.start
+    if (wanted.learning_rate or wanted.data) and progress is None:
+        raise UsageError(
+            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
+            "Set both to false to begin at step 1 with the first samples."
+        )
+    step = progress.step if wanted.learning_rate and progress is not None else 0
+    if step >= recipe.schedule.train_steps:
+        raise UsageError(
+            f"start.learning_rate: the source has completed {step} steps, and schedule.train_steps is "
+            f"{recipe.schedule.train_steps}. Raise train_steps, or set start.learning_rate: false."
+        )
+    return step
+
+
 def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
     wanted = recipe.start
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
@@ -136,18 +155,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
             f"start.optimizer: {recipe.model.source} ({checkpoint.layout}) holds no Adam state.\n"
             "Set start.optimizer: false to begin with zero moments."
         )
-    progress = source.progress
-    if (wanted.learning_rate or wanted.data) and progress is None:
-        raise UsageError(
-            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
-            "Set both to false to begin at step 1 with the first samples."
-        )
-    step = progress.step if wanted.learning_rate and progress is not None else 0
-    if step >= recipe.schedule.train_steps:
-        raise UsageError(
-            f"start.learning_rate: the source has completed {step} steps, and schedule.train_steps is "
-            f"{recipe.schedule.train_steps}. Raise train_steps, or set start.learning_rate: false."
-        )
+    step = completed_steps(recipe, source.progress)
     position: Mapping[str, Any] | None = None
     if wanted.data:
         position = _source_position(recipe, source, step)
@@ -271,7 +279,7 @@ def _convert(
 def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     skipped = ("README.md", "LICENSE")
     return {
-        name: path.read_bytes()
+        name: read_bytes(path, MOST_TOKENIZER_BYTES)
         for name, path in checkpoint.assets.items()
         if name in ASSET_NAMES and name not in skipped
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import CorruptFile, UsageError, some_of
+from smolconv.errors import SmolconvError, UsageError, some_of
+from smolconv.layouts.documents import is_count
+from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
 
 #: Ends of documents in the pretraining data of SmolLM2 and of SmolLM3 (Llama 3's tokenizer). Their instruct
 #: tokenizers name another token as eos, the end of a chat turn.
@@ -23,7 +25,7 @@ def ends_documents(ending: int, seen: int) -> bool:
 def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]:
     """The token that ends documents, and who says so."""
     if asked is not None:
-        if tokenizer.token_to_id(asked) is None:
+        if _id(tokenizer, asked) is None:
             raise UsageError(f"--eos {asked} is not a token of {path}. It has: {_special(tokenizer)}.")
         return asked, "--eos"
     own, said_by = _own_eos(tokenizer, path)
@@ -46,18 +48,23 @@ def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]
 def _own_eos(tokenizer: Any, path: Path) -> tuple[str | None, Path]:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         beside = path.with_name(name)
-        if not beside.is_file():
+        if not os.path.lexists(beside):
             continue
-        try:
-            document = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptFile(f"{beside} is not JSON ({error}).") from None
-        token = _named(document)
-        if token is None and isinstance(document, dict) and isinstance(document.get("eos_token_id"), int):
-            token = tokenizer.id_to_token(document["eos_token_id"])
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+        document = read_json(beside)
+        token, number = _named(document), document.get("eos_token_id")
+        if token is None and isinstance(number, int) and is_count(number) and number < 1 << 32:
+            token = tokenizer.id_to_token(number)
+        if isinstance(token, str) and _id(tokenizer, token) is not None:
             return token, beside
     return None, path
+
+
+def _id(tokenizer: Any, token: str) -> int | None:
+    try:
+        found: int | None = tokenizer.token_to_id(token)
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+        return None
+    return found
 
 
 def _special(tokenizer: Any) -> str:
@@ -68,16 +75,16 @@ def _special(tokenizer: Any) -> str:
 def eos_of_folder(folder: Path) -> int | None:
     """The EOS of a tokenizer on this disk, by its own files."""
     try:
-        token = _named(json.loads((folder / "tokenizer_config.json").read_text()))
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        token = _named(read_json(folder / "tokenizer_config.json"))
+        tokenizer = read_json(folder / "tokenizer.json", MOST_TOKENIZER_BYTES)
         added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
         found = added.get(token, tokenizer["model"]["vocab"].get(token))
-        return None if found is None else int(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found if is_count(found) else None
+    except (SmolconvError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _named(document: Any) -> Any:
+def _named(document: dict[str, Any]) -> Any:
     """By a tokenizer's settings: a token itself, or with how it is treated."""
-    token = document.get("eos_token") if isinstance(document, dict) else None
+    token = document.get("eos_token")
     return token.get("content") if isinstance(token, dict) else token

@@ -11,6 +11,8 @@ the end of a file is never read. Shapes use: R rows, S sequence length.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolconv.continual_pretraining.tokens.eos import ends_documents
-from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, UsageError
+from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SourceChanged, UsageError
+from smolconv.files import MOST_NAME_BYTES, file_size, read_bytes, reading
 
 IGNORED_LABEL = -100  #: what torch's cross entropy leaves out
 #: Rows are finished in blocks that stay in a core's second-level cache.
@@ -92,12 +95,14 @@ class TokenFile:
         last = 0
         for start in range(0, len(ends), _CHUNK):
             chunk = ends[start : start + _CHUNK]
-            falls = np.flatnonzero(np.diff(chunk.astype(np.int64), prepend=last) < 0)
+            before = np.empty_like(chunk)
+            before[0], before[1:] = last, chunk[:-1]
+            falls = np.flatnonzero(chunk < before)
             if len(falls):
                 at = start + int(falls[0])
                 raise CorruptFile(
                     f"{path}: document {at} ends at token {ends[at]}, before the one in front of it "
-                    f"({ends[at - 1] if at else 0}).\nEnds of documents ascend.\n{_TOKENISE_AGAIN}"
+                    f"({before[falls[0]]}).\nEnds of documents ascend.\n{_TOKENISE_AGAIN}"
                 )
             last = int(chunk[-1])
         return path
@@ -379,12 +384,14 @@ _TOKENISE_AGAIN = "Copy the file again from where it was written, or tokenise th
 def _token_files(folder: Path, given: str) -> list[Path]:
     if "://" in given:
         raise UsageError(f"{given} is not a local folder.\nToken files are mapped into memory.\nCopy the folder first.")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise MissingFile(
-            f"{folder} is not a folder.\nA source of data is a folder of token files (*.ds) as datatrove writes them.\n"
+            f"{folder!s:.200} is not a folder.\n"
+            "A source of data is a folder of token files (*.ds) as datatrove writes them.\n"
             "Check the path in data.stages, or write the folder with smolconv tokenize."
         )
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(".ds") and path.is_file())
+    with reading(folder):
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(".ds") and not path.is_dir())
     if not found:
         below = next(iter(sorted(folder.glob("*/*.ds"))), None)
         raise MissingFile(
@@ -400,12 +407,13 @@ def _token_files(folder: Path, given: str) -> list[Path]:
 
 
 def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
-    size = path.stat().st_size
-    tokenizer, token_size, counted = _read_metadata(path)
+    size = file_size(path)
+    said = _Metadata.read(_beside(path, "metadata"))
+    token_size = said.token_size
     index = _beside(path, "index")
     documents = last = None
-    if index.exists():
-        index_bytes = index.stat().st_size
+    if os.path.lexists(index):
+        index_bytes = file_size(index)
         if index_bytes % 8:
             raise CorruptFile(f"{index} has {index_bytes} bytes.\nAn index has 8 bytes a document.\n{_TOKENISE_AGAIN}")
         documents = index_bytes // 8
@@ -418,7 +426,7 @@ def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
             f"The file is cut off, or of another token size.\n{_TOKENISE_AGAIN}"
         )
     tokens = size // token_size
-    for where, count in ((_beside(path, "metadata"), counted), (index, last)):
+    for where, count in ((_beside(path, "metadata"), said.tokens), (index, last)):
         if count is not None and count != tokens:
             what = "counts" if where is not index else "ends at"
             raise CorruptFile(
@@ -426,33 +434,46 @@ def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
                 f"Both belong to one file and agree.\n{_TOKENISE_AGAIN}"
             )
     loss = _beside(path, "loss")
-    has_loss = loss.exists()
-    if has_loss and loss.stat().st_size != tokens:
+    has_loss = os.path.lexists(loss)
+    if has_loss and file_size(loss) != tokens:
         raise CorruptFile(
-            f"{loss} has {loss.stat().st_size} bytes, but {path.name} has {tokens} tokens.\n"
+            f"{loss} has {file_size(loss)} bytes, but {path.name} has {tokens} tokens.\n"
             f"A loss mask has a byte a token.\n{_TOKENISE_AGAIN}"
         )
     return TokenFile(
-        path=path, token_size=token_size, tokens=tokens, tokenizer=tokenizer, documents=documents, has_loss=has_loss
+        path=path,
+        token_size=token_size,
+        tokens=tokens,
+        tokenizer=said.tokenizer,
+        documents=documents,
+        has_loss=has_loss,
     )
 
 
-def _read_metadata(path: Path) -> tuple[str | None, int | None, int | None]:
-    """Tokenizer, token size and token count of ``.ds.metadata``; None for what it does not say."""
-    metadata = _beside(path, "metadata")
-    if not metadata.exists():
-        return None, None, None
-    lines = metadata.read_text(encoding="utf-8", errors="replace").splitlines()
-    tokenizer, bar, size = (lines[0] if lines else "").rpartition("|")
-    if not bar:
-        tokenizer, size = size, ""
-    if len(lines) < 2 or not lines[1].strip().isdecimal() or size not in ("", "2", "4"):
-        raise CorruptFile(
-            f"{metadata} begins with {lines[:2]}.\n"
-            "datatrove writes the tokenizer's name with a token size of 2 or 4 after a bar, then the count of tokens.\n"
-            f"{_TOKENISE_AGAIN}"
-        )
-    return tokenizer, int(size) if size else None, int(lines[1])
+@dataclass(frozen=True, kw_only=True)
+class _Metadata:
+    """What ``.ds.metadata`` says; None for what it does not."""
+
+    tokenizer: str | None = None
+    token_size: int | None = None
+    tokens: int | None = None
+
+    @staticmethod
+    def read(path: Path) -> _Metadata:
+        """Nothing where there is no such file. Raises ``CorruptFile``."""
+        if not os.path.lexists(path):
+            return _Metadata()
+        lines = read_bytes(path, MOST_NAME_BYTES).decode(errors="replace").splitlines()
+        tokenizer, bar, size = (lines[0] if lines else "").rpartition("|")
+        if not bar:
+            tokenizer, size = size, ""
+        if len(lines) < 2 or not re.fullmatch("[0-9]{1,18}", lines[1].strip()) or size not in ("", "2", "4"):
+            raise CorruptFile(
+                f"{path} begins with {lines[:2]!r:.200}.\n"
+                "datatrove writes the tokenizer's name with a token size of 2 or 4 after a bar, then the count of "
+                f"tokens.\n{_TOKENISE_AGAIN}"
+            )
+        return _Metadata(tokenizer=tokenizer, token_size=int(size) if size else None, tokens=int(lines[1]))
 
 
 def _guess_token_size(path: Path, size: int, last: int | None, vocab_size: int | None) -> int:
@@ -490,4 +511,8 @@ def _mapped(path: Path, dtype: str, count: int) -> NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype)
     # A plain array over the map: slices of numpy's memmap class cost several times as much.
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray))
+    try:
+        with reading(path):
+            return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray))
+    except ValueError:
+        raise SourceChanged(f"{path} has become shorter since it was opened.\n{_TOKENISE_AGAIN}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ def find_inputs(inputs: list[Path]) -> list[Path]:
     expected = "Expected .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt or a folder of them."
     files: list[Path] = []
     for given in inputs:
-        if not given.exists():
-            raise UsageError(f"{given} is not there. {expected}")
+        if not os.path.lexists(given):
+            raise UsageError(f"{given!s:.200} is not there. {expected}")
         if given.is_dir():
-            found = [path for path in sorted(given.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+            found = [path for path in sorted(given.rglob("*")) if not path.is_dir() and not path.name.startswith(".")]
             found = [path for path in found if kind_of(path) is not None]
             if not found:
                 raise UsageError(f"{given} holds no text that can be read. {expected}")
@@ -42,6 +43,9 @@ def find_inputs(inputs: list[Path]) -> list[Path]:
     twice = [path for path, count in Counter(files).items() if count > 1]
     if twice:
         raise UsageError(f"{twice[0]} is named twice: its documents would be there twice. Name it once.")
+    for path in files:
+        if "\n" in str(path) or str(path) != str(path).encode(errors="ignore").decode():
+            raise UsageError(f"{str(path)!r} cannot be listed for datatrove. Give it a name in UTF-8 and in one line.")
     return files
 
 

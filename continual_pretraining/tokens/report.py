@@ -130,8 +130,8 @@ def _problems(report: dict[str, Any]) -> list[str]:
     if report["documents"] is None:
         found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
     elif not eos_ends_documents(report):
-        most = report["endings"][0]
-        if eos and ends_documents(most["documents"], eos["documents_seen"]):
+        most = next(iter(report["endings"]), None)  # without any EOS there is no end
+        if eos and most and ends_documents(most["documents"], eos["documents_seen"]):
             found.append(
                 f"{eos['documents_ending']} of {eos['documents_seen']} documents end in {eos['id']}; "
                 f"{most['documents']} end in {most['id']}: set data.eos_token_id to that"

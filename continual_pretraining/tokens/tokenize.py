@@ -27,6 +27,7 @@ from smolconv.continual_pretraining.tokens.eos import choose_eos
 from smolconv.continual_pretraining.tokens.inputs import KINDS, TextFiles, as_document, find_inputs, kind_of
 from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer, load_tokenizer, tokenizing_needs
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, NotInstalled, UsageError
+from smolconv.files import file_size
 from smolconv.processes import safe_children, usable_cores
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
@@ -119,7 +120,7 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
     """Find the input files and settle the EOS. Needs tokenizers, not datatrove, and writes nothing.
 
     Raises ``UsageError`` for inputs and options that make no sense, and where the EOS has to be chosen by hand;
-    ``MissingFile`` and ``CorruptFile`` for the tokenizer; ``NotInstalled``.
+    ``MissingFile`` and ``CorruptFile`` for the tokenizer and for inputs that are no files; ``NotInstalled``.
     """
     if options.max_tokens_per_file is not None and options.shuffle_seed is None:
         # datatrove 0.10.1 splits only while it shuffles, and ignores the limit otherwise.
@@ -131,7 +132,7 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
         raise UsageError("--separator divides .txt files, and there is none among the inputs.")
     for path in inputs:
         refuse_nested(path, target)
-    size = sum(path.stat().st_size for path in files)
+    size = sum(file_size(path) for path in files)
     tasks = options.tasks or max(1, min(len(files), size // TASK_BYTES))
     if tasks > len(files):
         raise UsageError(f"--tasks {tasks}: there are {len(files)} input files, and a task reads whole files.")

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import CorruptFile, MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.parsing import read_tokenizer
 
 
 def find_tokenizer(name: str) -> Path:
     """The tokenizer.json of a folder, itself, or that of ``owner/name``, downloaded to the Hub's cache."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         path /= "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise MissingFile(
                 f"{path} is not there. Expected a folder with the tokenizer.json of the tokenizers library."
             )
-    if path.is_file():
+    if os.path.lexists(path):
         return path.absolute()
     if not re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", name):
-        raise UsageError(f"--tokenizer {name}: no such file or folder, and not an owner/name on the Hub.")
+        raise UsageError(f"--tokenizer {name:.200}: no such file or folder, and not an owner/name on the Hub.")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -42,14 +44,9 @@ def find_tokenizer(name: str) -> Path:
 def load_tokenizer(path: Path) -> Any:
     """Raises ``CorruptFile``, and ``NotInstalled`` without the tokenizers library."""
     try:
-        from tokenizers import Tokenizer
+        return read_tokenizer(path)
     except ImportError:
         raise tokenizing_needs(["tokenizers"]) from None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises the base class itself
-        raise CorruptFile(f"{path} is not a tokenizer.json of the tokenizers library ({error}).") from None
-    return tokenizer
 
 
 def tokenizing_needs(missing: list[str]) -> NotInstalled:

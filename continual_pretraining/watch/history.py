@@ -7,16 +7,27 @@ its lowest and highest point: what stands out stays.
 from __future__ import annotations
 
 import itertools
-import json
-import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeVar
 
-from smolconv.continual_pretraining.watch.metrics import EVENTS, METRICS
+from smolconv.continual_pretraining.watch.lines import (
+    CURVES,
+    EVENTS,
+    METRICS,
+    MOST_LINE_BYTES,
+    EventLine,
+    MetricsLine,
+    event_line,
+    metrics_line,
+    visible,
+)
 from smolconv.errors import CorruptFile, MissingFile
+from smolconv.files import open_file, reading
 
+T = TypeVar("T")
 _MOST_BINS = 1000
 
 
@@ -94,80 +105,69 @@ class Curve:
         ]
 
 
-_CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
-
-
 @dataclass
 class RunHistory:
     """What a picture shows of a run's folder."""
 
     name: str
-    curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in _CURVES})
+    first: MetricsLine
+    last: MetricsLine
+    curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in CURVES})
     evaluations: dict[str, Curve] = field(default_factory=dict)  #: by source
     stages: list[tuple[int, str]] = field(default_factory=list)  #: first step and name
     marks: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: {"spike": [], "resume": []})
-    first: Mapping[str, Any] = field(default_factory=dict)
-    last: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  #: of all steps
 
 
 def read_run(folder: Path, name: str | None = None) -> RunHistory:
     """Read a run, also one that is still training. Raises ``MissingFile`` and ``CorruptFile``."""
-    if not (folder / METRICS).is_file():
-        found = "holds no metrics.jsonl" if folder.is_dir() else "is not there"
+    if not os.path.lexists(folder / METRICS):
+        found = "holds no metrics.jsonl" if os.path.isdir(folder) else "is not there"
         raise MissingFile(
-            f"{folder} {found}. Name the folder that `smolconv continue-train` wrote (its recipe's output)."
+            f"{folder!s:.200} {found}. Name the folder that `smolconv continue-train` wrote (its recipe's output)."
         )
-    run = RunHistory(name=name or folder.resolve().name)
-    for line in _read_lines(folder / METRICS):
-        _add_step(run, line)
-    if not run.last:
+    lines = _read_lines(folder / METRICS, metrics_line)
+    first = next(lines, None)
+    if first is None:
         raise MissingFile(f"{folder / METRICS} holds no step yet. Wait until the first one is done.")
-    if (folder / EVENTS).is_file():
-        for line in _read_lines(folder / EVENTS):
-            _add_event(run, line)
+    run = RunHistory(name=visible(name or os.path.basename(os.path.realpath(folder))), first=first, last=first)
+    for line in itertools.chain((first,), lines):
+        _add_step(run, line)
+    if os.path.lexists(folder / EVENTS):
+        for event in _read_lines(folder / EVENTS, event_line):
+            _add_event(run, event)
     return run
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+def _read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
+    with reading(path), open(open_file(path, noted=False), "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MOST_LINE_BYTES)
+            if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
                 return  # it is being written, or a kill came in the middle of it
             try:
-                found = json.loads(line)
-                if not isinstance(found["step"], int) or isinstance(found["step"], bool):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError):
+                if not line.endswith(b"\n"):
+                    raise ValueError(f"it has more than {MOST_LINE_BYTES:,} bytes")
+                found = parse(line)
+            except ValueError as error:
                 raise CorruptFile(
-                    f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}. "
+                    f"{path}, line {number}: {error}.\nExpected a JSON object with a step, found {line[:60]!r}.\n"
                     "Remove the line, or take the file from a copy."
                 ) from None
             yield found
 
 
-def _add_step(run: RunHistory, line: Mapping[str, Any]) -> None:
-    step = line["step"]
-    for name, curve in run.curves.items():
-        if is_number(value := line.get(name)):
-            curve.add(step, value)
-    stage = str(line.get("stage", ""))
-    if not run.stages or run.stages[-1][1] != stage:
-        run.stages.append((step, stage))
-    if is_number(seconds := line.get("seconds")):
-        run.seconds += seconds
-    run.first = run.first or line
+def _add_step(run: RunHistory, line: MetricsLine) -> None:
+    for name, value in line.values.items():
+        run.curves[name].add(line.step, value)
+    if not run.stages or run.stages[-1][1] != line.stage:
+        run.stages.append((line.step, line.stage))
+    run.seconds += line.seconds or 0.0
     run.last = line
 
 
-def _add_event(run: RunHistory, line: Mapping[str, Any]) -> None:
-    if line.get("kind") in run.marks:
-        run.marks[line["kind"]].append((line["step"], str(line.get("text", ""))))
-    losses = line.get("losses")
-    for source, loss in losses.items() if isinstance(losses, dict) else ():
-        if is_number(loss):
-            run.evaluations.setdefault(source, Curve()).add(line["step"], loss)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _add_event(run: RunHistory, line: EventLine) -> None:
+    if line.kind in run.marks:
+        run.marks[line.kind].append((line.step, line.text))
+    for source, loss in line.losses.items():
+        run.evaluations.setdefault(source, Curve()).add(line.step, loss)

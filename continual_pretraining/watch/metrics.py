@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import sys
 from collections import deque
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.errors import MachineError, NotInstalled, first_line
+from smolconv.continual_pretraining.watch.lines import EVENTS, METRICS, MOST_LINE_BYTES, step_of
+from smolconv.errors import BadCheckpoint, MachineError, NotInstalled, first_line
+from smolconv.files import MOST_NAME_BYTES, read_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
 EventKind = Literal["note", "spike", "resume", "evaluation"]
 #: Speed on the terminal and the time left are means over this many steps.
@@ -241,39 +243,37 @@ def _bytes_before(file: int, first_step: int) -> int:
     if first_step == 1:
         return 0
     for end, line in _lines_backwards(file):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(step := found.get("step"), int) and step < first_step:
-            return end
+        with suppress(ValueError):
+            if step_of(line) < first_step:
+                return end
     return 0
 
 
 def _lines_backwards(file: int) -> Iterator[tuple[int, bytes]]:
-    """Where each whole line ends, and the line, from the last to the first."""
+    """Where each whole line ends, and the line, from the last to the first. Of one that is too long, its beginning."""
     start = os.fstat(file).st_size
-    tail, whole = b"", False  # of the line that is being found, and whether its line feed was seen
+    tail, end = b"", None  # of the line that is being found; where it ends, once its line feed was seen
     while start > 0:
         size = min(_BLOCK_BYTES, start)
         start -= size
-        block = os.pread(file, size, start) + tail
-        stop = len(block)
-        while (cut := block.rfind(b"\n", 0, stop - whole)) >= 0:
-            if whole:
-                yield start + stop, block[cut + 1 : stop]
-            stop, whole = cut + 1, True
-        tail = block[:stop]
-    if whole:
-        yield len(tail), tail
+        block = os.pread(file, size, start)
+        stop = size
+        while (cut := block.rfind(b"\n", 0, stop)) >= 0:
+            if end is not None:
+                yield end, block[cut + 1 : stop] + tail
+            end, stop, tail = start + cut + 1, cut, b"\n"
+        tail = (block[:stop] + tail)[:MOST_LINE_BYTES]
+    if end is not None:
+        yield end, tail
 
 
 def _run_id(folder: Path, *, new: bool) -> str:
     """What trackers know the run by, also after it is resumed or its folder moved."""
     path = folder / "logs" / "run-id"
-    with suppress(FileNotFoundError):
-        if not new:
-            return path.read_text(encoding="utf-8").strip()
+    with suppress(BadCheckpoint):
+        known = b"" if new else read_bytes(path, MOST_NAME_BYTES, noted=False).strip()
+        if re.fullmatch(rb"[0-9a-f]{8}", known):
+            return known.decode()
     path.parent.mkdir(exist_ok=True)
     path.write_text(run_id := secrets.token_hex(4), encoding="utf-8")
     return run_id

@@ -71,8 +71,8 @@ class _Scale:
 
 def panels(runs: Sequence[RunHistory]) -> list[Panel]:
     """Loss first, then what else the runs tell, in reading order."""
-    first = min(run.first["step"] for run in runs)
-    steps = (first, max(first + 1, *(run.last["step"] for run in runs)))
+    first = min(run.first.step for run in runs)
+    steps = (first, max(first + 1, *(run.last.step for run in runs)))
     many = len(runs) > 1
     made = [_panel("Loss", "nats per token", WIDE, steps, _loss_lines(runs), runs, log=True)]
     for title, note, name, log, zero in (

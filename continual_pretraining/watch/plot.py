@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from html import escape
 from pathlib import Path
 
 from smolconv import __version__
-from smolconv.continual_pretraining.watch.history import RunHistory, is_number, read_run
+from smolconv.continual_pretraining.watch.history import RunHistory, read_run
 from smolconv.continual_pretraining.watch.panels import DARK, DRAWING, HEIGHT, MOST_MARKS, WIDE, panels
 from smolconv.errors import NotInstalled, UsageError
 from smolconv.storage.atomic import appearing_whole
 
 SUFFIXES = (".html", ".svg", ".png")
+_MOST_SECONDS = 1e12  #: that Python can say as days
 _LEGEND = (
     "Every point is drawn up to 1,000 steps; beyond, the lowest and the highest of each bin. "
     "Bold: the mean of a fiftieth of the run to either side."
@@ -26,7 +28,7 @@ def write_plot(folders: Sequence[Path], out: Path) -> None:
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: a picture is written as {', '.join(SUFFIXES)}, by the suffix of its name.")
     to_png = _png_writer() if out.suffix == ".png" else None
-    names = [folder.resolve().name for folder in folders]
+    names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     alone = len(set(names)) == len(names)
     runs = [read_run(folder, name if alone else str(folder)) for folder, name in zip(folders, names)]
     drawn = render_html(runs) if out.suffix == ".html" else render_svg(runs, dark=to_png is None)
@@ -100,15 +102,15 @@ def render_svg(runs: Sequence[RunHistory], *, dark: bool = True) -> str:
 
 
 def _facts(run: RunHistory) -> str:
-    first, last = run.first["step"], run.last["step"]
+    first, last = run.first.step, run.last.step
     said = [f"steps {first:,} to {last:,}" if first < last else f"step {last:,}"]
     if means := run.curves["loss"].means():
         said.append(f"loss {means[0].value:.4f} to {means[-1].value:.4f}")
-    if is_number(tokens := run.last.get("tokens")):
-        said.append(f"{tokens:,} tokens")
+    if run.last.tokens is not None:
+        said.append(f"{run.last.tokens:,} tokens")
     for name, curve in run.evaluations.items():
         said.append(f"{name} {curve.means()[-1].value:.4f}")
-    return ", ".join([*said, f"{timedelta(seconds=round(run.seconds))} of training"])
+    return ", ".join([*said, f"{timedelta(seconds=round(min(run.seconds, _MOST_SECONDS)))} of training"])
 
 
 def _notes(run: RunHistory, *, many: bool) -> list[str]:

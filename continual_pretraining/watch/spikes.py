@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from smolconv.continual_pretraining.recipe.schema import Spikes
+from smolconv.layouts.documents import is_number
 
 #: Standard deviations of a normal distribution in one MAD: 1 / Phi^-1(3/4).
 _SIGMA_PER_MAD = 1.4826
@@ -66,3 +67,11 @@ class SpikeDetector:
         """Go on from ``state()``; a recipe with a shorter window keeps the newest losses."""
         self._window = [float(each) for each in state["losses"]][-self._size :]
         self._above = [float(each) for each in state["spikes"]]
+
+
+def check_spikes(state: object) -> None:
+    """Raise ``ValueError`` with the field for what is no ``SpikeDetector.state()``."""
+    for name in ("losses", "spikes"):
+        found = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(found, list) or not all(map(is_number, found)):
+            raise ValueError(f"spikes.{name} is {found!r:.60}, expected a list of finite numbers")

@@ -45,7 +45,7 @@ class OutputFolder:
 
     def __init__(self, target: Path, plan_digest: str, *, resume: bool, overwrite: bool, loses: Loses) -> None:
         here = Path.cwd()
-        if target.name == ".." or target.resolve() in (here, *here.parents):
+        if target.name == ".." or Path(os.path.realpath(target)) in (here, *here.parents):
             raise UsageError(
                 f"{target} is the folder that this command runs in, or one around it, which is not replaced.\n"
                 "Choose another target, or run from another folder."
@@ -362,7 +362,7 @@ def refuse_existing(target: Path, overwrite: bool, loses: Loses) -> None:
 
 def refuse_nested(source: Path, target: Path) -> None:
     """Raise ``UsageError`` when one folder lies in the other."""
-    inner, outer = target.resolve(), source.resolve()
+    inner, outer = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UsageError(f"{target} and {source} lie in each other. Choose a target outside the source.")
 

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
+from smolconv.errors import CorruptFile, NotInstalled, UsageError
+from smolconv.files import file_size, read_bytes
+from smolconv.parsing import read_tokenizer, tokenizing
 
 _SEED = 20240711
+#: Of a text, from which some thousand tokens are taken.
+_MOST_TEXT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ def choose_rows(
     """
     length = max(2, min(length, max_positions))
     if tokens is not None:
-        ids, where = _loaded(tokens)[:length], str(tokens)
+        ids, where = _loaded(tokens, length), str(tokens)
     elif text is not None:
         if tokenizer is None:
             raise UsageError("--text needs a tokenizer.json in A or B; give ids with --tokens FILE.npy instead.")
@@ -98,34 +102,32 @@ def _spans(length: int, documents: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *map(int, ends[:-1])], map(int, ends)))
 
 
-def _loaded(path: Path) -> NDArray[np.int64]:
+def _loaded(path: Path, most: int) -> NDArray[np.int64]:
+    nbytes = file_size(path)
     try:
-        ids = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingFile(f"--tokens {path} is not there.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise CorruptFile(f"--tokens {path} is not a .npy file of token ids ({error}).") from None
+        # Mapped: a header may promise more than the machine has. What is empty cannot be.
+        ids = np.load(path, allow_pickle=False, mmap_mode="r" if nbytes > 128 else None)
+    except Exception as error:  # numpy evaluates the header as an expression, which fails in many ways
+        raise CorruptFile(f"--tokens {path} is not a .npy file of token ids ({error!s:.200}).") from None
+    if not isinstance(ids, np.ndarray):
+        raise CorruptFile(f"--tokens {path} is an .npz archive; a .npy file of token ids was expected.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise UsageError(f"--tokens {path} holds {ids.dtype}; token ids are integers.")
-    flat: NDArray[np.int64] = ids.reshape(-1).astype(np.int64)
+    flat: NDArray[np.int64] = ids.reshape(-1)[:most].astype(np.int64)
     return flat
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MissingFile(f"--text {path} cannot be read ({error.strerror}).") from None
+        return read_bytes(path, _MOST_TEXT_BYTES).decode()
     except UnicodeDecodeError:
         raise UsageError(f"--text {path} is not UTF-8 text.") from None
 
 
 def _encoded(content: str, tokenizer: Path) -> NDArray[np.int64]:
     try:
-        from tokenizers import Tokenizer
+        loaded = read_tokenizer(tokenizer)
     except ImportError:
         raise NotInstalled("reading text needs tokenizers: pip install 'smolconv[verify]'.") from None
-    try:
-        return np.array(Tokenizer.from_file(str(tokenizer)).encode(content).ids, np.int64)
-    except Exception as error:  # the library raises nothing narrower
-        raise CorruptFile(f"{tokenizer} is no tokenizer that can be read ({error}). Copy it again.") from None
+    with tokenizing(tokenizer):
+        return np.array(loaded.encode(content).ids, np.int64)

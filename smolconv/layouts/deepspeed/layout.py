@@ -35,7 +35,7 @@ def _own_files(folder: Path) -> OwnFiles:
 
 DEEPSPEED = Layout(
     name="deepspeed",
-    words=("deepspeed",),
+    words=("deepspeed", "ds"),
     title="DeepSpeed",
     signs="latest or *_model_states.pt",
     listing=listing,
