@@ -154,6 +154,9 @@ def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
         shown = f"{path}" if len(f"{path}") <= MOST_NAME_BYTES else f"{path!s:.200}..."
         dangling = error.errno == errno.ENOENT and os.path.islink(shown)
         nowhere = "is a link to nothing" if dangling else _NOWHERE[error.errno]
+        if dangling and "blobs" in os.readlink(shown):
+            advice = "A file was expected: the Hub's cache links to its folder blobs, which is not there.\n"
+            advice += "Download the checkpoint again, or copy it with its files from where they are: cp -rL"
         advice = advice or "A file was expected there.\nCheck the path, or copy the file from where it was written."
         return MissingFile(f"{shown} {nowhere}.\n{advice}")
     return MachineError(
