@@ -15,7 +15,7 @@ import pytest
 from conftest import FIXTURES, convert, hf_weights
 
 from smolconv.convert import ConvertOptions, plan_conversion
-from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UsageError
+from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UnsupportedModel, UsageError
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -222,6 +222,23 @@ def test_weights_without_a_config_are_read_with_the_one_that_is_named(hf, tmp_pa
     assert cli("inspect", hf).code == 3
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization", {"group_size": 64, "bits": 4}, "4 bits"),  # mlx_lm.convert -q
+    ],
+)
+def test_a_quantised_model_is_said_to_be_one(hf, field, value, shown):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(UnsupportedModel, match=rf"the model is quantised \({shown}\)(.|\n)*Use the model"):
+        read_checkpoint(hf)
+    (hf / "config.json").write_text(json.dumps({**config, field: None}))
+    assert read_checkpoint(hf).layout == "huggingface"
+
+
 # --- Our own runs ---
 
 
@@ -349,6 +366,8 @@ def test_an_interrupted_conversion_that_is_begun_anew_is_told_of_resume(nanotron
             write_files(plan.output.files[:1], folder.partial, folder, workers=1)
 
     interrupt()
+    done = cli("convert", tmp_path / "out.partial", tmp_path / "other", "--to", "nanotron")
+    assert (done.code, "is not whole" in done.stderr, "--resume" in done.stderr) == (3, True, True)
     said = "an earlier attempt at this conversion has finished 1 file; --resume goes on"
     words = ("convert", nanotron, target, "--to", "nanotron")
     assert said in cli(*words, "--tp", 2, "--dry-run").stderr

@@ -20,6 +20,7 @@ from smolconv.hub.headers import StandIns, headers_root
 from smolconv.layouts.huggingface.listing import SIDECAR
 from smolconv.layouts.listing import P, files_below
 from smolconv.layouts.registry import LAYOUTS, layout_of, signs, source_folder, why_unknown
+from smolconv.storage.atomic import JOURNAL
 
 DOWNLOAD_THREADS = 8
 
@@ -44,7 +45,7 @@ def open_source(
     Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
     """
     if not is_hub_uri(str(uri)):
-        return source_folder(Path(uri))
+        return source_folder(_finished(Path(uri)))
     wanted = _Wanted(optimizer=optimizer, step=step, layout=layout, with_config=config is not None)
     source = parse_hub_uri(str(uri))
     with client_errors(str(source)):
@@ -71,6 +72,16 @@ def open_source(
             _run_on_threads(commit.download, paths)
         commit.remember_revision(small)
     return root / folder.path
+
+
+def _finished(folder: Path) -> Path:
+    """The folder. Raises ``BadCheckpoint`` for one that a conversion did not finish: its files have holes of zeros."""
+    if (folder / JOURNAL).is_file():
+        raise BadCheckpoint(
+            f"{folder} is what an interrupted conversion has left, and is not whole.\n"
+            "A finished checkpoint was expected.\nRepeat that conversion with --resume, and it gets its name."
+        )
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

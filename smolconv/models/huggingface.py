@@ -78,8 +78,15 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
 
 
 def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
-    if known.get("quantization_config"):
-        raise UnsupportedModel(f"{where}: the model is quantised; smolconv needs its unquantised weights.")
+    if quantised := known.get("quantization_config") or known.get("quantization"):  # the second is MLX's
+        how = (
+            quantised.get("quant_method", f"{quantised.get('bits')} bits") if isinstance(quantised, dict) else quantised
+        )
+        raise UnsupportedModel(
+            f"{where}: the model is quantised ({how!s:.40}).\n"
+            "Weights of float32, bfloat16 or float16 were expected.\n"
+            "Use the model that it was made from; its model card names it."
+        )
     layer_types = known.get("layer_types") or []
     if any(kind != "full_attention" for kind in layer_types) or (
         known.get("use_sliding_window") and known.get("sliding_window") is not None
