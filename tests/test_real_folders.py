@@ -171,7 +171,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config alone": (config_and(), ("has a config.json but no weights", "model.safetensors")),
     "folder of models": (
         lambda folder: [shutil.copytree(HF, folder / name) for name in ("a", "b")],
-        ("folders in it are: a, b", "Name it, as"),
+        ("folders in it are: a, b", "Name it, such as"),
     ),
 }
 

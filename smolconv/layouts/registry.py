@@ -61,7 +61,7 @@ def detect_layout(folder: Path, options: ReadOptions = ReadOptions()) -> Layout:
     if inside := [path.name for path in sorted(folder.iterdir())[:MOST_CHILDREN] if is_checkpoint(path)]:
         raise UnknownLayout(
             f"{folder} is no checkpoint, but folders in it are: {some_of(inside, 8, more=True)}.\n"
-            f"Expected the folder of one.\nName it, as {folder / inside[0]}"
+            f"Expected the folder of one checkpoint.\nName it, such as {folder / inside[0]}"
         )
     raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs(', nor ')} is there.")
 

@@ -28,7 +28,7 @@ _OTHERS: Mapping[str, tuple[str, str]] = {
     ),
     r"weights(\.\d+)?\.(safetensors|npz)": (
         "weights of MLX",
-        "Use the Hugging Face model that they were made from; its config.json names it, or its model card.",
+        "Use the Hugging Face model that they were made from; the model card names it.",
     ),
     r".*\.gguf": ("a GGUF file", "Read it by its own command, as a file on disk: smolconv import-gguf {name} OUT"),
 }
@@ -104,9 +104,9 @@ def _trainer(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
     if not newest:
         return None
     return (
-        f"{folder} is the output folder of a Trainer, with checkpoints of several steps: {some_of(newest, 5)}.",
-        "Expected the folder of one.",
-        f"Name it, as the newest: {folder / newest[0]}",
+        f"{folder} is the output folder of a Trainer; its checkpoints are folders in it: {some_of(newest, 5)}.",
+        "Expected the folder of one checkpoint.",
+        f"Name it, such as the newest: {folder / newest[0]}",
     )
 
 

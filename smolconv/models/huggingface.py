@@ -79,9 +79,8 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
 
 def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
     if quantised := known.get("quantization_config") or known.get("quantization"):  # the second is MLX's
-        how = (
-            quantised.get("quant_method", f"{quantised.get('bits')} bits") if isinstance(quantised, dict) else quantised
-        )
+        fields = quantised if isinstance(quantised, dict) else {}
+        how = fields.get("quant_method", f"{fields.get('bits')} bits")
         raise UnsupportedModel(
             f"{where}: the model is quantised ({how!s:.40}).\n"
             "Weights of float32, bfloat16 or float16 were expected.\n"
