@@ -7,6 +7,7 @@ streams the tensors into ``DST.partial``, reopens what was written, and gives th
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import time
@@ -309,9 +310,9 @@ def _trim_vocabulary(checkpoint: Checkpoint, rows: int) -> Checkpoint:
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
-    folder, names = (path, ASSET_NAMES) if path.is_dir() else (path.parent, (path.name,))
+    folder, names = (path, ASSET_NAMES) if os.path.isdir(path) else (path.parent, (path.name,))
     skipped = ("README.md", "LICENSE", "generation_config.json")
-    found = {name: folder / name for name in names if name not in skipped and (folder / name).is_file()}
+    found = {name: folder / name for name in names if name not in skipped and os.path.isfile(folder / name)}
     if not any("tokenizer" in name for name in found):
         raise MissingFile(f"--tokenizer {path}: no tokenizer.json, tokenizer.model or tokenizer_config.json is there.")
     return found
@@ -408,9 +409,9 @@ def _unchecked(check: Mapping[str, Any]) -> list[str]:
 
 def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
     """Raise ``UsageError`` when what is read lies in the folder that would be replaced, by way of a link perhaps."""
-    target = plan.target.resolve()
+    target = Path(os.path.realpath(plan.target))
     for path in plan.files if target.is_dir() else ():
-        if target in path.resolve().parents:
+        if target in Path(os.path.realpath(path)).parents:
             raise UsageError(
                 f"{path} is read for this conversion, and lies in {plan.target}, which would be replaced.\n"
                 "A target apart from the source was expected.\nChoose another target."
