@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from smolconv import __version__
+from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
@@ -102,6 +103,12 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         return (*self.prepared.warnings, *self.output.warnings)
 
+    @property
+    def account(self) -> Account:
+        """What is carried, and what is left out."""
+        options = self.options
+        return account(self.source, self.prepared, self.files.keys(), step=options.step, optimizer=options.optimizer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
@@ -135,6 +142,7 @@ def peak_rss_bytes() -> int:
 
 def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as plain JSON types; ``--dry-run`` prints it."""
+    found = plan.account
     return {
         "schema": 1,
         "source": {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
@@ -144,6 +152,8 @@ def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "plan_digest": plan.digest,
+        "carried": list(found.carried),
+        "left_out": list(found.left_out),
         "warnings": list(plan.warnings),
     }
 
