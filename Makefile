@@ -8,7 +8,7 @@ V4 := .venv-transformers4
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format bench clean
+.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
 	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
+	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
@@ -72,6 +73,9 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+figures: $(VENV)/installed
+	$(BIN)/python benchmarks/figures.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py
