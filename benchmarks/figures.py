@@ -98,9 +98,7 @@ TOPICS = (
     Topic(
         what="a Hub that lies, fails, is busy, drops the line, or lists what is not so",
         then="other bytes are refused; an outage is exit 4; a dropped download goes on",
-        tests={
-            "test_hub.py": "refus|outage|dropped|busy|hour|cache|list|none_is|circles|no_server|cannot|ranges"
-        },
+        tests={"test_hub.py": "refus|outage|dropped|busy|hour|cache|list|none_is|circles|no_server|cannot|ranges"},
     ),
 )
 

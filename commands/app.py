@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,18 @@ Architecture = Annotated[
         metavar="NAME", rich_help_panel="Source", help="What a nanotron config is read as: smollm3, or qwen2."
     ),
 ]
+
+_LAYOUT_HELP = "hf, nanotron or deepspeed. Default: detected."
+
+
+def _from(option: str, of: str) -> Any:
+    return typer.Option(option, metavar="LAYOUT", rich_help_panel="Source", help=f"Layout of {of}: {_LAYOUT_HELP}")
+
+
+_Layout = Literal["hf", "huggingface", "nanotron", "deepspeed", "ds"] | None
+SourceLayout = Annotated[_Layout, _from("--from", "SRC")]
+LayoutA = Annotated[_Layout, _from("--from", "A")]
+LayoutB = Annotated[_Layout, _from("--from-b", "B")]
 
 
 def _version(value: bool) -> None:

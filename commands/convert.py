@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import Architecture, app
+from smolconv.commands.app import Architecture, SourceLayout, app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +71,7 @@ def convert(
         int | None,
         typer.Option(min=0, metavar="N", rich_help_panel=_SOURCE, help="Step of a run folder. Default: the latest."),
     ] = None,
+    source_layout: SourceLayout = None,
     architecture: Architecture = None,
     base: Annotated[
         Path | None,
@@ -193,7 +194,7 @@ def convert(
         cast_from=cast_from, optimizer=optimizer,
         max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
         rope_scaling=rope_scaling, config=config, step=step, architecture=architecture,
-        nanotron_config=nanotron_config, digest=digest,
+        source_layout=source_layout, nanotron_config=nanotron_config, digest=digest,
         world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size, base=base,
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
@@ -203,6 +204,7 @@ def convert(
         require_torch()
     started = time.perf_counter()
     plan = plan_conversion(source, target, options, headers_only=dry_run)
+    _say_before(plan, resume=resume)
     if dry_run:
         if as_json:
             cost = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
@@ -246,6 +248,24 @@ def _say_account(document: Mapping[str, Any]) -> None:
         console.say(f"{title.replace('_', ' ')}: {', '.join(document[title]) or 'nothing'}")
 
 
+def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
+    """What a user may want to stop for: work that would be done again, and bytes that nobody asked for."""
+    from smolconv.layouts.huggingface.listing import SIDECAR
+    from smolconv.storage.atomic import files_kept
+
+    if not resume and (kept := files_kept(plan.target, plan.digest)):
+        console.say(
+            f"{plan.target}.partial: an earlier attempt at this conversion has finished "
+            f"{kept} file{'s' if kept > 1 else ''}; --resume goes on from there, without it all is written anew."
+        )
+    sidecar = sum(file.size for file in plan.output.files if file.tensors and file.path.parts[0] == SIDECAR)
+    if plan.prepared.has_optimizer and sidecar and plan.options.optimizer is None:
+        console.say(
+            f"{console.size(sidecar)} of {console.size(plan.bytes_written)} are Adam's state, in {SIDECAR}/: "
+            "only training needs it, and --no-optimizer leaves it out."
+        )
+
+
 def _checked_line(check: Mapping[str, Any]) -> str:
     """What is known of the source's bytes."""
     checked, unchecked, bare = check["checked"], len(check["unchecked"]), len(check["without_digest"])
@@ -261,7 +281,9 @@ def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
-    read = ReadOptions(config=options.config, step=options.step, architecture=options.architecture)
+    read = ReadOptions(
+        config=options.config, step=options.step, architecture=options.architecture, layout=options.source_layout
+    )  # fmt: skip
     source = AsStored(folder=plan.source.root, options=read)
     return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
 

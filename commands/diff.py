@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import Architecture, app
+from smolconv.commands.app import Architecture, LayoutA, LayoutB, app
 
 _EPILOG = """
 **Examples**
@@ -22,6 +22,8 @@ _EPILOG = """
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder, or hf://owner/name[/subfolder][@revision].")],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare it with, in any layout.")],
+    layout_a: LayoutA = None,
+    layout_b: LayoutB = None,
     architecture: Architecture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -34,8 +36,13 @@ def diff(
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
-    read = ReadOptions(architecture=architecture, check_sidecar=False)
-    left, right = (read_checkpoint(open_source(uri, headers_only=True), read) for uri in (a, b))
+    left, right = (
+        read_checkpoint(
+            open_source(uri, headers_only=True, layout=layout),
+            ReadOptions(layout=layout, architecture=architecture, check_sidecar=False),
+        )
+        for uri, layout in ((a, layout_a), (b, layout_b))
+    )
     document = diff_checkpoints(left, right)
     if as_json:
         console.print_json(document)

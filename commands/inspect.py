@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import Architecture, app
+from smolconv.commands.app import Architecture, SourceLayout, app
 from smolconv.errors import some_of
 
 _EPILOG = """
@@ -30,6 +30,7 @@ def inspect(
         bool, typer.Option("--check", help="Re-read all bytes and compare every digest recorded for them.")
     ] = False,
     config: Annotated[Path | None, typer.Option(help="Config to read instead of the source's own.")] = None,
+    source_layout: SourceLayout = None,
     architecture: Architecture = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
@@ -40,8 +41,10 @@ def inspect(
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
-    folder = open_source(source, headers_only=not check, step=step)
-    read = ReadOptions(config=config, step=step, architecture=architecture, check_sidecar=check)
+    folder = open_source(source, headers_only=not check, step=step, layout=source_layout, config=config)
+    read = ReadOptions(
+        config=config, step=step, layout=source_layout, architecture=architecture, check_sidecar=check
+    )  # fmt: skip
     checkpoint = read_checkpoint(folder, read)
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:

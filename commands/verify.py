@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from smolconv.commands import console
-from smolconv.commands.app import Architecture, app
+from smolconv.commands.app import Architecture, LayoutA, LayoutB, app
 
 if TYPE_CHECKING:
     from smolconv.verify.compare import VerifyReport
@@ -33,6 +33,8 @@ def verify(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare masters, moments, steps and groups.")] = False,
     config: Annotated[Path | None, typer.Option(metavar="PATH", help="Config of A instead of its own.")] = None,
     config_b: Annotated[Path | None, typer.Option(metavar="PATH", help="Config of B instead of its own.")] = None,
+    layout_a: LayoutA = None,
+    layout_b: LayoutB = None,
     architecture: Architecture = None,
     text: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Text to run both models on; needs a tokenizer beside A or B.")
@@ -85,12 +87,15 @@ def verify(
         require_torch()
     at_a, at_b = (
         AsStored(
-            folder=open_source(uri),
+            folder=open_source(uri, layout=layout, config=override),
             options=ReadOptions(
-                config=override, architecture=architecture, optimizer=optimizer or engine == "deepspeed"
+                config=override,
+                layout=layout,
+                architecture=architecture,
+                optimizer=optimizer or engine == "deepspeed",
             ),
         )
-        for uri, override in ((a, config), (b, config_b))
+        for uri, override, layout in ((a, config, layout_a), (b, config_b, layout_b))
     )
     left, right = (read_checkpoint(side.folder, side.options) for side in (at_a, at_b))
     options = VerifyOptions(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,11 @@ from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
+from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.layouts.layout import Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.listing import ASSET_NAMES
-from smolconv.layouts.registry import BY_WORD, LAYOUTS, read_checkpoint
+from smolconv.layouts.registry import LAYOUTS, is_checkpoint, layout_named, read_checkpoint
 from smolconv.processes import usable_cores
 from smolconv.replacing import lost_with
 from smolconv.storage.atomic import OutputFolder, refuse_existing, refuse_nested, require_space
@@ -67,6 +69,7 @@ class ConvertOptions:
     config: Path | None = None
     step: int | None = None
     architecture: str | None = None
+    source_layout: str | None = None
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
@@ -167,13 +170,18 @@ def plan_conversion(
     ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
     _checked(options)
+    _refuse_swapped(source, target)
     with_optimizer = options.optimizer is not False
-    folder = open_source(source, headers_only=headers_only, optimizer=with_optimizer, step=options.step)
+    folder = open_source(
+        source, headers_only=headers_only, optimizer=with_optimizer, step=options.step, layout=options.source_layout,
+        config=options.config,
+    )  # fmt: skip
     refuse_nested(folder, target)
     checkpoint = read_checkpoint(
         folder,
         ReadOptions(
             config=options.config,
+            layout=options.source_layout,
             step=options.step,
             architecture=options.architecture,
             rope_as_configured=options.rope_scaling == "as-configured",
@@ -183,6 +191,24 @@ def plan_conversion(
         ),
     )
     return plan_from_checkpoint(checkpoint, str(source), target, options)
+
+
+def _refuse_swapped(source: str | Path, target: Path) -> None:
+    """Raise ``UsageError`` where source and target changed places, or the target is on the Hub."""
+    uri = re.sub("^hf:/+", "hf://", str(target))  # a path has one slash less
+    folder, on_hub = Path(source), is_hub_uri(uri)
+    nothing = not is_hub_uri(str(source)) and not (any(folder.iterdir()) if folder.is_dir() else folder.exists())
+    if nothing and (on_hub or is_checkpoint(target)):
+        raise UsageError(
+            f"{source} holds nothing to convert, and {uri} is a checkpoint already.\n"
+            "The source was expected first, then the folder to make.\n"
+            f"Did you mean smolconv convert {uri} {source}?"
+        )
+    if on_hub:
+        raise UsageError(
+            f"{uri} is on the Hub, and the target is a folder on this machine.\n"
+            "A folder to make was expected there.\nName one, and add --to hf --push owner/name to upload it."
+        )
 
 
 def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> ConversionPlan:
@@ -215,9 +241,7 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
 
 def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
     """The target's layout, and its own options. Raises ``UsageError``."""
-    layout = BY_WORD.get(options.to)
-    if layout is None:
-        raise UsageError(f"--to {options.to}: expected one of {', '.join(known.words[0] for known in LAYOUTS)}.")
+    layout = layout_named(options.to, "--to")
     own = {field.name for field in fields(layout.options)}
     for name in sorted({field.name for known in LAYOUTS for field in fields(known.options)} - own):
         # What always has a value says nothing of what was asked for. 0 is a ZeRO stage, and equals False.

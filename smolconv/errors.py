@@ -52,6 +52,10 @@ class CorruptFile(BadCheckpoint):
     """A file is there, but its bytes are not what its format demands."""
 
 
+class LfsPointer(CorruptFile):
+    """Git LFS left a pointer in a file's place."""
+
+
 class UnsafePickle(BadCheckpoint):
     """A pickle asks for something outside the allow-list. It was not executed."""
 

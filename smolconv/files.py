@@ -16,12 +16,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolconv.errors import CorruptFile, MachineError, MissingFile, SmolconvError, SourceChanged
+from smolconv.errors import CorruptFile, LfsPointer, MachineError, MissingFile, SmolconvError, SourceChanged
 
 #: A document that people or programs wrote about tensors: configs, sidecars, recipes. Indexes may have more.
 MOST_DOCUMENT_BYTES = 1 << 24
 #: A file whose text is the name of another, or one number.
 MOST_NAME_BYTES = 4096
+#: How what Git LFS leaves in a file's place begins, and the bytes that it stays below: git-lfs/docs/spec.md.
+_LFS_POINTER, _LFS_POINTER_BYTES = b"version https://git-lfs", 1024
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
@@ -78,7 +80,7 @@ def noting_files() -> Iterator[dict[Path, FileState]]:
 def open_file(path: Path, *, noted: bool = True) -> int:
     """A descriptor to read a regular file by; the file is noted as it is now, unless it was opened before.
 
-    Raises ``MissingFile``, ``CorruptFile`` for what is no file, and ``MachineError``.
+    Raises ``MissingFile``, ``CorruptFile`` for what is no file or a pointer of Git LFS, and ``MachineError``.
     """
     with reading(path):
         _require_regular(path, os.stat(path))  # before it is opened: to open a device may already do something
@@ -86,6 +88,7 @@ def open_file(path: Path, *, noted: bool = True) -> int:
         try:
             now = os.fstat(descriptor)
             _require_regular(path, now)
+            _refuse_lfs_pointer(path, descriptor, now.st_size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -93,6 +96,26 @@ def open_file(path: Path, *, noted: bool = True) -> int:
     if noted and notes is not None and path not in notes:
         notes[path] = FileState.of(now)
     return descriptor
+
+
+def _refuse_lfs_pointer(path: Path, descriptor: int, size: int) -> None:
+    if size < _LFS_POINTER_BYTES and os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        raise LfsPointer(
+            f"{path} is a pointer left by Git LFS, not the file itself.\n"
+            f"Its content was expected; the pointer has {size} bytes.\n"
+            "Run git lfs install and git lfs pull in the clone, or download the repository with hf download."
+        )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS left a pointer there in the file's place; False also for what cannot be opened."""
+    try:
+        os.close(open_file(path, noted=False))
+    except LfsPointer:
+        return True
+    except SmolconvError:
+        return False
+    return False
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:
@@ -131,6 +154,9 @@ def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
         shown = f"{path}" if len(f"{path}") <= MOST_NAME_BYTES else f"{path!s:.200}..."
         dangling = error.errno == errno.ENOENT and os.path.islink(shown)
         nowhere = "is a link to nothing" if dangling else _NOWHERE[error.errno]
+        if dangling and "blobs" in os.readlink(shown):
+            advice = "A file was expected: the Hub's cache links to its folder blobs, which is not there.\n"
+            advice += "Download the checkpoint again, or copy it with its files from where they are: cp -rL"
         advice = advice or "A file was expected there.\nCheck the path, or copy the file from where it was written."
         return MissingFile(f"{shown} {nowhere}.\n{advice}")
     return MachineError(

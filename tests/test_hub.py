@@ -31,6 +31,7 @@ from smolconv.errors import (
     MissingShard,
     NotInstalled,
     SmolconvError,
+    UnknownLayout,
     UsageError,
 )
 from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
@@ -391,8 +392,12 @@ def test_a_run_is_what_its_reader_opens(hub: FakeHub, client: Client, repo: str)
     hub.commit(repo, {**tag, **documents, "step-2/other": b""}, branch="deepspeed")
     assert contents(client.fetch(f"hf://{repo}@deepspeed")) == {**tag, **documents}
     model = {"config.json": b'{"c": 3}', "model.safetensors": safetensors(700), "latest": b"step-1"}
-    hub.commit(repo, {**tag, **model}, branch="both")  # as on disk, weights come first
-    assert contents(client.fetch(f"hf://{repo}@both")) == model
+    hub.commit(repo, {**tag, **model}, branch="both")  # as on disk, what comes with training state is taken
+    run = {name: content for name, content in model.items() if name != "model.safetensors"}
+    assert contents(client.fetch(f"hf://{repo}@both")) == {**tag, **run}
+    hub.commit(repo, model, branch="pushed-by-a-trainer")  # a latest without the folder that it names
+    weights = {name: content for name, content in model.items() if name != "latest"}
+    assert contents(client.fetch(f"hf://{repo}@pushed-by-a-trainer")) == weights
 
 
 def test_a_nanotron_step_is_taken_whole(hub: FakeHub, client: Client, repo: str) -> None:
@@ -449,8 +454,21 @@ def test_a_repository_of_branches_says_which(hub: FakeHub, client: Client, repo:
 
 def test_a_model_in_another_form_says_what_was_found(hub: FakeHub, client: Client, repo: str) -> None:
     hub.commit(repo, {"config.json": b"{}", "model-Q4.gguf": b"gguf"})
-    with pytest.raises(MissingFile, match=r"found: model-Q4\.gguf"):
+    with pytest.raises(UnknownLayout, match=r"holds a GGUF file: model-Q4\.gguf"):
         client.fetch(f"hf://{repo}")
+    hub.commit(repo, {"config.json": b"{}", "model.onnx": b"onnx"}, branch="onnx")
+    with pytest.raises(MissingFile, match=r"found: model\.onnx"):
+        client.fetch(f"hf://{repo}@onnx")
+    hub.commit(repo, {"adapter_config.json": b'{"base_model_name_or_path": "o/m"}'}, branch="adapter")
+    with pytest.raises(UnknownLayout, match=r"holds a PEFT adapter(.|\n)*those of 'o/m'"):
+        client.fetch(f"hf://{repo}@adapter")
+
+
+def test_a_run_of_ours_on_the_hub_is_its_folder_of_checkpoints(hub: FakeHub, client: Client, repo: str) -> None:
+    tag = {f"run/checkpoints/step-1/{path}": content for path, content in DEEPSPEED_TAG.items()}
+    hub.commit(repo, {**tag, "run/checkpoints/latest": b"step-1", "run/recipe.resolved.yaml": b"a: 1"})
+    folder = client.fetch(f"hf://{repo}/run")
+    assert contents(folder.parent.parent) == {**tag, "run/checkpoints/latest": b"step-1"}
 
 
 def test_a_second_fetch_reads_no_file_again(hub: FakeHub, client: Client, repo: str) -> None:

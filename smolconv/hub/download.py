@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from threading import Thread
 
-from smolconv.errors import MachineError, MissingFile, MissingShard, some_of
+from smolconv.errors import BadCheckpoint, MachineError, MissingFile, UnknownLayout, some_of
 from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
 from smolconv.hub.commit import HubPath, open_commit
 from smolconv.hub.digests import check_cached
@@ -18,14 +19,15 @@ from smolconv.hub.errors import branches, client_errors
 from smolconv.hub.headers import StandIns, headers_root
 from smolconv.layouts.huggingface.listing import SIDECAR
 from smolconv.layouts.listing import P, files_below
-from smolconv.layouts.registry import LAYOUTS, layout_of, signs
+from smolconv.layouts.registry import LAYOUTS, layout_of, signs, source_folder, why_unknown
 
 DOWNLOAD_THREADS = 8
 
 
 def open_source(
-    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None
-) -> Path:
+    uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None,
+    layout: str | None = None, config: Path | None = None,
+) -> Path:  # fmt: skip
     """The local folder of a checkpoint: ``uri`` itself, or what a conversion needs of it, downloaded from the Hub.
 
     That folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
@@ -35,25 +37,26 @@ def open_source(
     other files linked beside it. ``.bin`` and ``.pt`` files are still downloaded whole: they are zip archives, whose
     directory stands at the end and whose tensor names stand in a pickle, so their first bytes say nothing.
 
-    Without ``optimizer``, Adam's tensors stay on the Hub where they lie apart; ``step`` chooses a step of a run. With
-    ``HF_HUB_OFFLINE`` set, the cache alone is used.
+    Without ``optimizer``, Adam's tensors stay on the Hub where they lie apart; ``step`` chooses a step of a run,
+    ``layout`` one of several layouts, and ``config`` supplies a config that lacks. With ``HF_HUB_OFFLINE`` set, the
+    cache alone is used.
 
     Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
     """
     if not is_hub_uri(str(uri)):
-        return Path(uri)
+        return source_folder(Path(uri))
+    wanted = _Wanted(optimizer=optimizer, step=step, layout=layout, with_config=config is not None)
     source = parse_hub_uri(str(uri))
     with client_errors(str(source)):
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
-            return _find_in_cache(source, headers_only=headers_only, optimizer=optimizer, step=step)
+            return _find_in_cache(source, wanted, headers_only=headers_only)
         commit = open_commit(source)
-        folder = HubPath(commit=commit, path=source.subfolder)
-        layout = layout_of(folder)
-        if layout is None:
+        folder = source_folder(HubPath(commit=commit, path=source.subfolder))
+        needed = wanted.files(folder)
+        if needed is None:
             raise _no_checkpoint(folder, commit.tree(""), lambda: branches(source.repo))
-        needed = layout.listing.needed_files(folder, step=step, optimizer=optimizer)
         paths = sorted({file.path for file in needed})
         # Every layout has a small file that names it, so this never downloads tensors.
         small = min(paths, key=lambda path: path.endswith(".safetensors"))
@@ -67,10 +70,27 @@ def open_source(
             root = snapshot
             _run_on_threads(commit.download, paths)
         commit.remember_revision(small)
-    return root / source.subfolder
+    return root / folder.path
 
 
-def _find_in_cache(source: HubSource, *, headers_only: bool, optimizer: bool, step: int | None) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What of a folder is needed."""
+
+    optimizer: bool
+    step: int | None
+    layout: str | None
+    with_config: bool  #: the folder need not have it
+
+    def files(self, folder: P) -> list[P] | None:
+        """The files to read; None for no checkpoint. Raises as ``Listing.needed_files`` and ``layout_of`` do."""
+        layout = layout_of(folder, self.layout, with_config=self.with_config) if folder.is_dir() else None
+        if layout is None:
+            return None
+        return layout.listing.needed_files(folder, step=self.step, optimizer=self.optimizer)
+
+
+def _find_in_cache(source: HubSource, wanted: _Wanted, *, headers_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -86,15 +106,15 @@ def _find_in_cache(source: HubSource, *, headers_only: bool, optimizer: bool, st
             "Unset HF_HUB_OFFLINE and run again with a network."
         ) from error
 
-    def needed_in(root: Path) -> list[Path]:
-        folder = root / source.subfolder
-        layout = layout_of(folder) if folder.is_dir() else None
+    def needed_in(root: Path) -> tuple[Path, list[Path]]:
+        folder = source_folder(root / source.subfolder)
         try:
-            if layout is None:
+            needed = wanted.files(folder)
+            if needed is None:
                 there = (path.relative_to(root).as_posix() for path in files_below(root))
                 raise _no_checkpoint(folder, there, list)
-            return layout.listing.needed_files(folder, step=step, optimizer=optimizer)
-        except (MissingFile, MissingShard) as error:
+            return folder, needed
+        except (MissingFile, UnknownLayout) as error:
             # Whether the repository lacks it too cannot be known offline, so it is the machine that falls short.
             raise MachineError(
                 f"{source}, as far as it is in the cache: {str(error).rpartition(chr(10))[0] or error}\n"
@@ -102,23 +122,21 @@ def _find_in_cache(source: HubSource, *, headers_only: bool, optimizer: bool, st
             ) from error
 
     try:
-        needed = needed_in(snapshot)
+        folder, needed = needed_in(snapshot)
     except MachineError:
         stand_ins = headers_root(source.repo, snapshot.name)
         if not headers_only or not stand_ins.is_dir():
             raise
-        needed_in(stand_ins)
-        return stand_ins / source.subfolder
+        return needed_in(stand_ins)[0]
     for path in [] if headers_only else needed:
         check_cached(path, source.inside(path.relative_to(snapshot).as_posix()))
-    return snapshot / source.subfolder
+    return folder
 
 
-def _no_checkpoint(folder: P, repository: Iterable[str], names_of_branches: Callable[[], list[str]]) -> MissingFile:
+def _no_checkpoint(folder: P, repository: Iterable[str], names_of_branches: Callable[[], list[str]]) -> BadCheckpoint:
     """The error for a folder of no layout, by all files of the repository."""
-    for layout in LAYOUTS:
-        if (error := layout.lacking(folder)) is not None:
-            return error
+    if (reason := why_unknown(folder)) is not None:
+        return reason
     marks = [mark for layout in LAYOUTS for mark in layout.listing.MARKS]
     marked = [path for path in map(PurePosixPath, repository) if any(fnmatchcase(path.name, mark) for mark in marks)]
     candidates = sorted({str(path.parent) for path in marked if SIDECAR not in path.parts} - {"."})

@@ -34,6 +34,7 @@ class ReadOptions:
     """What a user may say about a source beside its path."""
 
     config: Path | None = None  #: a config to use instead of the folder's own
+    layout: str | None = None  #: what ``--from`` says it is, where a folder holds several; by default it is detected
     step: int | None = None  #: which step of a run folder; the latest by default
     architecture: str | None = None  #: which family, where a nanotron config could be of several
     rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
@@ -79,6 +80,8 @@ class Layout:
     prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
     #: Why Adam's state of a checkpoint has no place in it, or None.
     without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    #: Whether a folder is one of its own once ``ReadOptions.config`` supplies the config that it lacks.
+    detect_with_config: Callable[[AnyPath], bool] = lambda folder: False
     #: Why a folder that looks like one of its own cannot be read.
     lacking: Callable[[AnyPath], MissingFile | None] = lambda folder: None
     #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.

@@ -81,6 +81,10 @@ class Listing(Protocol):
 
     def detect(self, folder: AnyPath) -> bool: ...
 
+    def holds_training(self, folder: AnyPath) -> bool:
+        """Whether it has more than weights, as Adam's state and the step: of two layouts, that is read which has."""
+        ...
+
     def needed_files(self, folder: P, *, step: int | None, optimizer: bool) -> list[P]:
         """The files that reading the checkpoint in ``folder`` opens; all are there.
 

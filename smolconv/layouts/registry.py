@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import stat
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import BadCheckpoint, UnknownLayout, UnsupportedModel, UsageError
+from smolconv.errors import BadCheckpoint, SmolconvError, UnknownLayout, UnsupportedModel, UsageError, some_of
 from smolconv.files import noting_files, unreadable
 from smolconv.layouts.deepspeed.layout import DEEPSPEED
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
+from smolconv.layouts.huggingface.listing import ADAPTER
 from smolconv.layouts.layout import Layout, ReadOptions
-from smolconv.layouts.listing import AnyPath
+from smolconv.layouts.listing import AnyPath, P
 from smolconv.layouts.nanotron.layout import NANOTRON
+from smolconv.layouts.unknown import RUN_CHECKPOINTS, RUN_RECIPE, what_is_there
 from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files
@@ -23,10 +26,26 @@ from smolconv.tensors.reading import close_thread_files
 LAYOUTS: tuple[Layout, ...] = (HUGGINGFACE, NANOTRON, DEEPSPEED)
 #: By what ``--to`` calls them.
 BY_WORD = {word: layout for layout in LAYOUTS for word in layout.words}
+#: Of a folder that is no checkpoint, so many entries are looked at for one.
+MOST_CHILDREN = 200
 
 
-def detect_layout(folder: Path) -> Layout:
-    """Raise ``UnknownLayout`` with what was looked for, ``MissingFile`` when nothing is there."""
+def layout_named(word: str, option: str) -> Layout:
+    """The layout of a word that people gave for an option. Raises ``UsageError``."""
+    if word not in BY_WORD:
+        raise UsageError(f"{option} {word}: expected one of {', '.join(known.words[0] for known in LAYOUTS)}.")
+    return BY_WORD[word]
+
+
+def source_folder(folder: P) -> P:
+    """Where the checkpoints lie: of a run of ``smolconv continue-train`` its folder of them, else the folder itself."""
+    inside = folder / RUN_CHECKPOINTS
+    is_run = (folder / RUN_RECIPE).is_file() and inside.is_dir() and layout_of(inside) is not None
+    return inside if is_run else folder
+
+
+def detect_layout(folder: Path, options: ReadOptions = ReadOptions()) -> Layout:  # noqa: B008
+    """Raise ``UnknownLayout`` with what is there, ``MissingFile`` when nothing is."""
     try:
         found = folder.stat()
     except OSError as error:
@@ -35,14 +54,54 @@ def detect_layout(folder: Path) -> Layout:
         raise UnknownLayout(f"{folder} is a file; a checkpoint is a folder.\n{_hint(folder)}")
     if (folder / INCOMPLETE).exists():
         raise BadCheckpoint(f"{folder} was being published when smolconv was interrupted. Convert it again.")
-    if layout := layout_of(folder):
+    if layout := layout_of(folder, options.layout, with_config=options.config is not None):
         return layout
+    if (reason := why_unknown(folder)) is not None:
+        raise reason
+    if inside := [path.name for path in sorted(folder.iterdir())[:MOST_CHILDREN] if is_checkpoint(path)]:
+        raise UnknownLayout(
+            f"{folder} is no checkpoint, but folders in it are: {some_of(inside, 8, more=True)}.\n"
+            f"Expected the folder of one.\nName it, as {folder / inside[0]}"
+        )
     raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs(', nor ')} is there.")
 
 
-def layout_of(folder: AnyPath) -> Layout | None:
-    """The layout of a folder on disk or on the Hub, by its names alone; None for no checkpoint."""
-    return next((layout for layout in LAYOUTS if layout.listing.detect(folder)), None)
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint of any layout is there, by its names."""
+    with suppress(SmolconvError, OSError):
+        return path.is_dir() and layout_of(source_folder(path)) is not None
+    return False
+
+
+def why_unknown(folder: AnyPath) -> BadCheckpoint | None:
+    """The error for a folder of no layout that says what is there instead, or what lacks; None where no name tells."""
+    return what_is_there(folder) or next(
+        (error for layout in LAYOUTS if (error := layout.lacking(folder)) is not None), None
+    )
+
+
+def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = False) -> Layout | None:
+    """The layout of a folder on disk or on the Hub, by its names alone; None for no checkpoint.
+
+    Of several that with training state, if only one has it. ``word`` is what ``--from`` says: then it is that layout,
+    or ``UsageError``. ``with_config``: a config is supplied, so that the folder need not have it.
+    """
+
+    def fits(layout: Layout) -> bool:
+        return layout.listing.detect(folder) or (with_config and layout.detect_with_config(folder))
+
+    if word is not None:
+        asked = layout_named(word, "--from")
+        if not fits(asked):
+            raise UsageError(
+                f"--from {word}: {folder} holds no {asked.title} checkpoint.\n"
+                f"Expected {asked.signs}.\nLeave --from out, and the layout is detected."
+            )
+        return asked
+    first = next(filter(fits, LAYOUTS), None)
+    if first is None or first.listing.holds_training(folder):
+        return first
+    return next((layout for layout in LAYOUTS if layout is not first and layout.listing.holds_training(folder)), first)
 
 
 def signs(between: str) -> str:
@@ -75,12 +134,33 @@ def _read(folder: Path, options: ReadOptions) -> Checkpoint:
 
 
 def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
-    layout = detect_layout(folder)
+    folder = source_folder(folder)
+    layout = detect_layout(folder, options)
     if options.base is not None and not layout.takes_base:
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout.name}.")
     of_base = ReadOptions(optimizer=False, architecture=options.architecture)
     base = None if options.base is None else read_checkpoint(options.base, of_base)
+    first = next((known for known in LAYOUTS if known.listing.detect(folder)), layout)
+    other = first if options.layout is None and first is not layout else None
     try:
-        return layout.read(folder, options, base)
+        checkpoint = layout.read(folder, options, base)
+    except BadCheckpoint as error:
+        if other is not None:
+            error.args = (f"{error}\n--from {other.words[0]} reads the {other.title} files in the same folder.",)
+        raise
     finally:
         close_thread_files()  # reading a layout may open them; a file that is replaced later must be opened anew
+    return replace(checkpoint, warnings=(*_not_read(folder, layout, other), *checkpoint.warnings))
+
+
+def _not_read(folder: Path, layout: Layout, other: Layout | None) -> list[str]:
+    """What is said of checkpoints that lie in the same folder."""
+    said = []
+    if other is not None:
+        said.append(
+            f"the folder holds {other.title} files, too: those of {layout.title} are read, which come with training "
+            f"state. --from {other.words[0]} reads the others."
+        )
+    if (folder / ADAPTER).is_file():
+        said.append("a PEFT adapter lies beside the model and is not read: to have it, merge it (merge_and_unload).")
+    return said

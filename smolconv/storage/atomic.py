@@ -146,13 +146,7 @@ class OutputFolder:
 
         Raises ``UsageError`` when another plan began it.
         """
-        records, whole_bytes = [], 0
-        for line in journal.read_bytes().splitlines(keepends=True):
-            record = _record(line)
-            if record is None:
-                break  # the kill came in the middle of this line; what it spoke of is done again
-            records.append(record)
-            whole_bytes += len(line)
+        records, whole_bytes = _whole_records(journal)
         if not records:
             return False
         if records[0].get("plan_digest") != self.plan_digest:
@@ -275,6 +269,27 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
         sync_file(copy)
     os.unlink(target / INCOMPLETE)
     shutil.rmtree(partial)
+
+
+def files_kept(target: Path, plan_digest: str) -> int:
+    """How many files of this very plan an interrupted attempt has finished, which ``resume`` would go on from."""
+    try:
+        records, _ = _whole_records(target.with_name(target.name + ".partial") / JOURNAL)
+    except OSError:
+        return 0
+    return len(records) - 1 if records and records[0].get("plan_digest") == plan_digest else 0
+
+
+def _whole_records(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """The journal's records, and how many bytes they take: a kill may have come in the middle of the last line."""
+    records, whole_bytes = list[dict[str, Any]](), 0
+    for line in journal.read_bytes().splitlines(keepends=True):
+        record = _record(line)
+        if record is None:
+            break  # what it spoke of is done again
+        records.append(record)
+        whole_bytes += len(line)
+    return records, whole_bytes
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -21,11 +21,12 @@ MARKS: tuple[str, ...] = (LATEST, LATEST_UNIVERSAL, "*_model_states.pt")
 
 def detect(folder: AnyPath) -> bool:
     """Whether ``folder`` is a DeepSpeed run folder or one of its tag folders."""
-    return (
-        any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL))
-        or _is_tag_folder(folder)
-        or any(True for _ in _tags(folder))
-    )
+    return any((folder / name).is_file() for name in (LATEST, LATEST_UNIVERSAL)) or holds_training(folder)
+
+
+def holds_training(folder: AnyPath) -> bool:
+    """``Listing.holds_training``. A ``latest`` alone is none: Trainers upload it without the tag that it names."""
+    return _is_tag_folder(folder) or any(True for _ in _tags(folder))
 
 
 def _is_tag_folder(folder: AnyPath) -> bool:

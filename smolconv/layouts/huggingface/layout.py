@@ -27,6 +27,7 @@ HUGGINGFACE = Layout(
     title="Hugging Face",
     signs="config.json beside weights",
     listing=listing,
+    detect_with_config=listing.has_weights,
     lacking=listing.lacking,
     read=lambda folder, options, base: read_huggingface(folder, options),
     own_files=_own_files,

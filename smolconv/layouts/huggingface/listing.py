@@ -13,8 +13,8 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 #: Where our writer puts Adam's state and the documents of the layout that the checkpoint came from.
 SIDECAR = "smolconv_state"
-#: A DeepSpeed run beside the weights: the reader says that it is there.
-OTHER_RUN = "latest"
+#: Lies in a folder with an adapter of PEFT, which changes the weights and is not read.
+ADAPTER = "adapter_config.json"
 #: Names that show where a checkpoint lies.
 MARKS: tuple[str, ...] = (CONFIG,)
 
@@ -30,19 +30,27 @@ def index_of(weights: str) -> str:
 
 def detect(folder: AnyPath) -> bool:
     """Whether ``folder`` holds an HF config beside weights."""
-    if not there(folder / CONFIG):
-        return False
+    return there(folder / CONFIG) and has_weights(folder)
+
+
+def has_weights(folder: AnyPath) -> bool:
+    """Whether it holds weights of Transformers' names, whatever config they are of."""
     return any(there(folder / name) for single in WEIGHTS for name in (single, index_of(single))) or any(
         fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
     )
+
+
+def holds_training(folder: AnyPath) -> bool:
+    """``Listing.holds_training``: Adam's tensors have no place but the sidecar, which may hold documents alone."""
+    return any(path.name.endswith(".safetensors") for path in files_below(folder / SIDECAR))
 
 
 def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
     """``Listing.needed_files``. A folder is one step, so ``step`` chooses nothing."""
     adam = (".safetensors", index_of(".safetensors"))
     sidecar = [path for path in files_below(folder / SIDECAR) if optimizer or not path.name.endswith(adam)]
-    other_run = folder / OTHER_RUN
-    return [*companions(folder), *_weights(folder), *sidecar, *([other_run] if other_run.is_file() else [])]
+    adapter = folder / ADAPTER  # to say that it is there
+    return [*companions(folder), *_weights(folder), *sidecar, *([adapter] if adapter.is_file() else [])]
 
 
 def _weights(folder: P) -> list[P]:

@@ -52,11 +52,6 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     ignored = next((f"{name}.index.json" for name in WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
         warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
-    if (folder / "latest").is_file():
-        warnings = (
-            *warnings,
-            "a DeepSpeed checkpoint lies beside the weights: name its tag folder to read Adam's state.",
-        )
     assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
     return Checkpoint(
         layout="huggingface",
@@ -67,7 +62,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         progress=progress,
         assets=assets,
         source=replace(source, hf_config=config),
-        files=(folder / "config.json", *files, *assets.values()),
+        files=(*([own] if (own := folder / "config.json").is_file() else []), *files, *assets.values()),
         warnings=warnings,
         frozen=() if optimizer is None else tuple(name for name in parameters if name not in optimizer.steps),
     )

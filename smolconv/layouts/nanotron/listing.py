@@ -12,8 +12,9 @@ from smolconv.layouts.listing import AnyPath, P, companions, files_below, pointe
 
 MODEL_CONFIG = "model_config.json"
 LATEST = "latest.txt"
+METADATA = "checkpoint_metadata.json"
 #: Documents of a step.
-DOCUMENTS = (MODEL_CONFIG, "config.yaml", "checkpoint_metadata.json")
+DOCUMENTS = (MODEL_CONFIG, "config.yaml", METADATA)
 #: Folders of a step: weights, Adam's state, and what else training goes on from.
 WEIGHTS, STATE = "model", ("optimizer", "lr_scheduler", "random")
 #: Where our writer puts tokenizer and other documents, beside the step folder.
@@ -25,6 +26,12 @@ MARKS: tuple[str, ...] = (MODEL_CONFIG, LATEST)
 def detect(folder: AnyPath) -> bool:
     """Whether ``folder`` is a nanotron run folder or one of its step folders."""
     return _is_step_folder(folder) or (folder / LATEST).is_file() or any(map(_is_step_of_run, _children(folder)))
+
+
+def holds_training(folder: AnyPath) -> bool:
+    """``Listing.holds_training``."""
+    homes = (folder, *(child for child in _children(folder) if is_number(child.name)))
+    return any((home / WEIGHTS).is_dir() and (home / METADATA).is_file() for home in homes)
 
 
 def _is_step_folder(folder: AnyPath) -> bool:

@@ -20,14 +20,8 @@ MAX_PICKLE_BYTES = 1 << 26
 
 _COPY_AGAIN = "Copy the file again from where it was written, and compare the sizes."
 
-#: How a file begins that is no archive -> what it is, and what to do about it.
-_OTHER_BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
-    pickle.PROTO + b"\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.": (  # MAGIC_NUMBER in torch/serialization.py
-        "is in the form that torch.save wrote before version 1.6",
-        "Load it with torch.load(..., weights_only=True) and save it again with torch.save.",
-    ),
-    b"version https://git-lfs": ("is a pointer left by Git LFS, not the file itself", "Run git lfs pull."),
-}
+#: How a file begins that torch.save wrote before version 1.6: MAGIC_NUMBER in torch/serialization.py.
+_OLD_BEGINNING = pickle.PROTO + b"\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +180,11 @@ def _what_begins_with(beginning: bytes) -> tuple[str, str]:
             "is a tar file, perhaps in the form that torch.save wrote before version 0.1.10",
             "Load it with an old torch and save it again with a new one.",
         )
-    for start, (found, advice) in _OTHER_BEGINNINGS.items():
-        if beginning.startswith(start):
-            return found, advice
+    if beginning.startswith(_OLD_BEGINNING):
+        return (
+            "is in the form that torch.save wrote before version 1.6",
+            "Load it with torch.load(..., weights_only=True) and save it again with torch.save.",
+        )
     return f"begins with the bytes {beginning[:8].hex(' ')}", "Check that the path is right. " + _COPY_AGAIN
 
 
