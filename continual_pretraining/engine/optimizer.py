@@ -1,6 +1,6 @@
 """AdamW's parameter groups, and the update of a step.
 
-nanotron's rule: RMSNorm weights decay, which Hugging Face's Trainer leaves out, and the embedding unless it is excluded.
+nanotron's rule: RMSNorm weights decay (not so in Hugging Face's Trainer), and the embedding unless it is excluded.
 """
 
 from __future__ import annotations
