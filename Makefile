@@ -7,8 +7,10 @@ V4 := .venv-transformers4
 # Four of our test processes would otherwise start a BLAS thread per core each.
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
+FUZZ_MINUTES ?= 10
+FUZZ_SEED ?= 0
 
-.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format bench clean
+.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -17,7 +19,9 @@ help:
 	@echo "make test-slow           the tests that take minutes"
 	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
 	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
+	@echo "make fuzz                damaged inputs of every reader for FUZZ_MINUTES=10 from FUZZ_SEED=0; new failures go to fixtures/fuzz"
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
+	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
@@ -53,6 +57,9 @@ test-matrix: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
 
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzzing --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --processes $(TEST_PROCESSES)
+
 # In the environment that has torch for the GPU: PYTHON, not .venv; nothing is installed.
 gpu-check:
 	@env -u OMP_NUM_THREADS $(PYTHON) benchmarks/gpu_check.py
@@ -72,6 +79,9 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+figures: $(VENV)/installed
+	$(BIN)/python benchmarks/figures.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py

@@ -234,11 +234,18 @@ def convert(
         f"{result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
     )
     console.say(_checked_line(result.source_check))
+    _say_account(summary)
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
     console.line(str(target))
     if "pushed" in summary:
         console.line(summary["pushed"])
+
+
+def _say_account(document: Mapping[str, Any]) -> None:
+    """A line of what was carried, and one of what was not."""
+    for title in ("carried", "left_out"):
+        console.say(f"{title.replace('_', ' ')}: {', '.join(document[title]) or 'nothing'}")
 
 
 def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
@@ -297,4 +304,5 @@ def _show_plan(plan: ConversionPlan) -> None:
         f"{plan.source.layout} -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
         f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
     )
+    _say_account({"carried": plan.account.carried, "left_out": plan.account.left_out})
     console.warn(plan.warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -158,7 +159,7 @@ class Checkpoint:
     @property
     def revision(self) -> str | None:
         """The Hub commit that the folder is a snapshot of, where its path tells."""
-        parts = self.root.resolve().parts
+        parts = Path(os.path.realpath(self.root)).parts
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 

@@ -7,6 +7,7 @@ streams the tensors into ``DST.partial``, reopens what was written, and gives th
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import resource
@@ -19,6 +20,7 @@ from typing import Any
 import xxhash
 
 from smolconv import __version__
+from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
@@ -104,6 +106,12 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         return (*self.prepared.warnings, *self.output.warnings)
 
+    @property
+    def account(self) -> Account:
+        """What is carried, and what is left out."""
+        options = self.options
+        return account(self.source, self.prepared, self.files.keys(), step=options.step, optimizer=options.optimizer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
@@ -137,6 +145,7 @@ def peak_rss_bytes() -> int:
 
 def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as plain JSON types; ``--dry-run`` prints it."""
+    found = plan.account
     return {
         "schema": 1,
         "source": {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
@@ -146,6 +155,8 @@ def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "plan_digest": plan.digest,
+        "carried": list(found.carried),
+        "left_out": list(found.left_out),
         "warnings": list(plan.warnings),
     }
 
@@ -333,9 +344,9 @@ def _trim_vocabulary(checkpoint: Checkpoint, rows: int) -> Checkpoint:
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
-    folder, names = (path, ASSET_NAMES) if path.is_dir() else (path.parent, (path.name,))
+    folder, names = (path, ASSET_NAMES) if os.path.isdir(path) else (path.parent, (path.name,))
     skipped = ("README.md", "LICENSE", "generation_config.json")
-    found = {name: folder / name for name in names if name not in skipped and (folder / name).is_file()}
+    found = {name: folder / name for name in names if name not in skipped and os.path.isfile(folder / name)}
     if not any("tokenizer" in name for name in found):
         raise MissingFile(f"--tokenizer {path}: no tokenizer.json, tokenizer.model or tokenizer_config.json is there.")
     return found
@@ -432,9 +443,9 @@ def _unchecked(check: Mapping[str, Any]) -> list[str]:
 
 def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
     """Raise ``UsageError`` when what is read lies in the folder that would be replaced, by way of a link perhaps."""
-    target = plan.target.resolve()
+    target = Path(os.path.realpath(plan.target))
     for path in plan.files if target.is_dir() else ():
-        if target in path.resolve().parents:
+        if target in Path(os.path.realpath(path)).parents:
             raise UsageError(
                 f"{path} is read for this conversion, and lies in {plan.target}, which would be replaced.\n"
                 "A target apart from the source was expected.\nChoose another target."

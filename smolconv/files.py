@@ -175,18 +175,24 @@ def read_bytes(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, noted: bool
             data += more
             size = max(size, len(data))
     if size > most_bytes:
-        raise CorruptFile(
-            f"{path} has {size} bytes; at most {most_bytes} were expected of a file of its kind.\n"
-            "It is not what its name says: copy it again."
-        )
+        raise _too_large(path, size, most_bytes)
     return bytes(data)
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a regular file. Raises as ``open_file`` does; it is not noted."""
+def _too_large(path: Path, size: int, most_bytes: int) -> CorruptFile:
+    return CorruptFile(
+        f"{path} has {size} bytes; at most {most_bytes} were expected of a file of its kind.\n"
+        "It is not what its name says: copy it again."
+    )
+
+
+def file_size(path: Path, most_bytes: int | None = None) -> int:
+    """Bytes of a regular file, which is not noted. Raises as ``open_file``, and for more than ``most_bytes``."""
     with reading(path):
         found = os.stat(path)
     _require_regular(path, found)
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise _too_large(path, found.st_size, most_bytes)
     return found.st_size
 
 

@@ -50,11 +50,13 @@ def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """
     try:
         value = json.loads(
-            data, parse_float=_finite, parse_constant=_finite, parse_int=_whole,
+            data.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite, parse_int=_whole,
             object_pairs_hook=_once if unique else None,
         )  # fmt: skip
         if _LONE_SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
     except UnicodeEncodeError:
         raise ValueError("it has half a character, which is no text") from None
     except RecursionError:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
+import importlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,20 +21,40 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 SECONDS = 300
+#: What most commands import when they run, and what is slow of it.
+_IMPORTED = (
+    "smolconv.commands.main", "smolconv.convert", "smolconv.inspection", "smolconv.hub.download",
+    "smolconv.layouts.deepspeed.layout", "smolconv.layouts.nanotron.layout", "smolconv.layouts.huggingface.layout",
+    "smolconv.layouts.gguf.reader", "rich.table", "rich.console", "rich.panel", "rich.markup", "yaml",
+    "smolconv.continual_pretraining.recipe.files", "smolconv.continual_pretraining.recipe.nanotron",
+    "smolconv.continual_pretraining.tokens.report", "smolconv.continual_pretraining.estimate.report",
+    "smolconv.continual_pretraining.run.folder", "smolconv.continual_pretraining.watch.plot",
+)  # fmt: skip
 
 
-def run(words: Sequence[str], cwd: Path | None, *, torch: bool) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``smolconv`` with these words; ``torch``: it may well need it."""
+def run(
+    words: Sequence[str], cwd: Path | None, *, torch: bool, seconds: int = SECONDS, memory_bytes: int | None = None
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``smolconv`` with these words; ``torch``: it may well need it.
+
+    After ``seconds``, of the clock or of the processor, it is killed: -9 or -24. ``memory_bytes`` is what it may map
+    beside what was there at its start.
+    """
     server = _server(torch)
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        asked = {"words": list(words), "cwd": str(cwd or Path.cwd()), "folder": folder}
+        asked = {
+            "words": list(words), "cwd": str(cwd or Path.cwd()), "folder": folder,
+            "seconds": seconds, "memory_bytes": memory_bytes,
+        }  # fmt: skip
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
-        return code, (Path(folder) / "stdout").read_text(), (Path(folder) / "stderr").read_text()
+        stdout, stderr = ((Path(folder) / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr"))
+        return code, stdout, stderr
 
 
 @functools.cache
@@ -49,32 +72,55 @@ def _server(torch: bool) -> subprocess.Popen[str]:
 def _serve(torch: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-
+    for module in _IMPORTED:
+        importlib.import_module(module)
+    _build_commands_once()
     if torch:
         import transformers
 
         _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.SmolLM3ForCausalLM
+    gc.freeze()
     for line in sys.stdin:
         answers.write(f"{_ended(json.loads(line))}\n")
         answers.flush()
 
 
-def _ended(asked: dict[str, str]) -> int:
+def _build_commands_once() -> None:
+    """Typer makes click's commands anew whenever the app is called, which takes longer than ``inspect``."""
+    import typer.main
+
+    from smolconv.commands.app import app
+
+    build = functools.cache(typer.main.get_command)
+    build(app)
+    typer.main.get_command = build
+
+
+def _ended(asked: dict[str, Any]) -> int:
     child = os.fork()
     if not child:
         _child(asked)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.alarm(SECONDS)
+    signal.alarm(asked["seconds"])
     _, status = os.waitpid(child, 0)
     signal.alarm(0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _child(asked: dict[str, str]) -> None:
+def _limit(asked: dict[str, Any]) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"], asked["seconds"] + 1))
+    if asked["memory_bytes"] is not None:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + asked["memory_bytes"],) * 2)
+
+
+def _child(asked: dict[str, Any]) -> None:
     code = 1
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         os.setsid()
+        _limit(asked)
         os.chdir(asked["cwd"])
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             path = os.devnull if name == "stdin" else os.path.join(asked["folder"], name)
@@ -83,7 +129,7 @@ def _child(asked: dict[str, str]) -> None:
             os.close(opened)
         sys.stdin, sys.stdout, sys.stderr = (
             io.TextIOWrapper(io.FileIO(0, closefd=False)), io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=False),
-            io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True),
+            io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", line_buffering=True),
         )  # fmt: skip
         sys.argv = ["smolconv", *asked["words"]]
         from smolconv.commands.main import main

@@ -9,20 +9,22 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
+SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,19 @@ class Ended:
         return f"{self.failure.get('error')}: {self.failure.get('message')}"
 
 
-def work(document: Mapping[str, Any], run: Path, ranks: int = 1, resume: str = "auto", before: str = "") -> Ended:
-    """Train ``document`` in ``run`` with so many ranks; ``before`` is Python that each child executes first."""
+def work(
+    document: Mapping[str, Any],
+    run: Path,
+    ranks: int = 1,
+    resume: str = "auto",
+    before: str = "",
+    meanwhile: Callable[[list[int]], None] | None = None,
+) -> Ended:
+    """Train ``document`` in ``run`` with so many ranks; ``before`` is Python that each child executes first.
+
+    ``meanwhile`` is called with the ranks' process ids as soon as they are there.
+    """
     import yaml
-    from training import _free_port
 
     (run / "logs").mkdir(parents=True, exist_ok=True)
     for old in (run / "logs").glob("*"):
@@ -52,13 +63,28 @@ def work(document: Mapping[str, Any], run: Path, ranks: int = 1, resume: str = "
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps(asked) + "\n")
     server.stdin.flush()
-    codes = json.loads(server.stdout.readline())
+    pids = json.loads(server.stdout.readline())
+    try:
+        if meanwhile:
+            meanwhile(pids)
+    except BaseException:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        codes = json.loads(server.stdout.readline())
     failures = sorted((run / "logs").glob("failure-rank-*.json"))
     return Ended(
         code=next((code for code in codes if code), 0),
         log="\n".join(path.read_text(errors="replace") for path in sorted((run / "logs").glob("rank-*.log"))),
         failure=json.loads(failures[0].read_text()) if failures else {},
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 @functools.cache
@@ -79,20 +105,30 @@ def _serve() -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
+    import transformers
 
     # Most of an engine's start is DeepSpeed looking for compilers, and importing torch.compile for a Muon.
     _ = deepspeed.ops.__compatible_ops__
     with suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer
         import deepspeed.runtime.zero.muon.original_muon
+    with suppress(ImportError):
+        import torch.nn.attention.varlen
 
     import smolconv.continual_pretraining.run.export
     import smolconv.continual_pretraining.run.trainer
-    import smolconv.verify.compare  # noqa: F401
+    import smolconv.continual_pretraining.run.worker
+    import smolconv.verify.compare
+    import smolconv.verify.hf
+    import smolconv.verify.native  # noqa: F401
 
+    _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.SmolLM3ForCausalLM
+    gc.freeze()  # so that a child's collection does not copy all of it
     for line in sys.stdin:
         asked = json.loads(line)
-        answers.write(json.dumps(_ended([_fork(asked, rank) for rank in range(asked["ranks"])])) + "\n")
-        answers.flush()
+        children = [_fork(asked, rank) for rank in range(asked["ranks"])]
+        print(json.dumps(children), file=answers, flush=True)
+        print(json.dumps(_ended(children)), file=answers, flush=True)
 
 
 def _fork(asked: Mapping[str, Any], rank: int) -> int:

@@ -38,6 +38,8 @@ class Life:
 class Mortal:
     """Converts in another process. Use as a context manager."""
 
+    faults = 0  #: kills, and lives in which the system refused something
+
     def __enter__(self) -> Mortal:
         words = [sys.executable, __file__]
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
@@ -61,7 +63,9 @@ class Mortal:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return Life(**json.loads(self.process.stdout.readline()))
+        life = Life(**json.loads(self.process.stdout.readline()))
+        self.faults += life.status == -signal.SIGKILL or bool(request.get("error"))
+        return life
 
 
 def _serve() -> None:

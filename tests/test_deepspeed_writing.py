@@ -617,14 +617,17 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_default_groups_are_all_but_the_embedding_and_the_embedding_in_named_parameters_order(name, tmp_path):
+def test_default_groups_are_those_of_the_published_runs_in_named_parameters_order(name, tmp_path):
+    """SmolLM3 leaves its embedding out; SmolLM1, SmolLM2 and FineMath, which are Llamas, nothing."""
     make, decay = MODELS[name]
     model = make()
     names = [name for name, _ in model.named_parameters()]
     result = convert(saved(model, tmp_path / "hf"), tmp_path / "out", "deepspeed", **ONE_RANK)
-    assert group_names(tmp_path / "out") == [[n for n in names if n != EMBEDDING], [EMBEDDING]]
-    assert decays(tmp_path / "out") == [decay, 0.0]
-    assert any("groups were made" in warning and "weight decay" in warning for warning in result.warnings)
+    spared = "smollm3" in name
+    assert group_names(tmp_path / "out") == ([[n for n in names if n != EMBEDDING], [EMBEDDING]] if spared else [names])
+    assert decays(tmp_path / "out") == [decay, 0.0][: 1 + spared]
+    made = "2 groups were made, the embedding undecayed, the rest with" if spared else "1 group was made, all with"
+    assert any(f"{made} weight decay {decay} as in" in warning for warning in result.warnings)
     # DeepSpeed's module has the same order, and both names of a tied head.
     assert [*load(archives(tmp_path / "out")["mp_rank_00_model_states.pt"])["module"]] == [*model.state_dict()]
 

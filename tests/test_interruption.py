@@ -38,6 +38,14 @@ def mortal() -> Iterator[Mortal]:
         yield process
 
 
+@pytest.fixture(autouse=True)
+def counted(mortal: Mortal, record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """For docs/robustness.md: how many kills and faults a test tried."""
+    before = mortal.faults
+    yield
+    record_property("tried", mortal.faults - before)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of 80 MB in bf16, of random bits."""

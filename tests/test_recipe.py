@@ -71,6 +71,9 @@ def mistakes(text: str, *overrides: str) -> str:
 
 #: LR by number of completed steps, sequences and tokens a step: github.com/huggingface/smollm, text/pretraining.
 PUBLISHED_FIGURES = {
+    "smollm1-135m": ({0: 0, 2500: 1.5e-3, 5000: 3e-3, 500_000: 3e-3, 525_000: 1.5e-3, 600_000: 0}, 512, 1_048_576),
+    "smollm1-360m": ({0: 0, 2500: 1.5e-3, 5000: 3e-3, 500_000: 3e-3, 525_000: 1.5e-3, 600_000: 0}, 512, 1_048_576),
+    "smollm1-1.7b": ({0: 0, 1000: 2.5e-4, 2000: 5e-4, 400_000: 5e-4, 425_000: 2.5e-4, 500_000: 0}, 1024, 2_097_152),
     "smollm2-135m-stable": ({0: 0, 1000: 1.5e-3, 2000: 3e-3, 1_599_999: 3e-3}, 64 * 8, 1_048_576),
     "smollm2-135m-decay": ({1_599_999: 3e-3, 1_600_000: 3e-3, 1_800_000: 1.5e-3, 2_000_000: 0}, 64 * 8, 1_048_576),
     "smollm2-360m-stable": ({2000: 3e-3, 2_079_999: 3e-3}, 128 * 6, 1_572_864),
@@ -109,7 +112,7 @@ def test_only_smollm3_leaves_its_embedding_undecayed_and_masks_documents():
         embedding = [p for p in recipe.optimizer.no_decay if re.match(p, "model.embed_tokens.weight")]
         norms = [p for p in recipe.optimizer.no_decay if re.match(p, "model.layers.0.input_layernorm.weight")]
         assert (bool(embedding), norms) == (name.startswith("smollm3"), [])
-        assert recipe.data.mask_documents == (not name.startswith("smollm2"))
+        assert recipe.data.mask_documents == (not name.startswith(("smollm1", "smollm2")))
 
 
 def test_long_context_changes_theta_and_context_together():
@@ -363,7 +366,7 @@ def leaves(value: Any, at: str = "") -> set[str]:
     return {at}
 
 
-CONFIGS = sorted([*PUBLISHED.glob("*.yaml"), *FIXTURES.glob("nanotron/*/*/3/config.yaml")])
+CONFIGS = sorted([*PUBLISHED.rglob("*.yaml"), *FIXTURES.glob("nanotron/*/*/3/config.yaml")])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "-".join(path.relative_to(FIXTURES).parts[1:3]))

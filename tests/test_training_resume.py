@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
+from forked_worker import work
 from safetensors.torch import load_file
-from training import Ranks, losses, metrics, recipe_document, token_folder, train
+from training import losses, metrics, recipe_document, token_folder, train
 
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.continual_pretraining.run.checkpoints import (
@@ -73,11 +74,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tokens, uninterrupted, tmp_path):
     run, made = tmp_path / "run", document(tokens, export={"formats": ["hf"], "verify": True})
     for step in np.random.default_rng(5).integers(2, STEPS - 1, 2):
-        ranks = Ranks(made, run, 2)
-        wait_for_step(run, int(step))
-        for process in ranks.processes:
-            process.kill()
-        assert ranks.wait() == -signal.SIGKILL
+
+        def kill(pids: list[int], step: int = int(step)) -> None:
+            wait_for_step(run, step)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+        assert work(made, run, 2, meanwhile=kill).code == -signal.SIGKILL
     train(made, run, world_size=2)
     assert losses(run) == losses(uninterrupted)
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
@@ -87,10 +90,12 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tokens, uninterrupt
 
 def test_a_signal_saves_and_ends_with_75(tokens, uninterrupted, tmp_path):
     run, made = tmp_path / "run", document(tokens, checkpoints={"every_steps": 1000})
-    ranks = Ranks(made, run, 2)
-    wait_for_step(run, 4)
-    ranks.processes[1].send_signal(signal.SIGUSR1)  # one rank's is enough
-    assert ranks.wait() == 75
+
+    def signal_one(pids: list[int]) -> None:
+        wait_for_step(run, 4)
+        os.kill(pids[1], signal.SIGUSR1)  # one rank's is enough
+
+    assert work(made, run, 2, meanwhile=signal_one).code == 75
     step = json.loads((latest(run) / "trainer.json").read_text())["step"]
     assert 4 <= step < STEPS
     assert [line["step"] for line in metrics(run)] == list(range(1, step + 1))
@@ -127,9 +132,9 @@ def test_a_run_is_trained_by_one_start_at_a_time(tokens, tmp_path):
     run.mkdir()
     with (run / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ranks = Ranks(document(tokens), run, 1)
-        assert ranks.wait() == 4
-    assert "another process trains" in ranks.failure()["message"]
+        ended = work(document(tokens), run)
+        assert ended.code == 4
+    assert "another process trains" in ended.message
     assert not (run / "checkpoints").exists()
 
 
@@ -199,14 +204,13 @@ def test_a_full_disk_during_a_save_loses_nothing(policy, tokens, tmp_path):
     try:
         run = disk / "run"
         made = document(tokens, checkpoints={"every_steps": 3, "on_full_disk": policy})
-        ranks = Ranks(made, run, 2)
-        code = ranks.wait()
+        ended = work(made, run, 2)
         steps = saved_steps(run)
         assert steps and steps[0] == 3
         assert latest(run).name == f"step-{steps[-1]}"
         assert not list((run / "checkpoints").glob("*.partial"))
-        assert code == 4, ranks.log()  # the last step must be saved, whatever the policy
-        assert "untouched" in ranks.failure()["message"]
+        assert ended.code == 4, ended.log  # the last step must be saved, whatever the policy
+        assert "untouched" in ended.message
         assert len(metrics(run)) == (STEPS if policy == "continue" else steps[-1] + 3)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -231,8 +235,8 @@ def test_a_start_that_fails_at_its_data_leaves_the_metrics_of_saved_steps(tokens
     train(made, run)
     lines = metrics(run)
     missing = {"every_steps": 2, "sources": [{"path": str(tmp_path / "gone")}]}
-    ranks = Ranks({**made, "evaluation": missing}, run, 1, str(run / "checkpoints/step-2"))
-    assert ranks.wait() == 3, ranks.log()
+    ended = work({**made, "evaluation": missing}, run, resume=str(run / "checkpoints/step-2"))
+    assert ended.code == 3, ended.log
     assert metrics(run) == lines
 
 

@@ -1,19 +1,14 @@
-"""Recipes and runs for tests: tiny models, token files of random documents, the worker as launchers start it."""
+"""Recipes and runs for tests: tiny models, token files of random documents, the worker in forked processes."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from forked_worker import work
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
 
@@ -70,70 +65,10 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-class Ranks:
-    """The worker processes of one run, started as a launcher would; for tests that look at the worker alone."""
-
-    def __init__(self, document: Mapping[str, Any], run: Path, world_size: int, resume: str = "auto") -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(dict(document)))
-        (run / "logs").mkdir(exist_ok=True)
-        for old in (run / "logs").glob("failure-*.json"):
-            old.unlink()
-        self.run, port = run, _free_port()
-        self.processes = []
-        for rank in range(world_size):
-            environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-            }  # fmt: skip
-            with (run / "logs" / f"rank-{rank:05d}.log").open("wb") as log:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "smolconv.continual_pretraining.run.worker",
-                    str(run),
-                    "--resume",
-                    resume,
-                ]
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-
-    def wait(self, seconds: float = 240) -> int:
-        """0, or the exit code of the first rank that failed; the others are ended then, as a launcher does."""
-        deadline = time.monotonic() + seconds
-        try:
-            while time.monotonic() < deadline:
-                codes = [process.poll() for process in self.processes]
-                failed = [code for code in codes if code]
-                if all(code is not None for code in codes):
-                    return failed[0] if failed else 0
-                if failed:
-                    # The others end by themselves when they agreed on it; a lone failure leaves them waiting.
-                    time.sleep(2)
-                    return failed[0]
-                time.sleep(0.02)
-            raise TimeoutError(self.log())
-        finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-
-    def log(self) -> str:
-        return "\n".join(
-            path.read_text(errors="replace")[-3000:] for path in sorted((self.run / "logs").glob("rank-*"))
-        )
-
-    def failure(self) -> dict[str, Any]:
-        path = min((self.run / "logs").glob("failure-rank-*.json"))
-        return json.loads(path.read_text())
-
-
 def train(document: Mapping[str, Any], run: Path, world_size: int = 1, resume: str = "auto") -> list[dict[str, Any]]:
     """Run to the end; the lines of metrics.jsonl."""
-    ranks = Ranks(document, run, world_size, resume)
-    code = ranks.wait()
-    assert code == 0, ranks.log()
+    ended = work(document, run, world_size, resume)
+    assert ended.code == 0, ended.log[-6000:]
     return metrics(run)
 
 
@@ -143,9 +78,3 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run)]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

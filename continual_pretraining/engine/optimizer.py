@@ -1,6 +1,6 @@
 """AdamW's parameter groups, and the update of a step.
 
-nanotron's rule, which Hugging Face's Trainer turns around: RMSNorm weights decay, the (tied) embedding does not.
+nanotron's rule: RMSNorm weights decay (not so in Hugging Face's Trainer), and the embedding unless it is excluded.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.tokens.eos import KNOWN_EOS, eos_of_folder
-from smolconv.errors import BadCheckpoint, UsageError
+from smolconv.errors import BadCheckpoint, UsageError, some_of
 from smolconv.files import read_bytes
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
 from smolconv.parsing import parse_yaml_mapping
@@ -166,8 +167,7 @@ class _Translator:
         else:
             self.drop(resumed, "it is null: the run itself is the source")
             source = self.take(written, "model.source", needed=True)
-        if str(source).startswith("s3:"):
-            self.notes.append(f"model.source {source} cannot be read: copy it to a disk, or give --source.")
+        self._elsewhere("model.source", [str(source)], "copy it to a disk and name that place, or give --source")
         dtype = self.take("model.dtype", "model.dtype", "bfloat16")
         if dtype not in ("bfloat16", "float32"):
             raise UsageError(f"{self.path}: model.dtype is {dtype!r}; expected bfloat16 or float32.")
@@ -255,8 +255,6 @@ class _Translator:
         weights = self.take(f"{at}.dataset_weights", f"{to}.*.weight") or [1.0] * len(folders)
         if len(weights) != len(folders):
             raise UsageError(f"{self.path}: {at} has {len(folders)} folders and {len(weights)} weights.")
-        if any(str(folder).startswith("s3:") for folder in folders):
-            self.notes.append(f"stage {stage!r} reads from s3, which is not read here: copy the token files to a disk.")
         if len(recorded) != len(folders):
             recorded = folders
         sources = []
@@ -267,14 +265,26 @@ class _Translator:
             plain = str(folder).rstrip("/").rpartition("/")[2] == name
             source = {"path": str(folder), "weight": weight} | ({} if plain else {"name": name})
             sources.append(source | ({} if of_record == folder else {"recorded_as": str(of_record)}))
+        read = [source["path"] for source in sources]
+        self._elsewhere(f"{to}.*.path", read, "replace each by a folder of token files on this machine")
         return sources
+
+    def _elsewhere(self, field: str, paths: list[str], remedy: str) -> None:
+        """Note the paths that cannot be read here: those of S3, and those of another machine's disks."""
+        local = [path for path in paths if path.startswith("/") and not os.path.lexists(path)]
+        remote = [path for path in paths if path.startswith("s3:")]
+        for found, why in ((remote, "on S3, which is not read here"), (local, "not on this machine")):
+            if found:
+                count, verb = (f"{len(found)} folders (", ") are") if len(found) > 1 else ("", " is")
+                self.notes.append(f"{field}: {count}{some_of(found, 2)}{verb} {why}: {remedy}.")
 
     def _eos(self, given: int | None) -> int:
         name = self.left.get("tokenizer.tokenizer_name_or_path")
         configured = self.left.get("model.model_config.eos_token_id")
         eos = given
         if eos is None and isinstance(name, str):
-            eos = KNOWN_EOS.get(name, eos_of_folder(Path(name)))
+            own = eos_of_folder(Path(name))  # as transformers, which looks for a folder of that name first
+            eos = KNOWN_EOS.get(name) if own is None else own
         if eos is None:
             raise UsageError(
                 f"{self.path}: the end-of-document token is not known: nanotron asks the tokenizer "

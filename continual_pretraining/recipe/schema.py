@@ -120,8 +120,8 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW with decoupled weight decay on fp32 masters."""
 
-    weight_decay: NotNegativeFloat = 0.1
-    no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes matched from the start of canonical names
+    weight_decay: NotNegativeFloat = 0.1  #: SmolLM3's; SmolLM1, SmolLM2 and FineMath have 0.01
+    no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes from a name's start; [] for the same three
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: NotNegativeFloat = 1.0  #: 0: no clipping

@@ -13,8 +13,15 @@ from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
 #: Ends of documents in the pretraining data of SmolLM2 and of SmolLM3 (Llama 3's tokenizer). Their instruct
 #: tokenizers name another token as eos, the end of a chat turn.
 PRETRAINING_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-#: Ids of the same by the names of tokenizers in nanotron's published YAMLs.
-KNOWN_EOS = {"HuggingFaceTB/cosmo2-tokenizer": 0, "meta-llama/Llama-3.2-1B": 128001}
+#: Ids of the same by the names of tokenizers in nanotron's published YAMLs (github.com/huggingface/smollm). All but
+#: cosmo2's are Llama 3's.
+KNOWN_EOS = {
+    "HuggingFaceTB/cosmo2-tokenizer": 0,
+    "meta-llama/Llama-3.2-1B": 128001,
+    "HuggingFaceTB/smollm3-11T-4k-remote-code": 128001,
+    "HuggingFaceTB/SmolLM3-11T-32k-v1-remote-code": 128001,
+    "checkpoints/nanotron_pretrained_checkpoints/Nanotron-Llama-3.2-3B": 128001,  # FineMath's
+}
 
 
 def ends_documents(ending: int, seen: int) -> bool:

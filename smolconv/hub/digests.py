@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def remember_checked(local: Path, listed: Listed) -> None:
 
 def check_cached(local: Path, address: str) -> None:
     """Compare a file of the cache with the digest that its blob is named by. Raises ``CorruptFile``."""
-    blob = local.resolve()
+    blob = Path(os.path.realpath(local))
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return  # a cache without links does not tell
     digest = f"{'git' if len(blob.name) == 40 else 'sha256'}:{blob.name}"
@@ -77,7 +78,7 @@ def check_cached(local: Path, address: str) -> None:
 
 def discard(local: Path) -> None:
     """Delete a file from the Hub's cache, and the blob that it is a link to."""
-    blob = local.resolve()
+    blob = Path(os.path.realpath(local))
     local.unlink(missing_ok=True)
     if blob.parent.name == "blobs":
         blob.unlink(missing_ok=True)

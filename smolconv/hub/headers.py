@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class StandIns:
         with appearing_whole(target) as part:
             if local is not None:
                 try:
-                    part.hardlink_to(local.resolve())
+                    part.hardlink_to(os.path.realpath(local))
                 except OSError:  # another file system, or one without hard links
                     shutil.copyfile(local, part)
             else:

@@ -15,9 +15,10 @@ from typing import Any
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
+from smolconv.files import file_size
 from smolconv.layouts.listing import AnyPath, Listing
 from smolconv.models.huggingface import spec_to_hf
-from smolconv.parsing import read_json
+from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
 from smolconv.storage.torch_archive.crc32 import crc32_combine
@@ -170,7 +171,7 @@ def without_aliases(
 
 def copied_file(path: str, source: Path) -> PlannedFile:
     """A file that is carried over byte for byte."""
-    size = source.stat().st_size
+    size = file_size(source, MOST_TOKENIZER_BYTES)
     content = Stored(path=source, offset=0, shape=(size,), dtype="uint8")
     tensors = (PlannedTensor(name=source.name, slot=None, offset=0, source=content),) if size else ()
     return PlannedFile(path=PurePosixPath(path), size=size, tensors=tensors)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolconv.models.spec import VOCABULARY, ModelSpec
+from smolconv.models.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -75,6 +75,6 @@ class Family:
     #: Why a spec that nanotron's class could mean is none of this family.
     contradiction: Callable[[ModelSpec], str | None] = lambda spec: None
     weight_decay: float  #: of its pretraining, where nothing else says one
-    decay_source: str = "as published"
-    #: Canonical names of the parameters without weight decay, and how messages call them.
-    undecayed: Mapping[str, str] = field(default_factory=lambda: {VOCABULARY[0]: "the embedding"})
+    decay_source: str  #: whose it is, for messages
+    #: Canonical names of the parameters that its pretraining does not decay, and how messages call them.
+    undecayed: Mapping[str, str] = field(default_factory=dict)

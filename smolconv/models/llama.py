@@ -1,4 +1,4 @@
-"""SmolLM2, and any other Llama."""
+"""SmolLM1, SmolLM2, and any other Llama."""
 
 from __future__ import annotations
 
@@ -31,5 +31,6 @@ FAMILY = Family(
         norms_first=False,
         casts_logits=True,
     ),
-    weight_decay=0.01,  # SmolLM2's recipes
+    weight_decay=0.01,  # of everything: all sixteen YAMLs of the three
+    decay_source="as in the recipes of SmolLM1, SmolLM2 and FineMath",
 )  # fmt: skip

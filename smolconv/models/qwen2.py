@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from smolconv.models.family import Family, Shapes, attention_shapes, full_attention, mlp_shapes
 from smolconv.models.smollm3 import QWEN2_CONFIG
-from smolconv.models.spec import ModelSpec
+from smolconv.models.spec import VOCABULARY, ModelSpec
 
 
 def _layer(spec: ModelSpec) -> Shapes:
@@ -38,4 +38,5 @@ FAMILY = Family(
     contradiction=_contradiction,
     weight_decay=0.1,
     decay_source="as in SmolLM3's recipe, since none is published for Qwen2",
+    undecayed={VOCABULARY[0]: "the embedding"},
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smolconv.models.family import Family, Shapes, attention_shapes, full_attention, mlp_shapes
-from smolconv.models.spec import ModelSpec
+from smolconv.models.spec import VOCABULARY, ModelSpec
 
 
 def _layer(spec: ModelSpec) -> Shapes:
@@ -27,4 +27,5 @@ FAMILY = Family(
     nanotron="Qwen3 normalises queries and keys (q_norm, k_norm), and no class of nanotron has a place for these",
     weight_decay=0.1,
     decay_source="as in SmolLM3's recipe, since none is published for Qwen3",
+    undecayed={VOCABULARY[0]: "the embedding"},
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolconv.models.family import Family, NanotronClass, full_attention
-from smolconv.models.spec import ModelSpec
+from smolconv.models.spec import VOCABULARY, ModelSpec
 
 QWEN2_CONFIG = NanotronClass(
     title="Qwen2",
@@ -59,5 +59,7 @@ FAMILY = Family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     nanotron=QWEN2_CONFIG,
-    weight_decay=0.1,  # its YAML
+    weight_decay=0.1,  # its five YAMLs, which exclude token_embedding
+    decay_source="as in SmolLM3's recipe",
+    undecayed={VOCABULARY[0]: "the embedding"},
 )  # fmt: skip

@@ -61,7 +61,6 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     if known is not None and (lost := [name for name in trained if name not in known.steps]):
         raise CorruptFile(f"{checkpoint.root}: Adam's state has no {some_of(lost)}. Pass --no-optimizer.")
     family = family_of(checkpoint.spec)
-    undecayed = " and ".join(family.undecayed.values())
     if groups is not None:
         found = _from_file(groups, trained, known)
     elif known is not None:
@@ -71,10 +70,11 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         warnings.append(f"moments are zero and steps 0; the {len(found)} groups are the source's.")
     else:
         found = _default_groups(checkpoint, trained)
+        spared = " and ".join(title for name, title in family.undecayed.items() if name in trained)
         warnings.append(
-            f"the source has no Adam state: moments are zero and steps 0; {len(found)} groups were made, {undecayed} "
-            f"undecayed, the rest with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json "
-            "chooses)."
+            f"the source has no Adam state: moments are zero and steps 0; {len(found)} group"
+            f"{' was' if len(found) == 1 else 's were'} made, {f'{spared} undecayed, the rest' if spared else 'all'} "
+            f"with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json chooses)."
         )
     if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
         found = [group for group in found if group.names]
@@ -145,7 +145,7 @@ def _tensors(
 
 
 def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:
-    """Everything that the family's pretraining decays, and what it does not: the embedding."""
+    """What the family's pretraining decays, and what it does not, where there is such."""
     family = family_of(checkpoint.spec)
     rest, undecayed = ([name for name in trained if (name in family.undecayed) == spared] for spared in (False, True))
     return [

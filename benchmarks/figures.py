@@ -1,0 +1,169 @@
+"""Runs the tests about damage, kills and strangers, counts what they tried, and writes docs/robustness.md.
+
+    .venv/bin/python benchmarks/figures.py
+
+A number is of tests that passed, or of what they counted themselves (the junit property ``tried``: kills, faults). The
+first table comes from the last ``make fuzz`` (benchmarks/results/fuzz.json).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from common import REPOSITORY
+
+from smolconv import __version__
+
+OUTPUT = REPOSITORY / "docs" / "robustness.md"
+FUZZ = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topic:
+    """A row: what is done to smolconv, what must come of it, and the tests that do it."""
+
+    what: str
+    then: str
+    tests: Mapping[str, str]  #: file -> pattern of test names; "" for all
+
+
+TOPICS = (
+    Topic(
+        what="SIGKILL of a conversion, at a moment or at a call of the system",
+        then="nothing unfinished has the final name; `--resume` completes it to the same bytes",
+        tests={"test_interruption.py": "_kill_"},
+    ),
+    Topic(
+        what="no space, or another error, at a call of the system",
+        then="exit 4; `--resume` completes it; what `--overwrite` was to replace is back",
+        tests={"test_interruption.py": "_error_at_any_call|last_step_fails"},
+    ),
+    Topic(
+        what="kills, signals and full disks while a run trains and saves",
+        then="the newest whole checkpoint is found, and the run goes on bit for bit",
+        tests={
+            "test_training_resume.py": "killed|full_disk|signal",
+            "test_run_checkpoints.py": "kill|dies|full|interrupted",
+        },
+    ),
+    Topic(
+        what="a source that is written to, cut, replaced or removed while it is converted",
+        then="exit 3, and no output",
+        tests={"test_integrity.py": "changes|had_read"},
+    ),
+    Topic(
+        what="bytes of a checkpoint that were changed",
+        then="refused by CRC-32 or digest, by its file and tensor",
+        tests={
+            "test_integrity.py": "changed_record|certified|compare|covered|check_names|believed|not_list",
+            "test_resume_damage.py": "",
+        },
+    ),
+    Topic(
+        what="documents, names, shapes and ranks that contradict each other",
+        then="exit 3, with both values",
+        tests={
+            "test_contradictions.py": "",
+            "test_replicas.py": "",
+            "test_bad_input.py": "",
+            "test_deepspeed_bad_input.py": "",
+        },
+    ),
+    Topic(
+        what="pickles and archives that run code, or that readers understand differently",
+        then="nothing is executed; exit 3",
+        tests={
+            "test_nothing_executes.py": "",
+            "test_torch_archive.py": "pickle|refused|errors|unsafe|never",
+            "test_integrity.py": "differently|contradicts_itself|torchscript",
+        },
+    ),
+    Topic(
+        what="pipes, devices, links to themselves, terabytes, brackets, giant numbers in the place of each file",
+        then="one short error with its path; no wait, no memory",
+        tests={"test_bounds.py": ""},
+    ),
+    Topic(
+        what="a Hub that lies, fails, is busy, drops the line, or lists what is not so",
+        then="other bytes are refused; an outage is exit 4; a dropped download goes on",
+        tests={"test_hub.py": "refus|outage|dropped|busy|hour|cache|list|none_is|circles|no_server|cannot|ranges"},
+    ),
+)
+
+
+def run_tests(folder: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(file, name, outcome, tried) of each test."""
+    report = folder / "report.xml"
+    files = sorted({f"tests/{name}" for topic in TOPICS for name in topic.tests})
+    words = [sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadgroup",
+             "-m", "not slow and not matrix and not slurm", f"--junitxml={report}", *files]  # fmt: skip
+    subprocess.run(words, cwd=REPOSITORY, check=False)
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        tried = sum(int(found.get("value", "0")) for found in case.iter("property") if found.get("name") == "tried")
+        yield case.get("classname", "").rpartition(".")[2] + ".py", case.get("name", ""), outcome, tried or 1
+
+
+def table(results: list[tuple[str, str, str, int]]) -> list[str]:
+    lines = ["| what is done | what comes of it | tests | tried | failed |", "|---|---|---|---|---|"]
+    for topic in TOPICS:
+        mine = [
+            (outcome, tried) for file, name, outcome, tried in results
+            if file in topic.tests and re.search(topic.tests[file], name) and outcome != "skipped"
+        ]  # fmt: skip
+        bad = sum(outcome != "passed" for outcome, _ in mine)
+        tried = sum(count for outcome, count in mine if outcome == "passed")
+        lines.append(f"| {topic.what} | {topic.then} | {len(mine):,} | {tried:,} | {bad} |")
+    return lines
+
+
+def fuzz_text(counts: Mapping[str, Any]) -> list[str]:
+    """The last campaign of ``make fuzz``."""
+    lines = ["| input | tried |", "|---|---|"]
+    lines += [f"| {kind} | {number:,} |" for kind, number in counts["by_input"].items()]
+    lines += [f"| **all** | {counts['inputs']:,} |", "", "| outcome | inputs |", "|---|---|"]
+    lines += [f"| {outcome} | {number:,} |" for outcome, number in counts["outcomes"].items()]
+    failed = len(counts["failures"])
+    told = f"Seed {counts['seed']}, {counts['seconds'] / 60:.0f} minutes; {failed} different failures."
+    return [*lines, "", told, ""]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        results = list(run_tests(Path(folder)))
+    text = [
+        "# What was tried against smolconv",
+        "",
+        "`make figures` writes this page: every number is of a run, none is typed. SECURITY.md has the promises, and",
+        "names a test for each.",
+        "",
+        f"smolconv {__version__}, {date.today().isoformat()}, Python {platform.python_version()}.",
+        "",
+        "## Mutated inputs",
+        "`make fuzz` changes real checkpoints, documents, recipes and token files (bits, ends, structure, pickle",
+        "instructions, headers of zip and safetensors files, what lies in a file's place), and gives them to the",
+        "command line, in processes with bounds of memory and time. What may come of it is an error in a few lines, or",
+        "the right output; anything else counts as a failure.",
+        "",
+    ]
+    text += fuzz_text(json.loads(FUZZ.read_text())) if FUZZ.is_file() else ["It has not run here.", ""]
+    text += ["## Kills, damage and strangers", *table(results), ""]
+    OUTPUT.write_text("\n".join(text))
+    print(f"{OUTPUT.relative_to(REPOSITORY)} is written.")
+    sys.exit(any(outcome in ("failure", "error") for _, _, outcome, _ in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What a conversion carries and what it leaves out, each in a few words: a loss is always said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolconv.checkpoint import MOMENTS, Checkpoint, Slot, TrainingProgress
+from smolconv.errors import BadCheckpoint, some_of
+from smolconv.layouts.registry import LAYOUTS
+from smolconv.storage.manifest import MANIFEST
+from smolconv.tensors.dtypes import DTYPE_BYTES
+
+#: Beside a checkpoint, and nothing of it: written anew, or about the folder.
+_ABOUT_THE_FOLDER = frozenset(
+    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Each entry is a phrase for people, as ``--json`` has them."""
+
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def account(
+    source: Checkpoint, prepared: Checkpoint, used: Collection[Path], *, step: int | None, optimizer: bool | None
+) -> Account:
+    """Compare a source with what the target will hold of it.
+
+    ``used`` are the files that were read or will be copied; ``step`` and ``optimizer`` are the options that it was read
+    with. Folders are listed, and nothing is opened.
+    """
+    carried = [f"weights ({_dtypes(prepared)})"]
+    left: list[str] = []
+    narrower = [n for n, t in source.parameters.items() if n in prepared.parameters
+                and DTYPE_BYTES[prepared.parameters[n].dtype] < DTYPE_BYTES[t.dtype]]  # fmt: skip
+    if narrower and not prepared.tensors.get(Slot.MASTER):
+        left.append(f"precision of {_count(len(narrower), 'weight')}: {_dtypes(source)} to {_dtypes(prepared)}")
+    if rows := source.spec.vocab_size - prepared.spec.vocab_size:
+        left.append(f"the last {_count(rows, 'row')} of the vocabulary")
+    if (source.source.nanotron_config or {}).get("rope_scaling") and not prepared.spec.rope_scaling:
+        left.append("rope_scaling, which nanotron's forward ignores")
+    if source.tensors.get(Slot.MASTER):
+        kept = prepared.tensors.get(Slot.MASTER) or _dtypes(prepared) == "float32"
+        (carried if kept else left).append("fp32 masters")
+    if source.has_optimizer:
+        (carried if prepared.has_optimizer else left).append(_adam(source))
+    elif optimizer is False:
+        left.append("Adam's state, if there is any: --no-optimizer")
+    if source.progress is not None and prepared.progress is not None:
+        carried.append(_progress(prepared.progress))
+    elif source.progress is not None:
+        left.append(_progress(source.progress))
+    if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
+        carried.append(f"{_count(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
+    if not any("tokenizer" in name for name in (*prepared.assets, *prepared.documents)):
+        left.append("a tokenizer: the source has none")
+    if unread := sorted(_unread(source, used, step=step, optimizer=optimizer)):
+        left.append(f"{_count(len(unread), 'file')} that nothing was taken from ({some_of(unread, 3, more=True)})")
+    return Account(carried=tuple(carried), left_out=tuple(left))
+
+
+def _unread(source: Checkpoint, used: Collection[Path], *, step: int | None, optimizer: bool | None) -> Iterator[str]:
+    """Files of the checkpoint, and those that lie beside them, of which nothing was read."""
+    layout = next((known for known in LAYOUTS if known.name == source.layout), None)
+    if layout is None or not source.root.is_dir():
+        return
+    try:
+        needed = layout.listing.needed_files(source.root, step=step, optimizer=optimizer is not False)
+    except BadCheckpoint:  # of a folder that was read by --config, and has none of its own
+        needed = list(source.files)
+    for folder in dict.fromkeys(path.parent for path in needed):
+        for entry in os.scandir(folder):
+            path = folder / entry.name
+            hidden = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER
+            if not hidden and path not in used and entry.is_file():
+                yield path.relative_to(source.root).as_posix() if source.root in path.parents else str(path)
+
+
+def _dtypes(checkpoint: Checkpoint) -> str:
+    return " and ".join(dict.fromkeys(tensor.dtype for tensor in checkpoint.parameters.values()))
+
+
+def _adam(source: Checkpoint) -> str:
+    assert source.optimizer is not None and all(source.tensors.get(slot) for slot in MOMENTS)
+    return f"Adam's state after {_or(f'{step:g}' for step in sorted(set(source.optimizer.steps.values())))} steps"
+
+
+def _or(words: Iterable[str]) -> str:
+    return " or ".join(words)
+
+
+def _progress(progress: TrainingProgress) -> str:
+    parts = [f"step {progress.step}", _count(progress.consumed_samples, "sample")]
+    parts += [_count(progress.consumed_tokens, "token")] if progress.consumed_tokens is not None else []
+    parts += [_count(len(progress.stages), "stage")] if progress.stages else []
+    return f"progress ({', '.join(parts)})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
