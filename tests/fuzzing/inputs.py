@@ -151,6 +151,7 @@ def _run(folder: Path) -> None:
 
 
 _ZERO1 = "zero1-bf16-ws3-uneven"
+_RUN, _SAVED = f"{INPUT}/run", f"{INPUT}/run/checkpoints"
 _RECIPE = f"{INPUT}/recipe.yaml"
 _CONTINUE: Command = ("continue-train", _RECIPE, "--dry-run", "--json")
 #: A shipped recipe, cut down to a tiny model.
@@ -221,6 +222,14 @@ SEEDS = {
             Seed(name=f"yaml-{name}", kind="nanotron YAML", make=partial(_nanotron_yaml, f"{name}.yaml"), commands=(_FROM_NANOTRON,))
             for name in ("smollm2-continued", "smollm3-three-stages")
         ),
+        Seed(
+            name="finished-run", kind="training run", make=partial(_copied, FIXTURES / "run"),
+            commands=(
+                _CONTINUE, (*_CONTINUE, "--resume", f"{_RUN}/checkpoints/step-2"),
+                ("inspect", _SAVED, "--json"), ("inspect", _SAVED, "--check", "--json"), ("plot", _RUN, "-o", f"{OUTPUT}.svg"),
+                ("convert", _SAVED, OUTPUT, "--to", "hf", "--json"), ("convert", _SAVED, OUTPUT, "--to", "deepspeed", "--json"),
+            ),
+        ),
         Seed(name="run", kind="training run", make=_run, commands=(("plot", INPUT, "-o", f"{OUTPUT}.svg"), ("plot", INPUT, ORIGINAL, "-o", f"{OUTPUT}.html"))),
     )
 }  # fmt: skip
@@ -228,7 +237,7 @@ SEEDS = {
 #: How often a kind is drawn: by how much of smolconv reads it.
 WEIGHTS = {
     "nanotron": 4, "huggingface": 4, "deepspeed": 7, "written by smolconv": 5, "gguf": 2, "token files": 2, "recipe": 2,
-    "nanotron YAML": 2, "training run": 1,
+    "nanotron YAML": 2, "training run": 4,
 }  # fmt: skip
 
 
