@@ -50,6 +50,8 @@ def dry(command: Command) -> Command:
 _CHECKPOINT = (
     INSPECT, TO_HF, TO_DEEPSPEED, TO_NANOTRON, CHECK, dry(TO_HF), dry(TO_DEEPSPEED), dry(TO_NANOTRON), DIFF, TO_UNIVERSAL,
 )  # fmt: skip
+#: Of a source whose parameter groups nanotron cannot hold together.
+_GROUPED = tuple((*command, "--no-optimizer") if "nanotron" in command else command for command in _CHECKPOINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,10 @@ SEEDS = {
         Seed(name="hf-sharded", kind="huggingface", make=_sharded, commands=(*_CHECKPOINT, VERIFY)),
         Seed(name="hf-torch", kind="huggingface", make=_torch_weights, commands=(*_CHECKPOINT, VERIFY)),
         *(
-            Seed(name=f"deepspeed-{case}", kind="deepspeed", make=partial(_deepspeed, case))
+            Seed(
+                name=f"deepspeed-{case}", kind="deepspeed", make=partial(_deepspeed, case),
+                commands=_GROUPED if "-ws3" in case else _CHECKPOINT,
+            )
             for case in (
                 _ZERO1, "zero2-fp32-ws3", "zero2-roundrobin-ws2", "zero3-bf16-subgroups-ws3-uneven", "zero0-bf16",
                 "zero1-frozen-ws2", "autotp2-zero1-bf16", "universal-from-zero2-ws3",
@@ -200,7 +205,7 @@ SEEDS = {
         ),
         Seed(
             name="ours-universal", kind="written by smolconv", sealed=True,
-            make=partial(_converted, partial(_deepspeed, "zero2-fp32-ws3"), "deepspeed", universal=True),
+            make=partial(_converted, partial(_deepspeed, "zero2-fp32-ws3"), "deepspeed", universal=True), commands=_GROUPED,
         ),
         Seed(name="gguf", kind="gguf", make=_gguf, commands=(_IMPORT, dry(_IMPORT))),
         *(

@@ -210,7 +210,7 @@ def _first_line(said: str) -> str:
 
 
 def _nameless(case: Case, said: str) -> bool:
-    if len(case.ops) != 1 or _USAGE.search(said):
+    if len(case.ops) != 1 or not _ERROR.search(said):
         return False
     path = Path(case.ops[0]["file"])
     fields = (
