@@ -93,15 +93,33 @@ def test_a_whole_input_is_well(seed, judge):
         (3, "CorruptFile: " + "x" * 3000, "long message"),
         (3, "CorruptFile: config.json" + "\nx" * 9, "long message"),
         (3, "CorruptFile: config.json \x1b[31m", "control characters"),
-        (3, "CorruptFile: config.json\nwas expected", CLEAN_ERROR),
+        (3, "CorruptFile: config.json", "output beside an error"),
     ],
 )
 def test_what_a_command_says_is_judged(code, said, kind, judge, monkeypatch):
     assert judged(judge, monkeypatch, "hf-smollm2-tiny", INSPECT, lambda _: Finished(code, "", said)).kind == kind
 
 
+def test_an_error_is_a_document_with_json_and_nothing_without(judge, monkeypatch):
+    said = "CorruptFile: config.json is damaged.\nCopy it again."
+    error = {"class": "CorruptFile", "exit_code": 3, "message": "config.json is damaged.", "advice": "Copy it again."}
+    document = json.dumps({"schema": 1, "error": error})
+    other = json.dumps({"schema": 1, "error": {**error, "exit_code": 4}})
+    for command, stdout, kind in (
+        (INSPECT, document, CLEAN_ERROR), (INSPECT, "", "output beside an error"), (INSPECT, other, "output beside an error"),
+        (INSPECT[:-1], "", CLEAN_ERROR), (INSPECT[:-1], "x", "output beside an error"),
+    ):  # fmt: skip
+        done = Finished(3, stdout, said)
+        assert judged(judge, monkeypatch, "hf-smollm2-tiny", command, partial(_ended, done)).kind == kind
+
+
+def _ended(done: Finished, _: Path) -> Finished:
+    return done
+
+
 def test_an_error_leaves_nothing_and_writes_nothing(judge, monkeypatch):
-    error = Finished(3, "", "CorruptFile: config.json")
+    document = {"schema": 1, "error": {"class": "CorruptFile", "exit_code": 3, "message": "config.json", "advice": ""}}
+    error = Finished(3, json.dumps(document), "CorruptFile: config.json")
 
     def leaves(folder: Path) -> Finished:
         (folder / f"{OUTPUT}.partial").mkdir()
@@ -215,7 +233,7 @@ def test_every_seed_can_be_made_and_read(judge):
     refused = {
         f"{name} {' '.join(command)}"
         for name, seed in SEEDS.items()
-        for command in seed.commands[:2]
+        for command in seed.commands[:4]
         if judge.baseline(name, command)[0].code
     }
     assert refused == {"tokens-shuffled_4byte data inspect in --json --eos 0"}

@@ -50,6 +50,8 @@ def dry(command: Command) -> Command:
 _CHECKPOINT = (
     INSPECT, TO_HF, TO_DEEPSPEED, TO_NANOTRON, CHECK, dry(TO_HF), dry(TO_DEEPSPEED), dry(TO_NANOTRON), DIFF, TO_UNIVERSAL,
 )  # fmt: skip
+#: Of a source whose parameter groups nanotron cannot hold together.
+_GROUPED = tuple((*command, "--no-optimizer") if "nanotron" in command else command for command in _CHECKPOINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def _run(folder: Path) -> None:
 
 
 _ZERO1 = "zero1-bf16-ws3-uneven"
+_RUN, _SAVED = f"{INPUT}/run", f"{INPUT}/run/checkpoints"
 _RECIPE = f"{INPUT}/recipe.yaml"
 _CONTINUE: Command = ("continue-train", _RECIPE, "--dry-run", "--json")
 #: A shipped recipe, cut down to a tiny model.
@@ -178,7 +181,10 @@ SEEDS = {
         Seed(name="hf-sharded", kind="huggingface", make=_sharded, commands=(*_CHECKPOINT, VERIFY)),
         Seed(name="hf-torch", kind="huggingface", make=_torch_weights, commands=(*_CHECKPOINT, VERIFY)),
         *(
-            Seed(name=f"deepspeed-{case}", kind="deepspeed", make=partial(_deepspeed, case))
+            Seed(
+                name=f"deepspeed-{case}", kind="deepspeed", make=partial(_deepspeed, case),
+                commands=_GROUPED if "-ws3" in case else _CHECKPOINT,
+            )
             for case in (
                 _ZERO1, "zero2-fp32-ws3", "zero2-roundrobin-ws2", "zero3-bf16-subgroups-ws3-uneven", "zero0-bf16",
                 "zero1-frozen-ws2", "autotp2-zero1-bf16", "universal-from-zero2-ws3",
@@ -199,7 +205,7 @@ SEEDS = {
         ),
         Seed(
             name="ours-universal", kind="written by smolconv", sealed=True,
-            make=partial(_converted, partial(_deepspeed, "zero2-fp32-ws3"), "deepspeed", universal=True),
+            make=partial(_converted, partial(_deepspeed, "zero2-fp32-ws3"), "deepspeed", universal=True), commands=_GROUPED,
         ),
         Seed(name="gguf", kind="gguf", make=_gguf, commands=(_IMPORT, dry(_IMPORT))),
         *(
@@ -221,6 +227,14 @@ SEEDS = {
             Seed(name=f"yaml-{name}", kind="nanotron YAML", make=partial(_nanotron_yaml, f"{name}.yaml"), commands=(_FROM_NANOTRON,))
             for name in ("smollm2-continued", "smollm3-three-stages")
         ),
+        Seed(
+            name="finished-run", kind="training run", make=partial(_copied, FIXTURES / "run"),
+            commands=(
+                _CONTINUE, (*_CONTINUE, "--resume", f"{_RUN}/checkpoints/step-2"),
+                ("inspect", _SAVED, "--json"), ("inspect", _SAVED, "--check", "--json"), ("plot", _RUN, "-o", f"{OUTPUT}.svg"),
+                ("convert", _SAVED, OUTPUT, "--to", "hf", "--json"), ("convert", _SAVED, OUTPUT, "--to", "deepspeed", "--json"),
+            ),
+        ),
         Seed(name="run", kind="training run", make=_run, commands=(("plot", INPUT, "-o", f"{OUTPUT}.svg"), ("plot", INPUT, ORIGINAL, "-o", f"{OUTPUT}.html"))),
     )
 }  # fmt: skip
@@ -228,7 +242,7 @@ SEEDS = {
 #: How often a kind is drawn: by how much of smolconv reads it.
 WEIGHTS = {
     "nanotron": 4, "huggingface": 4, "deepspeed": 7, "written by smolconv": 5, "gguf": 2, "token files": 2, "recipe": 2,
-    "nanotron YAML": 2, "training run": 1,
+    "nanotron YAML": 2, "training run": 4,
 }  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def _sparse(path: Path, op: Op, folder: Path) -> None:
 
 def _exchange(path: Path, op: Op, folder: Path) -> None:
     other, aside = folder / op["with"], folder / "aside"
-    if not other.exists() or not path.exists():
+    if not other.exists() or not path.exists() or path in (other, *other.parents) or other in path.parents:
         raise NotFitting
     path.rename(aside)
     other.rename(path)
