@@ -27,7 +27,7 @@ _ADVICE = "docs/recipes.md lists every field; `smolconv recipe show try-out` pri
 _MOST_BYTES = 1 << 20
 #: Digits of a whole number; 2^64 has as many.
 _MOST_DIGITS = 20
-_MOST_MISTAKES = 50
+_MOST_MISTAKES = 6
 
 Place = tuple[str | int, ...]  #: a value's keys and list indices, from the top
 

@@ -6,13 +6,13 @@ or all of a file without tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import CorruptFile
+from smolconv.errors import CorruptFile, some_of
 from smolconv.files import is_there, read_bytes
 from smolconv.parsing import parse_json
 from smolconv.storage.integrity import (
@@ -227,6 +227,15 @@ class SourceSeals:
     warnings: tuple[str, ...] = ()
 
 
+def _says_something(path: Path, edited: Container[str]) -> bool:
+    """Whether a file that is gone was a document, without which the others would be read as something else.
+
+    A whole folder may be left behind, and tensors that are not asked for: of those the reader, or nobody, misses any.
+    """
+    is_document = path.suffix in (".json", ".yaml", ".txt") and not path.name.endswith(".index.json")
+    return is_document and path.parent.is_dir() and path.name not in edited
+
+
 def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable: Iterable[str]) -> SourceSeals:
     """The seals of all files that ``checkpoint`` was read from and of those below ``tensors``.
 
@@ -244,9 +253,14 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable
         unlisted = [path for path in sorted(leaves) if where in path.parents and path not in listed]
         problems = [f"{path.relative_to(where)} is not listed there" for path in unlisted if path.name not in edited]
         problems += size_problems(manifest, [path for path in paths if path in listed and path.name not in edited])
+        gone = [path for path in manifest.files if not path.is_file()]
+        problems += [f"{path.relative_to(where)} is gone" for path in gone if _says_something(path, edited)]
         refuse(where / MANIFEST, problems, RECORDED_BY_US)
-        if gone := [path.relative_to(where).as_posix() for path in manifest.files if not path.is_file()]:
-            warnings.append(f"{len(gone)} files that {MANIFEST} lists are gone: {', '.join(gone[:5])}.")
+        if gone:
+            names = [path.relative_to(where).as_posix() for path in gone]
+            files = "file that" if len(gone) == 1 else "files that"
+            is_gone = "lists is gone" if len(gone) == 1 else "lists are gone"
+            warnings.append(f"{len(gone)} {files} {MANIFEST} {is_gone}: {some_of(names, 5, more=True)}.")
         for seal in manifest.seals:
             if seal.path.name in edited and seal.path.is_file():
                 if size_problems(manifest, [seal.path]) or seal.differs():
