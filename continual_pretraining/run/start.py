@@ -266,7 +266,7 @@ def _convert(
     target = place / "deepspeed"
     options = ConvertOptions(
         to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
-        optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
+        optimizer=optimizer, dtype=recipe.model.dtype, digest="none", vocab_size=checkpoint.spec.vocab_size,
     )  # fmt: skip
     plan = plan_from_checkpoint(checkpoint, uri, target, options)
     run_conversion(plan, overwrite=True)
