@@ -26,6 +26,7 @@ from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
+from smolconv.hub.published import with_published_progress
 from smolconv.layouts.layout import Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import LAYOUTS, is_checkpoint, layout_named, read_checkpoint
@@ -190,7 +191,7 @@ def plan_conversion(
             base=options.base,
         ),
     )
-    return plan_from_checkpoint(checkpoint, str(source), target, options)
+    return plan_from_checkpoint(with_published_progress(checkpoint, str(source)), str(source), target, options)
 
 
 def _refuse_swapped(source: str | Path, target: Path) -> None:

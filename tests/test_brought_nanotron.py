@@ -17,7 +17,9 @@ from conftest import FIXTURES, convert, hf_weights
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
+from smolconv.continual_pretraining.run.start import completed_steps
 from smolconv.errors import CorruptFile, UsageError
+from smolconv.hub.published import published_progress
 
 # --- published training configs ---------------------------------------------------------------------------------------
 
@@ -321,3 +323,62 @@ def test_a_note_of_an_import_that_cannot_be_is_refused(tmp_path):
         path.write_text(json.dumps(document))
         with pytest.raises(error, match="vocab"):
             convert(tmp_path / "run", tmp_path / "back", "hf")
+
+
+# --- branches of published checkpoints --------------------------------------------------------------------------------
+
+BRANCHES = "hf://HuggingFaceTB/SmolLM3-3B-checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("branch", "step", "tokens"),
+    [
+        ("stage1-step-40000", 40_000, 94_371_840_000),
+        ("stage2-step-4200000", 4_200_000, 9_909_043_200_000),
+        ("stage3-step-4720000", 4_720_000, 11_135_877_120_000),
+        ("lc-4k-to-32k-step-4000", 4000, 9_437_184_000),
+        ("lc-32k-to-64k-step-20000", 20_000, 47_185_920_000),
+    ],
+)
+def test_a_published_branch_says_its_step_and_tokens(branch, step, tokens):
+    progress = published_progress(f"{BRANCHES}@{branch}")
+    assert progress is not None
+    assert (progress.step, progress.consumed_tokens) == (step, tokens)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        BRANCHES, f"{BRANCHES}@main", f"{BRANCHES}@it-mid-training", f"{BRANCHES}@stage4-step-40000",
+        f"{BRANCHES}@stage1-step-40000-v2", "hf://someone/SmolLM3-3B-checkpoints@stage1-step-40000",
+        "hf://HuggingFaceTB/SmolLM3-3B@stage1-step-40000", "checkpoints/stage1-step-40000",
+    ],
+)  # fmt: skip
+def test_no_other_name_is_guessed_from(uri):
+    assert published_progress(uri) is None
+
+
+def test_the_progress_of_a_branch_is_converted_and_decides_the_learning_rate(tmp_path, monkeypatch):
+    source = hf_models.saved(hf_models.smollm3(), tmp_path / "hf")
+    for place in ("smolconv.convert", "smolconv.continual_pretraining.run.start"):
+        monkeypatch.setattr(f"{place}.open_source", lambda *_, **__: source)
+    uri = f"{BRANCHES}@stage1-step-40000"
+    result = convert(uri, tmp_path / "run", "nanotron")
+    found = metas(tmp_path / "run")
+    assert (found["last_train_step"], found["consumed_train_samples"], found["consumed_tokens_total"]) == (
+        40_000, 23_040_000, 94_371_840_000,
+    )  # fmt: skip
+    assert any("by the name of the branch" in warning for warning in result.warnings)
+    convert(uri, tmp_path / "copy", "hf")
+    state = json.loads((tmp_path / "copy/smolconv_state/state.json").read_text())
+    assert (state["step"], state["progress"]["consumed_tokens"]) == (40_000, 94_371_840_000)
+    # A folder of its own, which says nothing of the kind.
+    convert(source, tmp_path / "plain", "hf")
+    assert not (tmp_path / "plain/smolconv_state").exists()
+
+    recipe = load_recipe("smollm3-3b-stable")
+    recipe = recipe.model_copy(update={"start": recipe.start.model_copy(update={"optimizer": False, "data": False})})
+    step = completed_steps(recipe, published_progress(uri))
+    assert (step, learning_rate(recipe.schedule, step)) == (40_000, 2e-4)
+    with pytest.raises(UsageError, match=r"start\.learning_rate"):
+        completed_steps(recipe, published_progress(f"{BRANCHES}@main"))
