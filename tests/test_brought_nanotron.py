@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import FIXTURES, convert, hf_weights
 
+from smolconv.commands.convert import _verifier
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
@@ -280,6 +281,7 @@ def test_a_scaling_comes_back_from_nanotron_unless_nanotron_has_trained_without_
     convert(tmp_path / "run", tmp_path / "ds", "deepspeed")
     convert(tmp_path / "ds", tmp_path / "by ds", "hf")
     assert scaling_of(tmp_path / "by tp1") == scaling_of(tmp_path / "by ds") == scaling
+    assert convert(tmp_path / "run", tmp_path / "proved", "hf", verifier=_verifier).verification["passed"]
     convert(tmp_path / "run", tmp_path / "asked", "hf", rope_scaling="as-trained")
     assert scaling_of(tmp_path / "asked") is None
     trained = trained_by_nanotron(tmp_path / "run", tmp_path / "trained")
