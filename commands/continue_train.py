@@ -142,13 +142,14 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
     from smolconv.continual_pretraining.run.start import check_model, completed_steps, with_overrides
     from smolconv.hub.download import open_source
+    from smolconv.hub.published import with_published_progress
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
 
     model = recipe.model
     config = Path(model.config) if model.config else None
     read = ReadOptions(config=config, step=model.step, architecture=model.architecture)
-    source = read_checkpoint(open_source(model.source, headers_only=True), read)
+    source = with_published_progress(read_checkpoint(open_source(model.source, headers_only=True), read), model.source)
     spec = with_overrides(source, recipe).spec
     check_model(recipe, spec, model.source)
     own = find_resume(run, resume)

@@ -78,13 +78,14 @@ def convert(
         typer.Option(metavar="PATH", rich_help_panel=_SOURCE, help="Has the weights that SRC left out as frozen."),
     ] = None,
     rope_scaling: Annotated[
-        Literal["as-trained", "as-configured"],
+        Literal["as-trained", "as-configured"] | None,
         typer.Option(
             metavar="HOW",
             rich_help_panel=_SOURCE,
-            help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it.",
+            help="as-trained drops nanotron's rope_scaling, which it ignores; as-configured keeps it. Default: "
+            "as-configured only where it was imported and not trained since.",
         ),
-    ] = "as-trained",
+    ] = None,
     tp: Annotated[
         int | None, typer.Option(min=1, metavar="N", rich_help_panel=_NANOTRON, help="Tensor-parallel ranks.")
     ] = None,

@@ -37,6 +37,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, from headers alone."""
     from smolconv.hub.download import open_source
+    from smolconv.hub.published import with_published_progress
     from smolconv.inspection import check_checkpoint, inspect_checkpoint
     from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
@@ -45,7 +46,7 @@ def inspect(
     read = ReadOptions(
         config=config, step=step, layout=source_layout, architecture=architecture, check_sidecar=check
     )  # fmt: skip
-    checkpoint = read_checkpoint(folder, read)
+    checkpoint = with_published_progress(read_checkpoint(folder, read), source)
     document = inspect_checkpoint(checkpoint, tensors=tensors)
     if check:
         from smolconv.convert import default_workers

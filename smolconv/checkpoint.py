@@ -147,6 +147,7 @@ class Checkpoint:
     opened: Mapping[Path, FileState] = field(default_factory=dict)  #: what was opened, as it was at that moment
     warnings: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()  #: parameters that the optimizer does not train
+    unpadded_vocab_size: int | None = None  #: the vocabulary's rows before our own writer padded them
 
     @property
     def parameters(self) -> Mapping[str, LazyTensor]:
@@ -169,4 +170,5 @@ def without_padding(checkpoint: Checkpoint, rows: int) -> Checkpoint:
         slot: {name: row_slice(tensor, 0, rows) if name in VOCABULARY else tensor for name, tensor in found.items()}
         for slot, found in checkpoint.tensors.items()
     }
-    return replace(checkpoint, tensors=tensors, spec=replace(checkpoint.spec, vocab_size=rows))
+    spec = replace(checkpoint.spec, vocab_size=rows)
+    return replace(checkpoint, tensors=tensors, spec=spec, unpadded_vocab_size=None)

@@ -26,6 +26,7 @@ from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
+from smolconv.hub.published import with_published_progress
 from smolconv.layouts.layout import Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import LAYOUTS, is_checkpoint, layout_named, read_checkpoint
@@ -58,7 +59,7 @@ class ConvertOptions:
     optimizer: bool | None = None  #: None carries it when the source has it
     tokenizer: Path | None = None
     vocab_size: int | None = None
-    rope_scaling: str = "as-trained"
+    rope_scaling: str | None = None  #: "as-trained" or "as-configured"; None: as the checkpoint says
     nanotron_config: Path | None = None
     world_size: int | None = None
     universal: bool = False
@@ -184,13 +185,13 @@ def plan_conversion(
             layout=options.source_layout,
             step=options.step,
             architecture=options.architecture,
-            rope_as_configured=options.rope_scaling == "as-configured",
+            rope_as_configured=None if options.rope_scaling is None else options.rope_scaling == "as-configured",
             optimizer=with_optimizer,
             check_sidecar=not headers_only,
             base=options.base,
         ),
     )
-    return plan_from_checkpoint(checkpoint, str(source), target, options)
+    return plan_from_checkpoint(with_published_progress(checkpoint, str(source)), str(source), target, options)
 
 
 def _refuse_swapped(source: str | Path, target: Path) -> None:
@@ -252,7 +253,7 @@ def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
         raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")
     if options.cast_from not in (None, "weights", "master"):
         raise UsageError(f"--cast-from {options.cast_from}: expected weights or master.")
-    if options.rope_scaling not in ("as-trained", "as-configured"):
+    if options.rope_scaling not in (None, "as-trained", "as-configured"):
         raise UsageError(f"--rope-scaling {options.rope_scaling}: expected as-trained or as-configured.")
     if options.digest not in ("xxh3", "sha256", "none"):
         raise UsageError(f"--digest {options.digest}: expected xxh3, sha256 or none.")
@@ -279,7 +280,9 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
         tensors = {slot: found for slot, found in checkpoint.tensors.items() if slot in kept}
         checkpoint = replace(checkpoint, tensors=tensors, optimizer=None)
     if options.vocab_size is not None:
-        checkpoint = _trim_vocabulary(checkpoint, options.vocab_size)
+        checkpoint = _trim_vocabulary(checkpoint, options.vocab_size, "--vocab-size")
+    elif checkpoint.unpadded_vocab_size is not None:
+        checkpoint = _trim_vocabulary(checkpoint, checkpoint.unpadded_vocab_size, None)
     if options.tokenizer is not None:
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
     return layout.prepare(checkpoint, own)
@@ -330,17 +333,16 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: La
     return replace(checkpoint, tensors=tensors, warnings=tuple(warnings))
 
 
-def _trim_vocabulary(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+def _trim_vocabulary(checkpoint: Checkpoint, rows: int, asked: str | None) -> Checkpoint:
     padded = checkpoint.spec.vocab_size
     if not 0 < rows <= padded:
-        raise UsageError(f"--vocab-size {rows}: the checkpoint has {padded} rows, so 1 to {padded} can be kept.")
+        given = asked or f"{checkpoint.root}: its own record of the vocabulary,"
+        raise UsageError(f"{given} {rows}: the checkpoint has {padded} rows, so 1 to {padded} can be kept.")
     if rows == padded:
         return checkpoint
-    trimmed = without_padding(checkpoint, rows)
-    return replace(
-        trimmed,
-        warnings=(*checkpoint.warnings, f"the vocabulary was trimmed from {padded} to {rows} rows."),
-    )
+    why = f" smolconv had padded it (--vocab-size {padded} keeps that)." if asked is None else ""
+    note = f"the vocabulary was trimmed from {padded} to {rows} rows.{why}"
+    return replace(without_padding(checkpoint, rows), warnings=(*checkpoint.warnings, note))
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:

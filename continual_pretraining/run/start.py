@@ -26,6 +26,7 @@ from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, Usage
 from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
+from smolconv.hub.published import with_published_progress
 from smolconv.layouts.layout import ReadOptions, hf_config
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import read_checkpoint
@@ -147,7 +148,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
         config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
         architecture=recipe.model.architecture, optimizer=wanted.optimizer,
     )  # fmt: skip
-    source = read_checkpoint(folder, read)
+    source = with_published_progress(read_checkpoint(folder, read), recipe.model.source)
     checkpoint = with_overrides(source, recipe)
     check_model(recipe, checkpoint.spec, recipe.model.source)
     if wanted.optimizer and not checkpoint.has_optimizer:
@@ -266,7 +267,7 @@ def _convert(
     target = place / "deepspeed"
     options = ConvertOptions(
         to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
-        optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
+        optimizer=optimizer, dtype=recipe.model.dtype, digest="none", vocab_size=checkpoint.spec.vocab_size,
     )  # fmt: skip
     plan = plan_from_checkpoint(checkpoint, uri, target, options)
     run_conversion(plan, overwrite=True)

@@ -37,7 +37,9 @@ class ReadOptions:
     layout: str | None = None  #: what ``--from`` says it is, where a folder holds several; by default it is detected
     step: int | None = None  #: which step of a run folder; the latest by default
     architecture: str | None = None  #: which family, where a nanotron config could be of several
-    rope_as_configured: bool = False  #: believe nanotron's rope_scaling, which nanotron itself ignores
+    #: Believe nanotron's rope_scaling, which nanotron itself ignores; None where the checkpoint says that it was
+    #: imported with it and not trained since.
+    rope_as_configured: bool | None = None
     optimizer: bool = True  #: read Adam's state when it is there
     check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
     base: Path | None = None  #: a checkpoint that supplies weights which were left out (DeepSpeed)

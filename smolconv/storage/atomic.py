@@ -175,7 +175,9 @@ class OutputFolder:
 
     def write(self, path: str, data: bytes) -> None:
         """A small file that is known only at the end, such as the manifest."""
-        write_synced(self.partial / path, data)
+        target = self.partial / path
+        target.parent.mkdir(parents=True, exist_ok=True)  # a sidecar may hold nothing else
+        write_synced(target, data)
 
     def publish(self) -> None:
         """Give the folder its final name.

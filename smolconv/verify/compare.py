@@ -248,6 +248,8 @@ def _huggingface_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> S
 _INDEPENDENT: Mapping[str, Callable[[AsStored, VerifyOptions, Any], Side | None]] = {
     "nanotron": _nanotron_side, "huggingface": _huggingface_side,
 }  # fmt: skip
+#: Whose own forward ignores ``rope_scaling``, which a conversion may keep: see ``ReadOptions.rope_as_configured``.
+_WITHOUT_SCALING = frozenset({"nanotron"})
 
 
 def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOptions) -> Side:
@@ -280,6 +282,8 @@ def verify_conversion(
 
     ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
     """
+    if prepared.layout in _WITHOUT_SCALING and prepared.spec.rope_scaling is not None:
+        source = None
     read_back = read_checkpoint(
         folder,
         ReadOptions(rope_as_configured=prepared.spec.rope_scaling is not None, architecture=prepared.spec.architecture),

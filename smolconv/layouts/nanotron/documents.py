@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import DataStage, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import is_there, read_bytes
-from smolconv.layouts.documents import check_progress, understood
+from smolconv.layouts.documents import check_progress, is_count, understood
 from smolconv.parsing import parse_yaml_mapping, read_json
+
+#: In ``custom_metas``, which nanotron reads and does not save again: so it says that nothing was trained since.
+IMPORT = "smolconv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What our writer noted of a model that it imported, where nanotron has not trained it since."""
+
+    vocab_size: int | None = None  #: rows before the padding
+    rope_scaling: bool = False  #: the weights belong to the config's scaling, though nanotron ignores it
+
+
+def read_import(metadata: Mapping[str, Any] | None, path: Path) -> Import:
+    """From checkpoint_metadata.json. Raises ``CorruptFile`` for a note that cannot be ours."""
+    metas, custom = ((metadata or {}).get(name) for name in ("metas", "custom_metas"))
+    note = custom.get(IMPORT) if isinstance(custom, dict) else None
+    if not isinstance(note, dict) or not isinstance(metas, dict) or note.get("step") != metas.get("last_train_step"):
+        return Import()
+    rows = note.get("vocab_size")
+    if not is_count(rows) or rows == 0:
+        raise CorruptFile(
+            f"{path}: custom_metas.{IMPORT}.vocab_size is {rows!r:.60}; a number of rows was expected.\n"
+            f"Remove custom_metas.{IMPORT} from the file, and say the rows by --vocab-size."
+        )
+    return Import(vocab_size=rows, rope_scaling=note.get("rope_scaling") is True)
 
 
 def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[str, Any], str]:

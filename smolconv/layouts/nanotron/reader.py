@@ -14,7 +14,7 @@ from smolconv.files import is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.nanotron.documents import read_model_config, read_progress
+from smolconv.layouts.nanotron.documents import Import, read_import, read_model_config, read_progress
 from smolconv.layouts.nanotron.listing import ASSETS, find_step_folder, is_number
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
 from smolconv.layouts.nanotron.weights import NativeParameter, read_native, weights_topology
@@ -32,12 +32,12 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     step_folder = find_step_folder(folder, options.step)
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
-    spec = spec_from_nanotron(
-        config, where, rope_as_configured=options.rope_as_configured, architecture=options.architecture
-    )
-    table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if is_there(metadata_path) else None
+    imported = read_import(metadata, metadata_path)
+    as_configured = imported.rope_scaling if options.rope_as_configured is None else options.rope_as_configured
+    spec = spec_from_nanotron(config, where, rope_as_configured=as_configured, architecture=options.architecture)
+    table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
     if metadata is not None and not is_count(metadata.get("dp", 1)):
         raise CorruptFile(f"{metadata_path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
 
@@ -47,7 +47,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         Slot.PARAMETER: table.to_canonical({name: p.whole for name, p in weights.items()}, str(step_folder))
     }
     topology = weights_topology(weights, metadata)
-    optimizer, scheduler, warnings = None, None, _warnings(config, weights, spec)
+    optimizer, scheduler, warnings = None, None, _warnings(config, weights, spec, imported)
     has_state = (step_folder / "optimizer").is_dir()
     if options.optimizer and has_state:
         state = read_optimizer(step_folder / "optimizer", spec, table, weights, topology)
@@ -77,6 +77,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
         source=_source(step_folder, config, metadata),
         files=tuple(paths),
         warnings=tuple(warnings),
+        unpadded_vocab_size=imported.vocab_size,
     )
 
 
@@ -89,12 +90,22 @@ def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str,
     )
 
 
-def _warnings(config: Mapping[str, Any], weights: Mapping[str, NativeParameter], spec: ModelSpec) -> list[str]:
+def _warnings(
+    config: Mapping[str, Any], weights: Mapping[str, NativeParameter], spec: ModelSpec, imported: Import
+) -> list[str]:
     found = []
     if config.get("rope_scaling") and spec.rope_scaling is None:
+        why = (
+            "though the model was imported with it" if imported.rope_scaling else "so the model was trained without it"
+        )
         found.append(
-            "model_config.json sets rope_scaling, which nanotron's forward ignores: the model was trained without it. "
+            f"model_config.json sets rope_scaling, which nanotron's forward ignores, {why}. "
             "It is left out of the spec (as-trained); --rope-scaling as-configured puts it in."
+        )
+    elif spec.rope_scaling is not None and imported.rope_scaling:
+        found.append(
+            "rope_scaling is kept: the model was imported with it, and nanotron, which ignores it, has not trained it "
+            "since. --rope-scaling as-trained leaves it out."
         )
     if any(p.format in ("1.2", "1.3") for p in weights.values()):
         found.append(

@@ -14,8 +14,10 @@ from smolconv.errors import CorruptFile, UnsupportedModel, UsageError
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
+from smolconv.layouts.nanotron.documents import IMPORT
 from smolconv.layouts.nanotron.listing import ASSETS, LATEST, MODEL_CONFIG
 from smolconv.layouts.nanotron.schedule import scheduled_lr
+from smolconv.layouts.nanotron.stages import data_stages
 from smolconv.layouts.nanotron.topology import (
     block_of,
     cut_shard,
@@ -113,7 +115,13 @@ class _NanotronWriter:
         if not with_optimizer or not scheduler:
             switches = (("load_optimizer", not with_optimizer), ("load_lr_scheduler", not scheduler))
             off = " and ".join(f"checkpoints.{name}" for name, missing in switches if missing)
-            self.warnings.append(f"resume in nanotron with {off} false.")
+            begins = "" if scheduler else " (it then begins at step 1 of its schedule and its data)"
+            self.warnings.append(f"resume in nanotron with {off} false{begins}.")
+        if self.config is None:
+            self.warnings.append(
+                "there is no training config to write as config.yaml, which nanotron's run_generate.py reads: "
+                "--nanotron-config YAML gives one."
+            )
         return PlannedOutput(files=tuple(files), warnings=tuple(self.warnings))
 
     # --- model ---
@@ -124,7 +132,8 @@ class _NanotronWriter:
         if rows != spec.vocab_size:
             self.warnings.append(
                 f"the vocabulary was padded from {spec.vocab_size} to {rows} rows, as nanotron does for "
-                f"TP {self.options.tp}; --vocab-size {spec.vocab_size} takes the padding away again."
+                f"TP {self.options.tp}. Converted back, the padding is taken away; once nanotron has trained the "
+                f"model, by --vocab-size {spec.vocab_size}."
             )
         return replace(spec, vocab_size=rows)
 
@@ -135,11 +144,17 @@ class _NanotronWriter:
             # The source's own document, if it still speaks of this model: it holds switches that no spec knows.
             if _speaks_of(config, spec):
                 return config
-        config = spec_to_nanotron(spec, source.hf_config or {})
+        carried = source.hf_config or {}
+        config = spec_to_nanotron(spec, carried)
+        for name in ("bos_token_id", "eos_token_id"):
+            if name in carried and carried[name] is None:
+                self.warnings.append(
+                    f"{name} is null in the source's config; nanotron needs a number, and {config[name]} was written."
+                )
         if spec.rope_scaling is not None:
             self.warnings.append(
                 "rope_scaling is written to model_config.json, but nanotron's forward ignores it: trained there, the "
-                "model would be another one."
+                "model becomes another one. Converted untrained, it comes back with its scaling."
             )
         return config
 
@@ -406,23 +421,9 @@ class _NanotronWriter:
 
     def _metadata(self) -> dict[str, Any]:
         """Counts whose sums hold: nanotron refuses to load a checkpoint where they do not."""
-        progress = self.progress
-        stages: list[dict[str, Any]] = [
-            {
-                "name": stage.name,
-                "start_training_step": stage.start_training_step,
-                "consumed_train_samples": stage.consumed_train_samples,
-                # nanotron reads a missing length as 4096.
-                "sequence_length": 4096 if stage.sequence_length is None else stage.sequence_length,
-                "consumed_tokens_per_dataset_folder": dict(stage.consumed_tokens_per_dataset_folder or {}),
-            }
-            for stage in progress.stages
-        ] or [
-            {
-                "name": "imported", "start_training_step": 1, "consumed_train_samples": progress.consumed_samples,
-                "sequence_length": 4096, "consumed_tokens_per_dataset_folder": {},
-            }
-        ]  # fmt: skip
+        progress, given = self.progress, self.options.nanotron_config
+        chosen = None if given is None else str(given)
+        stages, current = data_stages(progress, self.config, chosen=chosen, warnings=self.warnings)
         samples = sum(stage["consumed_train_samples"] for stage in stages)
         tokens = sum(sum(stage["consumed_tokens_per_dataset_folder"].values()) for stage in stages)
         if samples != progress.consumed_samples:
@@ -431,16 +432,27 @@ class _NanotronWriter:
             )
         if progress.consumed_tokens not in (None, tokens):
             self.warnings.append(f"consumed_tokens_total {progress.consumed_tokens} became {tokens}, the folders' sum.")
-        original = self.checkpoint.source.nanotron_metadata
         return {
             "version": FORMAT, "tp": self.options.tp, "dp": self.options.dp, "cp": 1,
-            "custom_metas": None if original is None else original.value.get("custom_metas"),
+            "custom_metas": self._custom_metas(),
             "metas": {
                 "consumed_train_samples": samples, "consumed_tokens_total": tokens, "last_train_step": progress.step,
-                "last_stage_idx": (progress.last_stage_index or 0) if progress.stages else 0,
+                "last_stage_idx": current,
                 "data_stages": stages,
             },
         }  # fmt: skip
+
+    def _custom_metas(self) -> dict[str, Any] | None:
+        """The source's own, and what an import adds that a later reader must know."""
+        original = self.checkpoint.source.nanotron_metadata
+        found = None if original is None else original.value.get("custom_metas")
+        if isinstance(found, dict):
+            found = {name: value for name, value in found.items() if name != IMPORT} or None
+        rows, scaled = self.checkpoint.spec.vocab_size, self.spec.rope_scaling is not None
+        if rows == self.spec.vocab_size and not scaled:
+            return found
+        mine = {"step": self.progress.step, "vocab_size": rows, "rope_scaling": scaled}
+        return {**(found if isinstance(found, dict) else {}), IMPORT: mine}
 
 
 def _speaks_of(config: Mapping[str, Any], spec: ModelSpec) -> bool:
