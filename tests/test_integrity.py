@@ -393,6 +393,18 @@ def test_a_weight_file_that_the_manifest_does_not_list_is_refused(copy, tmp_path
         convert(copy, tmp_path / "out", "nanotron")
 
 
+def test_a_later_step_that_a_trainer_saved_beside_ours_is_not_refused(tmp_path):
+    convert(TP2, tmp_path / "run", "nanotron")
+    run = tmp_path / "run"
+    shutil.copytree(run / "3", run / "5")
+    for path in (run / "5").rglob("checkpoint_metadata.json"):
+        document = json.loads(path.read_text())
+        document["metas"]["last_train_step"] = 5
+        path.write_text(json.dumps(document))
+    (run / "latest.txt").write_text("5")
+    assert convert(run, tmp_path / "out", "hf").plan.source.progress.step == 5
+
+
 def test_an_edited_readme_is_a_warning_and_a_folder_without_the_sidecar_says_so(copy, tmp_path):
     (copy / "README.md").write_text("my model")
     shutil.rmtree(copy / "smolconv_state")
