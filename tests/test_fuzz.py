@@ -237,3 +237,15 @@ def test_every_seed_can_be_made_and_read(judge):
         if judge.baseline(name, command)[0].code
     }
     assert refused == {"tokens-shuffled_4byte data inspect in --json --eos 0"}
+
+
+def test_a_damage_reads_no_pipe_that_another_one_made(judge):
+    fifo = {"file": "config.json", "op": "fifo"}
+    folder = judge.workshop.case("hf-smollm2-tiny") / INPUT
+    for op in (
+        {"file": "config.json", "op": "flip", "at": 0, "bit": 0},
+        {"file": "config.json", "op": "sparse", "size": 9, "keep": True},
+        {"file": "generation_config.json", "op": "splice", "at": 0, "from": "config.json", "from_at": 0, "count": 1},
+    ):
+        apply([fifo, op], folder)
+    assert (folder / "config.json").is_fifo()

@@ -168,5 +168,5 @@ def to_json(found: Found, first_seed: int, seconds: float) -> dict[str, Any]:
     return {
         "seed": first_seed, "seconds": round(seconds), "inputs": found.tried, "by_input": dict(found.by_kind.most_common()),
         "by_command": dict(found.by_command.most_common()), "outcomes": dict(found.outcomes.most_common()),
-        "failures": [f"{kind}: {signature}" for kind, signature in found.failures], "processes": os.cpu_count(),
+        "failures": [f"{kind}: {signature}" for kind, signature in found.failures], "cores": os.cpu_count(),
     }  # fmt: skip

@@ -29,9 +29,7 @@ def apply(ops: Sequence[Op], folder: Path) -> None:
         path = folder / op["file"]
         with suppress(NotFitting, FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError, OSError):
             if (change := _CONTENT.get(op["op"])) is not None:
-                if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_BYTES:
-                    raise NotFitting
-                content = path.read_bytes()
+                content = _content_of(path)
                 try:
                     changed = change(content, op, folder)
                 except Exception:  # of whatever library: an earlier operation left no document
@@ -43,6 +41,13 @@ def apply(ops: Sequence[Op], folder: Path) -> None:
 
 class NotFitting(Exception):
     """The operation means something that is not there."""
+
+
+def _content_of(path: Path) -> bytes:
+    """Of a regular file: an earlier operation may have left a pipe, a device or terabytes there."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise NotFitting
+    return path.read_bytes()
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -80,7 +85,7 @@ def _cut(content: bytes, op: Op, _: Path) -> bytes:
 
 
 def _splice(content: bytes, op: Op, folder: Path) -> bytes:
-    other = (folder / op["from"]).read_bytes()[op["from_at"] :][: op["count"]]
+    other = _content_of(folder / op["from"])[op["from_at"] :][: op["count"]]
     return content[: op["at"]] + other + content[op["at"] + len(other) :]
 
 
@@ -223,14 +228,13 @@ def _socket(path: Path, op: Op, folder: Path) -> None:
 
 
 def _unreadable(path: Path, op: Op, folder: Path) -> None:
-    replace(path, path.read_bytes())
+    replace(path, _content_of(path))
     path.chmod(0)
 
 
 def _sparse(path: Path, op: Op, folder: Path) -> None:
-    if path.is_dir():
-        raise NotFitting
-    replace(path, path.read_bytes() if op["keep"] and path.stat().st_size <= _MOST_BYTES else b"")
+    content = _content_of(path)
+    replace(path, content if op["keep"] else b"")
     os.truncate(path, op["size"])
 
 

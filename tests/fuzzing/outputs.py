@@ -9,6 +9,8 @@ from typing import Any
 
 #: By file and name: dtype, shape, digest of the bytes.
 Tensors = dict[str, tuple[str, tuple[int, ...], str]]
+#: Folders of documents that are carried as they are, whatever their names.
+_DOCUMENTS = frozenset({"smolconv_source", "smolconv_assets", "source"})
 
 
 class _StandIn:
@@ -41,6 +43,8 @@ def tensors_below(folder: Path) -> Tensors:
     found: Tensors = {}
     for path in sorted(folder.rglob("*")):
         where = str(path.relative_to(folder))
+        if _DOCUMENTS.intersection(path.relative_to(folder).parts):
+            continue
         if path.suffix == ".safetensors":
             found |= safetensors_of(path, where)
         elif path.suffix in (".pt", ".bin"):
