@@ -1,19 +1,17 @@
 """One rank of real DeepSpeed training: loads a checkpoint, takes steps, and writes down what the engine holds.
 
-``real_deepspeed`` is the tests' side and says what a job is; it starts this file as a program, once per rank. The ranks take
-the jobs one after another, each with an engine of its own. What is written down is read from the flat partitions that
-Adam updates: DeepSpeed's own accessors fail for the second parameter group of ZeRO-1/2, and after a universal load.
+``real_deepspeed`` is the tests' side and says what a job is; it runs this file as a program once per rank, in forks of a
+process that has imported DeepSpeed. The ranks take the jobs one after another, each with an engine of its own. What is
+written down is read from the flat partitions that Adam updates: DeepSpeed's own accessors fail for the second parameter
+group of ZeRO-1/2, and after a universal load.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -296,22 +294,10 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1, default=stranger))
 
 
-def end_with_our_parent() -> None:
-    """The parent holds our stdin open: at its end, whatever ended it, so do we."""
-
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        os._exit(3)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main(folder: Path) -> None:
     """Take every job of ``folder/jobs.json`` as the rank that the environment names."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     doing, linear = "starting DeepSpeed", functional.linear
-    faulthandler.register(signal.SIGUSR1)
-    end_with_our_parent()
     try:
         torch.set_num_threads(1)
         import deepspeed.ops

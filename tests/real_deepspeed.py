@@ -1,6 +1,6 @@
 """Checkpoints as the real DeepSpeed reads and writes them, and the same steps in plain PyTorch.
 
-A start of DeepSpeed's processes costs seconds: give ``continue_with_deepspeed`` as many jobs at once as a world size has.
+Give ``continue_with_deepspeed`` as many jobs at once as a world size has: a meeting of its ranks costs a second.
 """
 
 from __future__ import annotations
@@ -8,10 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -22,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from deepspeed_worker import language_model_loss, random_model
+from forked_worker import Fork, run_ranks
 from safetensors.torch import load_file, save_file
 
 Tensors = Mapping[str, torch.Tensor]
@@ -35,7 +32,7 @@ MAX_NOISE = {"losses": 1e-6, "masters": 1e-6, "exp_avg": 4e-6, "exp_avg_sq": 8e-
 
 
 class DeepSpeedFailed(AssertionError):
-    """A rank raised, died or hung; the message has its traceback."""
+    """A rank raised, died or hung (and was killed); the message has its traceback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,14 +218,10 @@ def continue_with_deepspeed(
             )
     described = [_described(job, folder, world_size) for job, folder in zip(jobs, folders)]
     (run / "jobs.json").write_text(json.dumps(described, indent=1))
-    ranks = [_start(run, rank, world_size) for rank in range(world_size)]
-    try:
-        _wait(ranks, run, time.monotonic() + timeout_seconds)
-    finally:
-        for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.communicate()
+    _raise_failures(
+        run_ranks([_fork(run, rank, world_size) for rank in range(world_size)], seconds=timeout_seconds, on_cpu=True),
+        run,
+    )
     return [Result(job, folder) for job, folder in zip(jobs, folders)]
 
 
@@ -274,45 +267,26 @@ def _new_folder(parent: Path, name: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def _start(run: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+def _fork(run: Path, rank: int, world_size: int) -> Fork:
     environment = {
-        **os.environ,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
         # Ranks meet in a file, where no two runs can take one port; DeepSpeed asks that these are set all the same.
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         # A lock that a killed build has left in the user's folder would stop us for ever.
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(run / "extensions")),
     }  # fmt: skip
-    with (run / f"rank-{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(WORKER), str(run)], env=environment, cwd=run, stdin=subprocess.PIPE, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    code = f"import runpy\nrunpy.run_path({str(WORKER)!r}, run_name='__main__')\n"
+    return Fork(code=code, words=(str(WORKER), str(run)), environment=environment, log=run / f"rank-{rank}.log")
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], run: Path, deadline: float) -> None:
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks):
-            # The others have failed for the same reason, or soon will for want of this one.
-            with suppress(subprocess.TimeoutExpired):
-                for rank in ranks:
-                    rank.wait(timeout=2)
-            break
-        if time.monotonic() > deadline:
-            for rank in ranks:
-                rank.send_signal(signal.SIGUSR1)  # faulthandler writes down where they are
-            time.sleep(1)
-            raise DeepSpeedFailed(f"DeepSpeed did not finish in time\n\n{_logs(run, range(len(ranks)))}")
-        time.sleep(0.05)
-    failed = [number for number, rank in enumerate(ranks) if rank.poll()]
+def _raise_failures(codes: Mapping[int, int], run: Path) -> None:
+    failed = {rank: code for rank, code in sorted(codes.items()) if code}
     if failed:
         errors = sorted({path.read_text() for path in sorted(run.glob("rank-*.error"))}, key=_is_aftermath)
-        died = [number for number in failed if not (run / f"rank-{number}.error").exists()]
-        codes = {number: ranks[number].returncode for number in failed}
+        died = [rank for rank in failed if not (run / f"rank-{rank}.error").exists()]
         raise DeepSpeedFailed(
             "\n\n".join(
-                [f"ranks of {len(ranks)} that failed, with their exit codes: {codes}", *errors, _logs(run, died)]
+                [f"ranks of {len(codes)} that failed, with their exit codes: {failed}", *errors, _logs(run, died)]
             )
         )
 

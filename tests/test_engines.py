@@ -34,6 +34,26 @@ DEEPSPEED = FIXTURES / "deepspeed"
 HF = FIXTURES / "nanotron" / "smollm3-tiny" / "expected_hf"
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """The engine's ranks are forks of a process that has imported DeepSpeed."""
+    code = "import os, sys\nfrom pathlib import Path\nfrom smolconv.verify.engines.deepspeed import main\n"
+
+    def run_all(commands, work):
+        codes = forked_worker.run_ranks(
+            [
+                forked_worker.Fork(
+                    code=f"{code}main(Path(sys.argv[1]))\nos._exit(0)", words=words[-2:], environment=environment,
+                    log=work / f"rank-{rank}.log",
+                )
+                for rank, (words, environment) in enumerate(commands)
+            ], on_cpu=True,
+        )  # fmt: skip
+        assert not any(codes.values()), [path.read_text()[-3000:] for path in work.glob("rank-*.log")]
+
+    monkeypatch.setattr(start, "_run_all", run_all)
+
+
 def verified(a: Path, b: Path, config: Path | None = None) -> VerifyReport:
     read = ReadOptions(config=config)
     stored = (AsStored(folder=a, options=read), AsStored(folder=b, options=ReadOptions()))
@@ -44,7 +64,7 @@ def verified(a: Path, b: Path, config: Path | None = None) -> VerifyReport:
 @pytest.mark.parametrize("case", [
     pytest.param("zero1-untied-ws2", marks=pytest.mark.matrix), "zero3-bf16-ws3", "zero1-frozen-ws2",
 ])  # fmt: skip
-def test_the_real_engine_computes_what_transformers_computes_on_the_consolidated_weights(case, tmp_path):
+def test_the_real_engine_computes_what_transformers_computes_on_the_consolidated_weights(case, forked_ranks, tmp_path):
     folder, config = DEEPSPEED / case / "checkpoint", DEEPSPEED / case / "config.json"
     convert(folder, tmp_path / "hf", "hf", config=config, optimizer=False)
     report = verified(folder, tmp_path / "hf", config)
@@ -52,14 +72,14 @@ def test_the_real_engine_computes_what_transformers_computes_on_the_consolidated
     assert report.logits is not None and report.logits.gates["engine a"].value < 5e-3
 
 
-def test_one_universal_folder_of_ours_is_the_same_model_to_the_real_engine(tmp_path):
+def test_one_universal_folder_of_ours_is_the_same_model_to_the_real_engine(forked_ranks, tmp_path):
     convert(HF, tmp_path / "universal", "deepspeed")
     report = verified(tmp_path / "universal", HF)
     assert report.passed
     assert report.logits is not None and report.logits.gates["engine a"].value < 1e-9
 
 
-def test_masters_that_were_swapped_after_writing_are_seen_by_the_engine(tmp_path):
+def test_masters_that_were_swapped_after_writing_are_seen_by_the_engine(forked_ranks, tmp_path):
     convert(HF, tmp_path / "right", "deepspeed")
     wrong = tmp_path / "wrong"
     shutil.copytree(tmp_path / "right", wrong)
