@@ -12,7 +12,7 @@ from smolconv.checkpoint import Checkpoint, Slot
 from smolconv.layouts.huggingface.shards import json_bytes, plan_sharded
 from smolconv.layouts.huggingface.sidecar import SIDECAR, sidecar_files, sidecar_state
 from smolconv.layouts.layout import PlannedOutput, copied_file, hf_config, model_card
-from smolconv.models.huggingface import weight_table
+from smolconv.models.huggingface import config_dtype, weight_table
 from smolconv.storage.planned import plain_file
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
@@ -31,7 +31,9 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
     files = list(plan_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
-    dtype = layout["model.embed_tokens.weight"].dtype if len(dtypes) > 1 else next(iter(dtypes))
+    known = config_dtype(checkpoint.source.hf_config or {})
+    # Of several, the one that the source is loaded in.
+    dtype = known if known in dtypes else layout["model.embed_tokens.weight"].dtype
     config = hf_config(checkpoint, dtype)
     files.append(plain_file("config.json", json_bytes(config)))
     assets = dict(checkpoint.assets)
