@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import convert, hf_weights
+from conftest import FIXTURES, convert, hf_weights
 from hf_models import LLAMA3_SCALING, edited, llama, logits, rope, saved, smollm3
 from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smolconv.errors import BadCheckpoint, NameMismatch, UnsupportedModel
-from smolconv.layouts.registry import read_checkpoint
+from smolconv.layouts.registry import layout_of, read_checkpoint
 from smolconv.models.huggingface import ROPE_TYPES
 from smolconv.models.names import StoredNames, stored_names
+from smolconv.replacing import lost_with
+from smolconv.verify.compare import VerifyOptions, verify_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -343,3 +345,170 @@ def test_quantised_weights_are_refused_though_no_config_says_so(dtype, archive, 
     with pytest.raises(BadCheckpoint, match=str(dtype).removeprefix("torch.")) as error:
         read_checkpoint(source)
     assert "quantised" in str(error.value)
+
+
+# --- Tokenizers ------------------------------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2104556\n"
+
+
+def tokenizer_json(size: int) -> bytes:
+    """A tokenizer of words, whose ids go up to ``size - 1``, as the tokenizers library writes it."""
+    from tokenizers import Tokenizer, models
+
+    words = models.WordLevel(vocab={f"w{i}": i for i in range(size - 1)}, unk_token="w0")
+    made = Tokenizer(words)
+    made.add_special_tokens([f"<{size - 1}>"])
+    return made.to_str().encode()
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / "tokenizer.json").symlink_to(folder.parent / "blobs/0123")
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link to nothing": (link_to_nothing, "tokenizer.json is a link to nothing"),
+    "cut": (lambda f: (f / "tokenizer.json").write_bytes(tokenizer_json(64)[:300]), "tokenizer.json is not valid JSON"),
+    "a pointer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS pointer"),
+    "a pointer to a model": (lambda f: (f / "tokenizer.model").write_bytes(POINTER), "tokenizer.model is a Git LFS"),
+    "empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "tokenizer.model is empty"),
+    "something else": (lambda f: (f / "tokenizer.json").write_bytes(b"{}"), "holds no model"),
+    "its config alone": (lambda f: None, "tokenizer_config.json alone"),
+    "half of it": (lambda f: (f / "vocab.json").write_bytes(b'{"a": 0}'), "vocab.json, tokenizer_config.json alone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_is_no_usable_tokenizer_is_said_and_does_not_stop_a_conversion(case, folders, tmp_path):
+    make, message = UNUSABLE[case]
+    source = Path(shutil.copytree(folders["tied"], tmp_path / "brought"))
+    (source / "tokenizer_config.json").write_text("{}")
+    make(source)
+    result = convert(source, tmp_path / "out", "hf")
+    said = [warning for warning in result.warnings if "tokenizer" in warning]
+    assert len(said) == 1 and message in said[0] and "--tokenizer" in said[0]
+    assert "no tokenizer came with the source" in (tmp_path / "out/README.md").read_text()
+    checkpoint = read_checkpoint(source)
+    report = verify_checkpoints(checkpoint, read_checkpoint(tmp_path / "out"), VerifyOptions(length=8))
+    assert report.passed and report.logits is not None and "random tokens" in report.logits.tokens_from
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_is_no_usable_tokenizer_cannot_be_given(case, folders, tmp_path):
+    make, message = UNUSABLE[case]
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/tokenizer_config.json").write_text("{}")
+    make(tmp_path / "given")
+    with pytest.raises(BadCheckpoint, match=f"(?s)--tokenizer.*{message.split(', ')[-1]}"):
+        convert(folders["tied"], tmp_path / "out", "hf", tokenizer=tmp_path / "given")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "my-tokenizer.json"])
+def test_a_file_that_is_given_as_a_tokenizer_has_to_be_one(name, folders, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(tokenizer_json(64))
+    if name == "tokenizer.json":
+        result = convert(folders["tied"], tmp_path / "out", "hf", tokenizer=path)
+        assert (tmp_path / "out/tokenizer.json").read_bytes() == path.read_bytes()
+        assert not any("tokenizer" in warning for warning in result.warnings)
+        return
+    with pytest.raises(BadCheckpoint, match=f"--tokenizer {path}"):
+        convert(folders["tied"], tmp_path / "out", "hf", tokenizer=path)
+
+
+@pytest.mark.parametrize("to", ["hf", "nanotron", "deepspeed"])
+@pytest.mark.parametrize("size", [64, 65])
+def test_a_tokenizer_larger_than_the_embedding_is_said(size, to, folders, tmp_path):
+    source = Path(shutil.copytree(folders["tied"], tmp_path / "brought"))
+    (source / "tokenizer.json").write_bytes(tokenizer_json(size))
+    said = [warning for warning in convert(source, tmp_path / "out", to).warnings if "tokenizer" in warning]
+    assert said == ([] if size == 64 else [
+        "the tokenizer gives ids up to 64, but the embedding has 64 rows: the model fails on those above. "
+        "Check that it is this model's."
+    ])  # fmt: skip
+
+
+def test_a_good_tokenizer_in_place_of_a_damaged_one_leaves_nothing_to_say(folders, tmp_path):
+    source = Path(shutil.copytree(folders["tied"], tmp_path / "brought"))
+    link_to_nothing(source)
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/tokenizer.json").write_bytes(tokenizer_json(64))
+    result = convert(source, tmp_path / "out", "hf", tokenizer=tmp_path / "given")
+    assert not any("tokenizer" in warning for warning in result.warnings)
+
+
+def test_the_tokenizer_that_a_nanotron_run_names_is_offered(tmp_path):
+    result = convert(FIXTURES / "nanotron/smollm2-tiny/tp1-pp1-dp1-zero0", tmp_path / "out", "hf")
+    said = [warning for warning in result.warnings if "tokenizer" in warning]
+    assert len(said) == 1 and "HuggingFaceTB/cosmo2-tokenizer" in said[0] and "--tokenizer" in said[0]
+
+
+# --- Other files beside the weights ----------------------------------------------------------------------------------
+
+TRAVELLING = (
+    "additional_chat_templates/tools.jinja", "LICENSE", "LICENSE.txt", "LICENCE-MODEL.md", "license.md", "NOTICE",
+    "Notice.txt", "USE_POLICY.md", "THIRD_PARTY_NOTICES.txt", "COPYING", "chat_template.jinja",
+)  # fmt: skip
+STAYING = ("notes.md", "license.py", "additional_chat_templates/run.py", "NOTICES/inside.md", "licenses.json")
+
+
+@pytest.fixture
+def with_files(folders, tmp_path) -> Path:
+    source = Path(shutil.copytree(folders["tied"], tmp_path / "brought"))
+    for name in (*TRAVELLING, *STAYING):
+        path = source / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"content of {name}")
+    return source
+
+
+@pytest.mark.parametrize("to", ["hf", "nanotron", "deepspeed"])
+def test_terms_and_templates_travel_with_the_weights(to, with_files, tmp_path):
+    convert(with_files, tmp_path / "there", to)
+    convert(tmp_path / "there", tmp_path / "back", "hf")
+    written = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    assert set(TRAVELLING) <= written and not written & set(STAYING)
+    assert all((tmp_path / "back" / name).read_text() == f"content of {name}" for name in TRAVELLING)
+
+
+@pytest.mark.parametrize("to", ["hf", "nanotron", "deepspeed"])
+def test_what_travels_is_downloaded_and_may_be_replaced(to, with_files, tmp_path):
+    convert(with_files, tmp_path / "there", to)
+    (tmp_path / "there/smolconv_manifest.json").unlink()
+    assert lost_with(tmp_path / "there") is None
+    needed = layout_of(with_files).listing.needed_files(with_files, step=None, optimizer=True)
+    names = {path.relative_to(with_files).as_posix() for path in needed}
+    assert set(TRAVELLING) <= names and not names & set(STAYING)
+    (tmp_path / "there/notes.md").write_text("mine")
+    assert lost_with(tmp_path / "there") == "also holds notes.md"
+
+
+OWN_CODE = {"AutoConfig": "configuration_mine.MyConfig", "AutoModelForCausalLM": "modeling_mine.MyModel"}
+ELSEWHERE = {"AutoModel": "owner/name--modeling_mine.MyModel"}
+
+
+@pytest.mark.parametrize("to", ["hf", "nanotron", "deepspeed"])
+def test_code_that_does_not_travel_is_not_named(to, folders, expected, tmp_path):
+    source = configured(folders["tied"], tmp_path / "brought", auto_map={**OWN_CODE, **ELSEWHERE})
+    (source / "modeling_mine.py").write_text("raise SystemExit")
+    (source / "tokenizer.json").write_bytes(tokenizer_json(64))
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_mine.MyTokenizer", None]}, "model_max_length": 64}
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    result = convert(source, tmp_path / "there", to)
+    convert(tmp_path / "there", tmp_path / "back", "hf")
+    assert json.loads((tmp_path / "back/config.json").read_text())["auto_map"] == ELSEWHERE
+    assert json.loads((tmp_path / "back/tokenizer_config.json").read_text()) == {"model_max_length": 64}
+    assert not list((tmp_path / "back").rglob("*.py"))
+    for names in ("configuration_mine.MyConfig, modeling_mine.MyModel", "tokenization_mine.MyTokenizer"):
+        assert any(names in warning and "auto_map" in warning for warning in result.warnings)
+    assert torch.equal(logits(tmp_path / "back"), expected["tied"])
+    assert forward_difference(source, expected["tied"]) < 1e-5  # and none of that code has run
+
+
+def test_a_tokenizers_config_without_code_is_copied_byte_for_byte(folders, tmp_path):
+    source = Path(shutil.copytree(folders["tied"], tmp_path / "brought"))
+    (source / "tokenizer_config.json").write_bytes(b'{"model_max_length":64 ,\n"auto_map": {}}')
+    result = convert(source, tmp_path / "out", "hf")
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert not any("auto_map" in warning for warning in result.warnings)

@@ -32,7 +32,7 @@ from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
 from smolconv.layouts.documents import check_progress, understood
 from smolconv.layouts.layout import ReadOptions, without_aliases
-from smolconv.layouts.listing import ASSET_NAMES
+from smolconv.layouts.listing import assets_in
 from smolconv.layouts.record import read_documents
 from smolconv.models.names import StoredNames, stored_names
 from smolconv.models.registry import is_nanotron_config
@@ -251,9 +251,4 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for folder in (reading.tag, reading.tag.parent):
-        for name in ASSET_NAMES:
-            if name not in found and (folder / name).is_file():
-                found[name] = folder / name
-    return found
+    return {**assets_in(reading.tag.parent), **assets_in(reading.tag)}

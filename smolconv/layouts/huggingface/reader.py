@@ -21,7 +21,7 @@ from smolconv.layouts.huggingface.listing import WEIGHTS
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
 from smolconv.layouts.huggingface.sidecar import SIDECAR, read_sidecar
 from smolconv.layouts.layout import ReadOptions, without_aliases
-from smolconv.layouts.listing import ASSET_NAMES
+from smolconv.layouts.listing import assets_in
 from smolconv.models.huggingface import config_dtype, spec_from_hf, weight_table
 from smolconv.models.names import HEAD, stored_names, with_tied_embedding
 from smolconv.models.spec import VOCABULARY
@@ -67,7 +67,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
             *warnings,
             "a DeepSpeed checkpoint lies beside the weights: name its tag folder to read Adam's state.",
         )
-    assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
+    assets = assets_in(folder)
     return Checkpoint(
         layout="huggingface",
         root=folder,

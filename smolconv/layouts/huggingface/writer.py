@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.huggingface.shards import json_bytes, plan_sharded
 from smolconv.layouts.huggingface.sidecar import SIDECAR, sidecar_files, sidecar_state
 from smolconv.layouts.layout import PlannedOutput, copied_file, hf_config, model_card
@@ -27,7 +28,7 @@ class HuggingFaceOptions:
 
 def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> PlannedOutput:
     """Plan every file: shards, index, config in both rope spellings, assets, card, and a sidecar for state."""
-    spec, warnings = checkpoint.spec, []
+    spec = checkpoint.spec
     layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
     files = list(plan_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
@@ -40,9 +41,7 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     assets.pop("config.json", None)
     documents = {name: data for name, data in checkpoint.documents.items() if name not in assets}
     given = {*assets, *documents}
-    has_tokenizer = any("tokenizer" in name for name in given)
-    if not has_tokenizer:
-        warnings.append("the source has no tokenizer; give one with --tokenizer, or copy it beside config.json later.")
+    has_tokenizer, warnings = tokenizer_warnings(checkpoint, needed=True)
     if "generation_config.json" not in given:
         files.append(plain_file("generation_config.json", json_bytes(_generation_config(config))))
     if "README.md" not in given:
