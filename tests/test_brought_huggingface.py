@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import FIXTURES, convert, hf_weights
 from hf_models import LLAMA3_SCALING, edited, llama, logits, rope, saved, smollm3
 from safetensors.torch import load_file
@@ -92,11 +93,16 @@ NAMES: dict[str, tuple[str, Callable[[str], str | None]]] = {
 }
 
 
+#: transformers v4 fills the embedding of the first with random numbers, and refuses the second.
+V5_ONLY = ("only the head's name", "no prefix but of the head")
+
+
 @pytest.mark.parametrize("case", NAMES)
 def test_names_that_transformers_understands_give_its_logits(case, folders, expected, tmp_path):
     kind, rename = NAMES[case]
     source = renamed(folders[kind], tmp_path / "brought", rename)
-    assert torch.equal(logits(source), expected[kind])  # transformers loads what was brought
+    if case not in V5_ONLY or int(transformers.__version__.partition(".")[0]) >= 5:
+        assert torch.equal(logits(source), expected[kind])  # transformers loads what was brought
     result = convert(source, tmp_path / "out", "hf")
     assert torch.equal(logits(tmp_path / "out"), expected[kind])
     assert forward_difference(source, expected[kind]) < 1e-5

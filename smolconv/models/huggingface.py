@@ -10,6 +10,7 @@ from smolconv.models.family import Family
 from smolconv.models.registry import family_of, family_of_hf_config
 from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import Rule, WeightTable
+from smolconv.tensors.dtypes import FLOAT_DTYPES
 
 #: Fields of a config that do not change the forward pass but travel with it.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "use_cache")
@@ -150,7 +151,8 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
 def config_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype that a config says, in v5's field or v4's; None where it says none that we know by name."""
     said = config.get("dtype") or config.get("torch_dtype")
-    return said.removeprefix("torch.") if isinstance(said, str) else None
+    name = said.removeprefix("torch.") if isinstance(said, str) else None
+    return name if name in FLOAT_DTYPES else None
 
 
 def _with_trained_length(
