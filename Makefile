@@ -68,7 +68,8 @@ test-transformers4: $(V4)/installed
 	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
 		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py \
 		tests/test_verify_forward.py tests/test_false_alarms.py tests/test_gguf.py tests/test_hub.py \
-		tests/test_tokenize.py tests/test_training_model.py tests/test_training_losses.py
+		tests/test_tokenize.py tests/test_training_model.py tests/test_training_losses.py \
+		tests/test_brought_huggingface.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -22,11 +22,12 @@ import xxhash
 from smolconv import __version__
 from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
-from smolconv.errors import BadCheckpoint, MissingFile, ParityFailed, UsageError, some_of
+from smolconv.errors import BadCheckpoint, ParityFailed, UsageError, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
+from smolconv.layouts.assets import given_tokenizer, without_own_code
 from smolconv.layouts.layout import Layout, PlannedOutput, ReadOptions, Written
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import LAYOUTS, is_checkpoint, layout_named, read_checkpoint
@@ -284,8 +285,8 @@ def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     elif checkpoint.unpadded_vocab_size is not None:
         checkpoint = _trim_vocabulary(checkpoint, checkpoint.unpadded_vocab_size, None)
     if options.tokenizer is not None:
-        checkpoint = replace(checkpoint, assets={**checkpoint.assets, **_tokenizer_files(options.tokenizer)})
-    return layout.prepare(checkpoint, own)
+        checkpoint = replace(checkpoint, assets={**checkpoint.assets, **given_tokenizer(options.tokenizer)})
+    return layout.prepare(without_own_code(checkpoint), own)
 
 
 def _is_weights_only(source: SourceRecord) -> bool:
@@ -345,15 +346,6 @@ def _trim_vocabulary(checkpoint: Checkpoint, rows: int, asked: str | None) -> Ch
     return replace(without_padding(checkpoint, rows), warnings=(*checkpoint.warnings, note))
 
 
-def _tokenizer_files(path: Path) -> dict[str, Path]:
-    folder, names = (path, ASSET_NAMES) if os.path.isdir(path) else (path.parent, (path.name,))
-    skipped = ("README.md", "LICENSE", "generation_config.json")
-    found = {name: folder / name for name in names if name not in skipped and os.path.isfile(folder / name)}
-    if not any("tokenizer" in name for name in found):
-        raise MissingFile(f"--tokenizer {path}: no tokenizer.json, tokenizer.model or tokenizer_config.json is there.")
-    return found
-
-
 # --- running ---------------------------------------------------------------------------------------------------------
 
 Verifier = Callable[[ConversionPlan, Path], Mapping[str, Any]]
@@ -384,7 +376,8 @@ def run_conversion(
     _refuse_replacing_the_source(plan)
     workers = workers or default_workers()
     chunk_bytes = _chunk_bytes(workers, max_memory_bytes)
-    sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), ASSET_NAMES)
+    editable = {*ASSET_NAMES, *(path.name for path in plan.source.assets.values())}
+    sealed = source_seals(plan.source, (t.source for file in plan.output.files for t in file.tensors), editable)
     check = SourceCheck(sealed.seals, plan.source.root, sealed.checksums)
     with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with) as folder:
         done = [file for file in plan.output.files if str(file.path) in folder.done]

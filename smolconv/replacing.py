@@ -41,6 +41,7 @@ def lost_with(target: Path) -> str | None:
             # Of a run with several steps only one would be the checkpoint that is replaced.
             of_step = own.step is None or target in (path.parent, own.step) or own.step in path.parents
             fits = of_step and bool(own.pattern) and re.fullmatch(own.pattern, inside) is not None
+            fits = fits or (bool(own.beside) and re.fullmatch(own.beside, inside) is not None)
             if inside not in known and not fits and inside not in (MANIFEST, "README.md"):
                 others.append(inside)
         if len(others) >= _SHOWN_FILES:

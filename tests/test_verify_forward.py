@@ -604,5 +604,10 @@ def test_a_text_without_a_tokenizer_is_a_usage_error(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"{}", b"not JSON"], ids=["empty", "no tokenizer", "no JSON"])
 def test_a_tokenizer_that_cannot_be_read_is_a_corrupt_file(data, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "text").write_text("abc")
     with pytest.raises(SmolconvError):
-        choose(tokenizer=tmp_path / "tokenizer.json")
+        choose(tokenizer=tmp_path / "tokenizer.json", text=tmp_path / "text")
+    # Two models are the same with and without it.
+    rows = choose(tokenizer=tmp_path / "tokenizer.json")
+    assert "random" in rows.where and str(tmp_path) in rows.where
+    assert rows.tokens.tolist() == choose().tokens.tolist()

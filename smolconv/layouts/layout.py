@@ -62,6 +62,7 @@ class OwnFiles:
     names: frozenset[str] = frozenset()  #: paths within the folder
     pattern: str = ""  #: of such paths, for what no reader opens
     step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
+    beside: str = ""  #: of paths in folders beside the steps', which belong to all of them
 
 
 @dataclass(frozen=True, kw_only=True)

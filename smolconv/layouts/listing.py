@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -25,8 +26,16 @@ ASSET_NAMES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
     "LICENSE",
 )  # fmt: skip
-#: The same as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
-ASSET_PATTERN = "|".join(map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")))
+TEMPLATES = "additional_chat_templates"
+#: What says who may use the weights, however it is spelled: LICENSE.txt, NOTICE, USE_POLICY.md.
+_TERMS = (
+    r"(?i:(third[_-]party[_-]|acceptable[_-])?(licen[cs]es?|copying|notices?|use[_-]policy)([_-][\w-]+)?"
+    r"(\.(txt|md|rst|html|pdf))?)"
+)
+#: All of them as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
+ASSET_PATTERN = "|".join(
+    (*map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")), _TERMS, rf"{TEMPLATES}/[^/]+\.jinja")
+)
 
 
 class AnyPath(Protocol):
@@ -93,12 +102,24 @@ class Listing(Protocol):
         """
 
 
-#: Small files that a reader of any layout looks for. A README and a license are about the repository.
-COMPANIONS = ("config.json", MANIFEST, *(name for name in ASSET_NAMES if name not in ("README.md", "LICENSE")))
+def assets_in(folder: P) -> dict[str, P]:
+    """The files of a folder that travel with its weights, by their paths within it."""
+    found = {name: path for name in ASSET_NAMES if (path := folder / name).is_file()}
+    beside: dict[str, P] = {}
+    with suppress(OSError):  # a folder may be passed through and not listed
+        beside = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    found |= {name: beside[name] for name in sorted(beside) if re.fullmatch(_TERMS, name) and beside[name].is_file()}
+    templates = beside.get(TEMPLATES)
+    if templates is not None and templates.is_dir():
+        inside = {path.name: path for path in templates.iterdir() if path.name.endswith(".jinja") and path.is_file()}
+        found |= {f"{TEMPLATES}/{name}": inside[name] for name in sorted(inside)}
+    return found
 
 
 def companions(folder: P) -> list[P]:
-    return [path for name in COMPANIONS if (path := folder / name).is_file()]
+    """Small files that a reader of any layout looks for. A README is about the repository."""
+    documents = [path for name in ("config.json", MANIFEST) if (path := folder / name).is_file()]
+    return [*documents, *(path for name, path in assets_in(folder).items() if name != "README.md")]
 
 
 def files_below(folder: P) -> list[P]:

@@ -5,15 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smolconv.errors import UnsupportedModel
+from smolconv.errors import UnsupportedModel, some_of
 from smolconv.models.family import Family
 from smolconv.models.registry import family_of, family_of_hf_config
 from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import Rule, WeightTable
+from smolconv.tensors.dtypes import FLOAT_DTYPES
 
 #: Fields of a config that do not change the forward pass but travel with it.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "use_cache")
 _BIASES = ("attention_bias", "mlp_bias")
+#: transformers saved them once, and other programs still do; it computes them itself, whatever a file holds.
+_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
+_PARTIAL = "{where}: partial_rotary_factor is set; only full rotary heads can be represented."
+_ORIGINAL = "original_max_position_embeddings"
+#: transformers' kinds of scaled rotary embedding (``ROPE_INIT_FUNCTIONS``), and the numbers that each needs. What v5
+#: alone would fill in, and v4 misses, is needed too.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "proportional": (),
+}
+#: Those that know for how many positions the model was trained first.
+_STRETCHED = ("yarn", "longrope", "llama3")
+#: Lists of a number for each pair of a head's elements.
+_ROPE_LISTS: Mapping[str, tuple[str, ...]] = {"longrope": ("short_factor", "long_factor")}
+#: Numbers that a kind may have or leave out.
+_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -39,7 +60,7 @@ def weight_table(spec: ModelSpec) -> WeightTable:
         rules=tuple(Rule((name,), name) for name in shapes),
         shapes=shapes,
         aliases={"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {},
-        dropped={r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "a buffer that follows from rope_theta"},
+        dropped={_BUFFERS: "a buffer that follows from the config's rotary embedding"},
     )
 
 
@@ -53,7 +74,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
     _refuse_hf(known, family, where)
     theta, scaling = _rope_from_hf(config, family, where)
     layers = known["num_hidden_layers"]
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=family.name,
         hidden_size=known["hidden_size"],
         intermediate_size=known["intermediate_size"],
@@ -75,6 +96,8 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
             **family.from_hf(known),
         },
     )
+    check_rope_scaling(spec, where)
+    return spec
 
 
 def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
@@ -94,12 +117,27 @@ def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
     if "no_rope_layers" in known and "no_rope_layers" not in family.hf_defaults:
         raise UnsupportedModel(f"{where}: a {family.name} config with no_rope_layers has no meaning in transformers.")
     if known.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UnsupportedModel(f"{where}: partial_rotary_factor is set; only full rotary heads can be represented.")
+        raise UnsupportedModel(_PARTIAL.format(where=where))
 
 
 def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, Mapping[str, Any] | None]:
     parameters = dict(config.get("rope_parameters") or {})
+    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
+        raise UnsupportedModel(
+            f"{where}: rope_parameters holds an object for {nested[0]}, as models do whose layers rotate differently.\n"
+            "Expected one rotary embedding for all layers: rope_type, rope_theta and what belongs to them.\n"
+            "If the layers are alike, write that object's fields into rope_parameters itself."
+        )
+    if parameters.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UnsupportedModel(_PARTIAL.format(where=f"{where}: rope_parameters"))
     thetas = [float(v) for v in (config.get("rope_theta"), parameters.pop("rope_theta", None)) if v is not None]
+    if parameters and not thetas:
+        default = family.hf_defaults["rope_theta"]
+        raise UnsupportedModel(
+            f"{where}: rope_parameters has no rope_theta.\n"
+            f"Expected the base that the model was trained with; transformers would take {default:g} for any "
+            f"{family.name}.\nWrite it there."
+        )
     if len(set(thetas)) > 1:
         raise UnsupportedModel(
             f"{where}: rope_theta is {thetas[0]:g}, but rope_parameters.rope_theta is {thetas[1]:g}.\n"
@@ -111,15 +149,84 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
             f"{where}: rope_scaling is {scalings[0]}, but rope_parameters say {scalings[1]}.\n"
             "transformers v4 reads the first and v5 the second: make them agree."
         )
-    return (thetas or [family.hf_defaults["rope_theta"]])[0], scalings[0] or scalings[1]
+    return (thetas or [family.hf_defaults["rope_theta"]])[0], _with_trained_length(
+        scalings[0] or scalings[1], config, where
+    )
 
 
-def rope_scaling(raw: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config says, in v5's field or v4's; None where it says none that we know by name."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    name = said.removeprefix("torch.") if isinstance(said, str) else None
+    return name if name in FLOAT_DTYPES else None
+
+
+def _with_trained_length(
+    scaling: dict[str, Any] | None, config: Mapping[str, Any], where: str
+) -> Mapping[str, Any] | None:
+    """With the length that a config says beside its rotary embedding: v5 takes it for all, v4 for longrope."""
+    trained = config.get(_ORIGINAL)
+    if scaling is None or trained is None or scaling.get("rope_type") not in _STRETCHED:
+        return scaling
+    if scaling.get(_ORIGINAL, trained) != trained:
+        raise UnsupportedModel(
+            f"{where}: {_ORIGINAL} is {trained}, but the rotary embedding's is {scaling[_ORIGINAL]}.\n"
+            "transformers v4 and v5 read different ones: make them agree."
+        )
+    return {**scaling, _ORIGINAL: trained}
+
+
+def rope_scaling(raw: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A config's field as the spec has it; None for plain rotary embedding, however it is written."""
     if not raw:
         return None
-    scaling = {("rope_type" if key == "type" else key): value for key, value in raw.items() if key != "rope_theta"}
-    return None if scaling.get("rope_type", "default") == "default" else scaling
+    scaling = {key: value for key, value in raw.items() if key not in ("rope_theta", "type")}
+    if "rope_type" not in raw and "type" in raw:
+        scaling["rope_type"] = raw["type"]
+    return None if not scaling or scaling.get("rope_type") == "default" else scaling
+
+
+def check_rope_scaling(spec: ModelSpec, where: str) -> None:
+    """Raise ``UnsupportedModel`` for a scaled rotary embedding that transformers does not know, or not all of it."""
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        found = f"rope_type is {kind!r:.60}" if "rope_type" in scaling else f"{some_of(list(scaling))} has no rope_type"
+        raise UnsupportedModel(
+            f"{where}: {found}.\n"
+            f"Expected one that transformers knows: default, {', '.join(ROPE_TYPES)}.\n"
+            "Write the one that the model was trained with."
+        )
+    needed = list(ROPE_TYPES[kind])
+    if kind == "longrope" and scaling.get("factor") is None:
+        needed.append(_ORIGINAL)  # max_position_embeddings over it is the factor
+    needed += [name for name in ("factor", _ORIGINAL) if scaling.get(name) is not None]
+    for name in needed:
+        if not _is_positive(scaling.get(name)):
+            raise _unscaled(where, kind, name, scaling, "a positive number")
+    for name in _ROPE_NUMBERS:
+        value = scaling.get(name)
+        if value is not None and value != 0 and not _is_positive(value):
+            raise _unscaled(where, kind, name, scaling, "a number from 0 on")
+    for name in _ROPE_LISTS.get(kind, ()):
+        values = scaling.get(name)
+        size = spec.head_size // 2
+        if not isinstance(values, list) or len(values) != size or not all(map(_is_positive, values)):
+            raise _unscaled(where, kind, name, scaling, f"a list of {size} positive numbers")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e300
+
+
+def _unscaled(where: str, kind: str, name: str, scaling: Mapping[str, Any], expected: str) -> UnsupportedModel:
+    found = f"{name} is {scaling[name]!r:.60}" if name in scaling else f"{name} is missing"
+    return UnsupportedModel(
+        f"{where}: the rotary embedding is scaled by {kind}, but {found}.\n"
+        f"Expected {expected}.\nTake it from the config that the model was trained with."
+    )
 
 
 def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolconv.errors import UnsupportedModel
-from smolconv.models.huggingface import CARRIED, parameter_shapes, rope_scaling
+from smolconv.models.huggingface import CARRIED, check_rope_scaling, parameter_shapes, rope_scaling
 from smolconv.models.operations import JoinRows, Rename, RotaryPairs
 from smolconv.models.registry import family_of_nanotron_config, nanotron_class
 from smolconv.models.spec import ModelSpec
@@ -67,6 +67,7 @@ def spec_from_nanotron(
         mlp_bias=False,
         activation=_needed(config, "hidden_act", where),
     )
+    check_rope_scaling(spec, where)
     if problem := family.contradiction(spec):
         raise UnsupportedModel(f"{where} is no {family.name}: {problem}.\nLeave --architecture out.")
     return spec

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from smolconv.errors import NameMismatch, ShapeMismatch, some_of
+from smolconv.errors import NameMismatch, ShapeMismatch, UnsupportedModel, some_of
 from smolconv.models.operations import Operation, Rename
 from smolconv.tensors.lazy import LazyTensor, Zeros
 
@@ -70,7 +70,10 @@ class WeightTable:
     def to_layout(
         self, tensors: Mapping[str, LazyTensor], where: str, is_zero: Callable[[LazyTensor], bool]
     ) -> dict[str, LazyTensor]:
-        """Canonical tensors to the layout's, in its own order. Raises ``NameMismatch`` and ``ShapeMismatch`` alike."""
+        """Canonical tensors to the layout's, in its own order. Raises ``NameMismatch`` and ``ShapeMismatch`` alike.
+
+        Raises ``UnsupportedModel`` where tensors of several dtypes would become one.
+        """
         _check_names(
             where,
             [name for rule in self.rules for name in rule.canonical if name not in tensors],
@@ -80,6 +83,15 @@ class WeightTable:
         for name, why in self.absent.items():
             if name in tensors and not is_zero(tensors[name]):
                 raise NameMismatch(f"{where}: {name} is not zero, but {why}. The model cannot be held by this layout.")
+        for rule in self.rules:
+            dtypes = {tensors[name].dtype: name for name in rule.canonical}
+            if len(dtypes) > 1:
+                (one, first), (other, second) = sorted(dtypes.items())[:2]
+                raise UnsupportedModel(
+                    f"{where}: {first} is {one} and {second} is {other}; the target holds both in one tensor "
+                    f"({rule.layout}).\nExpected one dtype for what becomes one tensor.\n"
+                    "Choose it with --dtype; float32 holds every value of the others."
+                )
         return {rule.layout: rule.op.to_layout([tensors[name] for name in rule.canonical]) for rule in self.rules}
 
     def _check_shapes(self, tensors: Mapping[str, LazyTensor], where: str) -> None:

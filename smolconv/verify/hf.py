@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import BadCheckpoint, CorruptFile, SmolconvError, first_line
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.models.names import stored_names, with_tied_embedding
 from smolconv.parsing import read_json
 from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
@@ -70,14 +71,29 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._archives: dict[Path, Any] = {}
-        self._files: Mapping[str, Path] | None = None
+        #: Canonical name -> the file that holds it, and its name there.
+        found = {name: (path, name) for name, path in self._stored()}
+        self._files = with_tied_embedding(stored_names(found).by_canonical(found))
+
+    def _stored(self) -> Iterator[tuple[str, Path]]:
+        """Every tensor's own name, and its file."""
         for stem in ("model.safetensors", "pytorch_model.bin"):
-            index, self._single = folder / f"{stem}.index.json", folder / stem
-            if self._single.is_file():  # transformers takes it, whether an index lies beside it or not
+            index, single = self.folder / f"{stem}.index.json", self.folder / stem
+            if single.is_file():  # transformers takes it, whether an index lies beside it or not
+                yield from ((name, single) for name in self._names(single))
                 return
             if index.is_file():
-                self._files = {n: folder / file for n, file in read_json(index)["weight_map"].items()}
+                files = sorted({self.folder / file for file in read_json(index)["weight_map"].values()})
+                yield from ((name, path) for path in files for name in self._names(path))
                 return
+
+    def _names(self, path: Path) -> list[str]:
+        from safetensors import safe_open
+
+        if path.suffix == ".bin":
+            return list(self._archive(path))
+        with _accepted(path), safe_open(path, framework="pt") as file:
+            return list(file.keys())
 
     def config(self) -> Any:
         import transformers
@@ -87,14 +103,14 @@ class FolderWeights:
             return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
 
     def _read(self, name: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        path = self._single if self._files is None else self._files[name]
+        path, stored_name = self._files[name]
         if path.suffix == ".bin":
-            return take(self._archive(path)[name])
+            return take(self._archive(path)[stored_name])
         from safetensors import safe_open
 
         # Opened each time: the pages that a mapping has touched count as this process's memory until it is closed.
         with _accepted(path), safe_open(path, framework="pt") as file:
-            return take(file.get_slice(name)).clone()
+            return take(file.get_slice(stored_name)).clone()
 
     def _archive(self, path: Path) -> Any:
         import torch

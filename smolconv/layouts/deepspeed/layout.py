@@ -30,6 +30,7 @@ def _own_files(folder: Path) -> OwnFiles:
             r"zero/(optimizer_state|[^/]+/(fp32|exp_avg|exp_avg_sq|step))\.pt)"
         ),
         step=listing.find_tag_folder(folder, None),
+        beside=ASSET_PATTERN,
     )
 
 

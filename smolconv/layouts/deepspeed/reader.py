@@ -32,8 +32,9 @@ from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
 from smolconv.layouts.documents import check_progress, understood
 from smolconv.layouts.layout import ReadOptions, without_aliases
-from smolconv.layouts.listing import ASSET_NAMES
+from smolconv.layouts.listing import assets_in
 from smolconv.layouts.record import read_documents
+from smolconv.models.names import StoredNames, stored_names
 from smolconv.models.registry import is_nanotron_config
 from smolconv.tensors.lazy import LazyTensor, cast
 
@@ -146,22 +147,17 @@ def _without_state(reading: DeepSpeedReading, model: ModelDocument, tp: int) -> 
 
 
 def _canonical_names(reading: DeepSpeedReading, state: StoredState) -> StoredState:
-    """Without the prefix that a wrapper (torch.compile, a module around the model) puts before every name."""
-    known, embedding = [*state.weights, *state.slots[Slot.MASTER]], "model.embed_tokens.weight"
-    prefix = next((name.removesuffix(embedding) for name in known if name.endswith(embedding)), "")
-    if not prefix:
+    """Without what a wrapper (torch.compile, a module around the model) puts before every name."""
+    names = stored_names([*state.weights, *state.slots[Slot.MASTER]])
+    if names == StoredNames():
         return state
-    reading.warnings.append(f"parameters are named {prefix}model...: the prefix was taken away.")
-
-    def short(name: str) -> str:
-        return name.removeprefix(prefix)
-
+    reading.warnings += names.warnings
     return StoredState(
-        weights={short(name): tensor for name, tensor in state.weights.items()},
-        dtypes={short(name): dtype for name, dtype in state.dtypes.items()},
-        slots={slot: {short(n): t for n, t in by_name.items()} for slot, by_name in state.slots.items()},
-        steps={short(name): step for name, step in state.steps.items()},
-        groups=tuple(replace(group, names=tuple(map(short, group.names))) for group in state.groups),
+        weights=names.by_canonical(state.weights),
+        dtypes=names.by_canonical(state.dtypes),
+        slots={slot: names.by_canonical(by_name) for slot, by_name in state.slots.items()},
+        steps=names.by_canonical(state.steps),
+        groups=tuple(replace(group, names=tuple(map(names.canonical, group.names))) for group in state.groups),
     )
 
 
@@ -255,9 +251,4 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for folder in (reading.tag, reading.tag.parent):
-        for name in ASSET_NAMES:
-            if name not in found and (folder / name).is_file():
-                found[name] = folder / name
-    return found
+    return {**assets_in(reading.tag.parent), **assets_in(reading.tag)}

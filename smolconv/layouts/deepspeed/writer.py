@@ -26,6 +26,7 @@ from smolconv.checkpoint import (
     TrainingProgress,
 )
 from smolconv.errors import UsageError
+from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.deepspeed.documents import (
     CLIENT_KEY,
     DEEPSPEED_VERSION,
@@ -404,7 +405,8 @@ class _DeepSpeedWriter:
         assets = {name: path for name, path in checkpoint.assets.items() if name != "config.json"}
         made = {name: data for name, data in checkpoint.documents.items() if name not in assets}
         given = {*assets, *made}
-        has_tokenizer = any("tokenizer" in name for name in given)
+        has_tokenizer, said = tokenizer_warnings(checkpoint, needed=False)
+        self.warnings += said
         latest = LATEST_UNIVERSAL if self.options.writes_universal else LATEST
         files = [
             plain_file(latest, self.tag.encode()),

@@ -6,12 +6,14 @@ comes back without losing a bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
-from smolconv.errors import MissingFile
+from smolconv.errors import MissingFile, NameMismatch
 from smolconv.files import is_there
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.dtypes import check_named_dtypes
@@ -19,8 +21,10 @@ from smolconv.layouts.huggingface.listing import WEIGHTS
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
 from smolconv.layouts.huggingface.sidecar import SIDECAR, read_sidecar
 from smolconv.layouts.layout import ReadOptions, without_aliases
-from smolconv.layouts.listing import ASSET_NAMES
-from smolconv.models.huggingface import spec_from_hf, weight_table
+from smolconv.layouts.listing import assets_in
+from smolconv.models.huggingface import config_dtype, spec_from_hf, weight_table
+from smolconv.models.names import HEAD, stored_names, with_tied_embedding
+from smolconv.models.spec import VOCABULARY
 from smolconv.parsing import read_json
 from smolconv.tensors.lazy import LazyTensor
 
@@ -34,25 +38,31 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     config = read_json(config_path)
     check_config(config, config_path)
     spec = spec_from_hf(config, str(config_path))
-    files, found = _weights(folder)
+    table = weight_table(spec)
+    files, found = _weights(folder, lambda name: name.endswith(tuple(table.aliases)))
     # Before the names: a quantised model has others beside its weights, and the dtype says what is the matter.
     check_named_dtypes(Slot.PARAMETER, found)
-    table = weight_table(spec)
-    parameters = table.to_canonical(without_aliases(found, table.aliases, folder), str(folder))
+    names = stored_names(found)
+    found = names.by_canonical(found)
+    if spec.tied:
+        found = without_aliases(with_tied_embedding(found), table.aliases, folder)
+    else:
+        _require_head(found, folder, config_path, config)
+    parameters = table.to_canonical(found, str(folder))
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
     optimizer, progress = None, None
     source = SourceRecord()
-    warnings: tuple[str, ...] = ()
+    warnings = (*names.warnings, *_dtype_warnings(parameters, config))
     if (folder / SIDECAR).is_dir() and (options.optimizer or is_there(folder / SIDECAR / "state.json")):
         sidecar = read_sidecar(folder, table, parameters, options)
         tensors.update(sidecar.slots)
-        optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, sidecar.warnings
+        optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, (*warnings, *sidecar.warnings)
         source = sidecar.source
         files = (*files, *sidecar.files)
     ignored = next((f"{name}.index.json" for name in WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
         warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
-    assets = {name: folder / name for name in ASSET_NAMES if (folder / name).is_file()}
+    assets = assets_in(folder)
     return Checkpoint(
         layout="huggingface",
         root=folder,
@@ -68,14 +78,40 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     )
 
 
-def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
+def _dtype_warnings(parameters: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Iterator[str]:
+    """Where transformers would load other values than are stored: it casts all to the dtype of the config."""
+    counts = Counter(tensor.dtype for tensor in parameters.values())
+    said, stored = config_dtype(config), " and ".join(f"{count} in {dtype}" for dtype, count in sorted(counts.items()))
+    if len(counts) > 1:
+        loaded = f"config.json's {said}" if said else "one dtype"
+        yield f"parameters are {stored} and are kept so; transformers loads all in {loaded}. --dtype makes it one."
+    elif said is not None and said not in counts:
+        yield (
+            f"config.json says {said}, but all parameters are {next(iter(counts))} and are kept so; transformers casts "
+            f"them when it loads the source, as --dtype {said} does."
+        )
+
+
+def _require_head(found: Mapping[str, LazyTensor], folder: Path, config_path: Path, config: Mapping[str, Any]) -> None:
+    if HEAD in found or VOCABULARY[0] not in found:
+        return
+    said = "says" if "tie_word_embeddings" in config else "leaves out what its class takes for"
+    raise NameMismatch(
+        f"{folder}: {HEAD} is missing, and {config_path.name} {said} tie_word_embeddings: false.\n"
+        "Expected a head of its own; transformers would fill one with random numbers.\n"
+        "Set tie_word_embeddings to true if the model was trained so. If not, save it again with its head "
+        "(AutoModelForCausalLM), or copy the file that holds it."
+    )
+
+
+def _weights(folder: Path, may_lack: Callable[[str], bool]) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The weight files, and what they hold by name."""
     for stem in WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
         if is_there(single):  # transformers, too, looks for an index only where there is no single file
             return (single,), tensors_of(single)
         if is_there(index):
-            return read_indexed(folder, index)
+            return read_indexed(folder, index, may_lack)
     shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     there = f"{shards[0]} and {len(shards) - 1} more are there, but no index" if shards else "no weights are there"
     raise MissingFile(

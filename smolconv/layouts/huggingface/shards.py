@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from smolconv.checkpoint import Slot
@@ -17,8 +17,13 @@ from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored
 
 
-def read_indexed(folder: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
-    """The shards that an index names, and the tensors in them. Raises ``BadCheckpoint`` where they disagree."""
+def read_indexed(
+    folder: Path, index: Path, may_lack: Callable[[str], bool] = lambda name: False
+) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
+    """The shards that an index names, and the tensors in them. Raises ``BadCheckpoint`` where they disagree.
+
+    ``may_lack`` says of a name in the index whether it is no loss that its shard does not hold it.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CorruptFile(f"{index} has no weight_map from tensor names to file names.")
@@ -42,7 +47,7 @@ def read_indexed(folder: Path, index: Path) -> tuple[tuple[Path, ...], dict[str,
                     "Shards of two checkpoints may be mixed: copy all of one."
                 )
             found[tensor_name] = tensor
-    ghosts = [name for name in weight_map if name not in found]
+    ghosts = [name for name in weight_map if name not in found and not may_lack(name)]
     if ghosts:
         raise NameMismatch(
             f"{index} promises {ghosts[0]} in {weight_map[ghosts[0]]}, which does not hold it ({len(ghosts)} such)."

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot
+from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.huggingface.shards import json_bytes, plan_sharded
 from smolconv.layouts.huggingface.sidecar import SIDECAR, sidecar_files, sidecar_state
 from smolconv.layouts.layout import PlannedOutput, copied_file, hf_config, model_card
-from smolconv.models.huggingface import weight_table
+from smolconv.models.huggingface import config_dtype, weight_table
 from smolconv.storage.planned import plain_file
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
@@ -27,20 +28,20 @@ class HuggingFaceOptions:
 
 def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> PlannedOutput:
     """Plan every file: shards, index, config in both rope spellings, assets, card, and a sidecar for state."""
-    spec, warnings = checkpoint.spec, []
+    spec = checkpoint.spec
     layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
     files = list(plan_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
-    dtype = layout["model.embed_tokens.weight"].dtype if len(dtypes) > 1 else next(iter(dtypes))
+    known = config_dtype(checkpoint.source.hf_config or {})
+    # Of several, the one that the source is loaded in.
+    dtype = known if known in dtypes else layout["model.embed_tokens.weight"].dtype
     config = hf_config(checkpoint, dtype)
     files.append(plain_file("config.json", json_bytes(config)))
     assets = dict(checkpoint.assets)
     assets.pop("config.json", None)
     documents = {name: data for name, data in checkpoint.documents.items() if name not in assets}
     given = {*assets, *documents}
-    has_tokenizer = any("tokenizer" in name for name in given)
-    if not has_tokenizer:
-        warnings.append("the source has no tokenizer; give one with --tokenizer, or copy it beside config.json later.")
+    has_tokenizer, warnings = tokenizer_warnings(checkpoint, needed=True)
     if "generation_config.json" not in given:
         files.append(plain_file("generation_config.json", json_bytes(_generation_config(config))))
     if "README.md" not in given:

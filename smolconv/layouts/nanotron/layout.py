@@ -20,6 +20,7 @@ def _own_files(folder: Path) -> OwnFiles:
             r"(model|optimizer|lr_scheduler|random|smolconv_assets)/.*\.(safetensors|pt|json|jinja|model|txt))"
         ),
         step=listing.find_step_folder(folder, None),
+        beside=rf"{listing.ASSETS}/({ASSET_PATTERN})",
     )
 
 

@@ -14,6 +14,7 @@ from smolconv.files import is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions
+from smolconv.layouts.listing import files_below
 from smolconv.layouts.nanotron.documents import Import, read_import, read_model_config, read_progress
 from smolconv.layouts.nanotron.listing import ASSETS, find_step_folder, is_number
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
@@ -147,4 +148,4 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _assets(folder: Path) -> dict[str, Path]:
     """Tokenizer and other documents that our writer put beside the step folder."""
     assets = folder / ASSETS
-    return {path.name: path for path in sorted(assets.iterdir()) if path.is_file()} if assets.is_dir() else {}
+    return {path.relative_to(assets).as_posix(): path for path in sorted(files_below(assets))}

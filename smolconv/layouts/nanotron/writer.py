@@ -12,6 +12,7 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import CorruptFile, UnsupportedModel, UsageError
 from smolconv.files import read_bytes
+from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.documents import check_config, understood
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
 from smolconv.layouts.nanotron.documents import IMPORT
@@ -396,6 +397,7 @@ class _NanotronWriter:
 
     def _documents(self) -> list[PlannedFile]:
         step, assets = self.step, self.checkpoint.assets
+        made = {name: data for name, data in self.checkpoint.documents.items() if name not in assets}
         documents = {
             f"{step}/{MODEL_CONFIG}": json.dumps(self.model_config),
             f"{step}/checkpoint_metadata.json": json.dumps(self._metadata(), indent=2, sort_keys=True),
@@ -405,12 +407,14 @@ class _NanotronWriter:
             import yaml
 
             documents[f"{step}/config.yaml"] = yaml.safe_dump(self.config, sort_keys=True)
-        has_tokenizer = any("tokenizer" in name for name in assets)
+        has_tokenizer, said = tokenizer_warnings(self.checkpoint, needed=False)
+        self.warnings += said
         card = model_card(self.checkpoint, "A nanotron checkpoint", str(self.checkpoint.root), has_tokenizer)
         return [
             *(plain_file(path, text.encode()) for path, text in documents.items()),
             plain_file("README.md", card),
             *(copied_file(f"{ASSETS}/{name}", path) for name, path in assets.items()),
+            *(plain_file(f"{ASSETS}/{name}", data) for name, data in made.items()),
             # An HF config holds fields that no spec knows; it comes back with the tokenizer.
             *(plain_file(f"{ASSETS}/config.json", data) for data in [self._hf_config()] if data is not None),
         ]

@@ -1,0 +1,195 @@
+"""Files that travel with weights: the tokenizer, as far as it can be told without loading it, and names of code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.errors import CorruptFile, MissingFile, SmolconvError, some_of
+from smolconv.files import read_bytes
+from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in
+from smolconv.parsing import parse_json_object, parse_yaml_mapping, read_json
+
+#: What transformers can make a tokenizer of: one of these, all files of it.
+_SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_EXPECTED = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+_CONFIG = "tokenizer_config.json"
+#: What makes none without the rest.
+_PARTS = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", _CONFIG)
+#: Those of a folder that are not about the tokenizer.
+_OTHERS = ("README.md", "LICENSE", "generation_config.json")
+#: The largest known, of 260,000 tokens, has 33 MB.
+_MOST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What is known of a checkpoint's tokenizer without loading it."""
+
+    problems: tuple[str, ...]  #: files that are no use, one saying each
+    complete: bool  #: whether all files of one are there
+    largest_id: int | None  #: that it can give, where its files say
+
+    @property
+    def usable(self) -> bool:
+        return self.complete and not self.problems
+
+
+def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_for: Iterable[Path]) -> TokenizerFiles:
+    """Look at the tokenizer among files that travel; ``made`` are those of our own making.
+
+    What was ``looked_for`` and is a link to nothing is a problem, unless another file has its name.
+    """
+    nowhere = [path for path in looked_for if path.is_symlink() and not path.exists()]
+    problems = [f"{path} is a link to nothing" for path in nowhere if path.name not in {**assets, **made}]
+    largest: list[int] = []
+    for name in dict.fromkeys(name for names in _SETS for name in names):
+        if name in assets:
+            try:
+                largest += list(_ids(name, assets[name]))
+            except SmolconvError as error:
+                problems.append(str(error).partition("\n")[0])
+    complete = any({*assets, *made}.issuperset(names) for names in _SETS)
+    return TokenizerFiles(problems=tuple(problems), complete=complete, largest_id=max(largest, default=None))
+
+
+def tokenizer_warnings(checkpoint: Checkpoint, *, needed: bool) -> tuple[bool, list[str]]:
+    """Whether the checkpoint has a tokenizer that can be loaded, and what is said of it.
+
+    With ``needed`` it is also said that there is none at all, and which one a nanotron run names.
+    """
+    tokenizer = tokenizer_of(checkpoint.assets, checkpoint.documents, _of_tokenizer(checkpoint.root))
+    warnings = []
+    if tokenizer.problems or (needed and not tokenizer.complete):
+        found = f"no usable tokenizer: {'; '.join(tokenizer.problems)}" if tokenizer.problems else "no tokenizer"
+        parts = [name for name in _PARTS if name in checkpoint.assets and not tokenizer.problems]
+        only = f" ({some_of(parts)} alone is none)" if parts else ""
+        warnings.append(
+            f"the source has {found}{only}; give one with --tokenizer, or copy it beside config.json later."
+            f"{_named_by_nanotron(checkpoint)}"
+        )
+    if tokenizer.largest_id is not None and tokenizer.largest_id >= checkpoint.spec.vocab_size:
+        warnings.append(
+            f"the tokenizer gives ids up to {tokenizer.largest_id}, but the embedding has "
+            f"{checkpoint.spec.vocab_size} rows: the model fails on those above. Check that it is this model's."
+        )
+    return tokenizer.usable, warnings
+
+
+def given_tokenizer(path: Path) -> dict[str, Path]:
+    """The files of the tokenizer that ``--tokenizer`` names: a folder, or its one file.
+
+    Raises ``MissingFile`` and ``CorruptFile`` where it could not be loaded.
+    """
+    if path.is_dir():
+        found = {name: file for name, file in assets_in(path).items() if _is_of_tokenizer(name)}
+        tokenizer = tokenizer_of(found, {}, _of_tokenizer(path))
+    else:
+        found = {path.name: path} if path.is_file() else {}
+        tokenizer = tokenizer_of(found, {}, [path])
+    if tokenizer.problems:
+        raise CorruptFile(
+            f"--tokenizer {path}: {'; '.join(tokenizer.problems)}.\n"
+            f"Expected {_EXPECTED}, whole.\nCopy it again from where it came from, or name another folder."
+        )
+    if not tokenizer.complete:
+        raise MissingFile(
+            f"--tokenizer {path}: no {_EXPECTED} is there.\n"
+            f"Expected a folder of this machine that holds a tokenizer, or its one file; {_CONFIG} alone is none.\n"
+            "Check the path. One on the Hub is downloaded by: hf download OWNER/NAME --local-dir FOLDER"
+        )
+    return found
+
+
+def without_own_code(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without names of code (``auto_map``) that lay beside it: no ``.py`` file travels.
+
+    Code in another repository on the Hub (``owner/name--module.Class``) stays named.
+    """
+    source, documents, warnings = checkpoint.source, dict(checkpoint.documents), list(checkpoint.warnings)
+    assets = dict(checkpoint.assets)
+    config, names = _without_local_code(source.hf_config or {})
+    if names:
+        source = replace(source, hf_config=config)
+        warnings.append(
+            f"config.json names code of its own ({some_of(names)}), which is not carried: auto_map was left out. The "
+            f"model is read, written and verified as transformers' own {checkpoint.spec.architecture}."
+        )
+    if _CONFIG in assets:
+        with suppress(SmolconvError):  # whoever loads the tokenizer says what is wrong with it
+            config, names = _without_local_code(read_json(assets[_CONFIG]))
+            if names:
+                documents[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+                del assets[_CONFIG]
+                warnings.append(
+                    f"{_CONFIG} names code of its own ({some_of(names)}), which is not carried: auto_map was left out. "
+                    "Copy the .py file and the field if the tokenizer needs them."
+                )
+    return replace(checkpoint, source=source, assets=assets, documents=documents, warnings=tuple(warnings))
+
+
+def _without_local_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config with what is left of its auto_map, and the classes that were named there and lay beside it."""
+    known = config.get("auto_map")
+    names, kept = list[str](), dict[str, Any]()
+    for key, value in known.items() if isinstance(known, dict) else ():
+        local = [name for name in (value if isinstance(value, list) else [value])
+                 if isinstance(name, str) and "--" not in name]  # fmt: skip
+        names += local
+        if not local:
+            kept[key] = value
+    rest = {name: value for name, value in config.items() if name != "auto_map"}
+    return {**rest, **({"auto_map": kept} if kept else {})}, list(dict.fromkeys(names))
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name.startswith(f"{TEMPLATES}/") or (name in ASSET_NAMES and name not in _OTHERS)
+
+
+def _of_tokenizer(folder: Path) -> list[Path]:
+    return [folder / name for name in filter(_is_of_tokenizer, ASSET_NAMES)]
+
+
+def _ids(name: str, path: Path) -> Iterator[int]:
+    """Ids that a file of a tokenizer gives. Raises ``CorruptFile`` for one that cannot be loaded."""
+    data = read_bytes(path, _MOST_BYTES)
+    if data.startswith(b"version https://git-lfs"):
+        raise CorruptFile(f"{path} is a Git LFS pointer instead of the file (git lfs pull fetches it)")
+    if not data.strip():
+        raise CorruptFile(f"{path} is empty")
+    if not name.endswith(".json"):
+        return
+    document = parse_json_object(data, path)
+    vocabulary: object = document
+    if name == "tokenizer.json":
+        model, added = document.get("model"), document.get("added_tokens")
+        if not isinstance(model, dict):
+            raise CorruptFile(f"{path} holds no model of a tokenizer")
+        vocabulary = model.get("vocab")
+        yield from _whole(token.get("id") for token in added or () if isinstance(token, dict))
+    if isinstance(vocabulary, list):  # Unigram's, whose ids are places
+        yield len(vocabulary) - 1
+    elif isinstance(vocabulary, dict):
+        yield from _whole(vocabulary.values())
+
+
+def _whole(values: Iterable[object]) -> Iterator[int]:
+    return (value for value in values if isinstance(value, int) and not isinstance(value, bool))
+
+
+def _named_by_nanotron(checkpoint: Checkpoint) -> str:
+    """Which tokenizer the run's own config.yaml names, for whoever looks for it."""
+    training = checkpoint.source.nanotron_training
+    if training is None:
+        return ""
+    with suppress(CorruptFile):
+        section = parse_yaml_mapping(training, "config.yaml").get("tokenizer")
+        name = section.get("tokenizer_name_or_path") if isinstance(section, dict) else None
+        if isinstance(name, str) and name:
+            return f" The run's config.yaml names {name:.100} (tokenizer.tokenizer_name_or_path)."
+    return ""
