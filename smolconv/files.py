@@ -139,6 +139,20 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def is_folder_there(path: Path) -> bool:
+    """Whether a folder of that name is there. Raises as ``is_there`` does for anything else in its place."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path):
+            return False
+        raise unreadable(path, error) from None
+    if not stat.S_ISDIR(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a file")
+        raise CorruptFile(f"{path} is {kind}; a folder was expected.\nCopy it again, or take it away.")
+    return True
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Inside, a file is opened or read: what the system refuses is raised as ``unreadable`` has it."""

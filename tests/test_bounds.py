@@ -211,6 +211,24 @@ def void(_: object) -> None:
     pass
 
 
+FOLDERS = {"nanotron": ("3/model", "3/optimizer", "3/lr_scheduler"), "huggingface": ("smolconv_state",),
+           "deepspeed": ("smolconv_source",)}  # fmt: skip
+
+
+@pytest.mark.parametrize("put", [named_pipe, nothing, link_to_nothing], ids=lambda put: put.__name__)
+@pytest.mark.parametrize(("layout", "place"), [(layout, place) for layout, all_ in FOLDERS.items() for place in all_])
+def test_what_is_no_folder_is_refused_in_the_place_of_one(
+    sources: dict[str, Path], tmp_path: Path, layout: str, place: str, put: Callable[[Path], None]
+) -> None:
+    broken = Path(shutil.copytree(sources[layout], tmp_path / "source"))
+    (broken / "smolconv_manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(broken / place)
+    put(broken / place)
+    error = refusal(broken, tmp_path / "out")
+    assert isinstance(error, BadCheckpoint)
+    assert place in str(error)
+
+
 def test_the_sources_are_read_as_they_are(sources: dict[str, Path]) -> None:
     """The negative control: what is refused above is refused for what was put into it."""
     for source in sources.values():

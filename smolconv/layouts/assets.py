@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -86,11 +87,11 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
 
     Raises ``MissingFile`` and ``CorruptFile`` where it could not be loaded.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which says no to a name that is too long
         found = {name: file for name, file in assets_in(path).items() if _is_of_tokenizer(name)}
         tokenizer = tokenizer_of(found, {}, _of_tokenizer(path))
     else:
-        found = {path.name: path} if path.is_file() else {}
+        found = {path.name: path} if os.path.isfile(path) else {}
         tokenizer = tokenizer_of(found, {}, [path])
     if tokenizer.problems:
         raise CorruptFile(

@@ -10,7 +10,7 @@ from typing import Any
 
 from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRecord
 from smolconv.errors import CorruptFile
-from smolconv.files import read_bytes
+from smolconv.files import is_folder_there, read_bytes
 from smolconv.layouts.documents import check_config, understood, with_tuples
 from smolconv.parsing import read_json
 
@@ -32,7 +32,7 @@ def documents_of(record: SourceRecord) -> dict[str, bytes]:
 
 def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
     """What ``documents_of`` gave, from ``folder``, and its files. Raises ``CorruptFile`` for what is not one."""
-    paths = tuple(sorted(folder.iterdir())) if folder.is_dir() else ()
+    paths = tuple(sorted(folder.iterdir())) if is_folder_there(folder) else ()
     record = SourceRecord()
     for path in paths:
         if path.name == NANOTRON_CONFIG:

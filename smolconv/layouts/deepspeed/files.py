@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolconv.errors import MissingShard, MixedCheckpoint, UnsupportedModel
+from smolconv.files import is_folder_there
 
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_states\.pt")
 #: Until 2022 the last underscore was missing.
@@ -72,7 +73,7 @@ def tag_files(folder: Path) -> TagFiles:
     if len(prefixes) > 1:
         a, b = prefixes.values()
         raise MixedCheckpoint(f"{folder}: {a.name} and {b.name} are of two checkpoints. Keep the files of one.")
-    universal = (folder / "zero").is_dir()
+    universal = is_folder_there(folder / "zero")
     if len({dp is None for dp, _ in models}) > 1 and not universal:
         raise MixedCheckpoint(f"{folder}: model files of ZeRO-3 lie beside one of another stage. Keep those of one.")
     if not models:

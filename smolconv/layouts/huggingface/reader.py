@@ -14,7 +14,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import MissingFile, NameMismatch
-from smolconv.files import is_there
+from smolconv.files import is_folder_there, is_there
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.huggingface.listing import WEIGHTS
@@ -53,7 +53,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     optimizer, progress = None, None
     source = SourceRecord()
     warnings = (*names.warnings, *_dtype_warnings(parameters, config))
-    if (folder / SIDECAR).is_dir() and (options.optimizer or is_there(folder / SIDECAR / "state.json")):
+    if is_folder_there(folder / SIDECAR) and (options.optimizer or is_there(folder / SIDECAR / "state.json")):
         sidecar = read_sidecar(folder, table, parameters, options)
         tensors.update(sidecar.slots)
         optimizer, progress, warnings = sidecar.optimizer, sidecar.progress, (*warnings, *sidecar.warnings)

@@ -19,6 +19,7 @@ from smolconv.errors import (
     ShapeMismatch,
     UnsupportedModel,
 )
+from smolconv.files import is_folder_there
 from smolconv.layouts.documents import adam_step, check_plain, understood
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.layouts.nanotron.topology import (
@@ -265,7 +266,7 @@ def read_scheduler(
     warnings: list[str],
 ) -> Mapping[str, Any] | None:
     """LambdaLR's state with its lists keyed by canonical name; None, with a warning, where it cannot be kept."""
-    if not folder.is_dir():
+    if not is_folder_there(folder):
         return None
     ranks = _block_ranks(weights)
     names = [rule.layout for rule in table.rules]

@@ -10,7 +10,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Document, Slot, SourceRecord
 from smolconv.errors import CorruptFile
-from smolconv.files import is_there, read_bytes
+from smolconv.files import is_folder_there, is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions
@@ -49,7 +49,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     }
     topology = weights_topology(weights, metadata)
     optimizer, scheduler, warnings = None, None, _warnings(config, weights, spec, imported)
-    has_state = (step_folder / "optimizer").is_dir()
+    has_state = is_folder_there(step_folder / "optimizer")
     if options.optimizer and has_state:
         state = read_optimizer(step_folder / "optimizer", spec, table, weights, topology)
         for slot, found in state.slots.items():

@@ -17,6 +17,7 @@ from smolconv.errors import (
     ShapeMismatch,
     UnsupportedModel,
 )
+from smolconv.files import is_folder_there
 from smolconv.layouts.nanotron.topology import (
     RankedFile,
     SlicePair,
@@ -53,7 +54,7 @@ def read_native(
     """nanotron's own parameters by nanotron's names, from ``paths``, the step folder's files."""
     grouped: dict[str, dict[int | None, tuple[Path, RankedFile]]] = {}
     model = step_folder / "model"
-    if not model.is_dir():
+    if not is_folder_there(model):
         raise MissingFile(f"{model} is not there, so this checkpoint has no weights.")
     depth = len(model.parts)
     for path in paths:
