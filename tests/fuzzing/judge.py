@@ -164,7 +164,7 @@ class Judge:
 
 def _found_while_copying(done: Finished, left: Sequence[str]) -> bool:
     """A digest is compared as its bytes are copied; docs/cli.md says that DST.partial is kept on an error."""
-    return list(left) == [f"{OUTPUT}.partial"] and done.stderr.startswith("DigestMismatch: ")
+    return list(left) == [f"{OUTPUT}.partial"] and "\nDigestMismatch: " in f"\n{done.stderr}"
 
 
 def _is_error_document(done: Finished, as_json: bool) -> bool:
