@@ -85,7 +85,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 #: Commands whose start tests do not look at.
-_FORKED = frozenset({"convert", "inspect", "diff", "verify"})
+_FORKED = frozenset({"convert", "inspect", "diff", "verify", "import-gguf", "recipe"})
 
 
 def run_cli(

@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked_worker
 import pytest
 import torch
 
@@ -38,12 +39,21 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 class InProcess(check.Place):
-    """Jobs run here: what a test puts in the place of a kernel reaches them."""
+    """Jobs run here: what a test puts in the place of a kernel reaches them. Workers are forked."""
 
     def job(self, name: str, seconds: float, **given: Any) -> dict[str, Any]:
         if self.budget.left < seconds:
             raise check.OutOfTime("no time")
         return json.loads(json.dumps(jobs.JOBS[name](**given)))
+
+    def processes(self, commands: Sequence[Sequence[str]], device: bool, seconds: float) -> list[tuple[int, str]]:
+        ends = []
+        for number, (*_, module, run) in enumerate(commands):
+            log = Path(run) / f"worker-{number}.log"
+            code = f"from {module} import main\nmain()"
+            fork = forked_worker.Fork(code=code, words=[module, run], environment=check._environment("cpu"), log=log)
+            ends.append((forked_worker.run_ranks([fork], on_cpu=True)[0], check._last_line(log)))
+        return ends
 
 
 class Canned(check.Place):
