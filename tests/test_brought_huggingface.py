@@ -272,7 +272,7 @@ def test_the_kinds_of_rotary_embedding_are_those_of_transformers():
     assert SCALINGS.keys() == ROPE_TYPES.keys() >= ROPE_INIT_FUNCTIONS.keys() - {"default"}
 
 
-@pytest.mark.parametrize("kind", ROPE_INIT_FUNCTIONS.keys() - {"default"})
+@pytest.mark.parametrize("kind", sorted(ROPE_INIT_FUNCTIONS.keys() - {"default"}))
 def test_a_rotary_embedding_with_all_its_fields_gives_transformers_logits(kind, folders, expected, tmp_path):
     fields = rope(10000.0, {"rope_type": kind, **SCALINGS[kind]})
     source = configured(folders["tied"], tmp_path / "brought", **{"rope_parameters": None, **fields})
@@ -375,8 +375,8 @@ def link_to_nothing(folder: Path) -> None:
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to nothing": (link_to_nothing, "tokenizer.json is a link to nothing"),
     "cut": (lambda f: (f / "tokenizer.json").write_bytes(tokenizer_json(64)[:300]), "tokenizer.json is not valid JSON"),
-    "a pointer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS pointer"),
-    "a pointer to a model": (lambda f: (f / "tokenizer.model").write_bytes(POINTER), "tokenizer.model is a Git LFS"),
+    "a pointer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a pointer left by Git LFS"),
+    "a pointer to a model": (lambda f: (f / "tokenizer.model").write_bytes(POINTER), "tokenizer.model is a pointer left by Git LFS"),
     "empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "tokenizer.model is empty"),
     "something else": (lambda f: (f / "tokenizer.json").write_bytes(b"{}"), "holds no model"),
     "its config alone": (lambda f: None, "tokenizer_config.json alone"),

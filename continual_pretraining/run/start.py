@@ -23,7 +23,7 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
-from smolconv.files import read_bytes
+from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
@@ -282,7 +282,7 @@ def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {
         name: read_bytes(path, MOST_TOKENIZER_BYTES)
         for name, path in checkpoint.assets.items()
-        if name in ASSET_NAMES and name not in skipped
+        if name in ASSET_NAMES and name not in skipped and not is_lfs_pointer(path)
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import CorruptFile, MissingFile, SmolconvError, some_of
+from smolconv.errors import CorruptFile, MissingFile, SmolconvError, first_line, some_of
 from smolconv.files import read_bytes
 from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in
 from smolconv.parsing import parse_json_object, parse_yaml_mapping, read_json
@@ -54,7 +54,7 @@ def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_f
             try:
                 largest += list(_ids(name, assets[name]))
             except SmolconvError as error:
-                problems.append(str(error).partition("\n")[0])
+                problems.append(first_line(error).removesuffix("."))
     complete = any({*assets, *made}.issuperset(names) for names in _SETS)
     return TokenizerFiles(problems=tuple(problems), complete=complete, largest_id=max(largest, default=None))
 
@@ -159,8 +159,6 @@ def _of_tokenizer(folder: Path) -> list[Path]:
 def _ids(name: str, path: Path) -> Iterator[int]:
     """Ids that a file of a tokenizer gives. Raises ``CorruptFile`` for one that cannot be loaded."""
     data = read_bytes(path, _MOST_BYTES)
-    if data.startswith(b"version https://git-lfs"):
-        raise CorruptFile(f"{path} is a Git LFS pointer instead of the file (git lfs pull fetches it)")
     if not data.strip():
         raise CorruptFile(f"{path} is empty")
     if not name.endswith(".json"):

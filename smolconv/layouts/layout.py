@@ -15,7 +15,7 @@ from typing import Any
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
-from smolconv.files import file_size
+from smolconv.files import file_size, is_lfs_pointer
 from smolconv.layouts.listing import AnyPath, Listing
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
@@ -178,6 +178,11 @@ def copied_file(path: str, source: Path) -> PlannedFile:
     content = Stored(path=source, offset=0, shape=(size,), dtype="uint8")
     tensors = (PlannedTensor(name=source.name, slot=None, offset=0, source=content),) if size else ()
     return PlannedFile(path=PurePosixPath(path), size=size, tensors=tensors)
+
+
+def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedFile]:
+    """Files that travel with the weights, but for pointers of Git LFS, which are said and stay behind."""
+    return [copied_file(f"{folder}{name}", path) for name, path in assets.items() if not is_lfs_pointer(path)]
 
 
 def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from smolconv.layouts.deepspeed.partitions import (
     piece_numel,
     sub_groups,
 )
-from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, hf_config, model_card
+from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_assets, hf_config, model_card
 from smolconv.layouts.record import documents_of
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.torch_archive.archive import plan_torch_archive
@@ -411,7 +411,7 @@ class _DeepSpeedWriter:
         files = [
             plain_file(latest, self.tag.encode()),
             plain_file("config.json", (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()),
-            *(copied_file(name, path) for name, path in assets.items()),
+            *copied_assets(assets),
             *(plain_file(name, data) for name, data in made.items()),
             *(
                 plain_file(f"{SOURCE_DOCUMENTS}/{name}", data)

@@ -12,7 +12,7 @@ from smolconv.checkpoint import Checkpoint, Slot
 from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.huggingface.shards import json_bytes, plan_sharded
 from smolconv.layouts.huggingface.sidecar import SIDECAR, sidecar_files, sidecar_state
-from smolconv.layouts.layout import PlannedOutput, copied_file, hf_config, model_card
+from smolconv.layouts.layout import PlannedOutput, copied_assets, hf_config, model_card
 from smolconv.models.huggingface import config_dtype, weight_table
 from smolconv.storage.planned import plain_file
 
@@ -47,7 +47,7 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     if "README.md" not in given:
         card = model_card(checkpoint, "A Hugging Face checkpoint", str(checkpoint.root), has_tokenizer)
         files.append(plain_file("README.md", card))
-    files += [copied_file(name, path) for name, path in assets.items()]
+    files += copied_assets(assets)
     files += [plain_file(name, data) for name, data in documents.items()]
     late = {}
     if checkpoint.has_optimizer or checkpoint.progress is not None:

@@ -14,7 +14,7 @@ from smolconv.errors import CorruptFile, UnsupportedModel, UsageError
 from smolconv.files import read_bytes
 from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.documents import check_config, understood
-from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_file, model_card
+from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_assets, copied_file, model_card
 from smolconv.layouts.nanotron.documents import IMPORT
 from smolconv.layouts.nanotron.listing import ASSETS, LATEST, MODEL_CONFIG
 from smolconv.layouts.nanotron.schedule import scheduled_lr
@@ -413,7 +413,7 @@ class _NanotronWriter:
         return [
             *(plain_file(path, text.encode()) for path, text in documents.items()),
             plain_file("README.md", card),
-            *(copied_file(f"{ASSETS}/{name}", path) for name, path in assets.items()),
+            *copied_assets(assets, f"{ASSETS}/"),
             *(plain_file(f"{ASSETS}/{name}", data) for name, data in made.items()),
             # An HF config holds fields that no spec knows; it comes back with the tokenizer.
             *(plain_file(f"{ASSETS}/config.json", data) for data in [self._hf_config()] if data is not None),
