@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
-from smolconv.errors import CorruptFile, UnsafePickle
+from smolconv.errors import CorruptFile, LfsPointer, UnsafePickle
 from smolconv.files import open_file, reading
 from smolconv.storage.torch_archive.zip import LOCAL_SIGNATURE, ZipDirectory, ZipRecord, read_zip_directory
 
@@ -113,8 +113,11 @@ def is_torch_archive(path: Path) -> bool:
     """Whether a file begins as one, and is no safetensors file, whose first bytes are a length."""
     if path.suffix == ".safetensors":
         return False
-    with _opened(path) as file:
-        return file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE
+    try:
+        with _opened(path) as file:
+            return file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE
+    except LfsPointer:  # of a file beside the weights, which stays behind
+        return False
 
 
 def read_archive_records(path: Path) -> list[ArchiveRecord]:
