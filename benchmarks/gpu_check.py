@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -246,8 +247,10 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def _last_line(log: Path) -> str:
+    """The last that it said; of an error with advice after it, what happened."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    errors = [line for line in lines if re.match(r"[A-Z]\w+: ", line)]
+    return (errors or lines or ["it said nothing"])[-1][:300]
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from smolconv.errors import counted
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from smolconv.convert import ConversionPlan
 
     out: Console  #: stdout
     err: Console  #: stderr
@@ -100,6 +104,14 @@ def escape(text: str) -> str:
     from rich.markup import escape as rich_escape
 
     return rich_escape(text)
+
+
+def what_is_planned(layout: str, plan: ConversionPlan) -> str:
+    """A dry run's last line."""
+    return (
+        f"{layout} -> {plan.layout}: {counted(len(plan.output.files), 'file')}, {counted(plan.tensors, 'tensor')}; "
+        f"reads {size(plan.bytes_read)}, needs {size(plan.bytes_written)} of disk. Nothing was written."
+    )
 
 
 def size(count: float) -> str:

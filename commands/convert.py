@@ -10,6 +10,7 @@ import typer
 
 from smolconv.commands import console
 from smolconv.commands.app import Architecture, SourceLayout, app
+from smolconv.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -231,8 +232,8 @@ def convert(
     # With verification most of the time is the two models' forward passes.
     rate = "verified" if verifier else f"{console.size(plan.bytes_written / max(result.seconds, 1e-9))}/s"
     console.say(
-        f"{plan.source.layout} -> {plan.layout}: {plan.tensors} tensors, {console.size(plan.bytes_written)} in "
-        f"{result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
+        f"{plan.source.layout} -> {plan.layout}: {counted(plan.tensors, 'tensor')}, {console.size(plan.bytes_written)} "
+        f"in {result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
     )
     console.say(_checked_line(result.source_check))
     _say_account(summary)
@@ -301,9 +302,6 @@ def _show_plan(plan: ConversionPlan) -> None:
     if len(shown) < len(plan.output.files):
         table.add_row(f"... and {len(plan.output.files) - len(shown)} more (-v shows all)", "")
     console.show(table)
-    console.show(
-        f"{plan.source.layout} -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
-        f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
-    )
+    console.show(console.what_is_planned(plan.source.layout, plan))
     _say_account({"carried": plan.account.carried, "left_out": plan.account.left_out})
     console.warn(plan.warnings)

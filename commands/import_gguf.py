@@ -9,6 +9,7 @@ import typer
 
 from smolconv.commands import console
 from smolconv.commands.app import app
+from smolconv.errors import counted
 
 _EPILOG = """
 **Examples**
@@ -51,10 +52,7 @@ def import_gguf(
         if as_json:
             console.print_json(plan_to_json(plan))
             return
-        console.show(
-            f"gguf -> {plan.layout}: {len(plan.output.files)} files, {plan.tensors} tensors; reads "
-            f"{console.size(plan.bytes_read)}, needs {console.size(plan.bytes_written)} of disk. Nothing was written."
-        )
+        console.show(console.what_is_planned("gguf", plan))
         console.warn(plan.warnings)
         return
     with console.byte_progress(f"gguf -> {plan.layout}", plan.bytes_written) as progress:
@@ -65,7 +63,8 @@ def import_gguf(
         console.print_json(summary)
         return
     console.say(
-        f"gguf -> {plan.layout}: {plan.tensors} tensors dequantised to {dtype}, {console.size(plan.bytes_written)} in "
-        f"{result.seconds:.2f} s, peak memory {console.size(summary['peak_rss_bytes'])}"
+        f"gguf -> {plan.layout}: {counted(plan.tensors, 'tensor')} dequantised to {dtype}, "
+        f"{console.size(plan.bytes_written)} in {result.seconds:.2f} s, "
+        f"peak memory {console.size(summary['peak_rss_bytes'])}"
     )
     console.line(str(target))

@@ -9,7 +9,7 @@ import typer
 
 from smolconv.commands import console
 from smolconv.commands.app import Architecture, SourceLayout, app
-from smolconv.errors import some_of
+from smolconv.errors import counted, some_of
 
 _EPILOG = """
 **Examples**
@@ -76,13 +76,13 @@ def _show(document: dict[str, Any], source: str) -> None:
                   f"{spec['num_kv_heads']}, mlp {spec['intermediate_size']}, vocabulary {spec['vocab_size']}"),
         ("rope", f"theta {spec['rope_theta']:g}" + (f", scaling {spec['rope_scaling']}" if spec["rope_scaling"] else "")
                  + (f", NoPE in layers {_ranges(nope)}" if nope else "")),
-        ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in document["dtypes"].items())),
+        ("dtypes", ", ".join(f"{dtype} ({counted(count, 'tensor')})" for dtype, count in document["dtypes"].items())),
         ("optimizer", _optimizer(document)),
         ("progress", "none" if progress is None else _progress(progress)),
         ("files", f"{document['files']}, {console.size(document['bytes'])}"),
     ]  # fmt: skip
     if document["frozen"]:
-        rows.append(("frozen", f"{len(document['frozen'])} parameters: {some_of(document['frozen'])}"))
+        rows.append(("frozen", f"{counted(len(document['frozen']), 'parameter')}: {some_of(document['frozen'])}"))
     if "checked" in document:
         rows.append(("digests", _digests(document)))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -118,10 +118,11 @@ def _optimizer(document: dict[str, Any]) -> str:
     if not document["has_optimizer"]:
         return "none"
     decays = [f"{group['hyperparameters'].get('weight_decay', '?')}" for group in document["groups"]]
-    groups = f"{len(decays)} groups" if len(decays) > 1 else "1 group"
+    groups = counted(len(decays), "group")
     steps = " or ".join(f"{step:g}" for step in document["adam_steps"])
+    noun = "step" if steps == "1" else "steps"
     master = ", fp32 masters" if "master" in document["slots"] else ""
-    return f"Adam after {steps} steps, {groups} (weight decay {', '.join(decays)}){master}"
+    return f"Adam after {steps} {noun}, {groups} (weight decay {', '.join(decays)}){master}"
 
 
 def _progress(progress: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, Slot, TrainingProgress
-from smolconv.errors import BadCheckpoint, some_of
+from smolconv.errors import BadCheckpoint, counted, some_of
 from smolconv.layouts.registry import LAYOUTS
 from smolconv.storage.manifest import MANIFEST
 from smolconv.tensors.dtypes import DTYPE_BYTES
@@ -40,9 +40,9 @@ def account(
     narrower = [n for n, t in source.parameters.items() if n in prepared.parameters
                 and DTYPE_BYTES[prepared.parameters[n].dtype] < DTYPE_BYTES[t.dtype]]  # fmt: skip
     if narrower and not prepared.tensors.get(Slot.MASTER):
-        left.append(f"precision of {_count(len(narrower), 'weight')}: {_dtypes(source)} to {_dtypes(prepared)}")
+        left.append(f"precision of {counted(len(narrower), 'weight')}: {_dtypes(source)} to {_dtypes(prepared)}")
     if rows := source.spec.vocab_size - prepared.spec.vocab_size:
-        left.append(f"the last {_count(rows, 'row')} of the vocabulary")
+        left.append(f"the last {counted(rows, 'row')} of the vocabulary")
     if (source.source.nanotron_config or {}).get("rope_scaling") and not prepared.spec.rope_scaling:
         left.append("rope_scaling, which nanotron's forward ignores")
     if source.tensors.get(Slot.MASTER):
@@ -57,11 +57,11 @@ def account(
     elif source.progress is not None:
         left.append(_progress(source.progress))
     if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
-        carried.append(f"{_count(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
+        carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
     if not any("tokenizer" in name for name in (*prepared.assets, *prepared.documents)):
         left.append("a tokenizer: the source has none")
     if unread := sorted(_unread(source, used, step=step, optimizer=optimizer)):
-        left.append(f"{_count(len(unread), 'file')} that nothing was taken from ({some_of(unread, 3, more=True)})")
+        left.append(f"{counted(len(unread), 'file')} that nothing was taken from ({some_of(unread, 3, more=True)})")
     return Account(carried=tuple(carried), left_out=tuple(left))
 
 
@@ -96,11 +96,7 @@ def _or(words: Iterable[str]) -> str:
 
 
 def _progress(progress: TrainingProgress) -> str:
-    parts = [f"step {progress.step}", _count(progress.consumed_samples, "sample")]
-    parts += [_count(progress.consumed_tokens, "token")] if progress.consumed_tokens is not None else []
-    parts += [_count(len(progress.stages), "stage")] if progress.stages else []
+    parts = [f"step {progress.step}", counted(progress.consumed_samples, "sample")]
+    parts += [counted(progress.consumed_tokens, "token")] if progress.consumed_tokens is not None else []
+    parts += [counted(len(progress.stages), "stage")] if progress.stages else []
     return f"progress ({', '.join(parts)})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

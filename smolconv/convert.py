@@ -22,7 +22,7 @@ import xxhash
 from smolconv import __version__
 from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
-from smolconv.errors import BadCheckpoint, ParityFailed, UsageError, some_of
+from smolconv.errors import BadCheckpoint, ParityFailed, UsageError, counted, some_of
 from smolconv.files import FileState, require_unchanged, states_of
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
@@ -431,8 +431,8 @@ def _unchecked(check: Mapping[str, Any]) -> list[str]:
     if not check["unchecked"]:
         return []
     return [
-        f"{len(check['unchecked'])} digests of the source were not compared, as only parts of their bytes, or not in "
-        f"order, were read ({some_of(check['unchecked'], more=True)}). --check-source reads them whole."
+        f"not compared: {counted(len(check['unchecked']), 'digest')} of the source, of whose bytes only parts, or not "
+        f"in order, were read ({some_of(check['unchecked'], more=True)}). --check-source reads them whole."
     ]
 
 

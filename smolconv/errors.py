@@ -14,6 +14,11 @@ def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
     return ", ".join(names[:most]) + ("" if others <= 0 else f" and {others} more" if more else ", ...")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 file", "1,024 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class SmolconvError(Exception):
     """The root: the command line prints the message without a traceback and exits with ``exit_code``."""
 

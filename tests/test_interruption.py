@@ -48,8 +48,8 @@ def counted(mortal: Mortal, record_property: Callable[[str, object], None]) -> I
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of 80 MB in bf16, of random bits."""
-    hidden, inner, layers, vocab, kv = 768, 2048, 5, 4096, 256
+    """A Hugging Face folder of 35 MB in bf16, of random bits."""
+    hidden, inner, layers, vocab, kv = 768, 2048, 2, 4096, 256
     config = {
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": vocab, "tie_word_embeddings": True,

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smolconv.errors import Interrupted, MachineError, OutputLocked, SignalReceived, UsageError
+from smolconv.errors import Interrupted, MachineError, OutputLocked, SignalReceived, UsageError, counted
 from smolconv.storage.planned import WrittenTensor
 
 JOURNAL = "smolconv_journal.jsonl"
@@ -107,7 +107,7 @@ class OutputFolder:
             return f"stopped by {signal}.\n{self.target} is finished.\nNothing is left to do."
         if kept:
             return (
-                f"stopped by {signal}; {len(self.done)} files are whole and kept.\nThey lie in {self.partial}.\n"
+                f"stopped by {signal}; {counted(len(self.done), 'whole file')} kept.\nThey lie in {self.partial}.\n"
                 "Repeat the command with --resume to go on, or without it to begin again."
             )
         return f"stopped by {signal} before anything was written.\n{self.target} is as it was.\nRepeat the command."

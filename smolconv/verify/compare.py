@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
-from smolconv.errors import UnsupportedModel, UsageError, some_of
+from smolconv.errors import UnsupportedModel, UsageError, counted, some_of
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
@@ -116,7 +116,7 @@ class VerifyReport:
             failed = next(name for name, gate in self.logits.gates.items() if not gate.passed)
             gate = self.logits.gates[failed]
             return f"logits: {failed} is {gate.value:.3g}, limit {gate.limit:.3g}; first {self.first_divergence}"
-        said = [f"{self.tensors.equal} tensors equal bit for bit"]
+        said = [f"{counted(self.tensors.equal, 'tensor')} equal bit for bit"]
         if self.casts is not None:
             said.append(f"{self.casts.compared} of them cast, every value within its rounding")
         if self.optimizer is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import CorruptFile, NotInstalled, UsageError
+from smolconv.errors import CorruptFile, NotInstalled, UsageError, counted
 from smolconv.files import file_size, read_bytes
 from smolconv.parsing import read_tokenizer, tokenizing
 
@@ -68,7 +68,7 @@ def choose_rows(
     else:
         ids, where = _of_our_own(vocab_size, tokenizer, length)
     if len(ids) < 2:
-        raise UsageError(f"{where} gives {len(ids)} tokens; at least 2 are needed.")
+        raise UsageError(f"{where} gives {counted(len(ids), 'token')}; at least 2 are needed.")
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
         raise UsageError(f"{where} gives token {int(wrong[0])}, but the smaller vocabulary has {vocab_size} entries.")

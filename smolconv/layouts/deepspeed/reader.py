@@ -21,7 +21,7 @@ from smolconv.checkpoint import (
     Topology,
     TrainingProgress,
 )
-from smolconv.errors import MissingShard, MixedCheckpoint, NameMismatch, some_of
+from smolconv.errors import MissingShard, MixedCheckpoint, NameMismatch, counted, some_of
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import optimizer_file
@@ -189,11 +189,11 @@ def _complete(reading: DeepSpeedReading, state: StoredState) -> tuple[str, ...]:
                 reading.warnings.append(f"{name} comes from the base as {tensor.dtype}; the checkpoint is {default}.")
             state.weights[name] = cast(tensor, default)
         reading.warnings.append(
-            f"{len(missing)} weights come from {reading.base.root}: {some_of(missing, 5, more=True)}."
+            f"{reading.base.root} supplied {counted(len(missing), 'weight')}: {some_of(missing, 5, more=True)}."
         )
     elif missing and len(missing) < len(reading.shapes):
         raise NameMismatch(
-            f"{reading.tag} has no weights of {len(missing)} parameters: {some_of(missing, 5, more=True)}.\n"
+            f"{reading.tag} has no weights of {counted(len(missing), 'parameter')}: {some_of(missing, 5, more=True)}.\n"
             "They were frozen and left out when it was saved (exclude_frozen_parameters), or the config is another "
             "model's. Supply the checkpoint that training began with by --base PATH."
         )

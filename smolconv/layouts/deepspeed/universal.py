@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from smolconv.checkpoint import ParameterGroup, Slot
-from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, NameMismatch, some_of
+from smolconv.errors import CorruptFile, MissingFile, MissingShard, MixedCheckpoint, NameMismatch, counted, some_of
 from smolconv.files import is_there
 from smolconv.layouts.deepspeed.documents import (
     WITHOUT,
@@ -66,7 +66,7 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     ]
     if wrong:
         raise MixedCheckpoint(
-            f"{zero}: fp32.pt of {len(wrong)} parameters ({some_of(wrong, 5, more=True)}) is not what "
+            f"{zero}: fp32.pt of {counted(len(wrong), 'parameter')} ({some_of(wrong, 5, more=True)}) is not what "
             f"{model.path.name} holds.\n"
             "Files of two checkpoints are mixed, or ds_to_universal made it from a run with round_robin_gradients, "
             "which it scrambles: convert the ZeRO checkpoint itself."

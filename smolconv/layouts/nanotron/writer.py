@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
-from smolconv.errors import CorruptFile, UnsupportedModel, UsageError
+from smolconv.errors import CorruptFile, UnsupportedModel, UsageError, counted
 from smolconv.files import read_bytes
 from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.documents import check_config, understood
@@ -391,7 +391,7 @@ class _NanotronWriter:
             return []
         topology, options = self.checkpoint.topology, self.options
         if (topology.tp, topology.pp, topology.dp) != (options.tp, options.pp, options.dp):
-            self.warnings.append(f"random states of {len(states)} ranks were dropped: the topology changes.")
+            self.warnings.append(f"random states of {counted(len(states), 'rank')} were dropped: the topology changes.")
             return []
         return [copied_file(f"{self.step}/random/{path.name}", path) for path in states]
 
