@@ -26,9 +26,9 @@ class _Branches:
 #: steps of the two long-context runs are counted from their own beginning, as in their schedules.
 _PUBLISHED = {
     "HuggingFaceTB/SmolLM3-3B-checkpoints": (
-        _Branches(pattern=r"stage[123]-step-(\d+)", sequences_per_step=576, sequence_length=4096),
-        _Branches(pattern=r"lc-4k-to-32k-step-(\d+)", sequences_per_step=72, sequence_length=32768),
-        _Branches(pattern=r"lc-32k-to-64k-step-(\d+)", sequences_per_step=36, sequence_length=65536),
+        _Branches(pattern=r"stage[123]-step-(\d{1,9})", sequences_per_step=576, sequence_length=4096),
+        _Branches(pattern=r"lc-4k-to-32k-step-(\d{1,9})", sequences_per_step=72, sequence_length=32768),
+        _Branches(pattern=r"lc-32k-to-64k-step-(\d{1,9})", sequences_per_step=36, sequence_length=65536),
     )
 }
 

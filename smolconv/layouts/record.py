@@ -16,6 +16,7 @@ from smolconv.parsing import read_json
 
 NANOTRON_CONFIG, NANOTRON_TRAINING = "model_config.json", "config.yaml"
 NANOTRON_METADATA, ENGINE = "checkpoint_metadata.json", "deepspeed.json"
+_NAMES = (NANOTRON_CONFIG, NANOTRON_TRAINING, NANOTRON_METADATA, ENGINE)
 
 
 def documents_of(record: SourceRecord) -> dict[str, bytes]:
@@ -32,7 +33,9 @@ def documents_of(record: SourceRecord) -> dict[str, bytes]:
 
 def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
     """What ``documents_of`` gave, from ``folder``, and its files. Raises ``CorruptFile`` for what is not one."""
-    paths = tuple(sorted(folder.iterdir())) if is_folder_there(folder) else ()
+    entries = sorted(folder.iterdir()) if is_folder_there(folder) else []
+    # Folders that an editor left are nothing of ours; one in the place of a document is.
+    paths = tuple(path for path in entries if path.name in _NAMES or not path.is_dir())
     record = SourceRecord()
     for path in paths:
         if path.name == NANOTRON_CONFIG:

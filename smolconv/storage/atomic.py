@@ -176,7 +176,8 @@ class OutputFolder:
     def write(self, path: str, data: bytes) -> None:
         """A small file that is known only at the end, such as the manifest."""
         target = self.partial / path
-        target.parent.mkdir(parents=True, exist_ok=True)  # a sidecar may hold nothing else
+        if not target.parent.is_dir():  # a sidecar that holds nothing else
+            target.parent.mkdir(parents=True)
         write_synced(target, data)
 
     def publish(self) -> None:
@@ -276,7 +277,8 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
 def files_kept(target: Path, plan_digest: str) -> int:
     """How many files of this very plan an interrupted attempt has finished, which ``resume`` would go on from."""
     try:
-        records, _ = _whole_records(target.with_name(target.name + ".partial") / JOURNAL)
+        whole = target.absolute()
+        records, _ = _whole_records(whole.with_name(whole.name + ".partial") / JOURNAL)
     except OSError:
         return 0
     return len(records) - 1 if records and records[0].get("plan_digest") == plan_digest else 0
