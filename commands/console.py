@@ -76,7 +76,8 @@ def show(renderable: RenderableType) -> None:
 def line(text: str) -> None:
     """A line on stdout as it is, never wrapped: what scripts read."""
     try:
-        print(text, flush=True)
+        # A file's name may hold bytes that are no text; in JSON this is how such a half of a character is written.
+        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
     except BrokenPipeError:
         discard_output()
 

@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -227,6 +228,12 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
     layout, own = _checked(options)
     prepared = prepare(checkpoint, options)
     output = layout.plan(prepared, own)
+    written = Counter([*(str(file.path) for file in output.files), *output.late])
+    if twice := [path for path, count in written.items() if count > 1]:
+        raise BadCheckpoint(
+            f"{checkpoint.root}: {twice[0]} would be written twice, since a file beside the weights has that name.\n"
+            "Expected names of their own. Take that file away, and convert again."
+        )
     files = {**states_of(leaf.path for leaf in _sources(output)), **checkpoint.opened}
     return ConversionPlan(
         uri=uri,

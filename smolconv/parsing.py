@@ -141,7 +141,8 @@ def parse_yaml_mapping(data: bytes | str, where: object) -> dict[str, Any]:
         require_small_yaml(data)
         value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         _require_plain(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: also a date such as 2024-99-99
+    # Of values that are not what their tag says, PyYAML raises whatever comes: KeyError for !!bool x.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]:.200}.") from None
     if not isinstance(value, dict):
         raise CorruptFile(f"{where} holds no mapping.")

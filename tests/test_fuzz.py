@@ -18,7 +18,19 @@ import pytest
 from conftest import FIXTURES, Finished, convert
 from fuzzing import archives
 from fuzzing.campaign import search
-from fuzzing.inputs import CHECK, DIFF, INPUT, INSPECT, ORIGINAL, OUTPUT, SEEDS, TO_HF, WEIGHTS, Workshop, memory_folder
+from fuzzing.inputs import (
+    CHECK,
+    INPUT,
+    INSPECT,
+    ORIGINAL,
+    OUTPUT,
+    SEEDS,
+    TO_HF,
+    VERIFY,
+    WEIGHTS,
+    Workshop,
+    memory_folder,
+)
 from fuzzing.judge import CLEAN_ERROR, EXPLAINED, RIGHT_OUTPUT, Judge, Outcome
 from fuzzing.minimise import minimised
 from fuzzing.mutations import apply
@@ -153,10 +165,10 @@ def test_a_wrong_byte_in_the_output_is_noticed(judge, monkeypatch):
 
 def test_a_digest_that_does_not_hold_and_a_difference_that_is_not_told_are_noticed(judge, monkeypatch):
     flip = {"file": "model.safetensors", "op": "flip", "at": 440_000, "bit": 3}
-    monkeypatch.setattr(Judge, "_run", lambda *_: Finished(0, '{"same": true}', ""))
+    monkeypatch.setattr(Judge, "_run", lambda *_: Finished(0, '{"passed": true}', ""))
     assert judge.outcome(Case(seed="ours-hf", command=CHECK, ops=(flip,))).kind == "not noticed"
     assert judge.outcome(Case(seed="hf-smollm2-tiny", command=CHECK, ops=(flip,))).kind == RIGHT_OUTPUT
-    assert judge.outcome(Case(seed="hf-smollm2-tiny", command=DIFF, ops=(flip,))).kind == "wrong output"
+    assert judge.outcome(Case(seed="hf-smollm2-tiny", command=VERIFY, ops=(flip,))).kind == "wrong output"
     monkeypatch.setattr(Judge, "_run", lambda *_: Finished(0, '{"loss": NaN}', ""))
     assert judge.outcome(Case(seed="hf-smollm2-tiny", command=INSPECT, ops=(flip,))).kind == "no JSON"
 

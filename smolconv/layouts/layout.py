@@ -181,7 +181,12 @@ def copied_file(path: str, source: Path) -> PlannedFile:
 
 
 def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedFile]:
-    """Files that travel with the weights, but for pointers of Git LFS, which are said and stay behind."""
+    """Files that travel with the weights, but for pointers of Git LFS, which are said and stay behind.
+
+    Raises ``CorruptFile`` for a generation_config.json that is no JSON: no program would load the model beside it.
+    """
+    if (generation := assets.get("generation_config.json")) is not None and not is_lfs_pointer(generation):
+        read_json(generation)
     return [copied_file(f"{folder}{name}", path) for name, path in assets.items() if not is_lfs_pointer(path)]
 
 

@@ -14,7 +14,7 @@ from smolconv.files import is_folder_there, is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.layout import ReadOptions
-from smolconv.layouts.listing import files_below
+from smolconv.layouts.listing import assets_in
 from smolconv.layouts.nanotron.documents import Import, read_import, read_model_config, read_progress
 from smolconv.layouts.nanotron.listing import ASSETS, find_step_folder, is_number
 from smolconv.layouts.nanotron.optimizer import canonical_optimizer, optimizer_topology, read_optimizer, read_scheduler
@@ -148,4 +148,5 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _assets(folder: Path) -> dict[str, Path]:
     """Tokenizer and other documents that our writer put beside the step folder."""
     assets = folder / ASSETS
-    return {path.relative_to(assets).as_posix(): path for path in sorted(files_below(assets))}
+    config = assets / "config.json"
+    return {**assets_in(assets), **({"config.json": config} if is_there(config) else {})}
