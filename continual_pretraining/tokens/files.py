@@ -36,6 +36,8 @@ _SAMPLED_FILES, _SAMPLED_TOKENS, _SAMPLED_DOCUMENTS = 8, 1 << 16, 1024
 _INDEX_CHECKED_AT_OPEN = 8 << 20
 #: Without an index, so many tokens are searched for an EOS.
 _SEARCHED_FOR_EOS = 1 << 26
+#: Documents without a token that an index may hold in addition.
+_EMPTY_DOCUMENTS = 1 << 20
 _CHUNK = 1 << 20
 
 Ids = NDArray[Any]  #: little-endian uint16 or uint32, as the file has them
@@ -417,6 +419,11 @@ def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
         if index_bytes % 8:
             raise CorruptFile(f"{index} has {index_bytes} bytes.\nAn index has 8 bytes a document.\n{_TOKENISE_AGAIN}")
         documents = index_bytes // 8
+        if documents > size + _EMPTY_DOCUMENTS:  # before it is mapped: a token has two bytes at least
+            raise CorruptFile(
+                f"{index} has {index_bytes} bytes, of {documents:,} documents; {path.name} has {size:,} bytes.\n"
+                f"A document has tokens of its own.\n{_TOKENISE_AGAIN}"
+            )
         last = int(_mapped(index, "<u8", documents)[-1]) if documents else 0
     if token_size is None:
         token_size = _guess_token_size(path, size, last, vocab_size)

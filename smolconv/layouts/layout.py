@@ -183,10 +183,11 @@ def copied_file(path: str, source: Path) -> PlannedFile:
 def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedFile]:
     """Files that travel with the weights, but for pointers of Git LFS, which are said and stay behind.
 
-    Raises ``CorruptFile`` for a generation_config.json that is no JSON: no program would load the model beside it.
+    Raises ``CorruptFile`` for a config that is no JSON: no program would load the model beside it.
     """
-    if (generation := assets.get("generation_config.json")) is not None and not is_lfs_pointer(generation):
-        read_json(generation)
+    for name in ("config.json", "generation_config.json"):
+        if name in assets and not is_lfs_pointer(assets[name]):
+            read_json(assets[name])
     return [copied_file(f"{folder}{name}", path) for name, path in assets.items() if not is_lfs_pointer(path)]
 
 
