@@ -522,18 +522,22 @@ def _leaves(files: Sequence[PlannedFile]) -> list[Stored]:
     return [leaf for file in files for tensor in file.tensors for leaf in tensor.source.leaves()]
 
 
+#: Names of files may hold bytes that are no text.
+_ANY_NAME = ("utf-8", "backslashreplace")
+
+
 def _plan_digest(output: PlannedOutput, options: ConvertOptions, sources: Mapping[Path, FileState]) -> str:
     """A digest of everything that decides the output: files, offsets, expressions, and the sources' sizes and times."""
     hasher = xxhash.xxh3_128()
-    hasher.update(json.dumps([__version__, asdict(options)], default=str, sort_keys=True).encode())
+    hasher.update(json.dumps([__version__, asdict(options)], default=str, sort_keys=True).encode(*_ANY_NAME))
     for file in output.files:
-        hasher.update(f"{file.path}\0{file.size}\0".encode())
+        hasher.update(f"{file.path}\0{file.size}\0".encode(*_ANY_NAME))
         for offset, data in file.pieces:
             hasher.update(f"{offset}\0".encode() + data)
         for tensor in file.tensors:
-            hasher.update(f"{tensor.name}\0{tensor.slot}\0{tensor.offset}\0{tensor.source!r}\0".encode())
+            hasher.update(f"{tensor.name}\0{tensor.slot}\0{tensor.offset}\0{tensor.source!r}\0".encode(*_ANY_NAME))
     for path, state in sorted(sources.items()):  # without the inode: a file system may number anew when it is mounted
-        hasher.update(f"{path}\0{state.size}\0{state.mtime_ns}\0{state.ctime_ns}\0".encode())
+        hasher.update(f"{path}\0{state.size}\0{state.mtime_ns}\0{state.ctime_ns}\0".encode(*_ANY_NAME))
     return str(hasher.hexdigest())
 
 
