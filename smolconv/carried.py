@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolconv.checkpoint import MOMENTS, Checkpoint, Slot, TrainingProgress
+from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import BadCheckpoint, counted, some_of
-from smolconv.layouts.registry import LAYOUTS
+from smolconv.layouts.assets import is_tokenizer
+from smolconv.layouts.registry import BY_WORD
 from smolconv.storage.manifest import MANIFEST
 from smolconv.tensors.dtypes import DTYPE_BYTES
 
@@ -54,11 +55,11 @@ def account(
         left.append("Adam's state, if there is any: --no-optimizer")
     if source.progress is not None and prepared.progress is not None:
         carried.append(_progress(prepared.progress))
-    elif source.progress is not None:
+    elif source.progress is not None and (source.progress.step or source.progress.consumed_samples):
         left.append(_progress(source.progress))
     if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
         carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
-    if not any("tokenizer" in name for name in (*prepared.assets, *prepared.documents)):
+    if not is_tokenizer({*prepared.assets, *prepared.documents}):
         left.append("a tokenizer: the source has none")
     if unread := sorted(_unread(source, used, step=step, optimizer=optimizer)):
         left.append(f"{counted(len(unread), 'file')} that nothing was taken from ({some_of(unread, 3, more=True)})")
@@ -67,18 +68,20 @@ def account(
 
 def _unread(source: Checkpoint, used: Collection[Path], *, step: int | None, optimizer: bool | None) -> Iterator[str]:
     """Files of the checkpoint, and those that lie beside them, of which nothing was read."""
-    layout = next((known for known in LAYOUTS if known.name == source.layout), None)
+    layout = BY_WORD.get(source.layout)
     if layout is None or not source.root.is_dir():
         return
     try:
         needed = layout.listing.needed_files(source.root, step=step, optimizer=optimizer is not False)
     except BadCheckpoint:  # of a folder that was read by --config, and has none of its own
         needed = list(source.files)
+    config = source.assets.get("config.json")
     for folder in dict.fromkeys(path.parent for path in needed):
         for entry in os.scandir(folder):
             path = folder / entry.name
-            hidden = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER
-            if not hidden and path not in used and entry.is_file():
+            # A config.json among the files beside the weights is taken from when the output is planned.
+            other = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER or path == config
+            if not other and path not in used and entry.is_file():
                 yield path.relative_to(source.root).as_posix() if source.root in path.parents else str(path)
 
 
@@ -87,12 +90,9 @@ def _dtypes(checkpoint: Checkpoint) -> str:
 
 
 def _adam(source: Checkpoint) -> str:
-    assert source.optimizer is not None and all(source.tensors.get(slot) for slot in MOMENTS)
-    return f"Adam's state after {_or(f'{step:g}' for step in sorted(set(source.optimizer.steps.values())))} steps"
-
-
-def _or(words: Iterable[str]) -> str:
-    return " or ".join(words)
+    assert source.optimizer is not None
+    steps = sorted(set(source.optimizer.steps.values()))
+    return f"Adam's state after {' or '.join(f'{step:g}' for step in steps)} steps"
 
 
 def _progress(progress: TrainingProgress) -> str:

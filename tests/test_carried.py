@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIXTURES, Finished
+from conftest import FIXTURES, Finished, convert
 
 from smolconv.convert import ConvertOptions, plan_conversion
 
@@ -74,6 +74,20 @@ def test_files_of_a_trainer_beside_the_weights_are_named(tmp_path: Path) -> None
     carried, left = accounted(source, tmp_path, "hf")
     assert "2 files beside the weights (generation_config.json, tokenizer.json)" in carried
     assert not any("tokenizer" in entry for entry in left)
+
+
+def test_what_was_taken_from_or_held_nothing_is_no_loss(tmp_path: Path) -> None:
+    convert(HF, tmp_path / "nanotron", "nanotron")
+    assert (tmp_path / "nanotron/smolconv_assets/config.json").is_file()
+    _, left = accounted(tmp_path / "nanotron", tmp_path, "hf")  # of step 0, with no sample
+    assert left == ("a tokenizer: the source has none",)
+
+
+def test_a_part_of_a_tokenizer_is_none(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(HF, tmp_path / "source"))
+    (source / "tokenizer_config.json").write_text("{}")
+    _, left = accounted(source, tmp_path, "hf")
+    assert left == ("a tokenizer: the source has none",)
 
 
 def test_every_conversion_says_both_lines(cli: Callable[..., Finished], tmp_path: Path) -> None:
