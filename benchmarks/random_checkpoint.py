@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from smolconv.carried import Account
 from smolconv.checkpoint import Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
 from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
 from smolconv.layouts.deepspeed.groups import with_adam
@@ -143,6 +144,7 @@ def write_checkpoint(
         options=ConvertOptions(to=layout, digest="none"),
         output=output,
         files={},
+        account=Account(carried=(), left_out=()),
         digest="random",
     )
     run_conversion(plan)

@@ -15,6 +15,7 @@ from smolconv.errors import counted
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from smolconv.carried import Account
     from smolconv.convert import ConversionPlan
 
 _EPILOG = """
@@ -236,7 +237,7 @@ def convert(
         f"in {result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
     )
     console.say(_checked_line(result.source_check))
-    _say_account(summary)
+    _say_account(plan.account)
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
     console.line(str(target))
@@ -244,10 +245,10 @@ def convert(
         console.line(summary["pushed"])
 
 
-def _say_account(document: Mapping[str, Any]) -> None:
+def _say_account(account: Account) -> None:
     """A line of what was carried, and one of what was not."""
-    for title in ("carried", "left_out"):
-        console.say(f"{title.replace('_', ' ')}: {', '.join(document[title]) or 'nothing'}")
+    console.say(f"carried: {', '.join(account.carried)}")
+    console.say(f"left out: {', '.join(account.left_out) or 'nothing'}")
 
 
 def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
@@ -258,7 +259,7 @@ def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
     if not resume and (kept := files_kept(plan.target, plan.digest)):
         console.say(
             f"{plan.target}.partial: an earlier attempt at this conversion has finished "
-            f"{kept} file{'s' if kept > 1 else ''}; --resume goes on from there, without it all is written anew."
+            f"{counted(kept, 'file')}; --resume goes on from there, without it all is written anew."
         )
     sidecar = sum(file.size for file in plan.output.files if file.tensors and file.path.parts[0] == SIDECAR)
     if plan.prepared.has_optimizer and sidecar and plan.options.optimizer is None:
@@ -303,5 +304,5 @@ def _show_plan(plan: ConversionPlan) -> None:
         table.add_row(f"... and {len(plan.output.files) - len(shown)} more (-v shows all)", "")
     console.show(table)
     console.show(console.what_is_planned(plan.source.layout, plan))
-    _say_account({"carried": plan.account.carried, "left_out": plan.account.left_out})
+    _say_account(plan.account)
     console.warn(plan.warnings)

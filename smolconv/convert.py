@@ -90,6 +90,7 @@ class ConversionPlan:
     options: ConvertOptions
     output: PlannedOutput
     files: Mapping[Path, FileState]  #: every file of the source, as it was when it was opened
+    account: Account  #: what is carried, and what is left out
     digest: str
 
     @property
@@ -108,12 +109,6 @@ class ConversionPlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         return (*self.prepared.warnings, *self.output.warnings)
-
-    @property
-    def account(self) -> Account:
-        """What is carried, and what is left out."""
-        options = self.options
-        return account(self.source, self.prepared, self.files.keys(), step=options.step, optimizer=options.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +143,6 @@ def peak_rss_bytes() -> int:
 
 def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as plain JSON types; ``--dry-run`` prints it."""
-    found = plan.account
     return {
         "schema": 1,
         "source": {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision},
@@ -158,8 +152,8 @@ def plan_to_json(plan: ConversionPlan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "plan_digest": plan.digest,
-        "carried": list(found.carried),
-        "left_out": list(found.left_out),
+        "carried": list(plan.account.carried),
+        "left_out": list(plan.account.left_out),
         "warnings": list(plan.warnings),
     }
 
@@ -244,6 +238,7 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
         options=options,
         output=output,
         files=files,
+        account=account(checkpoint, prepared, files.keys(), step=options.step, optimizer=options.optimizer),
         digest=_plan_digest(output, options, files),
     )
 

@@ -129,28 +129,29 @@ def is_there(path: Path) -> bool:
 
     A document that may be left out must not be taken for left out because it is a pipe, or a link to nothing.
     """
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path):
-            return False
-        raise unreadable(path, error) from None
-    _require_regular(path, found)
-    return True
+    found = _stat_if_any(path)
+    if found is not None:
+        _require_regular(path, found)
+    return found is not None
 
 
 def is_folder_there(path: Path) -> bool:
     """Whether a folder of that name is there. Raises as ``is_there`` does for anything else in its place."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path):
-            return False
-        raise unreadable(path, error) from None
-    if not stat.S_ISDIR(found.st_mode):
+    found = _stat_if_any(path)
+    if found is not None and not stat.S_ISDIR(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a file")
         raise CorruptFile(f"{path} is {kind}; a folder was expected.\nCopy it again, or take it away.")
-    return True
+    return found is not None
+
+
+def _stat_if_any(path: Path) -> os.stat_result | None:
+    """What has that name; None for nothing, which a link to nothing is not."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path):
+            return None
+        raise unreadable(path, error) from None
 
 
 @contextmanager

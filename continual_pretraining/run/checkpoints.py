@@ -24,8 +24,8 @@ from smolconv.continual_pretraining.data.position import Position, check_positio
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.continual_pretraining.watch.spikes import check_spikes
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.files import MOST_NAME_BYTES, read_bytes
 from smolconv.layouts.documents import is_count, is_world, understood
+from smolconv.layouts.listing import pointer_text
 from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole, sync_folder, write_synced
 
@@ -105,7 +105,7 @@ def latest(run: Path) -> Path | None:
     pointer = run / FOLDER / LATEST
     if not os.path.lexists(pointer):
         return None
-    name = _read_line(pointer)
+    name = pointer_text(pointer)
     if not _STEP.fullmatch(name):
         raise CorruptFile(
             f"{pointer} holds {name!r:.60}; the name of a folder beside it, as step-1000, was expected.\n"
@@ -118,10 +118,6 @@ def latest(run: Path) -> Path | None:
             f"Write one of these into {pointer}, or start anew with --resume never and another --output."
         )
     return folder
-
-
-def _read_line(path: Path) -> str:
-    return read_bytes(path, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
 
 
 def _named(steps: Sequence[int]) -> str:
@@ -171,7 +167,7 @@ def chosen(run: Path) -> Path | None:
     record = run / RESUME_FROM
     if not os.path.lexists(record):
         return None
-    folder = run / _read_line(record)
+    folder = run / pointer_text(record)
     if not os.path.isdir(folder):
         shown = f"{folder}" if f"{folder}".isprintable() else repr(f"{folder}")
         raise MissingFile(

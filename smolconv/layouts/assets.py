@@ -14,7 +14,7 @@ from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, SmolconvError, first_line, some_of
 from smolconv.files import read_bytes
 from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in
-from smolconv.parsing import parse_json_object, parse_yaml_mapping, read_json
+from smolconv.parsing import MOST_TOKENIZER_BYTES, parse_json_object, parse_yaml_mapping, read_json
 
 #: What transformers can make a tokenizer of: one of these, all files of it.
 _SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -24,8 +24,6 @@ _CONFIG = "tokenizer_config.json"
 _PARTS = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", _CONFIG)
 #: Those of a folder that are not about the tokenizer.
 _OTHERS = ("README.md", "LICENSE", "generation_config.json")
-#: The largest known, of 260,000 tokens, has 33 MB.
-_MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,11 @@ class TokenizerFiles:
     @property
     def usable(self) -> bool:
         return self.complete and not self.problems
+
+
+def is_tokenizer(names: set[str]) -> bool:
+    """Whether files of these names are all of a tokenizer, if they are what their names say."""
+    return any(names.issuperset(needed) for needed in _SETS)
 
 
 def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_for: Iterable[Path]) -> TokenizerFiles:
@@ -55,7 +58,7 @@ def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_f
                 largest += list(_ids(name, assets[name]))
             except SmolconvError as error:
                 problems.append(first_line(error).removesuffix("."))
-    complete = any({*assets, *made}.issuperset(names) for names in _SETS)
+    complete = is_tokenizer({*assets, *made})
     return TokenizerFiles(problems=tuple(problems), complete=complete, largest_id=max(largest, default=None))
 
 
@@ -158,7 +161,7 @@ def _of_tokenizer(folder: Path) -> list[Path]:
 
 def _ids(name: str, path: Path) -> Iterator[int]:
     """Ids that a file of a tokenizer gives. Raises ``CorruptFile`` for one that cannot be loaded."""
-    data = read_bytes(path, _MOST_BYTES)
+    data = read_bytes(path, MOST_TOKENIZER_BYTES)
     if not data.strip():
         raise CorruptFile(f"{path} is empty")
     if not name.endswith(".json"):

@@ -185,10 +185,10 @@ def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedF
 
     Raises ``CorruptFile`` for a config that is no JSON: no program would load the model beside it.
     """
-    for name in ("config.json", "generation_config.json"):
-        if name in assets and not is_lfs_pointer(assets[name]):
-            read_json(assets[name])
-    return [copied_file(f"{folder}{name}", path) for name, path in assets.items() if not is_lfs_pointer(path)]
+    travelling = {name: path for name, path in assets.items() if not is_lfs_pointer(path)}
+    for name in travelling.keys() & {"config.json", "generation_config.json"}:
+        read_json(travelling[name])
+    return [copied_file(f"{folder}{name}", path) for name, path in travelling.items()]
 
 
 def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

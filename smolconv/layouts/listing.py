@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from smolconv.errors import CorruptFile
-from smolconv.files import MOST_NAME_BYTES, is_file_name, is_there, read_bytes
+from smolconv.files import MOST_DOCUMENT_BYTES, MOST_NAME_BYTES, is_file_name, is_there, read_bytes
 from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -62,14 +62,17 @@ def there(path: AnyPath) -> bool:
     return is_there(path) if isinstance(path, Path) else path.is_file()
 
 
+def content(path: AnyPath, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
+    """What a small file holds that is not noted among a checkpoint's. Raises as ``read_bytes`` of ``files`` does."""
+    return read_bytes(path, most_bytes, noted=False) if isinstance(path, Path) else path.read_bytes()
+
+
 def pointer_text(pointer: AnyPath) -> str:
     """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` when it is long.
 
-    On disk it is not noted among a checkpoint's files: a run that goes on rewrites it.
+    It is not noted among a checkpoint's files: a run that goes on rewrites it.
     """
-    if isinstance(pointer, Path):
-        return read_bytes(pointer, MOST_NAME_BYTES, noted=False).decode(errors="replace").strip()
-    return pointer.read_bytes().decode(errors="replace").strip()
+    return content(pointer, MOST_NAME_BYTES).decode(errors="replace").strip()
 
 
 def read_name(pointer: AnyPath) -> str:

@@ -140,8 +140,8 @@ def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
         raise UsageError(f"--base supplies weights that a DeepSpeed checkpoint left out; {folder} is {layout.name}.")
     of_base = ReadOptions(optimizer=False, architecture=options.architecture)
     base = None if options.base is None else read_checkpoint(options.base, of_base)
-    first = next((known for known in LAYOUTS if known.listing.detect(folder)), layout)
-    other = first if options.layout is None and first is not layout else None
+    before = LAYOUTS[: LAYOUTS.index(layout)] if options.layout is None else ()
+    other = next((known for known in before if known.listing.detect(folder)), None)
     try:
         checkpoint = layout.read(folder, options, base)
     except BadCheckpoint as error:

@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from smolconv.errors import SmolconvError, UnknownLayout, some_of
-from smolconv.files import read_bytes
 from smolconv.layouts.huggingface.listing import ADAPTER, CONFIG, has_weights
-from smolconv.layouts.listing import AnyPath
+from smolconv.layouts.listing import AnyPath, content
 from smolconv.parsing import parse_json
 
 #: What ``smolconv continue-train`` writes into a run's folder: the recipe, and below the other name its checkpoints.
@@ -81,8 +80,7 @@ def _adapter(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
 
 def _base_of(folder: AnyPath) -> str:
     with suppress(SmolconvError, OSError, ValueError, LookupError, TypeError):
-        path = folder / ADAPTER
-        base = parse_json(read_bytes(path) if isinstance(path, Path) else path.read_bytes())["base_model_name_or_path"]
+        base = parse_json(content(folder / ADAPTER))["base_model_name_or_path"]
         if isinstance(base, str) and base:
             return f"{base!r:.120}"
     return "its base model"

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
-from smolconv.errors import CorruptFile, some_of
+from smolconv.errors import CorruptFile, counted, some_of
 from smolconv.files import is_there, read_bytes
 from smolconv.parsing import parse_json
 from smolconv.storage.integrity import (
@@ -264,9 +264,9 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable
         refuse(where / MANIFEST, problems, RECORDED_BY_US)
         if gone:
             names = [path.relative_to(where).as_posix() for path in gone]
-            files = "file that" if len(gone) == 1 else "files that"
-            is_gone = "lists is gone" if len(gone) == 1 else "lists are gone"
-            warnings.append(f"{len(gone)} {files} {MANIFEST} {is_gone}: {some_of(names, 5, more=True)}.")
+            verb = "is" if len(gone) == 1 else "are"
+            files = counted(len(gone), "file")
+            warnings.append(f"{files} that {MANIFEST} lists {verb} gone: {some_of(names, 5, more=True)}.")
         for seal in manifest.seals:
             if seal.path.name in edited and seal.path.is_file():
                 if size_problems(manifest, [seal.path]) or seal.differs():

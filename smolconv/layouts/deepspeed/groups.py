@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, EngineRecord, OptimizerState, ParameterGroup, Slot
-from smolconv.errors import CorruptFile, UnsupportedModel, UsageError, some_of
+from smolconv.errors import CorruptFile, UnsupportedModel, UsageError, counted, some_of
 from smolconv.files import read_bytes
 from smolconv.layouts.documents import is_number
 from smolconv.models.family import Family
@@ -72,8 +72,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
         found = _default_groups(checkpoint, trained)
         spared = " and ".join(title for name, title in family.undecayed.items() if name in trained)
         warnings.append(
-            f"the source has no Adam state: moments are zero and steps 0; {len(found)} group"
-            f"{' was' if len(found) == 1 else 's were'} made, {f'{spared} undecayed, the rest' if spared else 'all'} "
+            f"the source has no Adam state: moments are zero and steps 0; {counted(len(found), 'group')} "
+            f"{'was' if len(found) == 1 else 'were'} made, {f'{spared} undecayed, the rest' if spared else 'all'} "
             f"with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json chooses)."
         )
     if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen

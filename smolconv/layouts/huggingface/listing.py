@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, some_of
-from smolconv.layouts.listing import AnyPath, P, companions, files_below, there
+from smolconv.layouts.listing import AnyPath, P, companions, content, files_below, there
 from smolconv.parsing import parse_json
 
 CONFIG = "config.json"
@@ -75,7 +75,7 @@ def _weights(folder: P) -> list[P]:
 
 def _shards(index: AnyPath) -> set[str]:
     try:
-        names = set(parse_json(index.read_bytes())["weight_map"].values())
+        names = set(parse_json(content(index))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         names = set()
     if not names or not all(isinstance(name, str) for name in names):

@@ -81,31 +81,27 @@ class _Unpickler:
             raise self.damaged("is not a valid pickle") from error
         if self.stack or self.marked:
             raise self.damaged("ends before its object is complete")
-        self.require_bounded(result)
+        self.written_out(result, {})
         return result
 
-    def require_bounded(self, result: object) -> None:
-        """Raise ``CorruptFile`` for containers that hold themselves, lie too deep, or in each other too often."""
-        sizes: dict[int, int | None] = {}  # by id; None while the container is open
-        opened: list[tuple[object, Iterator[object], int]] = [(result, iter((result,)), 0)]
-        while opened:
-            container, parts, size = opened.pop()
-            for part in parts:
-                known = sizes.get(id(part), 0) if (inner := _parts(part)) is not None else 1
-                if known is None or len(opened) > _MAX_LEVELS:
-                    raise self.damaged("has a container that holds itself, or lies more than 64 deep")
-                if inner is not None and known == 0:
-                    sizes[id(part)] = None
-                    opened += [(container, parts, size), (part, inner, 1)]
-                    break
-                size += known
-            else:
-                if size > _MAX_VALUES:
-                    raise self.damaged(f"says the same things so often that they are {size:,} values")
-                sizes[id(container)] = size
-                if opened:
-                    outer, rest, before = opened.pop()
-                    opened.append((outer, rest, before + size))
+    def written_out(self, value: object, sizes: dict[int, int | None], level: int = 0) -> int:
+        """How many values it is, each counted as often as it is contained. ``sizes`` are those of containers, by id.
+
+        Raises ``CorruptFile`` for containers that hold themselves, lie too deep, or in each other too often.
+        """
+        if level > _MAX_LEVELS or sizes.get(id(value), 1) is None:
+            raise self.damaged("has a container that holds itself, or lies more than 64 deep")
+        parts = _parts(value)
+        if parts is None:
+            return 1
+        known = sizes.get(id(value))
+        if known is None:
+            sizes[id(value)] = None  # while it is open
+            known = 1 + sum(self.written_out(part, sizes, level + 1) for part in parts)
+            if known > _MAX_VALUES:
+                raise self.damaged(f"says the same things so often that they are {known:,} values")
+            sizes[id(value)] = known
+        return known
 
     # Failures
 
