@@ -73,29 +73,30 @@ def continue_train(
     run = Path(given.output).absolute()
     if resume not in ("auto", "never"):
         resume = str(Path(resume).absolute())
-    world_size = placement(given).world_size
     told = [*notes(given), *check_run(given, run, resume)]
     if dry_run:
-        _show_plan(given, run, resume, world_size, told, as_json=as_json)
+        _show_plan(given, run, resume, told, as_json=as_json)
         return
     if as_json:
         raise UsageError("a run's figures are in its metrics.jsonl; --json is for --dry-run.")
+    placement(given)  # what cannot be run is refused before anything is written
     for line in told:
         console.say(line)
     write_recipe(given, run)
     raise typer.Exit(launch(given, run, resume=resume))
 
 
-def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
+def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_json: bool) -> None:
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.estimate.estimate import estimate
     from smolconv.continual_pretraining.estimate.report import render
-    from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+    from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command, placement
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 
     tokens, problems = _tokens(recipe)
-    engine = engine_config(recipe, world_size)
     spec, first_step = _start(recipe, run, resume)
+    world_size = placement(recipe, spec.num_heads).world_size
+    engine = engine_config(recipe, world_size)
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
         told.append(

@@ -236,10 +236,10 @@ def test_the_sources_loss_is_that_of_nanotron(source, packed, tmp_path):
 )
 def test_the_gate_lets_through_what_is_within_its_tolerance(dtype, tolerance, within, beyond):
     source = SourceLoss(loss=2.0, targets=3, forward="-")
-    check_first_loss(2.0 + within, source, dtype=dtype, tolerance=tolerance)
+    check_first_loss(2.0 + within, 3, source, dtype=dtype, tolerance=tolerance)
     for loss in (2.0 + beyond, 2.0 - beyond, float("nan"), float("inf")):
         with pytest.raises(TrainingStopped, match="gate_tolerance"):
-            check_first_loss(loss, source, dtype=dtype, tolerance=tolerance)
+            check_first_loss(loss, 3, source, dtype=dtype, tolerance=tolerance)
 
 
 THETA = """

@@ -26,6 +26,7 @@ from smolconv.continual_pretraining.engine.attention import (
     pack,
 )
 from smolconv.continual_pretraining.engine.config import MAX_LOGITS
+from smolconv.continual_pretraining.engine.sequence import ALONE, SequenceRanks
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
@@ -37,11 +38,13 @@ from smolconv.models.registry import family_of
 MAX_GRAPHS = 64
 
 
-def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> torch.nn.Module:
+def build_model(
+    config: Mapping[str, Any], model: recipe.Model, device: str, sequence: SequenceRanks = ALONE
+) -> torch.nn.Module:  # fmt: skip
     """The training model of a Hugging Face ``config``, on ``device`` and in training mode. Its weights are not set.
 
     They are what the memory held before: load a checkpoint. ``model``'s rope_theta and max_positions replace the
-    config's. Weights are in ``model.dtype``, rotary frequencies in float32.
+    config's. Weights are in ``model.dtype``, rotary frequencies in float32. ``sequence`` shares every micro-batch.
 
     Raises ``UnsupportedModel`` for a config that we cannot represent or that drops attention weights, ``UsageError``
     and ``NotInstalled`` for an attention or for Liger's kernels where they cannot be had.
@@ -71,7 +74,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     # No checkpoint stores these, and on the meta device they were never computed.
     built.model.rotary_emb = type(built.model.rotary_emb)(config=hf_config).to(device)
     built.attention = choose_attention(model.attention, device, dtype)
-    built.attend = KERNELS[built.attention]
+    built.sequence, built.attend = sequence, sequence.attention(KERNELS[built.attention])
     if multiplied_dtype(built.lm_head.weight) != dtype:
         for module in built.model.modules():
             if type(module) is torch.nn.Linear:
@@ -93,6 +96,7 @@ class TrainingForward:
 
     attention: str  #: the kernel's name
     attend: Callable[..., torch.Tensor]
+    sequence: SequenceRanks
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -105,6 +109,7 @@ class TrainingForward:
 
         All are int64 [B, S]: ``positions`` are 0 where a document begins, and ``labels`` are what follows each token,
         already shifted. Without any label the sum is 0, with a graph. Leave ``positions`` on the CPU: see ``pack``.
+        Ranks that share the micro-batch are all given the whole, and each returns the sum over its own tokens.
         """
         shape = input_ids.shape
         for name, given in (("input_ids", input_ids), ("positions", positions), ("labels", labels)):
@@ -114,10 +119,17 @@ class TrainingForward:
                     f"(input_ids is {list(shape)})"
                 )
         device = input_ids.device
-        packing = pack(positions, device, self.attend, by_length=self.attention == "documents")
-        tokens, places, targets = (move(x, device).reshape(1, -1) for x in (input_ids, positions, labels))
+        padding = -labels.numel() % self.sequence.size
+        packing = pack(positions, device, self.attend, by_length=self.attention == "documents", padding=padding)
+        row = [move(x, device).reshape(1, -1) for x in (input_ids, positions, labels)]
+        if padding:
+            beyond = torch.arange(padding, device=device)[None]
+            row = [
+                torch.cat(pair, 1) for pair in zip(row, (beyond * 0, beyond, torch.full_like(beyond, IGNORED_LABEL)))
+            ]
         if packing.order is not None:
-            tokens, places, targets = (x[:, packing.order] for x in (tokens, places, targets))
+            row = [x[:, packing.order] for x in row]
+        tokens, places, targets = (self.sequence.own(x) for x in row)
         hidden = self.model(  # type: ignore[attr-defined]
             input_ids=tokens, position_ids=places, attention_mask=None, use_cache=False, packing=packing
         ).last_hidden_state
@@ -339,7 +351,9 @@ class _Float32Product(torch.autograd.Function):  # type: ignore[misc]
 # --- leaks ------------------------------------------------------------------------------------------------------------
 
 
-def check_no_leak(model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str) -> None:
+def check_no_leak(
+    model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str, sequence: SequenceRanks = ALONE
+) -> None:  # fmt: skip
     """Refuse to train when a document's loss depends on the document before it, or on nothing before it.
 
     ``model`` is one of ours or an engine that holds one. Every rank calls this, and does the same three forward passes
@@ -362,7 +376,8 @@ def check_no_leak(model: torch.nn.Module, vocab_size: int, sequence_length: int,
         ids = tokens.clone()
         ids[:, changed] = (ids[:, changed] + 1) % vocab_size
         with torch.no_grad():
-            return float(model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0])
+            found = model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0]
+        return sequence.totals(found)[0]  # no rank may go on where another one stops
 
     training = model.training
     model.eval()

@@ -207,7 +207,10 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
     # In float32, attention on a GPU is given the keys and values of every query head.
     kv = query if b == FP32 else spec.kv_rows
-    positions = recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length
+    ranks = recipe.parallelism.sequence_ranks
+    # Neighbours share the tokens, and each is given the keys and values of its query heads.
+    positions = math.ceil(recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length / ranks)
+    kv *= ranks // math.gcd(ranks, spec.num_kv_heads) if kv < query else 1
     norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
     if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself

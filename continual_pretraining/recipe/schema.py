@@ -138,10 +138,11 @@ class Optimizer(Section):
 
 
 class Parallelism(Section):
-    """How a step is divided: ranks, ZeRO, micro-batches. Every rank does data parallelism."""
+    """How a step is divided: ranks, ZeRO, micro-batches."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = "none"  #: "all" (ZeRO-3): parameters too
+    sequence_ranks: Positive = 1  #: neighbours that share each micro-batch's tokens; divides the query heads
     micro_batch_sequences: Positive = 1
     global_batch_sequences: Positive | None = None  #: one of the two is given
     global_batch_tokens: Positive | None = None
@@ -271,7 +272,7 @@ class Recipe(Section):
 
     @property
     def micro_batches_per_step(self) -> int:
-        """World size times accumulation steps: the same however the run is divided over ranks."""
+        """Data-parallel ranks times accumulation steps: the same however the run is divided over ranks."""
         return self.global_batch_sequences // self.parallelism.micro_batch_sequences
 
     @model_validator(mode="after")
