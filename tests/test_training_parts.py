@@ -169,9 +169,9 @@ def test_offload_moves_the_optimizer_and_at_stage_3_the_parameters(stage, offloa
     assert ("offload_param" in zero) == (offload == "all")
 
 
-@pytest.mark.parametrize(("world_size", "fits"), [(3, "1, 2, 4"), (8, "1, 2, 4"), (0, "1, 2, 4")])
+@pytest.mark.parametrize(("world_size", "fits"), [(3, "4, 2 or 1"), (8, "4, 2 or 1"), (0, "1, 2 or 4")])
 def test_ranks_that_cannot_share_a_step_are_refused_with_those_that_can(world_size, fits):
-    with pytest.raises(UsageError, match=f"Run on {fits} ranks"):
+    with pytest.raises(UsageError, match=f"  {fits} ranks"):
         configured(world_size)
 
 

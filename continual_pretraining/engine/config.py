@@ -111,5 +111,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _nearest(to: int, numbers: Sequence[int], count: int = 3) -> list[int]:
+    """By ratio."""
     others = (n for n in numbers if n != to)
     return sorted(others, key=lambda n: (max(n, to) / max(min(n, to), 1), n))[:count]

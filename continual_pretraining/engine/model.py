@@ -357,20 +357,21 @@ def check_no_leak(
     """Refuse to train when a document's loss depends on the document before it, or on nothing before it.
 
     ``model`` is one of ours or an engine that holds one. Every rank calls this, and does the same three forward passes
-    of one row, whose second half is a document: its loss must not move when the first is another text, and must move
-    when its own first token is another one.
+    of one row, whose last two thirds are a document: its loss must not move when the first third is another text, and
+    must move when its own first token is another one.
 
     Raises ``TrainingStopped``.
     """
     if sequence_length < 4 or vocab_size < 2:
         return  # no room for two documents with something to say
-    half = sequence_length // 2
+    # Not a half, where ranks that share the row may cut it.
+    first = sequence_length // 3
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (1, sequence_length), generator=generator)
-    positions = torch.cat([torch.arange(half), torch.arange(sequence_length - half)])[None]
+    positions = torch.cat([torch.arange(first), torch.arange(sequence_length - first)])[None]
     # The changed token's own row is left out: only through attention can it reach the others.
     labels = tokens.roll(-1, 1)
-    labels[:, : half + 1] = IGNORED_LABEL
+    labels[:, : first + 1] = IGNORED_LABEL
 
     def loss(changed: slice) -> float:
         ids = tokens.clone()
@@ -382,7 +383,7 @@ def check_no_leak(
     training = model.training
     model.eval()
     try:
-        alone, other_document, own_token = loss(slice(0, 0)), loss(slice(0, half)), loss(slice(half, half + 1))
+        alone, other_document, own_token = loss(slice(0, 0)), loss(slice(0, first)), loss(slice(first, first + 1))
     finally:
         model.train(training)
     name = getattr(getattr(model, "module", model), "attention", "the model's")
