@@ -146,9 +146,12 @@ def test_every_family_is_shared_by_2_4_and_8_ranks(world_size, tmp_path):
 @pytest.mark.parametrize(("world_size", "size"), [(96, 8), (144, 16), (384, 2), (6, 3)])
 def test_neighbours_share_rows_and_cut_them_without_a_gap(monkeypatch, world_size, size):
     made: list[list[list[int]]] = []
-    monkeypatch.setattr(
-        torch.distributed, "new_subgroups_by_enumeration", lambda groups: (made.append(groups), (object(), ()))[1]
-    )
+
+    def make(groups: list[list[int]]) -> tuple[object, list[object]]:
+        made.append(groups)
+        return object(), []
+
+    monkeypatch.setattr(torch.distributed, "new_subgroups_by_enumeration", make)
     found = [join_sequence_ranks(rank, world_size, size) for rank in range(world_size)]
     assert sorted(rank for group in made[0] for rank in group) == list(range(world_size))
     assert all(group == list(range(group[0], group[0] + size)) for group in made[0])
