@@ -16,11 +16,11 @@ _BUCKET_ELEMENTS = 50_000_000
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 
 
-def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given as ``config``.
+def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given as ``config``, for ranks that exchange gradients by ``backend``.
 
-    Gradients are accumulated and reduced in fp32, whatever dtype the model computes in. Learning rate and weight decay
-    are not in it: the trainer sets them at every step.
+    Gradients are accumulated in fp32, whatever dtype the model computes in. Learning rate and weight decay are not in
+    it: the trainer sets them at every step.
 
     Raises ``UsageError`` when the recipe cannot be run on ``world_size`` ranks.
     """
@@ -45,8 +45,7 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "contiguous_gradients": True,
     }
     if given.zero_stage in (1, 2):
-        # Its way to "scatter" sums every bucket over all ranks just the same, but first copies it slice by slice.
-        zero["reduce_scatter"] = False
+        zero.update(_reduction(scattered=backend == "nccl" and world_size > 1))
     if given.zero_stage == 3:
         zero.update(stage3_prefetch_bucket_size=_BUCKET_ELEMENTS, stage3_param_persistence_threshold=100_000)
     if given.offload != "none":
@@ -62,7 +61,7 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0 if given.zero_stage == 0 and not bf16 else recipe.optimizer.max_grad_norm,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
-        "communication_data_type": "fp32",
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[given.reduce_dtype],
         "zero_force_ds_cpu_optimizer": False,
     }
     if bf16:
@@ -71,6 +70,17 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         if given.zero_stage:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _reduction(*, scattered: bool) -> dict[str, bool]:
+    """How ZeRO-1 and 2 sum gradients: on the ranks that keep them, or on all.
+
+    The first sends half as much, but gloo computes it from the second, and copies more.
+    """
+    if not scattered:
+        return {"reduce_scatter": False}
+    # By default DeepSpeed's "scatter" still sums whole buckets over all ranks.
+    return {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False, "overlap_comm": True}
 
 
 def accumulation_steps(recipe: Recipe, world_size: int, heads: int | None = None) -> int:

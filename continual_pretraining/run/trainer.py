@@ -95,10 +95,10 @@ class Trainer:
             fused=True,
         )  # fmt: skip
         patches.stay_fused(optimizer)
-        engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, config=engine_config(self.recipe, self.ranks.world_size)
-        )
+        config = engine_config(self.recipe, self.ranks.world_size, torch.distributed.get_backend())
+        engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         patches.replace_checkpoint_engine(engine)
+        patches.scatter_gradients(engine)
         if self.ranks.world_size == 1:
             patches.reduce_nothing(engine)
         return engine

@@ -8,6 +8,9 @@ from typing import Any
 
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 
+#: How many gradients are cast at once, where they are summed in another dtype.
+_CAST_ELEMENTS = 250_000_000
+
 
 def without_shared_memory_operations() -> None:
     """To be called before ``init_distributed``, which compiles them for a minute; gloo does without."""
@@ -42,6 +45,60 @@ def stay_fused(optimizer: Any) -> None:
 def reduce_nothing(engine: Any) -> None:
     """For a rank alone: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back."""
     engine.buffered_allreduce_fallback = lambda **_: None
+
+
+def scatter_gradients(engine: Any) -> None:
+    """Where ZeRO-1 and 2 are to scatter gradients, have them send no more than that, and sum in ``reduce_dtype`` alone.
+
+    Before the first step. ZeRO-1 in bf16 (``BF16_Optimizer``) ignores ``reduce_scatter``: it sums all gradients on all
+    ranks. ZeRO-2 divides by the number of ranks in bf16, before it sums in fp32.
+    """
+    from deepspeed import comm
+
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() not in (1, 2) or not engine.zero_reduce_scatter():
+        return
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        engine.buffered_allreduce_fallback = lambda **_: _sum_shares(engine)
+        optimizer.get_grads_for_norm = lambda for_clipping=False: _own_gradients(optimizer, whole=for_clipping)
+    elif optimizer.dtype != optimizer.gradient_accumulation_dtype:
+        optimizer.gradient_average = False
+        mean = 1 / comm.get_world_size(optimizer.dp_process_group)
+
+        def add(output: Any | None, total: Any) -> None:
+            if output is not None:
+                output.add_(total.to(output.dtype), alpha=mean)
+
+        optimizer._add_to_grad_partition_buffer = add
+
+
+def _sum_shares(engine: Any) -> None:
+    """Each rank's share of every group's gradients, the mean over all ranks; the rest of them is left as it is."""
+    from deepspeed import comm
+
+    group, dtype = engine.optimizer.dp_process_group, engine.communication_data_type
+    rank, size = comm.get_rank(group), comm.get_world_size(group)
+    for gradients in engine.optimizer.fp32_groups_gradients_flat:
+        shares = gradients.view(size, -1)
+        parts = [shares] if dtype == gradients.dtype else shares.split(max(1, _CAST_ELEMENTS // size), 1)
+        for part in parts:
+            own, sent = part[rank], part.to(dtype).contiguous()
+            total = own if sent is part else sent.new_empty(own.shape)  # in place where nothing is cast
+            comm.reduce_scatter_fn(total, sent.view(-1), group=group)
+            own.copy_(total).mul_(1 / size)
+
+
+def _own_gradients(optimizer: Any, *, whole: bool) -> Any:
+    """What clipping scales; or what it takes the norm of: a tensor whose norm is that of all ranks' shares."""
+    import torch
+    from deepspeed import comm
+
+    shares = optimizer.fp32_groups_gradient_flat_partition
+    if whole:
+        return shares
+    squares = torch.stack([share.norm() for share in shares]).square().sum()
+    comm.all_reduce(squares, group=optimizer.dp_process_group)
+    return [squares.sqrt()], {}
 
 
 def set_progress(engine: Any, step: int, global_batch_sequences: int) -> None:

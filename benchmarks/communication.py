@@ -1,0 +1,202 @@
+"""Count what the ranks of a training step send each other, beside the least possible: results/communication.md.
+
+    python benchmarks/communication.py            SmolLM2-135M's shapes at 2 to 384 ranks; 5 minutes, 6 GB of memory
+    python benchmarks/communication.py --tiny     a tiny model, printed only
+
+One process is rank 0 of a process group that sends nothing (torch's "fake"), with the engine and the DeepSpeed
+configuration that a run on GPUs would have. What is counted depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from common import REPOSITORY, markdown_table, say
+
+from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.layouts.deepspeed import patches
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "communication.md"
+WORLDS = (2, 4, 8, 96, 384)
+#: SmolLM2-135M's, as a Hugging Face config.
+SMOLLM2_135M = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
+    "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+    "max_position_embeddings": 8192, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+TINY = {**SMOLLM2_135M, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+PARAMETERS = {"SmolLM2-135M": 134_515_008, "SmolLM2-1.7B": 1_711_376_384, "SmolLM3-3B": 3_075_098_624}
+#: Bytes a second that a GPU sends: assumptions, taken from data sheets and not reached by any collective.
+NVLINK, INFINIBAND = 450e9, 50e9
+RANKS_OF_A_NODE = 8
+
+#: What a rank sends on average, of the bytes of one tensor, in rings of n ranks: which argument the tensor is, and how
+#: often its bytes are sent. A reduction or broadcast goes along a chain, whose last rank sends nothing.
+SENT: Mapping[str, tuple[int, str, Callable[[int], float]]] = {
+    "all_reduce": (0, "tensor", lambda n: 2 * (n - 1) / n),
+    "reduce": (0, "tensor", lambda n: (n - 1) / n),
+    "broadcast": (0, "tensor", lambda n: (n - 1) / n),
+    "all_gather_into_tensor": (1, "input_tensor", lambda n: n - 1),
+    "all_gather": (1, "tensor", lambda n: n - 1),
+    "reduce_scatter_tensor": (0, "output", lambda n: n - 1),
+    "reduce_scatter": (0, "output", lambda n: n - 1),
+    "all_to_all_single": (1, "input", lambda n: (n - 1) / n),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One kind of call."""
+
+    name: str
+    dtype: str
+    ranks: int
+
+
+class Payload:
+    """What this rank has sent since it was made or last taken."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[Collective] = Counter()
+        self.sent: Counter[Collective] = Counter()
+
+    def count(self) -> None:
+        """From now on. To be called before ``torch.distributed`` is initialised: DeepSpeed keeps its functions."""
+        for name, (place, keyword, times) in SENT.items():
+            wrapped = self._wrapped(getattr(torch.distributed, name), name, place, keyword, times)
+            for module in (torch.distributed, torch.distributed.distributed_c10d):
+                setattr(module, name, wrapped)
+
+    def _wrapped(
+        self, collective: Callable[..., Any], name: str, place: int, keyword: str, times: Callable[[int], float]
+    ) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def counted(*given: Any, **named: Any) -> Any:
+            tensor = named[keyword] if keyword in named else given[place]
+            ranks = torch.distributed.get_world_size(named.get("group"))
+            key = Collective(name=name, dtype=str(tensor.dtype).removeprefix("torch."), ranks=ranks)
+            self.calls[key] += 1
+            self.sent[key] += round(tensor.numel() * tensor.element_size() * times(ranks))
+            return collective(*given, **named)
+
+        return counted
+
+    def taken(self) -> list[dict[str, Any]]:
+        """Calls and bytes by collective, the largest first; counting begins anew."""
+        found = [{**vars(key), "calls": self.calls[key], "bytes": self.sent[key]} for key in self.sent]
+        self.calls.clear()
+        self.sent.clear()
+        return sorted(found, key=lambda line: (-int(line["bytes"]), str(line["name"])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step whose traffic is counted."""
+
+    world_size: int
+    zero_stage: int
+    dtype: str = "bfloat16"
+    accumulation: int = 1
+    reduce_dtype: str = "float32"
+    backend: str = "nccl"  #: whose configuration; "gloo" is also what smolconv used to give NCCL
+
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "name": "communication", "model": {"source": "-", "dtype": self.dtype},
+                "data": {
+                    "sequence_length": 16, "eos_token_id": 0,
+                    "stages": [{"name": "only", "sources": [{"path": "-"}]}],
+                },
+                "schedule": {"train_steps": 1, "peak_lr": 1e-4, "warmup_steps": 0},
+                "parallelism": {
+                    "zero_stage": self.zero_stage, "reduce_dtype": self.reduce_dtype,
+                    "global_batch_sequences": self.world_size * self.accumulation,
+                },
+            }
+        )  # fmt: skip
+
+    def least(self, parameters: int) -> float:
+        """Bytes a rank must send in a step at this stage.
+
+        ZeRO-0 sums gradients on all ranks, 1 on the ranks that keep them, 2 does so for every micro-batch, and both
+        gather the weights once. ZeRO-3 does as 2, and gathers weights for every forward and every backward pass.
+        """
+        weight, gradient = (2 if dtype == "bfloat16" else 4 for dtype in (self.dtype, self.reduce_dtype))
+        moved = {
+            0: 2 * gradient,
+            1: gradient + weight,
+            2: self.accumulation * gradient + weight,
+            3: self.accumulation * (gradient + 2 * weight),
+        }[self.zero_stage]
+        return moved * parameters * (self.world_size - 1) / self.world_size
+
+
+def measure(case: Case, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters and the payload of the second step. In a process of its own, before which nothing was counted."""
+    payload = Payload()
+    payload.count()
+    _pretend(case.world_size)
+    import deepspeed
+
+    from smolconv.continual_pretraining.engine.model import build_model
+    from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
+
+    given = case.recipe()
+    torch.manual_seed(0)
+    model = build_model(config, given.model, "cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    parameters = dict(model.named_parameters())
+    groups = torch_groups(group_parameters(parameters, given.optimizer, tied=True), parameters)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config(given, case.world_size, case.backend)
+    )
+    patches.scatter_gradients(engine)
+    tokens = torch.arange(16)[None]
+    for _ in range(2):
+        payload.taken()
+        for _ in range(case.accumulation):
+            engine.backward(engine(input_ids=tokens, positions=tokens, labels=tokens)[0])
+            engine.step()
+    count = sum(int(getattr(each, "ds_numel", each.numel())) for each in parameters.values())
+    return {"parameters": count, "least": case.least(count), "collectives": payload.taken()}
+
+
+def _pretend(world_size: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    patches.without_shared_memory_operations()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+def measured(cases: Sequence[Case], config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each case in a fork of this process."""
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+    # What each fork would spend most of its time on: importing torch.compile for a Muon, and looking for compilers.
+    _ = deepspeed.ops.__compatible_ops__
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        yield from pool.imap(functools.partial(measure, config=config), cases)
+
+
+def total(found: Mapping[str, Any]) -> int:
+    return sum(int(line["bytes"]) for line in found["collectives"])
