@@ -6,6 +6,7 @@ on each document alone, and those of runs are of ``test_training_losses``' loop.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from specs import tiny
 from test_training_losses import SCHEDULE, reference_losses, windows
 from test_training_model import batch, gradients_of, noise, plain_loss
 from test_training_resume import wait_for_step, weights
-from training import EOS, VOCABULARY, losses, recipe_document, token_folder, train
+from training import EOS, VOCABULARY, losses, metrics, recipe_document, token_folder, train
 from training_model_worker import Packed
 from transformers import AutoModelForCausalLM
 
@@ -417,3 +418,26 @@ def test_what_an_exchange_or_a_cut_gets_wrong_is_not_trained(before, said, sourc
     document = recipe_document(source, tokens, parallelism={"sequence_ranks": 2})
     ended = work(document, tmp_path / "run", 2, before=before)
     assert ended.code == 6 and said in ended.message, ended.log[-3000:]
+
+
+#: What a run may have besides: of the recipe, and how far its losses may be from those of one rank.
+BESIDES: dict[str, tuple[int, dict[str, Any], float]] = {
+    "optimizer offloaded": (2, {"parallelism": {"offload": "optimizer"}}, RUN_NOISE),
+    "all offloaded": (3, {"parallelism": {"offload": "all"}}, RUN_NOISE),
+    "compiled": (1, {"model": {"compile": True}}, RUN_NOISE),
+    "bfloat16": (1, {"model": {"dtype": "bfloat16"}}, 0.02),
+    "every spike is skipped": (1, {"spikes": {"action": "skip", "sigmas": 1e-3, "window_steps": 8}}, RUN_NOISE),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("what", BESIDES)
+def test_whatever_else_a_run_has_holds_for_ranks_that_share_rows(what, source, tokens, tmp_path):
+    stage, changes, tolerance = BESIDES[what]
+    alone, shared = (
+        trained(source, tokens, tmp_path / str(size), stage, size, size, **copy.deepcopy(changes)) for size in (1, 2)
+    )
+    assert np.abs(np.array(shared) - alone).max() < tolerance
+    lines = metrics(tmp_path / "2")
+    assert any(line.get("skipped") for line in lines) == ("spikes" in changes)
+    assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in metrics(tmp_path / "1")]
