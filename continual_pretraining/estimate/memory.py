@@ -218,7 +218,11 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     layer = 2 * norm + attention + (3 if fused else 4) * b * inner
     # Gradients of the widest block, while it is walked back.
     walking = b * (3 * inner + 2 * hidden)
-    if recipe.model.activation_checkpointing:
+    moved = 0
+    if recipe.model.activation_offload:
+        moved = b * hidden * spec.num_layers
+        kept, formula = b * hidden + layer, "one whole layer and its input"
+    elif recipe.model.activation_checkpointing:
         kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
     else:
         kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
@@ -229,6 +233,7 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
     return [
         _gpu("activations", positions * (kept + walking + ends), formula),
+        _host("activations", positions * moved, "a layer's input for all layers"),
         _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
         _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
     ]

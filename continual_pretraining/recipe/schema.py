@@ -40,6 +40,7 @@ class Model(Section):
     max_positions: Positive | None = None  #: the same for its context
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
+    activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 
@@ -290,6 +291,8 @@ class Recipe(Section):
                 f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be cut into "
                 f"micro-batches of {given.micro_batch_sequences}"
             )
+        if self.model.activation_offload and not self.model.activation_checkpointing:
+            raise ValueError("model.activation_offload needs model.activation_checkpointing: it moves what that keeps")
         if given.offload == "all" and given.zero_stage != 3:
             raise ValueError("parallelism.offload: all needs zero_stage 3")
         if given.offload != "none" and given.zero_stage == 0:
