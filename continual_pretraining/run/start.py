@@ -19,10 +19,11 @@ from smolconv.continual_pretraining.engine.optimizer import Group, group_paramet
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
+from smolconv.continual_pretraining.run.folder import START
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
-from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
+from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
@@ -34,9 +35,6 @@ from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.parsing import MOST_TOKENIZER_BYTES
 from smolconv.tensors.lazy import LazyTensor
-
-#: Below the run's folder; removed when the first checkpoint of the run is whole.
-FOLDER = "start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ def prepare_start(
     origin = find_origin(recipe, run, resume) if origin is None else origin
     notes = remove_partial(run)
     # What an earlier start converted, whole or not: nothing is read from it, and its space may be needed.
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    shutil.rmtree(run / START, ignore_errors=True)
     own = origin.checkpoint
     if own is None:
         if latest(run) is not None:
@@ -254,7 +252,7 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
 def _convert(
     checkpoint: Checkpoint, recipe: Recipe, run: Path, world_size: int, *, optimizer: bool, uri: str
 ) -> StartPoint:
-    given, place = recipe.parallelism, run / FOLDER
+    given, place = recipe.parallelism, run / START
     place.mkdir(parents=True, exist_ok=True)
     groups = place / "groups.json"
     members = groups_of(recipe, checkpoint.spec)
@@ -270,7 +268,14 @@ def _convert(
         optimizer=optimizer, dtype=recipe.model.dtype, digest="none", vocab_size=checkpoint.spec.vocab_size,
     )  # fmt: skip
     plan = plan_from_checkpoint(checkpoint, uri, target, options)
-    run_conversion(plan, overwrite=True)
+    try:
+        run_conversion(plan, overwrite=True)
+    except OSError as error:
+        raise MachineError(
+            f"{uri} could not be converted for the ranks: {error.filename or target}: {error.strerror or error}.\n"
+            f"{plan.bytes_written / 1e9:.2f} GB were to be written below {place}; nothing was trained.\n"
+            "Free some space or repair the disk, and repeat the command."
+        ) from error
     return StartPoint(
         folder=str(target), tag=(target / "latest").read_text(), step=0, position=None, resumed=None, adam=optimizer,
         config=json.loads((target / "config.json").read_text()), assets=_assets(checkpoint),
