@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class StartPoint:
     spikes: Mapping[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     gate: SourceLoss | None = None
+    changed: str = ""  #: rope theta and context that the recipe changes, with both losses; for the log of events
     #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -106,20 +108,67 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
         )
 
 
-def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint with the recipe's own rope theta and context, for long-context stages."""
-    changes: dict[str, Any] = {}
-    if recipe.model.rope_theta is not None:
-        changes["rope_theta"] = recipe.model.rope_theta
-        if checkpoint.spec.rope_scaling is not None and recipe.model.rope_theta != checkpoint.spec.rope_theta:
+def read_source(recipe: Recipe, folder: Path, *, optimizer: bool = True) -> tuple[Checkpoint, Checkpoint]:
+    """The recipe's source as it is, and as it is trained: with the recipe's own rope theta and context.
+
+    Raises as ``with_overrides``, which asks what the source itself says where ``model.config`` stands in its place.
+    """
+    read = _read_options(recipe, optimizer=optimizer)
+    source = as_it_is = read_checkpoint(folder, read)
+    if read.config is not None:
+        with suppress(BadCheckpoint):  # most often it has none of its own
+            as_it_is = read_checkpoint(folder, replace(read, config=None))
+    return as_it_is, with_overrides(source, recipe, as_it_is.spec)
+
+
+def with_overrides(checkpoint: Checkpoint, recipe: Recipe, as_it_is: ModelSpec | None = None) -> Checkpoint:
+    """The checkpoint with the recipe's own rope theta and context, for long-context stages.
+
+    Raises ``UsageError`` for another theta of a scaled rotary embedding, and for what would be lower than ``as_it_is``,
+    by default the checkpoint's own: a source that was trained with more starts with a higher loss.
+    """
+    given, spec = recipe.model, checkpoint.spec
+    if given.rope_theta is not None:
+        if spec.rope_scaling is not None and given.rope_theta != spec.rope_theta:
             raise UsageError(
-                f"model.rope_theta {recipe.model.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
-                f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
+                f"model.rope_theta {given.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
+                f"{spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
                 "Leave model.rope_theta out to train with the scaling."
             )
-    if recipe.model.max_positions is not None:
-        changes["max_positions"] = recipe.model.max_positions
-    return replace(checkpoint, spec=replace(checkpoint.spec, **changes)) if changes else checkpoint
+        spec = replace(spec, rope_theta=given.rope_theta)
+    if given.max_positions is not None:
+        spec = replace(spec, max_positions=given.max_positions)
+    for name, was, now in lengthened(as_it_is or checkpoint.spec, spec):
+        if now < was and not given.allow_lowering:
+            where = f"model.{name}" if getattr(given, name) is not None else f"{name} in model.config"
+            raise UsageError(
+                f"{where} is {_number(now)}, but {given.source} was trained with {_number(was)}.\n"
+                "Expected its own, or more, as a long-context stage has it: with less, what it has learned is lost.\n"
+                f"Leave it out to keep {_number(was)}, or set model.allow_lowering: true."
+            )
+    return checkpoint if spec == checkpoint.spec else replace(checkpoint, spec=spec)
+
+
+def lengthened(source: ModelSpec, spec: ModelSpec) -> list[tuple[str, float, float]]:
+    """Rope theta and context where they differ: name, the source's, and the run's."""
+    both = [(name, getattr(source, name), getattr(spec, name)) for name in ("rope_theta", "max_positions")]
+    return [(name, was, now) for name, was, now in both if was != now]
+
+
+def changed_text(source: ModelSpec, spec: ModelSpec) -> str:
+    """What ``lengthened`` finds, for people; "" where nothing differs."""
+    told = [f"{name} {_number(now)} (the source's: {_number(was)})" for name, was, now in lengthened(source, spec)]
+    return ", ".join(told)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.12g}"
+
+
+def _read_options(recipe: Recipe, *, optimizer: bool = True) -> ReadOptions:
+    given = recipe.model
+    config = None if given.config is None else Path(given.config)
+    return ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=optimizer)
 
 
 def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
@@ -142,12 +191,8 @@ def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
 def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
     wanted = recipe.start
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
-    read = ReadOptions(
-        config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
-        architecture=recipe.model.architecture, optimizer=wanted.optimizer,
-    )  # fmt: skip
-    source = with_published_progress(read_checkpoint(folder, read), recipe.model.source)
-    checkpoint = with_overrides(source, recipe)
+    source, checkpoint = read_source(recipe, folder, optimizer=wanted.optimizer)
+    source, checkpoint = (with_published_progress(found, recipe.model.source) for found in (source, checkpoint))
     check_model(recipe, checkpoint.spec, recipe.model.source)
     if wanted.optimizer and not checkpoint.has_optimizer:
         raise UsageError(
@@ -160,8 +205,9 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
         position = _source_position(recipe, source, step)
     elif step:
         position = {"step": step, "stages": []}  # the schedule goes on, the data begins
-    gate = None
+    gate, changed = None, changed_text(source.spec, checkpoint.spec)
     if wanted.gate:
+        read = _read_options(recipe, optimizer=wanted.optimizer)
         batch = first_micro_batch(recipe, checkpoint.spec, step, position)
         masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
         gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
@@ -171,8 +217,11 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
                 f"{recipe.model.source} holds weights that are not finite, or so large that they overflow.\n"
                 "Nothing was trained. Take another step of it, or another copy."
             )
+        if changed:
+            own = source_loss(_side(source, folder, read, device, masters), batch)
+            changed += f"; loss of the first micro-batch: {gate.loss:.4f}, with the source's own: {own.loss:.4f}"
     start = _convert(checkpoint, recipe, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
-    return replace(start, step=step, position=position, gate=gate)
+    return replace(start, step=step, position=position, gate=gate, changed=changed)
 
 
 def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
@@ -231,11 +280,8 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
     """
     if is_hub_uri(recipe.model.source):
         return
-    config = None if recipe.model.config is None else Path(recipe.model.config)
     try:
-        given = recipe.model
-        read = ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=False)
-        source = read_checkpoint(Path(recipe.model.source), read)
+        source = read_checkpoint(Path(recipe.model.source), _read_options(recipe, optimizer=False))
     except (SmolconvError, OSError):
         return
     # nanotron's Llama ignores its rope_scaling, which the run's checkpoint then no longer has.

@@ -165,7 +165,7 @@ class Trainer:
             said = self.check_start()
             if ranks.first:
                 self.watch = self._watch(first)
-                for text in filter(None, (self.start.went_back, said)):
+                for text in filter(None, (self.start.went_back, self.start.changed, said)):
                     self.watch.event(self.start.step, text)
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
