@@ -95,7 +95,7 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
-    spec, first_step, changed = _start(recipe, run, resume)
+    spec, first_step, changed = _start(recipe, run, resume, world_size)
     told += [changed] if changed else []
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
@@ -138,10 +138,16 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.warn(problems)
 
 
-def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int, str]:
+def _start(recipe: Recipe, run: Path, resume: str, world_size: int) -> tuple[ModelSpec, int, str]:
     """The trained spec, from headers alone; the first step; and what the recipe changes of the source's rope theta."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
-    from smolconv.continual_pretraining.run.start import changed_text, check_model, completed_steps, read_source
+    from smolconv.continual_pretraining.run.start import (
+        changed_text,
+        check_model,
+        completed_steps,
+        plan_start,
+        read_source,
+    )
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
 
@@ -149,6 +155,8 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int, str]
     source, trained = read_source(recipe, open_source(uri, headers_only=True))
     check_model(recipe, trained.spec, uri)
     own = find_resume(run, resume)
+    if own is None:
+        plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
     first = RunState.read(own).step if own else completed_steps(recipe, with_published_progress(source, uri).progress)
     return trained.spec, first + 1, changed_text(source.spec, trained.spec)
 

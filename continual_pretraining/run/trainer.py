@@ -69,7 +69,9 @@ class Trainer:
         self.saved_step: int | None = start.step if start.resumed else None
         torch.manual_seed(recipe.seed)
         self.model = build_model(start.config, recipe.model, str(ranks.device))
-        self.groups = groups_of(recipe, self.spec)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in start.frozen)
+        self.groups = groups_of(recipe, self.spec, start.frozen)
         self.engine = self._engine()
         self._load()
         self.watch: Watch | None = None
