@@ -4,6 +4,7 @@ sources, export. What is broken on purpose is broken in the worker's own process
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -33,7 +34,8 @@ from smolconv.continual_pretraining.run.export import export_run
 from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
 from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.continual_pretraining.tokens.files import Batch
-from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
+from smolconv.convert import ConversionPlan
+from smolconv.errors import CorruptFile, MachineError, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
@@ -268,6 +270,18 @@ def test_a_model_with_another_theta_does_not_start(tokens, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and saved_steps(tmp_path / "run") == []
     made["start"] = {"gate": False}
     succeeded(work(made, tmp_path / "run", before=THETA))
+
+
+def test_a_disk_that_fills_while_the_source_is_converted_is_named_with_what_was_needed(tokens, tmp_path, monkeypatch):
+    def full(plan: ConversionPlan, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(plan.target / "shard"))
+
+    monkeypatch.setattr("smolconv.continual_pretraining.run.start.run_conversion", full)
+    with pytest.raises(
+        MachineError, match=r"start/deepspeed/shard: No space left[^$]*GB were to be written[^$]*Free"
+    ) as told:
+        prepare_start(recipe(NANOTRON, tokens), tmp_path / "run", 1, "auto")
+    assert str(NANOTRON) in str(told.value)
 
 
 @pytest.fixture(scope="module")
