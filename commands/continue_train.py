@@ -95,7 +95,8 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
-    spec, first_step = _start(recipe, run, resume)
+    spec, first_step, changed = _start(recipe, run, resume, world_size)
+    told += [changed] if changed else []
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
         told.append(
@@ -137,25 +138,27 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.warn(problems)
 
 
-def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
-    """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
+def _start(recipe: Recipe, run: Path, resume: str, world_size: int) -> tuple[ModelSpec, int, str]:
+    """The trained spec, from headers alone; the first step; and what the recipe changes of the source's rope theta."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
-    from smolconv.continual_pretraining.run.start import check_model, completed_steps, with_overrides
+    from smolconv.continual_pretraining.run.start import (
+        changed_text,
+        check_model,
+        completed_steps,
+        plan_start,
+        read_source,
+    )
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
 
-    model = recipe.model
-    config = Path(model.config) if model.config else None
-    read = ReadOptions(config=config, step=model.step, architecture=model.architecture)
-    source = with_published_progress(read_checkpoint(open_source(model.source, headers_only=True), read), model.source)
-    spec = with_overrides(source, recipe).spec
-    check_model(recipe, spec, model.source)
+    uri = recipe.model.source
+    source, trained = read_source(recipe, open_source(uri, headers_only=True))
+    check_model(recipe, trained.spec, uri)
     own = find_resume(run, resume)
-    if own is not None:
-        return spec, RunState.read(own).step + 1
-    return spec, completed_steps(recipe, source.progress) + 1
+    if own is None:
+        plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
+    first = RunState.read(own).step if own else completed_steps(recipe, with_published_progress(source, uri).progress)
+    return trained.spec, first + 1, changed_text(source.spec, trained.spec)
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

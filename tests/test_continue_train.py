@@ -289,6 +289,15 @@ def test_a_runs_folder_may_have_any_name(name, tmp_path, recipe_file):
     assert json.loads(done.stdout)["run"] == str(tmp_path / name)
 
 
+def test_a_dry_run_says_which_theta_the_source_has_and_refuses_a_lower_one(recipe_file):
+    """The oracle's is 10,000, by its config."""
+    lowered = (recipe_file, "--dry-run", "--set", "model.rope_theta=5000")
+    refused = continue_train(*lowered)
+    assert refused.code == 2 and "is 5,000" in refused.stderr and "10,000" in refused.stderr, refused.stderr
+    allowed = continue_train(*lowered, "--set", "model.allow_lowering=true")
+    assert allowed.code == 0 and "rope_theta 5,000 (the source's: 10,000)" in allowed.stderr
+
+
 def test_a_dry_run_that_goes_on_counts_from_the_sources_step(recipe_file):
     """The oracle has completed 3 steps."""
     goes_on = ("--set", "start.learning_rate=true", "--set", "schedule.train_steps=13")

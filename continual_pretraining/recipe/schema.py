@@ -38,6 +38,7 @@ class Model(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
     rope_theta: PositiveFloat | None = None  #: to change the source's, for long context
     max_positions: Positive | None = None  #: the same for its context
+    allow_lowering: bool = False  #: let either be less than the source's, which makes its loss begin higher
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU

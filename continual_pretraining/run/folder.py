@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
+START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
 #: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
 #: others would go on as something that neither recipe describes.
 _DECIDING = (
@@ -133,6 +135,21 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
         f"another process trains in {run} (it holds {run / LOCK}){how}.\n"
         "Wait for it to end, or choose another --output."
     )
+
+
+def refuse_trained(run: Path) -> None:
+    """Raise ``OutputLocked`` where another process trains in the folder, before a start writes into its logs.
+
+    A job that Slurm has queued again is let through: its rank 0 waits for the lock of a node that has died.
+    """
+    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0) and _is_trained(run):
+        raise trained_elsewhere(run)
+
+
+def remove_start(run: Path) -> None:
+    """Remove what a start converted, once its ranks have ended; nothing where another start's ranks train."""
+    if os.path.lexists(run / START) and not _is_trained(run):
+        shutil.rmtree(run / START, ignore_errors=True)
 
 
 def _is_trained(run: Path) -> bool:
