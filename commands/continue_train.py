@@ -95,7 +95,8 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
-    spec, first_step = _start(recipe, run, resume)
+    spec, first_step, events = _start(recipe, run, resume, compare_data=not problems)
+    told += events
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
         told.append(
@@ -137,9 +138,11 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.warn(problems)
 
 
-def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
-    """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
+def _start(recipe: Recipe, run: Path, resume: str, *, compare_data: bool) -> tuple[ModelSpec, int, tuple[str, ...]]:
+    """The source's spec, from headers alone, with the recipe's own rope theta and context; the first step; and what is
+    to be said of data that has changed. The ranks refuse by the same functions."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
+    from smolconv.continual_pretraining.run.place import own_place, source_place
     from smolconv.continual_pretraining.run.start import check_model, completed_steps, with_overrides
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
@@ -154,8 +157,13 @@ def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
     check_model(recipe, spec, model.source)
     own = find_resume(run, resume)
     if own is not None:
-        return spec, RunState.read(own).step + 1
-    return spec, completed_steps(recipe, source.progress) + 1
+        state = RunState.read(own)
+        events = own_place(recipe, own, state, spec.vocab_size).events if compare_data else ()
+        return spec, state.step + 1, events
+    step = completed_steps(recipe, source.progress)
+    compare_data = compare_data and recipe.start.data
+    events = source_place(recipe, source, step, spec.vocab_size).events if compare_data else ()
+    return spec, step + 1, events
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

@@ -144,8 +144,9 @@ def test_a_dry_run_refuses_a_source_that_is_beyond_the_schedule(recipe_file):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"seed": 1},
         {"model": {"source": "another"}},
+        {"optimizer": {"no_decay": []}},
+        {"data": {"file_seed": 1}},
         {"model": {"rope_theta": 5e5}},
         {"data": {"mask_documents": False}},
         {"data": {"stages": [{"name": "only", "sources": [{"path": "tokens", "weight": 1}, {"path": "more"}]}]}},
@@ -170,6 +171,9 @@ def test_what_decides_the_data_or_the_model_cannot_change_within_a_run(tmp_path,
         {"launch": {"ranks_per_node": 4}},
         {"checkpoints": {"every_steps": 7}},
         {"logging": {"tensorboard": True}},
+        {"seed": 1},  # nothing draws random numbers
+        {"data": {"on_change": "restart-source"}},
+        {"data": {"stages": [{"name": "only", "sources": [{"path": "tokens", "recorded_as": "s3://tokens"}]}]}},
     ],
 )
 def test_what_does_not_decide_them_can_change_and_is_said(tmp_path, changed):
@@ -200,10 +204,10 @@ def test_resume_never_does_not_write_over_checkpoints(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_compared_with_that_runs_recipe(tmp_path):
-    other = saved_run(tmp_path / "other", recipe(seed=1))
-    with pytest.raises(UsageError, match="seed: 1 -> 0"):
+    other = saved_run(tmp_path / "other", recipe(data={"file_seed": 1}))
+    with pytest.raises(UsageError, match=r"data.file_seed: 1 -> None"):
         check_run(recipe(), tmp_path / "run", str(other / "checkpoints" / "step-2"))
-    assert check_run(recipe(seed=1), tmp_path / "run", str(other)) != []
+    assert check_run(recipe(data={"file_seed": 1}), tmp_path / "run", str(other)) != []
     with pytest.raises(MissingFile):
         check_run(recipe(), tmp_path / "run", str(tmp_path / "nowhere"))
 

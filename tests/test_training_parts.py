@@ -36,6 +36,7 @@ from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStop
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import FAMILIES
 from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
@@ -96,11 +97,14 @@ def names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
+EMBEDDING = (".*embed_tokens.*",)
+TIED: dict[str, Any] = {"tied": True, "family": FAMILIES["llama"]}
+
+
 def test_norms_decay_and_the_tied_embedding_does_not():
-    decayed, rest = group_parameters(names(hf_models.llama()), Optimizer(weight_decay=0.1), tied=True)
+    decayed, rest = group_parameters(names(hf_models.llama()), Optimizer(no_decay=EMBEDDING), **TIED)
     assert rest.names == ("model.embed_tokens.weight",) and rest.weight_decay == 0
     assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} <= set(decayed.names)
-    assert decayed.weight_decay == 0.1
     assert sorted([*decayed.names, *rest.names]) == sorted(names(hf_models.llama()))
 
 
@@ -108,7 +112,7 @@ def test_hf_trainer_groups_them_the_other_way_around():
     """The control: a run by HF Trainer would be another one."""
     model = hf_models.llama()
     theirs = set(Trainer.get_decay_parameter_names(None, model))
-    decayed, _ = group_parameters(names(model), Optimizer(), tied=True)
+    decayed, _ = group_parameters(names(model), Optimizer(no_decay=EMBEDDING), **TIED)
     assert "model.embed_tokens.weight" in theirs - set(decayed.names)
     assert "model.norm.weight" in set(decayed.names) - theirs
 
@@ -125,15 +129,33 @@ def test_hf_trainer_groups_them_the_other_way_around():
 )
 def test_regexes_match_from_the_start_of_a_name_or_of_its_tied_name(pattern, tied, undecayed):
     model = hf_models.llama(tie_word_embeddings=tied)
-    groups = group_parameters(names(model), Optimizer(no_decay=(pattern,)), tied=tied)
+    groups = group_parameters(names(model), Optimizer(no_decay=(pattern,)), tied=tied, family=FAMILIES["llama"])
     assert [name for group in groups if group.weight_decay == 0 for name in group.names] == undecayed
     assert len(groups) == 1 + bool(undecayed)
 
 
+@pytest.mark.parametrize(
+    ("family", "decay", "undecayed"),
+    [
+        ("llama", 0.01, []),  # SmolLM1, SmolLM2 and FineMath: their sixteen YAMLs
+        ("smollm3", 0.1, ["model.embed_tokens.weight"]),  # its five
+        ("qwen2", 0.1, ["model.embed_tokens.weight"]),
+        ("qwen3", 0.1, ["model.embed_tokens.weight"]),
+    ],
+)
+def test_what_a_recipe_leaves_out_of_the_decay_is_as_its_family_was_pretrained(family, decay, undecayed):
+    model = names(hf_models.llama(tie_word_embeddings=False))
+    groups = group_parameters(model, Optimizer(), tied=False, family=FAMILIES[family])
+    assert [name for group in groups if group.weight_decay == 0 for name in group.names] == undecayed
+    assert groups[0].weight_decay == decay
+    chosen = group_parameters(model, Optimizer(weight_decay=0.3, no_decay=()), tied=False, family=FAMILIES[family])
+    assert [group.weight_decay for group in chosen] == [0.3]  # control: what the recipe says holds for every family
+
+
 def test_a_group_without_members_is_left_out():
-    everything = group_parameters(names(hf_models.llama()), Optimizer(no_decay=(".*",)), tied=True)
+    everything = group_parameters(names(hf_models.llama()), Optimizer(no_decay=(".*",)), **TIED)
     assert [group.weight_decay for group in everything] == [0]
-    assert len(group_parameters(names(hf_models.llama()), Optimizer(no_decay=()), tied=True)) == 1
+    assert len(group_parameters(names(hf_models.llama()), Optimizer(no_decay=()), **TIED)) == 1
 
 
 # --- DeepSpeed's configuration ----------------------------------------------------------------------------------------

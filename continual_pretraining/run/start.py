@@ -20,6 +20,7 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
+from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
@@ -31,6 +32,7 @@ from smolconv.layouts.layout import ReadOptions, hf_config
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.parsing import MOST_TOKENIZER_BYTES
 from smolconv.tensors.lazy import LazyTensor
@@ -56,7 +58,8 @@ class StartPoint:
     #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
+    token_files: Mapping[str, Any] = field(default_factory=dict)  #: the record of ``DataPlace``
+    events: Sequence[str] = ()  #: for the log: that it went back from a damaged checkpoint, that data has changed
 
 
 def prepare_start(
@@ -86,12 +89,13 @@ def prepare_start(
         elif chosen(run) is not None:
             notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
         start = _resumed(recipe, run, own, world_size, state, checkpoint)
-    return replace(start, notes=(*notes, *origin.notes, *start.notes), went_back=origin.went_back)
+    events = (origin.went_back, *start.events) if origin.went_back else start.events
+    return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
 
 
 def groups_of(recipe: Recipe, spec: ModelSpec) -> tuple[Group, ...]:
     """The engine's parameter groups, in the order in which a checkpoint must hold them."""
-    return group_parameters(parameter_shapes(spec), recipe.optimizer, tied=spec.tied)
+    return group_parameters(parameter_shapes(spec), recipe.optimizer, tied=spec.tied, family=family_of(spec))
 
 
 def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
@@ -157,14 +161,10 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
             "Set start.optimizer: false to begin with zero moments."
         )
     step = completed_steps(recipe, source.progress)
-    position: Mapping[str, Any] | None = None
-    if wanted.data:
-        position = _source_position(recipe, source, step)
-    elif step:
-        position = {"step": step, "stages": []}  # the schedule goes on, the data begins
+    place = source_place(recipe, source, step, checkpoint.spec.vocab_size)
     gate = None
     if wanted.gate:
-        batch = first_micro_batch(recipe, checkpoint.spec, step, position)
+        batch = first_micro_batch(recipe, checkpoint.spec, step, place.position)
         masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
         gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
         if not math.isfinite(gate.loss):
@@ -174,7 +174,9 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
                 "Nothing was trained. Take another step of it, or another copy."
             )
     start = _convert(checkpoint, recipe, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
-    return replace(start, step=step, position=position, gate=gate)
+    return replace(
+        start, step=step, position=place.position, token_files=place.record, events=place.events, gate=gate
+    )  # fmt: skip
 
 
 def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
@@ -202,6 +204,7 @@ def _resumed(
     recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
 ) -> StartPoint:
     given = recipe.parallelism
+    place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
     if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
         same = True  # one file for all ranks
@@ -221,8 +224,8 @@ def _resumed(
             ),
         )
     return replace(
-        start, step=state.step, position=state.position, resumed=str(own), spikes=state.spikes,
-        skipped_steps=state.skipped_steps,
+        start, step=state.step, position=place.position, token_files=place.record, events=place.events,
+        resumed=str(own), spikes=state.spikes, skipped_steps=state.skipped_steps,
     )  # fmt: skip
 
 
@@ -314,12 +317,3 @@ def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapp
         return next(iter(data.steps(step + 1, step + 1))).micro_batches[0]
     finally:
         data.close()
-
-
-def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
-    from smolconv.continual_pretraining.data.position import position_from_stages
-
-    assert source.progress is not None
-    stages, last = source.progress.stages, source.progress.last_stage_index
-    # nanotron lists the stages that are still to come, too.
-    return position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)

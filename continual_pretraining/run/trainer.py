@@ -162,8 +162,8 @@ class Trainer:
             )  # fmt: skip
             if ranks.first:
                 self.watch = self._watch(first)
-                if self.start.went_back is not None:
-                    self.watch.event(self.start.step, self.start.went_back)
+                for text in self.start.events:
+                    self._say(text)
             self.check_start()
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
@@ -318,7 +318,8 @@ class Trainer:
             step=data.step, position=data.position, zero_stage=given.zero_stage, world_size=self.ranks.world_size,
             dtype=self.recipe.model.dtype, micro_batch_sequences=given.micro_batch_sequences,
             global_batch_sequences=self.recipe.global_batch_sequences, spikes=self.spikes.state(),
-            skipped_steps=self.skipped_steps,
+            skipped_steps=self.skipped_steps, token_files=self.start.token_files,
+            schedule=self.recipe.schedule.model_dump(mode="json"),
         )  # fmt: skip
         stages = stages_of(data.position)
         progress = TrainingProgress(
