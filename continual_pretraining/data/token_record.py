@@ -45,6 +45,16 @@ class DataPlace:
     events: tuple[str, ...] = ()  #: what has changed, for the log
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """How a folder differs from its record."""
+
+    what: str
+    moves: bool  #: samples are others than they were, beyond what ``edits`` says
+    lengthens: bool  #: there are files more
+    edits: bool  #: tokens differ within documents that are as long as they were
+
+
 def check_record(found: object) -> None:
     """Raise ``ValueError`` for what is no record."""
     if not isinstance(found, dict) or not all(isinstance(files, dict) for files in found.values()):
@@ -70,8 +80,9 @@ def place_in_data(
 ) -> DataPlace:
     """The place after ``position`` in the folders as they are now; ``since`` names the step of what was ``recorded``.
 
-    A source whose files changed, other than by files at the end of the order within its first epoch, is refused with
-    ``UsageError``, or begins again with ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
+    A source goes on where its samples have kept their places: files were added at the end of the order within its first
+    epoch, or tokens edited within documents. Any other change is refused with ``UsageError``, or lets the source begin
+    again with ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
     """
     data, evaluation = recipe.data, recipe.evaluation
     folders = open_folders(data, position, vocab_size)
@@ -85,14 +96,13 @@ def place_in_data(
         change = None if path not in recorded or read <= 0 else _change(recorded[path], now[path], data.loss_masks)
         if change is None:
             continue
-        what, appended = change
-        windows = _windows(recorded[path], data)
-        if appended and read <= windows:
+        what, windows = change.what, _windows(recorded[path], data)
+        if not change.moves and (read <= windows or not change.lengthens):
             events.append(
-                f"data: {folder.name} changed since {since}: {what}. It is read on, the new files at the end."
+                f"data: {folder.name} changed since {since}: {what}. It is read on, every sample in its place."
             )
             continue
-        if appended:
+        if not change.moves:
             what += f", after the first epoch of {counted(windows, 'sample')}: the next epochs would begin elsewhere"
         if data.on_change == "refuse":
             refused.append((folder, what, read))
@@ -138,38 +148,44 @@ def _incomparable(
 ) -> Iterator[str]:  # fmt: skip
     for path, folder in held_out.items():
         change = None if path not in recorded else _change(recorded[path], now[path], data.loss_masks)
-        if change is None or (change[1] and evaluation.sequences <= _windows(recorded[path], data)):
+        longer = change is not None and not change.moves and not change.edits
+        if change is None or (longer and evaluation.sequences <= _windows(recorded[path], data)):
             continue
         yield (
-            f"evaluation: {folder.name} changed since {since}: {change[0]}. "
+            f"evaluation: {folder.name} changed since {since}: {change.what}. "
             "Its losses from here on cannot be compared with those before."
         )
 
 
-def _change(before: FolderRecord, now: FolderRecord, loss_masks: bool) -> tuple[str, bool] | None:
-    """In words what differs, and whether only files at the end of the order are new; None where nothing differs."""
+def _change(before: FolderRecord, now: FolderRecord, loss_masks: bool) -> _Change | None:
+    """None where nothing differs."""
     added, gone = [name for name in now if name not in before], [name for name in before if name not in now]
-    other = [name for name in before if name in now and not _same(before[name], now[name], loss_masks)]
-    in_order = list(now)[: len(before)] == list(before)
-    if in_order and not added and not other:
-        return None
-    if in_order and not other:
-        return f"{counted(len(added), 'file')} at the end ({some_of(added, more=True)})", True
+    kept = [name for name in now if name in before]
+    other = [name for name in kept if not _same(before[name], now[name], loss_masks)]
+    edited = [name for name in kept if name not in other and before[name][1] != now[name][1]]
+    in_order = kept == [name for name in before if name in now]
+    at_end = list(now)[: len(before)] == list(before)
     found = [
         f"{counted(len(names), 'file')} {how} ({some_of(names, more=True)})"
-        for names, how in ((added, "added"), (gone, "gone"), (other, "with other content")) if names
+        for names, how in (
+            (added, "at the end" if at_end else "added"), (gone, "gone"), (other, "with other content"),
+            (edited, "with other tokens in documents of the same lengths"),
+        ) if names
     ]  # fmt: skip
-    kept = [name for name in now if name in before]
-    if kept != [name for name in before if name in now]:
+    if not in_order:
         found.append("another order of the files (data.file_seed)")
-    elif added and not gone and not other:
+    elif added and not at_end and not gone and not other:
         found.append(f"read before {kept[list(now).index(added[0])]}")
-    return ", ".join(found), False
+    if not found:
+        return None
+    return _Change(what=", ".join(found), moves=bool(other) or not at_end, lengthens=bool(added), edits=bool(edited))
 
 
 def _same(before: Sequence[Any], now: Sequence[Any], loss_masks: bool) -> bool:
-    index_differs = None not in (before[2], now[2]) and before[2] != now[2]
-    return list(before[:2]) == list(now[:2]) and not index_differs and (not loss_masks or before[3] == now[3])
+    """Whether a file's documents lie where they did: by its index, else by its tokens."""
+    by_index = None not in (before[2], now[2])
+    documents = before[2] == now[2] if by_index else before[1] == now[1]
+    return before[0] == now[0] and documents and (not loss_masks or before[3] == now[3])
 
 
 def _windows(files: FolderRecord, data: Data) -> int:
