@@ -21,11 +21,12 @@ from smolconv.continual_pretraining.data.position import tokens_of
 from smolconv.continual_pretraining.data.stream import TrainingData
 from smolconv.continual_pretraining.data.token_record import DataPlace, place_in_data, record_of
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, step_folder
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
 from smolconv.errors import UsageError
+from smolconv.layouts.layout import ReadOptions
+from smolconv.layouts.registry import read_checkpoint
 
 #: One process of pytest, and so one server of forked workers.
 pytestmark = pytest.mark.xdist_group("forked worker")
@@ -388,10 +389,11 @@ def test_a_run_and_its_dry_run_refuse_a_file_before_others_in_the_same_words(run
     assert said.code == 0 and "begins again at its first sample" in said.stderr
 
 
-def test_a_branch_compares_with_what_its_source_recorded(run):
+@pytest.mark.parametrize("named", [None, 4])
+def test_a_branch_compares_with_what_its_source_recorded(named, run):
     saved, tokens = run
     recipe = recipe_of(step_folder(saved, 4), tokens, start={"data": True, "learning_rate": True})
-    source = read_own(step_folder(saved, 4))
+    source = read_checkpoint(saved / "checkpoints", ReadOptions(step=named))
     assert source_place(recipe, source, 4, VOCABULARY).events == ()  # control
     moved = tokens.with_name("moved")
     shutil.copytree(tokens, moved)

@@ -203,7 +203,7 @@ def _digest(path: Path) -> str:
     descriptor = open_file(path)
     with reading(path), open(descriptor, "rb", buffering=0):
         size = os.fstat(descriptor).st_size
-        hasher = xxhash.xxh3_128(str(size).encode())
+        hasher = xxhash.xxh3_64(str(size).encode())
         length = size if size <= _DIGESTED_BYTES else _DIGESTED_BYTES // _RANGES
         for number in range(1 if length == size else _RANGES):
             hasher.update(os.pread(descriptor, length, (size - length) * number // (_RANGES - 1)))

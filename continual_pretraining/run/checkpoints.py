@@ -38,6 +38,8 @@ LATEST = "latest"
 STATE = "trainer.json"
 #: Below the run's folder: the checkpoint that --resume named, until the first save after it.
 RESUME_FROM = "resume-from"
+#: Of ``trainer.json``, which names every token file: enough for half a million of them.
+_MOST_STATE_BYTES = 1 << 27
 _STEP = re.compile(r"step-(\d{1,18})")
 _LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
 
@@ -93,7 +95,7 @@ class RunState:
                 f"{folder} has no {STATE}: it was not saved by smolconv continue-train.\n"
                 "To start from it, name it as model.source; its optimizer is taken with start.optimizer."
             )
-        document = {"manifest": False, **read_json(path)}
+        document = {"manifest": False, **read_json(path, _MOST_STATE_BYTES)}
         document.pop("schema", None)
         with understood(path):
             return RunState(**document)

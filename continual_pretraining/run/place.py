@@ -41,12 +41,18 @@ def source_place(recipe: Recipe, source: Checkpoint, step: int, vocab_size: int)
         stages, last = source.progress.stages, source.progress.last_stage_index
         # nanotron lists the stages that are still to come, too.
         position = position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)
-        if os.path.lexists(source.root / STATE):
-            state = RunState.read(source.root)
+        folder = next((path for path in _folders(source) if os.path.lexists(path / STATE)), None)
+        if folder is not None:
+            state = RunState.read(folder)
             recorded, since = _by_path(recipe, state.token_files), f"step {state.step} of the source"
             restarted = _by_path(recipe, state.position.get("restarted", {}))
             position = {**position, "restarted": restarted} if restarted else position
     return place_in_data(recipe, position, recorded, vocab_size, since)
+
+
+def _folders(source: Checkpoint) -> set[Path]:
+    """Where its files lie: a run's folder is named by several of its steps, of which one was read."""
+    return {path.parent for path in source.files}
 
 
 def _by_path(recipe: Recipe, recorded: Mapping[str, T]) -> dict[str, T]:
