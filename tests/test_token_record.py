@@ -376,7 +376,8 @@ def test_a_run_and_its_dry_run_refuse_a_file_before_others_in_the_same_words(run
 
     saved, tokens = run
     written(tokens, "a", seed=5)
-    ended = work(goes_on(tokens), saved)
+    ended = work(goes_on(tokens), saved, resume=str(step_folder(saved, 4)))
+    assert not (saved / "resume-from").exists()  # a path that was refused is not remembered
     assert ended.code == 2 and "the files of tokens changed since step 4: 1 file added (a.ds)" in ended.message
     recipe = saved / "recipe.resolved.yaml"
     recipe.write_text(yaml.safe_dump(goes_on(tokens, output=str(saved))))

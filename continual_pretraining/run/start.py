@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
+from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
+from smolconv.continual_pretraining.run.folder import check_steps
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
@@ -84,11 +86,12 @@ def prepare_start(
         start = _fresh(recipe, run, world_size, device)
     else:
         state, checkpoint = _checked(recipe, own)
+        place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
             notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
-        start = _resumed(recipe, run, own, world_size, state, checkpoint)
+        start = _resumed(recipe, run, own, world_size, state, checkpoint, place)
     events = (origin.went_back, *start.events) if origin.went_back else start.events
     return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
 
@@ -182,6 +185,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
 def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
     """A run's checkpoint, from which this recipe may go on."""
     state = RunState.read(own)
+    check_steps(recipe, state.step, own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
         raise UsageError(
@@ -201,10 +205,9 @@ def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
 
 
 def _resumed(
-    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace
 ) -> StartPoint:
     given = recipe.parallelism
-    place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
     if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
         same = True  # one file for all ranks

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export
-from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, check_steps, held_elsewhere, trained_elsewhere
+from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
 from smolconv.errors import SmolconvError, StoppedBySignal
 
@@ -47,8 +47,6 @@ def run_rank(run: Path, resume: str) -> None:
         lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
     )
     _say(ranks, *start.notes)
-    if start.resumed is not None:
-        check_steps(recipe, start.step, Path(start.resumed))
     done = start.step >= recipe.schedule.train_steps
     if done:
         _say(ranks, *start.events, f"all {recipe.schedule.train_steps} steps are done")
