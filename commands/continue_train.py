@@ -161,7 +161,7 @@ def _start(recipe: Recipe, run: Path, resume: str, *, compare_data: bool) -> tup
         events = own_place(recipe, own, state, spec.vocab_size).events if compare_data else ()
         return spec, state.step + 1, events
     step = completed_steps(recipe, source.progress)
-    compare_data = compare_data and recipe.start.data
+    compare_data = compare_data and (recipe.start.data or recipe.start.learning_rate)
     events = source_place(recipe, source, step, spec.vocab_size).events if compare_data else ()
     return spec, step + 1, events
 

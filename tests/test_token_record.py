@@ -21,6 +21,7 @@ from smolconv.continual_pretraining.data.position import tokens_of
 from smolconv.continual_pretraining.data.stream import TrainingData
 from smolconv.continual_pretraining.data.token_record import DataPlace, place_in_data, record_of
 from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, step_folder
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
@@ -410,6 +411,22 @@ def test_a_branch_compares_with_what_its_source_recorded(named, run):
     place = source_place(Recipe.model_validate(renamed), source, 4, VOCABULARY)
     assert read(Recipe.model_validate(renamed), 5, 5, place.position)[0][0][0] == ("moved", "a.ds", 0)
     shutil.rmtree(moved)
+
+
+def test_a_branch_is_told_that_its_source_has_decayed(run):
+    """The source's rate fell over steps 3 and 4; the branch, which takes its step, would decay after step 8."""
+    saved, tokens = run
+    own = step_folder(saved, 4)
+    falls = {"train_steps": 4, "peak_lr": 1e-3, "warmup_steps": 0, "decay": "linear", "decay_steps": 2}
+    replace(RunState.read(own), schedule=falls).write(own)
+    longer = {**falls, "train_steps": 10}
+    for learning_rate in (True, False):
+        branch = recipe_of(own, tokens, schedule=longer, start={"learning_rate": learning_rate})
+        events = source_place(branch, read_own(own), 4 if learning_rate else 0, VOCABULARY).events
+        assert bool(events) == learning_rate
+        if learning_rate:
+            assert "Step 4 trained at 0.0005; step 5 will at 0.001." in events[0]
+            assert f"go on from it with model.source: {step_folder(saved, 2)}." in events[0]
 
 
 def test_a_checkpoint_of_an_early_version_goes_on_and_it_is_said_that_nothing_can_be_compared(run):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
-from smolconv.continual_pretraining.recipe.schedules import moved_decay
+from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_decay
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
 from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
@@ -87,9 +87,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     if state is not None:
         check_steps(recipe, state.step, checkpoint)
         schedule = state.trained_by or (None if old is None else old.schedule)
-        moved = None if schedule is None else moved_decay(schedule, recipe.schedule, state.step)
-        if moved is not None:
-            notes.append(f"{moved.says} {_before_decay(checkpoint, moved.last_undecayed_step)}")
+        notes += moved_decay_notes(recipe, schedule, state.step, checkpoint, "--resume")
     if old is None:
         return notes
     if deciding := [change for change in changes(_begun(old, step), _begun(recipe, step)) if change.decides]:
@@ -118,11 +116,16 @@ def check_steps(recipe: Recipe, step: int, checkpoint: Path) -> None:
     )
 
 
-def _before_decay(checkpoint: Path, last_undecayed_step: int) -> str:
-    found = _newest_until(checkpoint, last_undecayed_step)
+def moved_decay_notes(recipe: Recipe, old: Schedule | None, step: int, checkpoint: Path, option: str) -> list[str]:
+    """That the rate jumps, and the newest checkpoint from which it would not, by the option that names it."""
+    moved = None if old is None else moved_decay(old, recipe.schedule, step)
+    if moved is None:
+        return []
+    last = moved.last_undecayed_step
+    found = _newest_until(checkpoint, last)
     if found is None:
-        return f"No checkpoint from before the decay (until step {last_undecayed_step:,}) is left."
-    return f"The newest checkpoint from before the decay: go on from it with --resume {found}."
+        return [f"{moved.says} No checkpoint from before the decay (until step {last:,}) is left."]
+    return [f"{moved.says} The newest checkpoint from before the decay: go on from it with {option} {found}."]
 
 
 def _newest_until(checkpoint: Path, step: int) -> Path | None:

@@ -1,4 +1,7 @@
-"""Where a run goes on in its data: after its own checkpoint, or where its source stands. The dry run asks here, too."""
+"""Where a run goes on in its data and schedule: after its own checkpoint, or where its source stands.
+
+The dry run asks here, too.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from smolconv.continual_pretraining.data.position import Position, position_from
 from smolconv.continual_pretraining.data.token_record import DataPlace, TokenRecord, place_in_data
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import STATE, RunState
+from smolconv.continual_pretraining.run.folder import moved_decay_notes
 
 T = TypeVar("T")
 _NOT_RECORDED = "has no record of its token files: whether they have changed since it was saved is not known."
@@ -31,28 +35,29 @@ def source_place(recipe: Recipe, source: Checkpoint, step: int, vocab_size: int)
     """Where a run begins that has completed ``step`` steps of its schedule in its source.
 
     With ``start.data`` it is the source's place; a run of ours has recorded its token files, and those are compared.
-    Raises as ``place_in_data`` and ``position_from_stages`` do.
+    With ``start.learning_rate`` its schedule is. Raises as ``place_in_data`` and ``position_from_stages`` do.
     """
     position: Position | None = {"step": step, "stages": []} if step else None
     recorded: TokenRecord = {}
-    since = ""
+    since, events = "", list[str]()
+    # A run's folder is named by several of its steps, of which one was read.
+    beside = dict.fromkeys(path.parent for path in source.files)
+    folder = next((path for path in beside if os.path.lexists(path / STATE)), None)
+    state = RunState.read(folder) if folder and (recipe.start.data or recipe.start.learning_rate) else None
+    if folder and state and recipe.start.learning_rate:
+        events += moved_decay_notes(recipe, state.trained_by, step, folder, "model.source:")
     if recipe.start.data:
         assert source.progress is not None
         stages, last = source.progress.stages, source.progress.last_stage_index
         # nanotron lists the stages that are still to come, too.
         position = position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)
-        folder = next((path for path in _folders(source) if os.path.lexists(path / STATE)), None)
-        if folder is not None:
-            state = RunState.read(folder)
+        if state is not None:
             recorded, since = _by_path(recipe, state.token_files), f"step {state.step} of the source"
             restarted = _by_path(recipe, state.position.get("restarted", {}))
             position = {**position, "restarted": restarted} if restarted else position
-    return place_in_data(recipe, position, recorded, vocab_size, since)
-
-
-def _folders(source: Checkpoint) -> set[Path]:
-    """Where its files lie: a run's folder is named by several of its steps, of which one was read."""
-    return {path.parent for path in source.files}
+            events += [] if state.token_files else [f"{folder} {_NOT_RECORDED}"]
+    place = place_in_data(recipe, position, recorded, vocab_size, since)
+    return replace(place, events=(*events, *place.events))
 
 
 def _by_path(recipe: Recipe, recorded: Mapping[str, T]) -> dict[str, T]:
