@@ -95,8 +95,8 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
     tokens, problems = _tokens(recipe)
     engine = engine_config(recipe, world_size)
-    spec, first_step, changed = _start(recipe, run, resume, world_size)
-    told += [changed] if changed else []
+    spec, first_step, events = _start(recipe, run, resume, world_size, compare_data=not problems)
+    told += events
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
         told.append(
@@ -138,9 +138,13 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     console.warn(problems)
 
 
-def _start(recipe: Recipe, run: Path, resume: str, world_size: int) -> tuple[ModelSpec, int, str]:
-    """The trained spec, from headers alone; the first step; and what the recipe changes of the source's rope theta."""
+def _start(
+    recipe: Recipe, run: Path, resume: str, world_size: int, *, compare_data: bool
+) -> tuple[ModelSpec, int, tuple[str, ...]]:
+    """The trained spec, from headers alone; the first step; and what is to be said: of data that has changed, and of a
+    rope theta that the recipe changes. The ranks refuse by the same functions."""
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
+    from smolconv.continual_pretraining.run.place import own_place, source_place
     from smolconv.continual_pretraining.run.start import (
         changed_text,
         check_model,
@@ -155,10 +159,18 @@ def _start(recipe: Recipe, run: Path, resume: str, world_size: int) -> tuple[Mod
     source, trained = read_source(recipe, open_source(uri, headers_only=True))
     check_model(recipe, trained.spec, uri)
     own = find_resume(run, resume)
-    if own is None:
-        plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
-    first = RunState.read(own).step if own else completed_steps(recipe, with_published_progress(source, uri).progress)
-    return trained.spec, first + 1, changed_text(source.spec, trained.spec)
+    changed = changed_text(source.spec, trained.spec)
+    said = (changed,) if changed else ()
+    if own is not None:
+        state = RunState.read(own)
+        events = own_place(recipe, own, state, trained.spec.vocab_size).events if compare_data else ()
+        return trained.spec, state.step + 1, (*said, *events)
+    plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
+    source = with_published_progress(source, uri)
+    step = completed_steps(recipe, source.progress)
+    compare_data = compare_data and (recipe.start.data or recipe.start.learning_rate)
+    events = source_place(recipe, source, step, trained.spec.vocab_size).events if compare_data else ()
+    return trained.spec, step + 1, (*said, *events)
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

@@ -158,9 +158,15 @@ def test_numbers_and_words_are_read_as_people_write_them():
     assert yaml.safe_load("[2e-4, on, 24:00:00]") == ["2e-4", True, 86400]
 
 
+def test_a_recipe_that_exports_nothing_says_so():
+    assert [note for note in notes(small()) if "nothing is exported" in note and "`export: {}` writes hf" in note]
+    assert small("export={}").export == schema.Export(formats=("hf",), verify=True)
+    assert notes(small("export={}")) == []  # control
+
+
 def test_weights_that_do_not_sum_to_one_are_normalised_and_said():
-    assert notes(small()) == []
-    recipe = small("data.stages.0.sources.1.weight=2")
+    assert notes(small("export={}")) == []
+    recipe = small("export={}", "data.stages.0.sources.1.weight=2")
     assert recipe.data.stages[0].weights == pytest.approx((1 / 9, 8 / 9))
     assert notes(recipe) == ["data: stage 'only': the weights sum to 2.25 and were normalised: 0.1111, 0.8889."]
 

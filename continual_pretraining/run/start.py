@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress
+from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
 from smolconv.continual_pretraining.run.export import check_exports
-from smolconv.continual_pretraining.run.folder import START
+from smolconv.continual_pretraining.run.folder import START, check_steps
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
+from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConversionPlan, ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError, some_of
@@ -35,6 +37,7 @@ from smolconv.layouts.layout import ReadOptions, hf_config
 from smolconv.layouts.listing import ASSET_NAMES
 from smolconv.layouts.registry import LAYOUTS, layout_named, read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.parsing import MOST_TOKENIZER_BYTES
 from smolconv.tensors.lazy import LazyTensor, is_zero
@@ -55,11 +58,13 @@ class StartPoint:
     skipped_steps: int = 0
     gate: SourceLoss | None = None
     frozen: tuple[str, ...] = ()  #: parameters that stay zero
-    changed: str = ""  #: rope theta and context that the recipe changes, with both losses; for the log of events
     #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
+    token_files: Mapping[str, Any] = field(default_factory=dict)  #: the record of ``DataPlace``
+    #: For the log: that it went back from a damaged checkpoint, that data has changed, that the recipe changes the
+    #: source's rope theta or context (with both losses).
+    events: Sequence[str] = ()
 
 
 def prepare_start(
@@ -84,18 +89,20 @@ def prepare_start(
         start = _fresh(recipe, run, world_size, device)
     else:
         state, checkpoint = _checked(recipe, own)
+        place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
             notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
-        start = _resumed(recipe, run, own, world_size, state, checkpoint)
-    return replace(start, notes=(*notes, *origin.notes, *start.notes), went_back=origin.went_back)
+        start = _resumed(recipe, run, own, world_size, state, checkpoint, place)
+    events = (origin.went_back, *start.events) if origin.went_back else start.events
+    return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
 
 
 def groups_of(recipe: Recipe, spec: ModelSpec, frozen: Sequence[str]) -> tuple[Group, ...]:
     """The engine's parameter groups, in the order in which a checkpoint must hold them."""
     names = [name for name in parameter_shapes(spec) if name not in frozen]
-    return group_parameters(names, recipe.optimizer, tied=spec.tied)
+    return group_parameters(names, recipe.optimizer, tied=spec.tied, family=family_of(spec))
 
 
 def held_at_zero(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -251,15 +258,11 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     check_model(recipe, checkpoint.spec, recipe.model.source)
     plan = plan_start(recipe, checkpoint, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
     step = completed_steps(recipe, source.progress)
-    position: Mapping[str, Any] | None = None
-    if wanted.data:
-        position = _source_position(recipe, source, step)
-    elif step:
-        position = {"step": step, "stages": []}  # the schedule goes on, the data begins
+    place = source_place(recipe, source, step, checkpoint.spec.vocab_size)
     gate, changed = None, changed_text(source.spec, checkpoint.spec)
     if wanted.gate:
         read = _read_options(recipe, optimizer=wanted.optimizer)
-        batch = first_micro_batch(recipe, checkpoint.spec, step, position)
+        batch = first_micro_batch(recipe, checkpoint.spec, step, place.position)
         masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
         gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
         if not math.isfinite(gate.loss):
@@ -273,12 +276,16 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
             changed += f"; loss of the first micro-batch: {gate.loss:.4f}, with the source's own: {own.loss:.4f}"
     start, held = _convert(plan, adam=wanted.optimizer), plan.prepared.frozen
     notes = [f"{len(held)} parameters stay zero, which nanotron has no place for: {some_of(held, 2)}"] if held else []
-    return replace(start, step=step, position=position, gate=gate, changed=changed, notes=notes)
+    return replace(
+        start, step=step, position=place.position, token_files=place.record,
+        events=(*place.events, *([changed] if changed else [])), gate=gate, notes=notes,
+    )  # fmt: skip
 
 
 def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
     """A run's checkpoint, from which this recipe may go on."""
     state = RunState.read(own)
+    check_steps(recipe, state.step, own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
         raise UsageError(
@@ -298,7 +305,7 @@ def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
 
 
 def _resumed(
-    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace
 ) -> StartPoint:
     given = recipe.parallelism
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
@@ -323,8 +330,8 @@ def _resumed(
             ),
         )
     return replace(
-        start, step=state.step, position=state.position, resumed=str(own), spikes=state.spikes,
-        skipped_steps=state.skipped_steps,
+        start, step=state.step, position=place.position, token_files=place.record, events=place.events,
+        resumed=str(own), spikes=state.spikes, skipped_steps=state.skipped_steps,
     )  # fmt: skip
 
 
@@ -410,12 +417,3 @@ def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapp
         return next(iter(data.steps(step + 1, step + 1))).micro_batches[0]
     finally:
         data.close()
-
-
-def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
-    from smolconv.continual_pretraining.data.position import position_from_stages
-
-    assert source.progress is not None
-    stages, last = source.progress.stages, source.progress.last_stage_index
-    # nanotron lists the stages that are still to come, too.
-    return position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)

@@ -167,8 +167,8 @@ class Trainer:
             said = self.check_start()
             if ranks.first:
                 self.watch = self._watch(first)
-                for text in filter(None, (self.start.went_back, self.start.changed, said)):
-                    self.watch.event(self.start.step, text)
+            for text in filter(None, (*self.start.events, said)):
+                self._say(text)
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
                 self._evaluate(self.start.step)  # what the run is to better
@@ -322,7 +322,8 @@ class Trainer:
             step=data.step, position=data.position, zero_stage=given.zero_stage, world_size=self.ranks.world_size,
             dtype=self.recipe.model.dtype, micro_batch_sequences=given.micro_batch_sequences,
             global_batch_sequences=self.recipe.global_batch_sequences, spikes=self.spikes.state(),
-            skipped_steps=self.skipped_steps,
+            skipped_steps=self.skipped_steps, token_files=self.start.token_files,
+            schedule=self.recipe.schedule.model_dump(mode="json"),
         )  # fmt: skip
         stages = stages_of(data.position)
         progress = TrainingProgress(

@@ -49,9 +49,7 @@ def run_rank(run: Path, resume: str) -> None:
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
     if done:
-        _say(
-            ranks, *([start.went_back] if start.went_back else []), f"all {recipe.schedule.train_steps} steps are done"
-        )
+        _say(ranks, *start.events, f"all {recipe.schedule.train_steps} steps are done")
     from smolconv.continual_pretraining.run.trainer import Trainer, newest_checkpoint
 
     trainer = Trainer(recipe, run, start, ranks)
