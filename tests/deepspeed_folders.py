@@ -143,7 +143,7 @@ def _modules() -> dict[str, ModuleType]:
     parents = {name.rpartition(".")[0] for name in _CLASSES} | {"deepspeed", "deepspeed.runtime"}
     modules = {name: ModuleType(name) for name in (*parents, *_CLASSES)}
     for module, name in _CLASSES.items():
-        stand_in: type = type(name, (), {"__module__": module})
+        stand_in: type = type(name, (), {"__module__": module, "__init__": lambda self, *args: None})
         if name == "ZeroStageEnum":
             stand_in = cast(type, IntEnum(name, _STAGES, module=module, start=0))
         setattr(modules[module], name, stand_in)
