@@ -212,7 +212,7 @@ def masters_in(run: Path) -> dict[str, torch.Tensor]:
     model = torch.load(tag / "mp_rank_00_model_states.pt")
     (file,) = tag.glob("*_optim_states.pt")
     state = load(file)["optimizer_state_dict"]
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for flat, shapes in zip(state["single_partition_of_fp32_groups"], model["param_shapes"], strict=True):
         pieces = flat[: sum(map(math.prod, shapes.values()))].split([math.prod(shape) for shape in shapes.values()])
         found |= {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +35,10 @@ from smolconv.storage.torch_archive.zip import (
 
 
 def read_torch_archive(
-    path: Path, *, allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({})
+    path: Path,
+    *,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+    plain_keys: Collection[str] | None = None,
 ) -> object:
     """The object that ``torch.save`` wrote, with an ``ArchiveTensor`` for every tensor and no tensor data read.
 
@@ -43,11 +46,14 @@ def read_torch_archive(
     should return something inert. What it returns may be filled by the pickle through ``__setstate__`` if its class
     has one, else through ``__dict__``.
 
+    With ``plain_keys`` the object is a mapping that people added keys to: below any other key, what the pickle names
+    beyond the list is an ``Opaque``. Without, or anywhere else, it is refused.
+
     Raises ``MissingFile``, ``CorruptFile``, ``UnsafePickle`` when the pickle names anything else, and ``MachineError``
     when the disk fails. Nothing that a pickle names is ever imported.
     """
     with open_archive(path) as archive:
-        return unpickle(archive, allow)
+        return unpickle(archive, allow, plain_keys)
 
 
 def read_pickle_bytes(path: Path) -> bytes:
