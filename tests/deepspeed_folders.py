@@ -103,7 +103,7 @@ def load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def save(content: object, path: Path, save_as: Callable[[object, Path], None] = torch.save) -> None:
+def save(content: object, path: Path, save_as: Callable[[object, Path], object] = torch.save) -> None:
     with _stand_ins():
         save_as(content, path)
 

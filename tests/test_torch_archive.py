@@ -875,7 +875,6 @@ def npz_file() -> bytes:
         (lambda: bytes(1000), "begins with the bytes 00 00"),
         (lambda: b"<!DOCTYPE html>", "begins with the bytes"),
         (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (lambda: legacy_torch_file({"a": torch.ones(2)}), "before version 1.6"),
         (tar_file, "is a tar file"),
         (npz_file, "not one of torch.save's"),
         (lambda: b"PK\x03\x04" + bytes(1000), "cut short"),

@@ -12,6 +12,7 @@ holds the bytes of one storage, which several tensors may view. The layout follo
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from types import MappingProxyType
 
 from zlib_ng.zlib_ng import crc32
 
+from smolconv.storage.torch_archive.legacy import is_legacy, read_legacy
 from smolconv.storage.torch_archive.pickle import pickle_object
-from smolconv.storage.torch_archive.records import open_archive
+from smolconv.storage.torch_archive.records import archive_in, opened
 from smolconv.storage.torch_archive.unpickle import unpickle
 from smolconv.storage.torch_archive.values import Storage
 from smolconv.storage.torch_archive.zip import (
@@ -52,17 +54,20 @@ def read_torch_archive(
     Raises ``MissingFile``, ``CorruptFile``, ``UnsafePickle`` when the pickle names anything else, and ``MachineError``
     when the disk fails. Nothing that a pickle names is ever imported.
     """
-    with open_archive(path) as archive:
-        return unpickle(archive, allow, plain_keys)
+    with opened(path) as file:
+        if is_legacy(file):
+            return read_legacy(path, file, allow, plain_keys)
+        return unpickle(archive_in(path, file), allow, plain_keys)
 
 
 def read_pickle_bytes(path: Path) -> bytes:
     """The archive's pickle as it is. Two files with the same say the same, but for where their tensors' bytes lie.
 
-    Raises as ``read_torch_archive`` does.
+    Of a file that is no zip, whose pickle names addresses in memory, something that no other has. Raises as
+    ``read_torch_archive`` does.
     """
-    with open_archive(path) as archive:
-        return archive.read_pickle()
+    with opened(path) as file:
+        return os.fsencode(path) if is_legacy(file) else archive_in(path, file).read_pickle()
 
 
 @dataclass(frozen=True, kw_only=True)

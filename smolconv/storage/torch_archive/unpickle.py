@@ -10,7 +10,9 @@ import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what pickle.Unpickler itself uses
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NoReturn, TypeGuard
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn, Protocol, TypeGuard
 
 from smolconv.errors import CorruptFile, SmolconvError, UnsafePickle
 from smolconv.storage.torch_archive.records import Archive, shown
@@ -38,17 +40,45 @@ _TENSOR_CLASSES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
 _NAMED_ONLY = _UNTYPED_STORAGES | _TENSOR_CLASSES | {("torch", name) for name in STORAGE_DTYPES}
 
 _MAX_DIMENSIONS = 64
-_MAX_COUNT = 1 << 63
+MAX_COUNT = 1 << 63
 _MAX_INTEGER_BYTES = 255  # as torch.load
 #: Levels of containers, and values once each is written out as often as it is contained: what is walked has an end.
 _MAX_LEVELS, _MAX_VALUES = 64, 1 << 22
+
+
+class Container(Protocol):
+    """The file that a pickle lies in, with the storages of its tensors."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def pickle_name(self) -> str: ...
+    @property
+    def after_count(self) -> tuple[None, ...]:
+        """What ends the name of a storage, after the number of its elements."""
+        ...
+
+    def locate(self, record: str) -> tuple[int, int] | None: ...
+    def damaged(self, found: str, expected: str, advice: str = ...) -> CorruptFile: ...
 
 
 def unpickle(
     archive: Archive, allow: Mapping[tuple[str, str], Callable[..., object]], plain_keys: Collection[str] | None
 ) -> object:
     """The object that an archive's data.pkl describes. Parameters and errors are those of ``read_torch_archive``."""
-    return _Unpickler(archive, archive.read_pickle(), allow, plain_keys).load()
+    return unpickle_at(archive, archive.read_pickle(), 0, allow, plain_keys)[0]
+
+
+def unpickle_at(
+    container: Container,
+    pickled: bytes,
+    start: int,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+    plain_keys: Collection[str] | None = None,
+) -> tuple[object, int, Mapping[str, set[int]]]:
+    """The object of the pickle that begins at ``start``, where it ends, and the storages' bytes per element, by key."""
+    unpickler = _Unpickler(container, pickled, start, allow, plain_keys)
+    return unpickler.load(), unpickler.position, unpickler.item_bytes
 
 
 class _Unpickler:
@@ -61,8 +91,9 @@ class _Unpickler:
 
     def __init__(
         self,
-        archive: Archive,
+        archive: Container,
         pickled: bytes,
+        start: int,
         allow: Mapping[tuple[str, str], Callable[..., object]],
         plain_keys: Collection[str] | None,
     ) -> None:
@@ -72,8 +103,9 @@ class _Unpickler:
         self.plain_keys = plain_keys
         self.has_opaque = False
         self.looked_at = 0  # values, in the search for opaque ones
+        self.item_bytes: dict[str, set[int]] = {}
         self.protocol = 0
-        self.position = 0
+        self.position = start
         self.stack: list[object] = []
         self.marked: list[list[object]] = []  # the stacks beneath each MARK
         self.memo: dict[int, object] = {}
@@ -118,14 +150,13 @@ class _Unpickler:
     # Failures
 
     def damaged(self, found: str) -> CorruptFile:
-        return self.archive.damaged(
-            f"data.pkl {found} (near its byte {self.position})", "A pickle written by torch.save was expected."
-        )
+        where = f"{self.archive.pickle_name} {found} (near its byte {self.position})"
+        return self.archive.damaged(where, "A pickle written by torch.save was expected.")
 
     def refuse(self, asked: str) -> NoReturn:
         raise UnsafePickle(
-            f"{self.archive.path}: data.pkl asks for {shown(asked)}, which is not on the list of what a checkpoint "
-            "may contain. Nothing was executed.\n"
+            f"{self.archive.path}: {self.archive.pickle_name} asks for {shown(asked)}, which is not on the list of "
+            "what a checkpoint may contain. Nothing was executed.\n"
             "Tensors, parameters, dtypes, sizes and plain Python containers were expected.\n"
             "If you know where the file comes from, load it with torch in a safe place and save only the tensors again."
         )
@@ -328,10 +359,12 @@ class _Unpickler:
 
     def find_storage(self) -> None:
         match self.stack.pop():
-            case ("storage", Opaque() as unlisted, str(), str(), int()):
+            case ("storage", Opaque() as unlisted, str(), str(), int(), *_):
                 self.push(unlisted)
                 return
-            case ("storage", GlobalRef(module=module, name=name), str(key), str(), int(numel)) if _is_count(numel):
+            case ("storage", GlobalRef(module=module, name=name), str(key), str(), int(numel), *rest) if (
+                _is_count(numel) and tuple(rest) == self.archive.after_count
+            ):
                 pass  # the fourth is the device it was on
             case _:
                 raise self.damaged("names a storage by something other than (class, key, device, count)")
@@ -339,6 +372,7 @@ class _Unpickler:
         if dtype is None and (module, name) not in _UNTYPED_STORAGES:
             self.push(self.unlisted(f"a storage of class {module}.{name}"))
             return
+        self.item_bytes.setdefault(key, set()).add(DTYPE_BYTES[dtype] if dtype else 1)
         place = self.archive.locate(f"data/{key}")
         if place is None:
             raise self.damaged(f"refers to the record data/{shown(key)}, which is missing")
@@ -408,7 +442,7 @@ class _Unpickler:
         self, storage: ArchiveStorage, dtype: str, view: tuple[object, object, object], metadata: list[object]
     ) -> ArchiveTensor:
         offset, sizes, steps = view[0], self.counts(view[1]), self.counts(view[2])
-        if not _is_count(offset) or len(sizes) != len(steps) or math.prod(sizes) >= _MAX_COUNT:
+        if not _is_count(offset) or len(sizes) != len(steps) or math.prod(sizes) >= MAX_COUNT:
             raise self.damaged(f"gives a tensor of storage {shown(storage.key)} an impossible shape, stride or offset")
         if any(metadata) or dtype not in DTYPE_BYTES:
             # The metadata says that the elements are yet to be negated or conjugated.
@@ -522,7 +556,7 @@ def _parts(value: object) -> Iterator[object] | None:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < _MAX_COUNT
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def _is_state(value: object) -> TypeGuard[dict[str, object]]:
