@@ -34,7 +34,7 @@ ACCOUNTED = {
     (
         "smolconv/verify/hf.py",
         "torch.load",
-    ): "weights_only=True, after our reader has read all of it; mmap takes zips only",
+    ): "weights_only=True, after our reader has read all of it",
     ("smolconv/verify/hf.py", "transformers.AutoConfig.from_pretrained"): "trust_remote_code=False, a local folder",
     ("smolconv/verify/inputs.py", "np.load"): "allow_pickle=False",
     ("smolconv/verify/engines/start.py", "np.load"): "allow_pickle=False; what a process of ours wrote",

@@ -14,7 +14,15 @@ from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
-from smolconv.layouts.documents import adam_step, check_plain, is_count, is_world, understood, with_tuples
+from smolconv.layouts.documents import (
+    adam_step,
+    check_plain,
+    is_count,
+    is_world,
+    refuse_adapter,
+    understood,
+    with_tuples,
+)
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.records import shown
@@ -133,6 +141,7 @@ def read_model_document(path: Path) -> ModelDocument:
     with understood(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
+        refuse_adapter(map(str, document["module"] or ()), path)
         for name, tensor in module.items():
             check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: {name}")
         shapes = document.get("param_shapes")

@@ -217,7 +217,7 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
 
 def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> SourceRecord:
     """The documents of the layout it came from, the model's config, and what DeepSpeed alone knows."""
-    kept, files = read_documents(reading.tag.parent / SOURCE_DOCUMENTS)
+    kept, files = read_documents(reading.run / SOURCE_DOCUMENTS)
     reading.read_files += files
     if is_nanotron_config(reading.config):
         kept = replace(kept, nanotron_config=reading.config)
@@ -251,4 +251,4 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:
-    return {**assets_in(reading.tag.parent), **assets_in(reading.tag)}
+    return {**assets_in(reading.run), **assets_in(reading.tag)}
