@@ -96,7 +96,7 @@ def _folders(run: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    found = (name.fullmatch(entry.name) for entry in os.scandir(folder) if entry.is_dir())
+    found = (name.fullmatch(entry.name) for entry in os.scandir(folder) if os.path.isdir(entry))
     return [match for match in found if match]
 
 
