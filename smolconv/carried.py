@@ -57,6 +57,8 @@ def account(
         carried.append(_progress(prepared.progress))
     elif source.progress is not None and (source.progress.step or source.progress.consumed_samples):
         left.append(_progress(source.progress))
+    if source.source.engine is not None:
+        left += source.source.engine.left_out
     if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
         carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
     if not is_tokenizer({*prepared.assets, *prepared.documents}):
