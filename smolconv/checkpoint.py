@@ -110,6 +110,7 @@ class EngineRecord:
     skipped_steps: int = 0
     groups: tuple[ParameterGroup, ...] = ()  #: the run's own, though Adam's state may have been left behind
     lr_scheduler: Any = None  #: its state, of plain values
+    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
 
 
 @dataclass(frozen=True, kw_only=True)
