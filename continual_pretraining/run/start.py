@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
+from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress, for_another_engine
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
@@ -269,7 +269,7 @@ def _convert(
         to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
         optimizer=optimizer, dtype=recipe.model.dtype, digest="none", vocab_size=checkpoint.spec.vocab_size,
     )  # fmt: skip
-    plan = plan_from_checkpoint(checkpoint, uri, target, options)
+    plan = plan_from_checkpoint(for_another_engine(checkpoint), uri, target, options)
     run_conversion(plan, overwrite=True)
     return StartPoint(
         folder=str(target), tag=(target / "latest").read_text(), step=0, position=None, resumed=None, adam=optimizer,
