@@ -29,13 +29,13 @@ class Job:
     """One training, from random weights or resumed, up to ``steps`` steps in all."""
 
     program: str  #: trainer or accelerate
-    folder: Path  #: where it saves: Trainer's output folder, or accelerate's state folder
-    steps: int  #: after which it stops; a Trainer saves at every step that is a multiple of ``save_every``
+    folder: Path  #: where it saves: the Trainer's output folder, or accelerate's state
+    steps: int  #: after which it stops
     config: Path  #: a transformers config.json
     stage: int | None  #: of ZeRO; None: without DeepSpeed
-    save_every: int = 0  #: 0: saves nothing
+    save_every: int = 0  #: steps, of which accelerate's saves once; 0: saves nothing
     resume: Path | None = None
-    scheduler: str = "hf"  #: whose schedule it is: hf, or deepspeed
+    schedule: str = "own"  #: whose it is: the program's own, or deepspeed's
     ds_config: Mapping[str, Any] = field(default_factory=dict)  #: of DeepSpeed, beside the stage
 
 
@@ -46,7 +46,7 @@ class Trained:
     losses: list[float]  #: of each step that was made here, means over the ranks
     lrs: list[float]  #: the first group's, used in each step
     step: int  #: at the end
-    random: list[float]  #: a number that torch draws after resuming, by rank
+    random: list[list[float]]  #: a number that torch draws before each step that was made here, by rank
     error: str  #: what the program raised when it should have resumed, or ""
 
 
@@ -132,7 +132,7 @@ def _ds_config(job: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
         "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }  # fmt: skip
-    if job["scheduler"] == "deepspeed":
+    if job["schedule"] == "deepspeed":
         made["optimizer"] = {
             "type": "AdamW",
             "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
@@ -156,16 +156,16 @@ def _mean(value: float) -> float:
     return total.item() / torch.distributed.get_world_size()
 
 
-def _drawn(value: float, world: int) -> list[float]:
+def _drawn(world: int) -> list[float]:
     import torch
 
-    parts: list[float] = [0.0] * world
-    torch.distributed.all_gather_object(parts, value)
-    return parts
+    own = torch.rand(())
+    parts = [torch.zeros(()) for _ in range(world)]
+    torch.distributed.all_gather(parts, own)
+    return [float(part) for part in parts]
 
 
 def _trainer(job: Mapping[str, Any], world: int) -> dict[str, Any]:
-    import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     config = json.loads(Path(job["config"]).read_text())
@@ -173,9 +173,8 @@ def _trainer(job: Mapping[str, Any], world: int) -> dict[str, Any]:
 
     class Recording(Trainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            if not found["random"]:
-                found["random"] = [float(torch.rand(()))]
-            found["lrs"].append(self.lr_scheduler.get_last_lr()[0])
+            found["random"].append(_drawn(world))
+            found["lrs"].append(self.optimizer.param_groups[0]["lr"])
             loss = super().training_step(model, inputs, num_items_in_batch)
             found["losses"].append(_mean(float(loss)))
             return loss
@@ -201,21 +200,30 @@ def _trainer(job: Mapping[str, Any], world: int) -> dict[str, Any]:
             raise
         found["error"] = f"{type(error).__name__}: {error}"
     found["step"] = trainer.state.global_step
-    found["random"] = _drawn(found["random"][0] if found["random"] else 0.0, world)
     return found
 
 
 def _accelerate(job: Mapping[str, Any], world: int) -> dict[str, Any]:
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DataLoaderConfiguration,
+        DeepSpeedPlugin,
+        DummyOptim,
+        DummyScheduler,
+        InitProcessGroupKwargs,
+    )
 
     config = json.loads(Path(job["config"]).read_text())
     rows = GLOBAL_ROWS // world
+    # Otherwise the schedule makes a step for every process, and means another LR in another world.
+    loading = DataLoaderConfiguration(split_batches=True)
     plugin = DeepSpeedPlugin(hf_ds_config=_ds_config(job, rows))
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, dataloader_config=loading, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    )
     model = _model(job["config"])
-    if job["scheduler"] == "deepspeed":
+    if job["schedule"] == "deepspeed":
         optimizer: Any = DummyOptim(model.parameters())
         scheduler: Any = DummyScheduler(optimizer)
     else:
@@ -228,21 +236,20 @@ def _accelerate(job: Mapping[str, Any], world: int) -> dict[str, Any]:
         if job["resume"]:
             accelerator.load_state(job["resume"])
         done = model.global_steps
-        found["random"] = _drawn(float(torch.rand(())), world)
         for step in range(done, job["steps"]):
             own = data[step * GLOBAL_ROWS :][:GLOBAL_ROWS].chunk(world)[accelerator.process_index]
-            found["lrs"].append(float(scheduler.get_last_lr()[0]))
+            found["random"].append(_drawn(world))
+            found["lrs"].append(float(optimizer.param_groups[0]["lr"]))
             loss = model(input_ids=own, labels=own, use_cache=False).loss
             accelerator.backward(loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             found["losses"].append(_mean(float(loss)))
-        found["step"] = model.global_steps
-        if job["save_every"]:
-            accelerator.save_state(job["folder"])
-            if accelerator.is_main_process:
+            if step + 1 == job["save_every"]:
+                accelerator.save_state(job["folder"])
                 (Path(job["folder"]) / "config.json").write_text(json.dumps(config))
+        found["step"] = model.global_steps
     except (FileNotFoundError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         if not job["resume"]:
             raise

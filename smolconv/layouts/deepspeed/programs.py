@@ -39,10 +39,16 @@ class Program:
 
 
 def _trainer_state(checkpoint: Checkpoint) -> tuple[bytes, str]:
-    state: dict[str, Any] = {"global_step": _step(checkpoint)}
+    # A Trainer goes on by these in place of its own arguments, and fails without them.
+    intervals = {"logging_steps": 500, "eval_steps": 500, "save_steps": 500, "train_batch_size": 1}
+    state: dict[str, Any] = {"global_step": _step(checkpoint), **intervals}
     if checkpoint.progress is not None and checkpoint.progress.consumed_tokens is not None:
         state["num_input_tokens_seen"] = checkpoint.progress.consumed_tokens
-    return (json.dumps(state, indent=2) + "\n").encode(), "only the step is known; not the history, nor the best metric"
+    said = (
+        "only the step is known, not history and best metric. Edit its logging_steps, eval_steps, save_steps and "
+        "train_batch_size: the Trainer takes them from there"
+    )
+    return (json.dumps(state, indent=2) + "\n").encode(), said
 
 
 def _schedule(checkpoint: Checkpoint) -> tuple[bytes, str]:
