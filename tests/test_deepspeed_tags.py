@@ -90,6 +90,8 @@ def test_latest_leads_nowhere_but_below(text, tmp_path):
     (run.checkpoint / "latest").write_text(text)
     with pytest.raises(CorruptFile, match="the name of a folder beside it was expected"):
         step_of(run)
+    shutil.copytree(run.checkpoint / "runs" / "step3", run.checkpoint / "step3")
+    assert step_of(run, step=3) == 3  # which asks for no latest
 
 
 def test_nor_does_it_by_a_link(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from smolconv.errors import MissingFile
+from smolconv.errors import BadCheckpoint, MissingFile
 from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
 from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
 
@@ -61,7 +61,7 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
         if step is not None and _step_of(folder.name) != step:
             raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
         return folder
-    named = _named_tag(folder)
+    named = _named_tag(folder, needed=step is None)
     if step is None and named is not None and _is_tag_folder(folder / named[1]):  # without a look at every other tag
         return folder / named[1]
     tags = sorted(_tags(folder, 1 if named is None else 1 + named[1].count("/")))
@@ -82,11 +82,15 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
     )
 
 
-def _named_tag(folder: P) -> tuple[P, str] | None:
-    for pointer in (folder / LATEST, folder / LATEST_UNIVERSAL):
-        if there(pointer):
-            return pointer, read_name(pointer)
-    return None
+def _named_tag(folder: P, *, needed: bool) -> tuple[P, str] | None:
+    """The pointer that is there, and the tag that it names. A damaged one counts only where it is ``needed``."""
+    try:
+        pointer = next((path for name in (LATEST, LATEST_UNIVERSAL) if there(path := folder / name)), None)
+        return None if pointer is None else (pointer, read_name(pointer))
+    except BadCheckpoint:
+        if needed:
+            raise
+        return None
 
 
 def _step_of(tag: str) -> int | None:
