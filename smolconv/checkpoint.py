@@ -114,6 +114,7 @@ class EngineRecord:
     names: StoredNames = field(default_factory=StoredNames)  #: of its module, which torch.compile or a policy may wrap
     tag: str | None = None  #: the folder's name in the run, which some programs ask for
     loss_scaler: Mapping[str, Any] | None = None  #: of fp16: the attributes of DeepSpeed's scaler, plain values
+    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,10 +295,11 @@ def test_the_tag_is_kept_and_can_be_chosen(saved: Mapping[str, Path], tmp_path: 
     assert tag("kept", zero_stage=1, world_size=2) == "pytorch_model"
     assert tag("universal") == "pytorch_model"
     assert tag("chosen", tag="here", zero_stage=1, world_size=2) == "here"
+    assert tag("deeper", tag="epoch1/here", zero_stage=1, world_size=2) == "epoch1/here"
     assert tag("trainer", program="trainer") == "global_step2_universal"
 
 
-@pytest.mark.parametrize("options", [{"tag": "a/b"}, {"tag": ".."}, {"tag": "two\nlines"}, {"tag": "config.json"},
+@pytest.mark.parametrize("options", [{"tag": "a//b"}, {"tag": ".."}, {"tag": "two\nlines"}, {"tag": "config.json"},
                                      {"tag": "x", "program": "accelerate"}, {"tag": "x", "program": "trainer"},
                                      {"program": "lightning"}])  # fmt: skip
 def test_a_tag_that_could_not_be_loaded_is_refused(tmp_path: Path, options: dict[str, str]) -> None:

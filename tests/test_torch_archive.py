@@ -242,11 +242,13 @@ def test_a_tensor_with_python_attributes_is_read_without_them(tmp_path):
     assert_same(read_torch_archive(path), tensor)
 
 
-@pytest.mark.parametrize("value", [set(), {"a", 3, None, (1, "b")}], ids=["empty", "filled"])
+@pytest.mark.parametrize(
+    "value", [set(), {"a", 3, None, (1, "b")}, frozenset({"a"})], ids=["empty", "filled", "frozen"]
+)
 def test_a_set_is_read_as_a_set_which_an_engine_may_save_again(tmp_path, value):
     found = read_torch_archive(save_with_torch(tmp_path / "a.pt", {"names": value}))
     assert found == {"names": value}
-    assert type(found["names"]) is set
+    assert type(found["names"]) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -873,7 +875,6 @@ def npz_file() -> bytes:
         (lambda: bytes(1000), "begins with the bytes 00 00"),
         (lambda: b"<!DOCTYPE html>", "begins with the bytes"),
         (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (lambda: legacy_torch_file({"a": torch.ones(2)}), "before version 1.6"),
         (tar_file, "is a tar file"),
         (npz_file, "not one of torch.save's"),
         (lambda: b"PK\x03\x04" + bytes(1000), "cut short"),
@@ -935,8 +936,9 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 
 def read_or_refuse(path: Path) -> None:
     """Only our own errors may escape, and nothing may run."""
-    with contextlib.suppress(SmolconvError):
-        read_torch_archive(path)
+    for plain_keys in (None, ("module",)):
+        with contextlib.suppress(SmolconvError):
+            read_torch_archive(path, plain_keys=plain_keys)
 
 
 @pytest.fixture(scope="module")

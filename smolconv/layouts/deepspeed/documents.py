@@ -7,17 +7,27 @@ the place of; nothing else that a pickle names is accepted.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
-from smolconv.layouts.documents import adam_step, check_plain, is_count, is_number, is_world, understood, with_tuples
+from smolconv.layouts.documents import (
+    adam_step,
+    check_plain,
+    is_count,
+    is_number,
+    is_world,
+    refuse_adapter,
+    understood,
+    with_tuples,
+)
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, PickledObject, TorchSize
+from smolconv.storage.torch_archive.records import shown
+from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
@@ -30,6 +40,8 @@ MODEL_KEYS = frozenset(
 )  # fmt: skip
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
 CLIENT_KEY = "smolconv"
+#: Objects of the user's own, such as argparse's, may lie in a model file below any other key.
+_PLAIN_KEYS = MODEL_KEYS | {CLIENT_KEY}
 #: How an error ends where the weights can be read without what is damaged.
 WITHOUT = "pass --no-optimizer to convert the weights only"
 #: The version whose form we write, and against which it was tried.
@@ -149,16 +161,17 @@ class ModelDocument:
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
     round_robin: bool  #: its flat order is dealt out over the ranks, and not the running groups' order
-    client_state: Mapping[str, Any]
+    client_state: Mapping[str, Any]  #: as the user gave it; what is no plain data is an ``Opaque``
     ds_version: str | None
 
 
 def read_model_document(path: Path) -> ModelDocument:
     """Parse a model file. Raises ``CorruptFile`` when it is none."""
-    document = _mapping(path, ("module", "global_steps"))
+    document = _mapping(path, ("module", "global_steps"), plain_keys=_PLAIN_KEYS)
     with understood(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
+        refuse_adapter(map(str, document["module"] or ()), path)
         for name, tensor in module.items():
             check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: {name}")
         shapes = document.get("param_shapes")
@@ -409,15 +422,15 @@ def read_universal_step(path: Path) -> float:
     return adam_step(number(read_torch_archive(path, allow=STAND_INS), path), path)
 
 
-def _mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    document = read_torch_archive(path, allow=STAND_INS)
+def _mapping(path: Path, keys: Sequence[str], plain_keys: Collection[str] | None = None) -> dict[str, Any]:
+    document = read_torch_archive(path, allow=STAND_INS, plain_keys=plain_keys)
     if not isinstance(document, dict) or not set(keys) <= set(document):
         raise CorruptFile(f"{path} is not a file of DeepSpeed: it has no {' and '.join(keys) or 'entries'}.")
     return document
 
 
 def plain(value: object) -> Any:
-    """The parts of a client_state that JSON can hold; raises ``ValueError`` for what it cannot."""
+    """The parts of a client_state that JSON can hold; raises ``ValueError`` with the name of what it cannot."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a key is no text")
@@ -430,7 +443,9 @@ def plain(value: object) -> Any:
         return str(value) if isinstance(value, str) else value
     if isinstance(value, float) and abs(value) < float("inf"):
         return value
-    raise ValueError(f"{type(value).__name__} is not plain")
+    if isinstance(value, Opaque):
+        raise ValueError(shown(value.asked))
+    raise ValueError("a tensor" if isinstance(value, ArchiveTensor) else f"a {type(value).__name__}")
 
 
 def flat_tensors(

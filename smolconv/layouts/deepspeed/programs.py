@@ -17,7 +17,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, EngineRecord
 from smolconv.errors import BadCheckpoint, CorruptFile, UsageError, counted
-from smolconv.files import is_file_name
+from smolconv.files import is_path_below
 from smolconv.layouts.documents import is_count
 from smolconv.layouts.layout import copied_file
 from smolconv.parsing import read_json
@@ -123,7 +123,7 @@ def check_tag(tag: str | None, program: str | None) -> None:
         raise UsageError(f"--for {program}: expected one of {', '.join(PROGRAMS)}.")
     if tag is None:
         return
-    if not is_file_name(tag) or tag != tag.strip() or not tag.isprintable():
+    if not is_path_below(tag) or tag != tag.strip() or not tag.isprintable():
         raise UsageError(f"--tag {tag!r:.80}: the name of a folder was expected, such as global_step100.")
     if program is not None:
         wanted = PROGRAMS[program].tag

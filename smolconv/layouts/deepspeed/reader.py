@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from smolconv.checkpoint import (
     Checkpoint,
@@ -94,7 +95,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
         files=tuple(reading.read_files),
         warnings=tuple(reading.warnings),
         frozen=frozen,
-        program_files=program_files(reading.tag.parent),
+        program_files=program_files(reading.run),
     )
 
 
@@ -223,24 +224,22 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
 
 def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> SourceRecord:
     """The documents of the layout it came from, the model's config, and what DeepSpeed alone knows."""
-    kept, files = read_documents(reading.tag.parent / SOURCE_DOCUMENTS)
+    kept, files = read_documents(reading.run / SOURCE_DOCUMENTS)
     reading.read_files += files
     if is_nanotron_config(reading.config):
         kept = replace(kept, nanotron_config=reading.config)
     else:
         kept = replace(kept, hf_config=reading.config)
-    client, dropped = {}, []
+    client, dropped = dict[str, Any](), list[str]()
     for key, value in reading.first.client_state.items():
         if key == CLIENT_KEY:
             continue
         try:
             client[key] = plain(value)
-        except ValueError:
-            dropped.append(key)
-    if dropped:
-        reading.warnings.append(
-            f"client_state: {some_of(dropped, 5, more=True)} cannot be carried (tensors or objects)."
-        )
+        except ValueError as error:
+            dropped.append(f"{key!s:.60} ({error})")
+    left_out = (f"client_state: {some_of(dropped, 5, more=True)}",) if dropped else ()
+    reading.warnings += [f"{what} cannot be carried: only plain values can." for what in left_out]
     mine = reading.first.client_state.get(CLIENT_KEY)
     try:
         scheduler = plain(reading.first.lr_scheduler)
@@ -255,11 +254,14 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         lr_scheduler=scheduler,
         names=reading.names,
         # A tag folder by itself may have been given any name.
-        tag=reading.tag.name if reading.folder != reading.tag or (reading.tag.parent / LATEST).is_file() else None,
+        tag=reading.tag.relative_to(reading.run).as_posix()
+        if reading.folder != reading.tag or (reading.run / LATEST).is_file()
+        else None,
         loss_scaler=reading.loss_scaler,
+        left_out=left_out,
     )
     return replace(kept, engine=engine)
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:
-    return {**assets_in(reading.tag.parent), **assets_in(reading.tag)}
+    return {**assets_in(reading.run), **assets_in(reading.tag)}

@@ -12,6 +12,7 @@ from smolconv.errors import MissingFile, MixedCheckpoint
 from smolconv.files import is_there
 from smolconv.layouts.deepspeed.documents import AnotherOptimizer, ModelDocument, plain, read_model_document
 from smolconv.layouts.deepspeed.files import TagFiles, tag_files
+from smolconv.layouts.deepspeed.listing import run_folder
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.layout import ReadOptions
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
@@ -42,6 +43,7 @@ class DeepSpeedReading:
 
     def __init__(self, folder: Path, tag: Path, options: ReadOptions, base: Checkpoint | None) -> None:
         self.folder, self.tag, self.options, self.base = folder, tag, options, base
+        self.run = run_folder(folder, tag)
         self.files: TagFiles = tag_files(tag)
         self.warnings: list[str] = []
         self.read_files: list[Path] = []
@@ -84,7 +86,8 @@ def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDoc
     """--config, then the tag folder, beside ``latest``, the run folder's parent, and the client_state."""
     if override is not None:
         return read_json(override), str(override)
-    looked = list(dict.fromkeys([tag, tag.parent, tag.parent.parent]))
+    run = run_folder(folder, tag)
+    looked = list(dict.fromkeys([tag, run, run.parent]))
     for place in looked:
         path = place / "config.json"
         if is_there(path):
