@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, convert, hf_weights
+from conftest import FIXTURES, convert, hf_weights, run_cli
 from deepspeed_folders import Case, case, edit, rename_parameters
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +55,17 @@ def test_a_tag_may_have_a_slash(tag, tmp_path):
     assert (tmp_path / "hf" / "tokenizer_config.json").exists()
     needed = listing.needed_files(run.checkpoint, step=None, optimizer=True)
     assert {run.checkpoint / "latest", run.checkpoint / "config.json", *run.tag.iterdir()} <= set(needed)
+
+
+def test_a_tag_with_a_slash_stays_the_tag(tmp_path):
+    run = run_with_tags(tmp_path, "runs/step3")
+    out = tmp_path / "out"
+    convert(run.checkpoint, out, "deepspeed", zero_stage=2, world_size=2)
+    assert (out / "latest").read_text() == "runs/step3" and (out / "runs/step3/mp_rank_00_model_states.pt").is_file()
+    convert(out, tmp_path / "hf", "hf", dtype="float32")
+    expected = run.engine("fp32")
+    assert all(tensor.equal(expected[name]) for name, tensor in hf_weights(tmp_path / "hf").items())
+    assert run_cli("convert", run.checkpoint, out, "--to", "deepspeed", "--overwrite").code == 0
 
 
 def test_any_of_them_is_chosen_by_its_step(tmp_path):

@@ -30,6 +30,7 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
 
 N_135M = 134_515_008
@@ -58,6 +59,7 @@ def recipe(**changes: Any) -> Recipe:
             "stages": [{"name": "stable", "sources": [{"path": "data/web"}]}],
         },
         "schedule": {"train_steps": 1000, "peak_lr": 2e-4, "warmup_steps": 100},
+        "optimizer": {"no_decay": [".*embed_tokens.*"]},
         "parallelism": {"global_batch_sequences": 576},
         "checkpoints": {"every_steps": 100},
     }
@@ -496,7 +498,9 @@ def worker(rank: int, folder: Path) -> None:
 def held_by_engine(deepspeed: Any, given: Recipe) -> int:
     model = LlamaForCausalLM(LlamaConfig(**spec_to_hf(MEASURED, {}, "bfloat16"))).to(torch.bfloat16)
     parameters = dict(model.named_parameters())
-    groups = torch_groups(group_parameters(parameters, given.optimizer, tied=True), parameters)
+    groups = torch_groups(
+        group_parameters(parameters, given.optimizer, tied=True, family=family_of(MEASURED)), parameters
+    )
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config(given, 2))
     held = 0

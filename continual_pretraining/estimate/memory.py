@@ -20,6 +20,7 @@ from smolconv.continual_pretraining.estimate.flops import parameter_sizes
 from smolconv.continual_pretraining.estimate.hardware import GPU_RUNTIME_BYTES
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
 
 #: Elements of gradients that DeepSpeed flattens into one all-reduce: ``MEMORY_OPT_ALLREDUCE_SIZE`` of its engine.py.
@@ -98,7 +99,7 @@ class _Engine:
 def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
     given, sizes = recipe.parallelism, parameter_sizes(spec)
     zero = engine_config(recipe, world_size)["zero_optimization"]
-    groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied)
+    groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied, family=family_of(spec))
     return _Engine(
         parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
         stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",

@@ -87,7 +87,7 @@ class TokenFile:
 
     @cached_property
     def _checked_index(self) -> Path:
-        path = _beside(self.path, "index")
+        path = self.beside("index")
         if self.documents is None:
             raise MissingFile(
                 f"{path} is not there.\nWith data.boundaries: index, every token file needs its index.\n"
@@ -113,7 +113,11 @@ class TokenFile:
     def losses(self) -> NDArray[np.uint8]:
         """A byte a token: 0 where it is not to be predicted."""
         assert self.has_loss
-        return _mapped(_beside(self.path, "loss"), "u1", self.tokens)
+        return _mapped(self.beside("loss"), "u1", self.tokens)
+
+    def beside(self, what: str) -> Path:
+        """The path of the file's index, metadata or loss."""
+        return _beside(self.path, what)
 
 
 class TokenFolder:
