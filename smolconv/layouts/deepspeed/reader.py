@@ -95,7 +95,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
         files=tuple(reading.read_files),
         warnings=tuple(reading.warnings),
         frozen=frozen,
-        program_files=program_files(reading.tag.parent),
+        program_files=program_files(reading.run),
     )
 
 
