@@ -75,6 +75,15 @@ def test_any_of_them_is_chosen_by_its_step(tmp_path):
         step_of(run, step=2)  # lies deeper than the tag that latest names
 
 
+def test_links_to_the_folder_itself_are_not_followed(tmp_path):
+    run = run_with_tags(tmp_path, "runs/step3")
+    for name in ("a", "b"):
+        (run.checkpoint / name).symlink_to(".")
+    (run.checkpoint / "latest").write_text("/".join("ab" * 30))
+    with pytest.raises(MissingFile, match="no tag of step 9; tags found: runs/step3"):
+        step_of(run, step=9)
+
+
 def test_a_folder_of_runs_is_no_run(tmp_path):
     run = run_with_tags(tmp_path, "runs/step3")
     (run.checkpoint / "latest").unlink()

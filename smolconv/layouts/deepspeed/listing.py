@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from smolconv.errors import BadCheckpoint, MissingFile
 from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
@@ -30,21 +31,28 @@ def holds_training(folder: AnyPath) -> bool:
 
 
 def _is_tag_folder(folder: AnyPath) -> bool:
+    return any(MODEL.fullmatch(path.name) or OPTIMIZER.fullmatch(path.name) for path in _inside(folder))
+
+
+def _inside(folder: P) -> list[P]:
+    """What a folder holds: nothing where it is none, or may not be listed."""
     try:
-        return any(MODEL.fullmatch(path.name) or OPTIMIZER.fullmatch(path.name) for path in folder.iterdir())
+        return list(folder.iterdir())
     except OSError:
-        return False
+        return []
 
 
 def _tags(folder: P, depth: int) -> Iterator[str]:
     """The tags in a folder: those with a slash lie deeper, at most ``depth`` folders below."""
     level = {"": folder}
     for _ in range(depth):
-        below = {f"{tag}/{path.name}".lstrip("/"): path for tag, each in level.items() for path in each.iterdir()}
-        level = {tag: path for tag, path in below.items() if path.is_dir()}
-        found = [tag for tag, path in level.items() if _is_tag_folder(path)]
+        below = {f"{tag}/{path.name}".lstrip("/"): path for tag, each in level.items() for path in _inside(each)}
+        folders = {tag: path for tag, path in below.items() if path.is_dir()}
+        found = [tag for tag, path in folders.items() if _is_tag_folder(path)]
         yield from found
-        level = {tag: path for tag, path in level.items() if tag not in found}
+        # Links to folders above would be followed for ever.
+        linked = {tag for tag, path in folders.items() if isinstance(path, Path) and path.is_symlink()}
+        level = {tag: path for tag, path in folders.items() if tag not in {*found, *linked}}
 
 
 def run_folder(folder: P, tag: P) -> P:
