@@ -16,7 +16,7 @@ from smolconv.tensors.dtypes import DTYPE_BYTES
 
 #: Beside a checkpoint, and nothing of it: written anew, or about the folder.
 _ABOUT_THE_FOLDER = frozenset(
-    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py")
+    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py", "zero_to_torch.py")
 )  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def account(
         left.append(_progress(source.progress))
     if source.source.engine is not None:
         left += source.source.engine.left_out
-    if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
+    beside_it = {**prepared.assets, **prepared.program_files}
+    if beside := [name for name, path in beside_it.items() if path in used] + list(prepared.documents):
         carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
     if not is_tokenizer({*prepared.assets, *prepared.documents}):
         left.append("a tokenizer: the source has none")

@@ -67,6 +67,8 @@ class ConvertOptions:
     universal: bool = False
     groups: Path | None = None
     sub_group_size: int | None = None
+    tag: str | None = None
+    program: str | None = None  #: that loads it: trainer or accelerate
     base: Path | None = None
     digest: str = "xxh3"
     config: Path | None = None
@@ -75,6 +77,8 @@ class ConvertOptions:
     source_layout: str | None = None
 
 
+#: What the command line calls an option that Python's syntax has no such name for.
+_WORDS = {"program": "for"}
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
 
 
@@ -250,7 +254,7 @@ def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
     for name in sorted({field.name for known in LAYOUTS for field in fields(known.options)} - own):
         # What always has a value says nothing of what was asked for. 0 is a ZeRO stage, and equals False.
         if _DEFAULTS[name] in (None, False) and getattr(options, name) is not _DEFAULTS[name]:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --to {options.to}.")
+            raise UsageError(f"--{_WORDS.get(name, name).replace('_', '-')} has no meaning for --to {options.to}.")
     made = layout.options(**{name: getattr(options, name) for name in own if getattr(options, name) is not None})
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")

@@ -59,6 +59,7 @@ def recipe(**changes: Any) -> Recipe:
             "stages": [{"name": "stable", "sources": [{"path": "data/web"}]}],
         },
         "schedule": {"train_steps": 1000, "peak_lr": 2e-4, "warmup_steps": 100},
+        "optimizer": {"no_decay": [".*embed_tokens.*"]},
         "parallelism": {"global_batch_sequences": 576},
         "checkpoints": {"every_steps": 100},
     }

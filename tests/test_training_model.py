@@ -374,6 +374,7 @@ def test_layers_are_compiled_and_give_the_same(monkeypatch, plain, checkpointing
     assert 2 <= len(graphs) <= 5
 
 
+@pytest.mark.slow
 def test_what_comes_before_the_first_step_makes_its_graphs_neither_dynamic_nor_too_many(monkeypatch):
     """The leak test, the gate, and last batches of held-out sources have other numbers of tokens."""
     graphs, plain = compiled_graphs(monkeypatch), hf_models.smollm3()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress
+from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress, for_another_engine
 from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -148,7 +148,8 @@ def plan_start(
             groups=groups, optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
             vocab_size=checkpoint.spec.vocab_size,
         )  # fmt: skip
-        plan = plan_from_checkpoint(replace(checkpoint, frozen=held), uri, run / START / "deepspeed", options)
+        start = for_another_engine(replace(checkpoint, frozen=held))
+        plan = plan_from_checkpoint(start, uri, run / START / "deepspeed", options)
     # The run's own checkpoints: Adam has made steps, and what the source's documents say beside the model is not there.
     record = SourceRecord(hf_config=hf_config(checkpoint, recipe.model.dtype), engine=EngineRecord())
     if recipe.export is not None:

@@ -18,6 +18,7 @@ from smolconv.layouts.documents import (
     adam_step,
     check_plain,
     is_count,
+    is_number,
     is_world,
     refuse_adapter,
     understood,
@@ -26,7 +27,7 @@ from smolconv.layouts.documents import (
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.records import shown
-from smolconv.storage.torch_archive.values import ArchiveTensor, Opaque, PickledObject, TorchSize
+from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
@@ -70,12 +71,41 @@ STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = dict.fromkeys(
 )
 
 
-def loss_scaler() -> PickledObject:
-    """A static loss scale of 1, which bf16 and fp32 engines have."""
-    return PickledObject(
-        module="deepspeed.runtime.fp16.loss_scaler", name="LossScaler", args=(1.0,),
-        state={"cur_scale": 1.0, "dynamic": False},
-    )  # fmt: skip
+#: What a DynamicLossScaler holds where nothing else is known: the defaults of DeepSpeed's ``fp16``.
+SCALER_DEFAULTS: Mapping[str, Any] = {
+    "cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1,
+    "delayed_shift": 2, "cur_hysteresis": 2, "consecutive_hysteresis": False, "raise_error_at_min_scale": True,
+}  # fmt: skip
+
+
+def loss_scaler(known: Mapping[str, Any] | None = None) -> PickledObject:
+    """The object of what ``scaler_state`` gave; by default a static scale of 1, which bf16 and fp32 engines have."""
+    module, state = "deepspeed.runtime.fp16.loss_scaler", {"cur_scale": 1.0, "dynamic": False, **(known or {})}
+    if not state["dynamic"]:
+        return PickledObject(module=module, name="LossScaler", args=(state["cur_scale"],), state=state)
+    state = {**SCALER_DEFAULTS, **state, "dtype": DtypeRef("float16")}
+    args = ("cur_scale", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
+    return PickledObject(module=module, name="DynamicLossScaler", args=tuple(state[name] for name in args), state=state)
+
+
+def scaler_state(found: object, where: object) -> dict[str, Any] | None:
+    """The plain attributes of a stored loss scaler, or of what ZeRO-0 stores for one; None where it scales nothing."""
+    values = vars(found) if isinstance(found, _StandIn) else found
+    if not isinstance(values, Mapping):
+        return None
+    wanted = ("cur_scale", "dynamic", *SCALER_DEFAULTS)
+    state = {
+        name: value if isinstance(value, (bool, int)) else number(value, f"{where}: {name} of the loss scaler")
+        for name in wanted if (value := values.get(name)) is not None
+    }  # fmt: skip
+    if strange := [name for name, value in state.items() if not isinstance(value, bool) and not is_number(value)]:
+        raise CorruptFile(
+            f"{where}: {strange[0]} of the loss scaler is {state[strange[0]]!r:.60}.\nExpected a finite number.\n"
+            f"The file is damaged: copy it again, or {WITHOUT}."
+        )
+    if not state.get("cur_scale") or (state["cur_scale"] == 1 and not state.get("dynamic")):
+        return None
+    return state
 
 
 def zero_stage_enum(stage: int) -> PickledObject:
@@ -218,6 +248,7 @@ class OptimizerDocument:
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
     alignment_paddings: tuple[tuple[int, ...], ...] | None  #: after each parameter of each group
     group_paddings: tuple[int, ...] | None  #: at the end of this rank's slice of each group
+    loss_scaler: Mapping[str, Any] | None  #: as ``scaler_state`` gives it
 
 
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
@@ -267,6 +298,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             members=members,
             alignment_paddings=alignment,
             group_paddings=None if group_paddings is None else group_paddings[0],
+            loss_scaler=scaler_state(state.get("loss_scaler"), path),
         )
 
 
@@ -348,6 +380,7 @@ class UniversalDocument:
     groups: tuple[Mapping[str, Any], ...]
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors, in the source
     steps: tuple[float | None, ...]  #: by group; None where only ``step.pt`` beside a parameter has it
+    loss_scaler: Mapping[str, Any] | None = None
 
 
 def read_universal_document(path: Path) -> UniversalDocument:
@@ -363,6 +396,7 @@ def read_universal_document(path: Path) -> UniversalDocument:
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
             members=_universal_members(groups, path),
             steps=tuple(steps),
+            loss_scaler=scaler_state(document.get("loss_scaler"), path),
         )
 
 

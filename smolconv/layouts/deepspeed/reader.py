@@ -26,7 +26,8 @@ from smolconv.errors import MissingShard, MixedCheckpoint, NameMismatch, counted
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import optimizer_file
-from smolconv.layouts.deepspeed.listing import SOURCE_DOCUMENTS, find_tag_folder
+from smolconv.layouts.deepspeed.listing import LATEST, SOURCE_DOCUMENTS, find_tag_folder
+from smolconv.layouts.deepspeed.programs import program_files
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.universal import read_universal
 from smolconv.layouts.deepspeed.zero import read_zero
@@ -94,6 +95,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
         files=tuple(reading.read_files),
         warnings=tuple(reading.warnings),
         frozen=frozen,
+        program_files=program_files(reading.run),
     )
 
 
@@ -152,7 +154,12 @@ def _canonical_names(reading: DeepSpeedReading, state: StoredState) -> StoredSta
     names = stored_names([*state.weights, *state.slots[Slot.MASTER]])
     if names == StoredNames():
         return state
-    reading.warnings += names.warnings
+    reading.names = names
+    if names.wrapper:
+        reading.warnings.append(
+            f"parameters are named {names.wrapper}{'' if names.bare else 'model'}...: a DeepSpeed target keeps the "
+            "prefix, which the run needs; other layouts have none."
+        )
     return StoredState(
         weights=names.by_canonical(state.weights),
         dtypes=names.by_canonical(state.dtypes),
@@ -245,6 +252,12 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         skipped_steps=reading.first.skipped_steps,
         groups=groups,
         lr_scheduler=scheduler,
+        names=reading.names,
+        # A tag folder by itself may have been given any name.
+        tag=reading.tag.relative_to(reading.run).as_posix()
+        if reading.folder != reading.tag or (reading.run / LATEST).is_file()
+        else None,
+        loss_scaler=reading.loss_scaler,
         left_out=left_out,
     )
     return replace(kept, engine=engine)

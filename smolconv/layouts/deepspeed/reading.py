@@ -16,6 +16,7 @@ from smolconv.layouts.deepspeed.listing import run_folder
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.layout import ReadOptions
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
+from smolconv.models.names import HEAD, StoredNames
 from smolconv.models.nanotron import spec_from_nanotron
 from smolconv.models.registry import is_nanotron_config
 from smolconv.models.spec import ModelSpec
@@ -53,15 +54,18 @@ class DeepSpeedReading:
             spec_from_nanotron(self.config, self.where, architecture=options.architecture)
             if is_nanotron_config(self.config) else spec_from_hf(self.config, self.where)
         )  # fmt: skip
-        if not self.spec.tied and "lm_head.weight" in self.first.shared:
+        heads = [alias for alias in self.first.shared if alias == HEAD or alias.endswith(f".{HEAD}")]
+        if not self.spec.tied and heads:
             raise MixedCheckpoint(
-                f"{self.first.path} ties lm_head.weight to {self.first.shared['lm_head.weight']}, but {self.where} "
+                f"{self.first.path} ties {heads[0]} to {self.first.shared[heads[0]]}, but {self.where} "
                 "says that they are two. Check that the config belongs to this checkpoint."
             )
         self.shapes = parameter_shapes(self.spec)
         self.table = weight_table(self.spec)
         self.stage, self.ranks = 0, self.first.dp or 1
         self.tp: int = max(self.first.tp, self.files.tp)
+        self.names = StoredNames()
+        self.loss_scaler: Mapping[str, Any] | None = None
 
     def read_model(self, path: Path) -> ModelDocument:
         self.read_files.append(path)

@@ -42,6 +42,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
     first = documents[0]
     reading.stage, reading.ranks = first.zero_stage, first.ranks
+    reading.loss_scaler = first.loss_scaler
     model = replace(model, groups=whole_groups(model.groups, first.members))
     assert model.groups is not None
     groups = first.groups or ({},) * len(model.groups)
