@@ -178,6 +178,7 @@ def test_what_decides_the_data_or_the_model_cannot_change_within_a_run(tmp_path,
     [
         {"schedule": {"train_steps": 400, "decay": "linear", "decay_steps": 10}},
         {"parallelism": {"zero_stage": 3}},
+        {"parallelism": {"sequence_ranks": 2}},
         {"parallelism": {"global_batch_sequences": None, "global_batch_tokens": 4 * 32}},
         {"launch": {"ranks_per_node": 4}},
         {"checkpoints": {"every_steps": 7}},
