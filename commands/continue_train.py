@@ -90,12 +90,12 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_js
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.estimate.estimate import estimate
     from smolconv.continual_pretraining.estimate.report import render
-    from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command, placement
+    from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 
     tokens, problems = _tokens(recipe)
-    spec, first_step = _start(recipe, run, resume)
-    world_size = placement(recipe, spec.num_heads).world_size
+    spec, world_size, first_step, events = _start(recipe, run, resume, compare_data=not problems)
+    told += events
     engine = engine_config(recipe, world_size)
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
@@ -138,25 +138,43 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_js
     console.warn(problems)
 
 
-def _start(recipe: Recipe, run: Path, resume: str) -> tuple[ModelSpec, int]:
-    """The source's spec, from headers alone, with the recipe's own rope theta and context; and the first step."""
+def _start(
+    recipe: Recipe, run: Path, resume: str, *, compare_data: bool
+) -> tuple[ModelSpec, int, int, tuple[str, ...]]:
+    """The trained spec, from headers alone; the number of ranks; the first step; and what is to be said.
+
+    The latter is of data that has changed, and of a theta that the recipe changes. Ranks refuse by the same functions.
+    """
+    from smolconv.continual_pretraining.launchers.launch import placement
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
-    from smolconv.continual_pretraining.run.start import check_model, completed_steps, with_overrides
+    from smolconv.continual_pretraining.run.place import own_place, source_place
+    from smolconv.continual_pretraining.run.start import (
+        changed_text,
+        check_model,
+        completed_steps,
+        plan_start,
+        read_source,
+    )
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
 
-    model = recipe.model
-    config = Path(model.config) if model.config else None
-    read = ReadOptions(config=config, step=model.step, architecture=model.architecture)
-    source = with_published_progress(read_checkpoint(open_source(model.source, headers_only=True), read), model.source)
-    spec = with_overrides(source, recipe).spec
-    check_model(recipe, spec, model.source)
+    uri = recipe.model.source
+    source, trained = read_source(recipe, open_source(uri, headers_only=True))
+    check_model(recipe, trained.spec, uri)
+    world_size = placement(recipe, trained.spec.num_heads).world_size
     own = find_resume(run, resume)
+    changed = changed_text(source.spec, trained.spec)
+    said = (changed,) if changed else ()
     if own is not None:
-        return spec, RunState.read(own).step + 1
-    return spec, completed_steps(recipe, source.progress) + 1
+        state = RunState.read(own)
+        events = own_place(recipe, own, state, trained.spec.vocab_size).events if compare_data else ()
+        return trained.spec, world_size, state.step + 1, (*said, *events)
+    plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
+    source = with_published_progress(source, uri)
+    step = completed_steps(recipe, source.progress)
+    compare_data = compare_data and (recipe.start.data or recipe.start.learning_rate)
+    events = source_place(recipe, source, step, trained.spec.vocab_size).events if compare_data else ()
+    return trained.spec, world_size, step + 1, (*said, *events)
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

@@ -137,6 +137,19 @@ def convert(
             min=1, metavar="N", rich_help_panel=_DEEPSPEED, help="Of the ZeRO-3 run to load into. Default: 1e9."
         ),
     ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=_DEEPSPEED, help="Tag to write. Default: SRC's, or global_stepN."),
+    ] = None,
+    program: Annotated[
+        Literal["trainer", "accelerate"] | None,
+        typer.Option(
+            "--for",
+            metavar="PROGRAM",
+            rich_help_panel=_DEEPSPEED,
+            help="Add what it resumes with: trainer, accelerate.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", rich_help_panel=_HF, help="Largest file of weights, such as 500MB.")
     ] = "5GB",
@@ -198,7 +211,8 @@ def convert(
         max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
         rope_scaling=rope_scaling, config=config, step=step, architecture=architecture,
         source_layout=source_layout, nanotron_config=nanotron_config, digest=digest,
-        world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size, base=base,
+        world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size,
+        tag=tag, program=program, base=base,
     )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
     if verify or push:

@@ -63,6 +63,8 @@ def _common_first(words: list[str]) -> list[str]:
     return common + [word for word in words[:end] if word not in common] + words[end:]
 
 
+#: Of one line of an error.
+MOST_LETTERS = 1000
 #: What ends a command in good order. A second Ctrl-C ends it at once, which loses nothing either.
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
 
@@ -121,10 +123,17 @@ def _stop(error: BaseException, code: int, text: str) -> None:
         traceback.print_exception(error)
     # Names in files may hold anything, such as what moves a terminal's cursor.
     text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    text = "\n".join(map(_short, text.split("\n")))
     print(text, file=sys.stderr)
     name, _, message = text.partition(": ")
     _tell_scripts(name, code, message)
     sys.exit(code)
+
+
+def _short(line: str) -> str:
+    """A line that a terminal can show, whatever a file put in it: a shape of 20,000 numbers, say."""
+    over = len(line) - MOST_LETTERS
+    return line if over <= 0 else f"{line[: MOST_LETTERS - 100]} ... ({over:,} letters) ... {line[-100:]}"
 
 
 def _tell_scripts(name: str, code: int, message: str) -> None:

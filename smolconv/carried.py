@@ -16,7 +16,7 @@ from smolconv.tensors.dtypes import DTYPE_BYTES
 
 #: Beside a checkpoint, and nothing of it: written anew, or about the folder.
 _ABOUT_THE_FOLDER = frozenset(
-    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py")
+    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py", "zero_to_torch.py")
 )  # fmt: skip
 
 
@@ -57,7 +57,10 @@ def account(
         carried.append(_progress(prepared.progress))
     elif source.progress is not None and (source.progress.step or source.progress.consumed_samples):
         left.append(_progress(source.progress))
-    if beside := [name for name, path in prepared.assets.items() if path in used] + list(prepared.documents):
+    if source.source.engine is not None:
+        left += source.source.engine.left_out
+    beside_it = {**prepared.assets, **prepared.program_files}
+    if beside := [name for name, path in beside_it.items() if path in used] + list(prepared.documents):
         carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
     if not is_tokenizer({*prepared.assets, *prepared.documents}):
         left.append("a tokenizer: the source has none")
@@ -81,7 +84,7 @@ def _unread(source: Checkpoint, used: Collection[Path], *, step: int | None, opt
             path = folder / entry.name
             # A config.json among the files beside the weights is taken from when the output is planned.
             other = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER or path == config
-            if not other and path not in used and entry.is_file():
+            if not other and path not in used and not os.path.isdir(path):  # a link to nothing is left out, too
                 yield path.relative_to(source.root).as_posix() if source.root in path.parents else str(path)
 
 

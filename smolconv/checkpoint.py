@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.files import FileState
+from smolconv.models.names import StoredNames
 from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.tensors.lazy import LazyTensor, row_slice
 
@@ -110,6 +111,10 @@ class EngineRecord:
     skipped_steps: int = 0
     groups: tuple[ParameterGroup, ...] = ()  #: the run's own, though Adam's state may have been left behind
     lr_scheduler: Any = None  #: its state, of plain values
+    names: StoredNames = field(default_factory=StoredNames)  #: of its module, which torch.compile or a policy may wrap
+    tag: str | None = None  #: the folder's name in the run, which some programs ask for
+    loss_scaler: Mapping[str, Any] | None = None  #: of fp16: the attributes of DeepSpeed's scaler, plain values
+    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,9 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()  #: parameters that the optimizer does not train
     unpadded_vocab_size: int | None = None  #: the vocabulary's rows before our own writer padded them
+    program_files: Mapping[str, Path] = field(
+        default_factory=dict
+    )  #: of the Trainer around a DeepSpeed engine, by name
 
     @property
     def parameters(self) -> Mapping[str, LazyTensor]:
@@ -162,6 +170,14 @@ class Checkpoint:
         """The Hub commit that the folder is a snapshot of, where its path tells."""
         parts = Path(os.path.realpath(self.root)).parts
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def for_another_engine(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint for an engine around the bare model, whatever wrapped the module of the run that wrote it."""
+    engine = checkpoint.source.engine
+    if engine is None:
+        return checkpoint
+    return replace(checkpoint, source=replace(checkpoint.source, engine=replace(engine, names=StoredNames(), tag=None)))
 
 
 def without_padding(checkpoint: Checkpoint, rows: int) -> Checkpoint:

@@ -67,6 +67,8 @@ class ConvertOptions:
     universal: bool = False
     groups: Path | None = None
     sub_group_size: int | None = None
+    tag: str | None = None
+    program: str | None = None  #: that loads it: trainer or accelerate
     base: Path | None = None
     digest: str = "xxh3"
     config: Path | None = None
@@ -75,6 +77,8 @@ class ConvertOptions:
     source_layout: str | None = None
 
 
+#: What the command line calls an option that Python's syntax has no such name for.
+_WORDS = {"program": "for"}
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
 
 
@@ -250,7 +254,7 @@ def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
     for name in sorted({field.name for known in LAYOUTS for field in fields(known.options)} - own):
         # What always has a value says nothing of what was asked for. 0 is a ZeRO stage, and equals False.
         if _DEFAULTS[name] in (None, False) and getattr(options, name) is not _DEFAULTS[name]:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning for --to {options.to}.")
+            raise UsageError(f"--{_WORDS.get(name, name).replace('_', '-')} has no meaning for --to {options.to}.")
     made = layout.options(**{name: getattr(options, name) for name in own if getattr(options, name) is not None})
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype}: expected one of {', '.join(DTYPES)}.")
@@ -321,17 +325,21 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: La
         origin = "the fp32 master weights" if from_master and master else "the stored weights"
         warnings.append(f"parameters are {options.dtype}, taken from {origin}.")
     tensors = {**checkpoint.tensors, Slot.PARAMETER: changed}
+    # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to, and an engine begins
+    # with the weights as they were before they are rounded.
+    unrounded = {name: tensor for name, tensor in parameters.items() if tensor.dtype != changed[name].dtype}
     if options.dtype == "float32":
         # The parameters are the master now; a second copy would only say the same. Widened weights are not the master.
         if from_master:
             tensors.pop(Slot.MASTER, None)
+    elif not master and layout.of_an_engine and unrounded:
+        tensors[Slot.MASTER] = unrounded
     elif (
         checkpoint.has_optimizer
         and not master
         and all(tensor.dtype == "float32" for tensor in parameters.values())
-        and any(tensor.dtype != "float32" for tensor in changed.values())
+        and unrounded
     ):
-        # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to.
         tensors[Slot.MASTER] = parameters
     return replace(checkpoint, tensors=tensors, warnings=tuple(warnings))
 
@@ -390,6 +398,7 @@ def run_conversion(
         written = write_files(
             plan.output.files, folder.partial, folder, workers=workers, digest=plan.options.digest,
             chunk_bytes=chunk_bytes, progress=progress, check=check,
+            rounded_to=plan.options.dtype if _has_casts(plan) else None,
         )  # fmt: skip
         report = check.finish(read_again, workers)
         require_unchanged(plan.files, "while it was being converted")
@@ -483,7 +492,7 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     names = list(dict.fromkeys(names))
     if not names:
         return []
-    if not any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values()):
+    if not _has_casts(plan):
         return [f"{_tensors(names)} NaN or infinity and were kept as they are: {some_of(names, 5, more=True)}"]
     # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
     before, lost = list[str](), list[str]()
@@ -503,6 +512,10 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     if before:
         said.append(f"{_tensors(before)} NaN or infinity and were kept as they are: {some_of(before, 5, more=True)}")
     return said
+
+
+def _has_casts(plan: ConversionPlan) -> bool:
+    return any(isinstance(t, Cast) for tensors in plan.prepared.tensors.values() for t in tensors.values())
 
 
 def _tensors(names: Sequence[str]) -> str:

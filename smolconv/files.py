@@ -220,6 +220,11 @@ def is_file_name(text: str) -> bool:
     return 0 < length <= 255 and text not in (".", "..") and "/" not in text and "\0" not in text
 
 
+def is_path_below(text: str) -> bool:
+    """Whether it can name a file or a folder below the one that says so, by names alone, and nothing elsewhere."""
+    return all(map(is_file_name, text.split("/")))
+
+
 def require_unchanged(files: Mapping[Path, FileState], when: str) -> None:
     """Raise ``SourceChanged`` when a file is not what it was; ``when`` says what went on meanwhile."""
     for path, before in files.items():

@@ -103,7 +103,7 @@ def load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def save(content: object, path: Path, save_as: Callable[[object, Path], None] = torch.save) -> None:
+def save(content: object, path: Path, save_as: Callable[[object, Path], object] = torch.save) -> None:
     with _stand_ins():
         save_as(content, path)
 
@@ -143,7 +143,7 @@ def _modules() -> dict[str, ModuleType]:
     parents = {name.rpartition(".")[0] for name in _CLASSES} | {"deepspeed", "deepspeed.runtime"}
     modules = {name: ModuleType(name) for name in (*parents, *_CLASSES)}
     for module, name in _CLASSES.items():
-        stand_in: type = type(name, (), {"__module__": module})
+        stand_in: type = type(name, (), {"__module__": module, "__init__": lambda self, *args: None})
         if name == "ZeroStageEnum":
             stand_in = cast(type, IntEnum(name, _STAGES, module=module, start=0))
         setattr(modules[module], name, stand_in)

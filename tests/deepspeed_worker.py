@@ -69,9 +69,27 @@ def start_engine(job: Mapping[str, Any], world_size: int) -> tuple[Any, dict[int
             return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])
 
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=engine_config(job, world_size), lr_scheduler=schedule
+        model=wrapped(model, job["wrapper"]),
+        model_parameters=groups,
+        config=engine_config(job, world_size),
+        lr_scheduler=schedule,
     )
     return engine, {id(parameter): name for name, parameter in parameters.items()}
+
+
+def wrapped(model: torch.nn.Module, prefix: str) -> torch.nn.Module:
+    """The model inside one module for each part of the prefix, as torch.compile (``_orig_mod.``) or a policy has it."""
+
+    class Around(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            (inner,) = self.children()
+            return inner(**inputs)
+
+    for part in reversed(prefix.split(".")[:-1]):
+        around = Around()
+        around.add_module(part, model)
+        model = around
+    return model
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stands in for ``smolconv.continual_pretraining.run.worker`` where launchers are tested: steps are naps, a checkpoint is a number.
 
 What it does beyond that stands in $FAKE, as JSON: ``steps``, ``nap`` (seconds), ``gloo`` (meet the other ranks and sum),
-``rank`` (which one does the following) at ``step``: ``do`` = "raise", "fail" (a failure file and exit code 6), "kill",
+``rank`` (which one does the following, or "all") at ``step``: ``do`` = "raise", "fail" (a failure file and exit code 6), "kill",
 "hang" (for ever, in no reach of signals).
 """
 
@@ -33,12 +33,13 @@ def main() -> int:
     step = int(saved.read_text()) if saved.exists() and "never" not in sys.argv else 0
     facts = {name: os.environ[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS")}
     print(f"rank {rank} of {world_size} begins after step {step}: {facts} pid {os.getpid()}", flush=True)
+    (run / "start" / "deepspeed").mkdir(parents=True, exist_ok=True)  # as the real one's, which its launcher removes
     _agree(fake, 0)
     (run / f"begun-{rank}").write_text(str(os.getpid()))
     while step < fake["steps"]:
         step += 1
         time.sleep(fake["nap"])
-        if rank == fake["rank"] and step == fake["step"]:
+        if fake["rank"] in (rank, "all") and step == fake["step"]:
             _do(fake["do"], run, rank)
         stop = _agree(fake, len(asked))
         print(f"rank {rank} step {step}", file=sys.stderr, flush=True)

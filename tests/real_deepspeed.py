@@ -54,6 +54,7 @@ class Job:
     stage: int
     groups: Sequence[Group]  #: every trained parameter exactly once; the tied head is model.embed_tokens.weight
     frozen: Sequence[str] = ()
+    wrapper: str = ""  #: what the engine's module puts before the model's names, such as ``policy.``
     dtype: str = "fp32"  #: or bf16
     bf16_optimizer: bool = False  #: BF16_Optimizer: stage 1 and bf16 alone
     weights: Tensors | None = None  #: what the model holds before ``initialize``; None: random
@@ -247,7 +248,7 @@ def _described(job: Job, folder: Path, world_size: int) -> dict[str, Any]:
         raise ValueError(f"{rows} rows cannot be dealt to {world_size} ranks in micro-batches of {micro_batch}")
     return {
         "config": str(job.config.resolve()), "stage": job.stage, "groups": [asdict(group) for group in job.groups],
-        "frozen": list(job.frozen),
+        "frozen": list(job.frozen), "wrapper": job.wrapper,
         "weights": None if job.weights is None else str(folder / "weights.safetensors"), "dtype": job.dtype, "bf16_optimizer": job.bf16_optimizer,
         "checkpoint": job.checkpoint and str(job.checkpoint.resolve()), "tag": job.tag, "universal": job.universal,
         "set_groups": job.set_groups, "batches": str(folder / "batches.npy") if rows else None,

@@ -353,6 +353,12 @@ def test_formats_mixed_without_metadata_are_noticed_too(nanotron, refused):
     refused(nanotron, "MixedCheckpoint", "1.4", "1.5")
 
 
+def test_adams_state_without_the_metadata_that_says_its_step_is_refused(nanotron, refused, cli, tmp_path):
+    (nanotron / "3/checkpoint_metadata.json").unlink()
+    refused(nanotron, "MissingFile", "checkpoint_metadata.json", "Adam's state is", "--no-optimizer")
+    assert cli("convert", nanotron, tmp_path / "out", "--to", "hf", "--no-optimizer").code == 0
+
+
 def test_metadata_of_another_format_than_the_files_is_refused(nanotron, refused):
     edit_json(nanotron / "3/checkpoint_metadata.json", version="1.4")
     refused(nanotron, "MixedCheckpoint", "of format 1.5", "says 1.4")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FIXTURES, convert
+from conftest import FIXTURES, convert, run_cli
 
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, SmolconvError
 from smolconv.files import MOST_NAME_BYTES, is_file_name, is_there, open_file, read_bytes
@@ -363,3 +363,20 @@ def test_a_pointer_of_100000_letters_is_told_in_few(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
     assert str(MOST_NAME_BYTES) in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_shape_of_20000_numbers_is_told_in_a_few_lines_that_a_terminal_shows(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    convert(TP2, source, "hf", optimizer=False)
+    path = source / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [*header["model.norm.weight"]["shape"], *[1] * 20_000]
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + data[8 + length :])
+    (source / "smolconv_manifest.json").unlink()
+    done = run_cli("inspect", str(source), "--json")
+    assert done.code == 3
+    assert "model.norm.weight is [48, 1, 1" in done.stderr and "letters)" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 1100 and len(done.stdout) < 2500

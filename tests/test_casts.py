@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, Finished, convert
+from deepspeed_folders import load
 from hf_models import llama, saved
 from lazy import literal
 from safetensors.torch import load_file, save_file
@@ -198,3 +199,53 @@ def test_overflow_is_what_torch_makes_infinite(stored, target):
         one = value.reshape(1)
         lost = bool(one.isfinite()) and not bool(one.to(DTYPES[target]).isfinite())
         assert finiteness(cast(literal(one), target)) == (not bool(one.isfinite()), lost), value
+
+
+# --- the masters of an engine that computes in another dtype than the source's ------------------------------------------
+
+
+def masters_in(run: Path) -> dict[str, torch.Tensor]:
+    """By name, from the files of one rank's ZeRO-1 (flat, in the order of param_shapes) or of universal."""
+    tag = run / next(run.glob("latest*")).read_text()
+    if (tag / "zero").is_dir():
+        return {path.parent.name: torch.load(path)["param"] for path in tag.glob("zero/*/fp32.pt")}
+    model = torch.load(tag / "mp_rank_00_model_states.pt")
+    (file,) = tag.glob("*_optim_states.pt")
+    state = load(file)["optimizer_state_dict"]
+    found: dict[str, torch.Tensor] = {}
+    for flat, shapes in zip(state["single_partition_of_fp32_groups"], model["param_shapes"], strict=True):
+        pieces = flat[: sum(map(math.prod, shapes.values()))].split([math.prod(shape) for shape in shapes.values()])
+        found |= {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("to", [{}, {"zero_stage": 1, "world_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")]
+)
+def test_an_engine_begins_with_masters_that_were_never_rounded(stored, dtype, to, tmp_path):
+    source = llama().to(DTYPES[stored])
+    saved(source, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "run", "deepspeed", dtype=dtype, **to)
+    masters = masters_in(tmp_path / "run")
+    weights = {name: tensor for name, tensor in source.state_dict().items() if name != "lm_head.weight"}
+    assert masters.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(masters[name], tensor.float()), name
+    assert any(not torch.equal(tensor.to(DTYPES[dtype]).float(), tensor.float()) for tensor in weights.values())
+    if to:
+        module = torch.load(next((tmp_path / "run").rglob("mp_rank_00_model_states.pt")))["module"]
+        assert all(torch.equal(module[name], tensor.to(DTYPES[dtype])) for name, tensor in weights.items())
+    convert(tmp_path / "run", tmp_path / "again", "hf", dtype="float32")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in weights.items())
+
+
+def test_a_training_state_of_float32_keeps_its_weights_as_masters_whatever_the_dtype(tmp_path):
+    nanotron = FIXTURES / "nanotron" / "smollm2-tiny"
+    weights = load_file(nanotron / "expected_hf" / "model.safetensors")
+    for name, options in (("with", {}), ("without", {"optimizer": False})):
+        convert(nanotron / "tp2-pp1-dp2-zero1", tmp_path / name, "deepspeed", dtype="bfloat16", **options)
+        masters = masters_in(tmp_path / name)
+        assert masters.keys() == weights.keys() - {"lm_head.weight"}
+        assert all(torch.equal(masters[key], weights[key].float()) for key in masters)

@@ -126,6 +126,17 @@ def test_a_dry_run_of_a_run_that_is_done_says_so(export, tmp_path, recipe_file):
     assert more.code == 0 and "nothing would be trained" not in more.stderr  # control
 
 
+def test_a_run_beyond_the_last_step_of_its_recipe_is_refused_and_not_called_done(tmp_path, recipe_file):
+    finished(tmp_path / "run", recipe_file, step=10)
+    for words in (("--dry-run",), ()):
+        done = continue_train(recipe_file, *words, "--set", "schedule.train_steps=6")
+        assert done.code == 2 and "are done" not in done.stderr, done.stderr
+        assert "step-2 has made 10 steps, but schedule.train_steps is 6." in done.stderr
+        assert "no checkpoint until step 6 is left" in done.stderr and not (tmp_path / "run" / "logs").exists()
+    exact = continue_train(recipe_file, "--dry-run", "--set", "schedule.train_steps=10")
+    assert exact.code == 0 and "all 10 steps are done" in exact.stderr  # control
+
+
 def test_a_dry_run_refuses_a_source_that_is_beyond_the_schedule(recipe_file):
     """The oracle has completed 3 steps; without --dry-run the ranks refuse it in the same words."""
     for steps, code in ((3, 2), (4, 0)):
@@ -144,8 +155,9 @@ def test_a_dry_run_refuses_a_source_that_is_beyond_the_schedule(recipe_file):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"seed": 1},
         {"model": {"source": "another"}},
+        {"optimizer": {"no_decay": []}},
+        {"data": {"file_seed": 1}},
         {"model": {"rope_theta": 5e5}},
         {"data": {"mask_documents": False}},
         {"data": {"stages": [{"name": "only", "sources": [{"path": "tokens", "weight": 1}, {"path": "more"}]}]}},
@@ -166,10 +178,14 @@ def test_what_decides_the_data_or_the_model_cannot_change_within_a_run(tmp_path,
     [
         {"schedule": {"train_steps": 400, "decay": "linear", "decay_steps": 10}},
         {"parallelism": {"zero_stage": 3}},
+        {"parallelism": {"sequence_ranks": 2}},
         {"parallelism": {"global_batch_sequences": None, "global_batch_tokens": 4 * 32}},
         {"launch": {"ranks_per_node": 4}},
         {"checkpoints": {"every_steps": 7}},
         {"logging": {"tensorboard": True}},
+        {"seed": 1},  # nothing draws random numbers
+        {"data": {"on_change": "restart-source"}},
+        {"data": {"stages": [{"name": "only", "sources": [{"path": "tokens", "recorded_as": "s3://tokens"}]}]}},
     ],
 )
 def test_what_does_not_decide_them_can_change_and_is_said(tmp_path, changed):
@@ -187,6 +203,79 @@ def test_the_micro_batch_is_free_when_the_loss_is_a_mean_over_tokens(tmp_path):
     )[1]  # fmt: skip
 
 
+WSD = {"train_steps": 10, "warmup_steps": 0, "decay": "linear", "decay_steps": 4}
+
+
+def decayed_run(run: Path, *steps: int, schedule: dict[str, Any] | None) -> Path:
+    """A run by ``WSD``: its decay begins after 6 steps. ``schedule`` is what its checkpoints say."""
+    write_recipe(recipe(schedule=WSD), run)
+    for step in steps:
+        state = RunState(
+            step=step, position={"step": step, "stages": []}, zero_stage=1, world_size=1, dtype="float32",
+            micro_batch_sequences=1, global_batch_sequences=4, spikes={"losses": [], "spikes": []}, schedule=schedule,
+        )  # fmt: skip
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        state.write(run / "checkpoints" / f"step-{step}")
+    (run / "checkpoints" / "latest").write_text(f"step-{steps[-1]}\n")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("steps", "changed", "said"),
+    [
+        ((2, 6, 8, 10), {"train_steps": 20}, "linear from step 7 to 10 and is now linear from step 17 to 20"),
+        ((2, 6, 8), {"train_steps": 20}, "Step 8 trained at 0.00075; step 9 will at 0.001."),  # within the decay
+        ((2, 6, 10), {"train_steps": 20, "decay": "none", "decay_steps": None}, "and is now none"),
+        (
+            (2, 6, 10),
+            {"train_steps": 12, "decay_start_step": 6, "decay_steps": None},
+            "is now linear from step 7 to 12",
+        ),
+        ((2, 6, 10), {"train_steps": 20, "decay": "cosine", "decay_steps": 14}, "cosine from step 7 to 20"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_decay_that_moves_within_the_steps_that_are_made_is_said(recorded, steps, changed, said, tmp_path):
+    """By hand: 0.001 falls over steps 7 to 10; step 8 follows one of four completed decay steps, at 3/4."""
+    given = recipe(schedule=WSD).schedule.model_dump(mode="json") if recorded else None
+    run = decayed_run(tmp_path / "run", *steps, schedule=given)
+    notes = " ".join(check_run(recipe(schedule={**WSD, **changed}), run, "auto"))
+    assert "the decay has moved within the steps that are made" in notes and said in notes
+    assert f"go on from it with --resume {run / 'checkpoints' / 'step-6'}." in notes
+
+
+@pytest.mark.parametrize(
+    ("steps", "changed"),
+    [
+        ((2, 6, 10), {}),
+        ((2, 6), {"train_steps": 20}),  # before the decay
+        ((2, 6, 7), {"train_steps": 20}),  # its first step is still at the peak
+        ((2, 6, 10), {"train_steps": 20, "decay_start_step": 6}),  # it lies where it was
+    ],
+)
+def test_a_decay_that_no_step_was_made_in_may_move_without_a_word(steps, changed, tmp_path):
+    run = decayed_run(tmp_path / "run", *steps, schedule=recipe(schedule=WSD).schedule.model_dump(mode="json"))
+    assert not any("decay has moved" in note for note in check_run(recipe(schedule={**WSD, **changed}), run, "auto"))
+
+
+def test_a_decay_that_would_have_begun_before_steps_without_it_is_said(tmp_path):
+    later = {**WSD, "train_steps": 20}
+    run = decayed_run(tmp_path / "run", 10, schedule=recipe(schedule=later).schedule.model_dump(mode="json"))
+    notes = " ".join(check_run(recipe(schedule={**later, "decay_start_step": 6, "decay_steps": 14}), run, "auto"))
+    assert "is now linear from step 7 to 20" in notes
+    assert "No checkpoint from before the decay (until step 6) is left." in notes
+
+
+def test_a_named_checkpoint_in_the_decay_is_told_the_one_before_it(tmp_path):
+    """The checkpoint speaks for itself: the recipe of the run is another's since a start that did not save."""
+    run = decayed_run(tmp_path / "run", 4, 6, 8, 10, schedule=recipe(schedule=WSD).schedule.model_dump(mode="json"))
+    longer = recipe(schedule={**WSD, "train_steps": 20})
+    write_recipe(longer, run)
+    notes = " ".join(check_run(longer, run, str(run / "checkpoints" / "step-8")))
+    assert f"--resume {run / 'checkpoints' / 'step-6'}." in notes
+    assert "moved" not in " ".join(check_run(longer, run, str(run / "checkpoints" / "step-6")))
+
+
 def test_a_run_without_a_checkpoint_takes_any_recipe(tmp_path):
     write_recipe(recipe(), tmp_path / "run")
     assert check_run(recipe(seed=1), tmp_path / "run", "auto") == []
@@ -200,10 +289,10 @@ def test_resume_never_does_not_write_over_checkpoints(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_compared_with_that_runs_recipe(tmp_path):
-    other = saved_run(tmp_path / "other", recipe(seed=1))
-    with pytest.raises(UsageError, match="seed: 1 -> 0"):
+    other = saved_run(tmp_path / "other", recipe(data={"file_seed": 1}))
+    with pytest.raises(UsageError, match=r"data.file_seed: 1 -> None"):
         check_run(recipe(), tmp_path / "run", str(other / "checkpoints" / "step-2"))
-    assert check_run(recipe(seed=1), tmp_path / "run", str(other)) != []
+    assert check_run(recipe(data={"file_seed": 1}), tmp_path / "run", str(other)) != []
     with pytest.raises(MissingFile):
         check_run(recipe(), tmp_path / "run", str(tmp_path / "nowhere"))
 
@@ -287,6 +376,15 @@ def test_a_runs_folder_may_have_any_name(name, tmp_path, recipe_file):
     done = run_cli("continue-train", recipe_file, "--output", name, "--dry-run", "--json", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(tmp_path / name)
+
+
+def test_a_dry_run_says_which_theta_the_source_has_and_refuses_a_lower_one(recipe_file):
+    """The oracle's is 10,000, by its config."""
+    lowered = (recipe_file, "--dry-run", "--set", "model.rope_theta=5000")
+    refused = continue_train(*lowered)
+    assert refused.code == 2 and "is 5,000" in refused.stderr and "10,000" in refused.stderr, refused.stderr
+    allowed = continue_train(*lowered, "--set", "model.allow_lowering=true")
+    assert allowed.code == 0 and "rope_theta 5,000 (the source's: 10,000)" in allowed.stderr
 
 
 def test_a_dry_run_that_goes_on_counts_from_the_sources_step(recipe_file):

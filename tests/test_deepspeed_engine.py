@@ -162,7 +162,7 @@ def torch_tensors(checkpoint: Checkpoint, slot: Slot) -> dict[str, torch.Tensor]
     return {name: to_torch(tensor) for name, tensor in found.items()}
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["ws2", "ws3"])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.matrix), 3], ids=["ws2", "ws3"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Start, Result]]:
     """Every case, converted for this world size, loaded, trained for three steps and saved again."""
     ranks, tmp = request.param, tmp_path_factory.mktemp("engine")

@@ -30,6 +30,7 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
 
 N_135M = 134_515_008
@@ -58,6 +59,7 @@ def recipe(**changes: Any) -> Recipe:
             "stages": [{"name": "stable", "sources": [{"path": "data/web"}]}],
         },
         "schedule": {"train_steps": 1000, "peak_lr": 2e-4, "warmup_steps": 100},
+        "optimizer": {"no_decay": [".*embed_tokens.*"]},
         "parallelism": {"global_batch_sequences": 576},
         "checkpoints": {"every_steps": 100},
     }
@@ -226,6 +228,9 @@ def test_checkpointed_activations_by_hand():
     norm, attention, mlp = (4 + 2 * 2) * 576, 2 * (2 * 576 + 2 * 192) + 4 * 9, 4 * 2 * 1536
     by_position = 30 * 2 * 576 + 2 * norm + attention + mlp + 2 * (3 * 1536 + 2 * 576) + 4 * 576 + norm
     assert parts(recipe(model__activation_checkpointing=True))["activations (gpu)"] == 4096 * by_position
+    moved = parts(recipe(model__activation_checkpointing=True, model__activation_offload=True))
+    assert moved["activations (host)"] == 4096 * 30 * 2 * 576
+    assert moved["activations (gpu)"] == 4096 * (by_position - 29 * 2 * 576)
 
 
 def test_logits_do_not_grow_beyond_a_chunk():
@@ -496,7 +501,9 @@ def worker(rank: int, folder: Path) -> None:
 def held_by_engine(deepspeed: Any, given: Recipe) -> int:
     model = LlamaForCausalLM(LlamaConfig(**spec_to_hf(MEASURED, {}, "bfloat16"))).to(torch.bfloat16)
     parameters = dict(model.named_parameters())
-    groups = torch_groups(group_parameters(parameters, given.optimizer, tied=True), parameters)
+    groups = torch_groups(
+        group_parameters(parameters, given.optimizer, tied=True, family=family_of(MEASURED)), parameters
+    )
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config(given, 2))
     held = 0

@@ -26,18 +26,20 @@ from typing import Any, get_args
 
 import forked_worker
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, files_below
 from training import recipe_document, token_folder
 
+from smolconv.continual_pretraining.launchers import beside
 from smolconv.continual_pretraining.launchers.deepspeed import read_hostfile
 from smolconv.continual_pretraining.launchers.ends import end_of, ends_folder, failure_file, report_left
-from smolconv.continual_pretraining.launchers.launch import launch_command, placement
+from smolconv.continual_pretraining.launchers.launch import launch, launch_command, placement
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher
 from smolconv.continual_pretraining.launchers.output import drawing_environment, plain
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.recipe.files import dump_recipe
 from smolconv.continual_pretraining.recipe.schema import Launch, Recipe
 from smolconv.continual_pretraining.run import worker
+from smolconv.continual_pretraining.run.folder import refuse_trained, remove_start
 from smolconv.errors import OutputLocked, UsageError
 from smolconv.processes import BOOTSTRAP
 
@@ -179,7 +181,62 @@ def test_a_rank_that_fails_ends_the_run_with_its_code_and_last_lines(tmp_path, d
     assert found == code
     assert f"rank 1 of 2 failed first: {says}" in stderr or f"rank 1 of 2 failed first: MachineError: {says}" in stderr
     assert f"  rank 1 is about to {do}" in stderr
+    assert stderr.count(says) == 1 and launched.log(1).count(says) == 1
+    assert not (launched.run / "start").exists()
     assert ("RuntimeError: of my own accord" in stderr) == (do == "raise")
+
+
+def test_a_refusal_by_all_ranks_is_printed_once_and_is_in_each_log(tmp_path):
+    launched = Launched(recipe(rank="all", do="fail", step=1), tmp_path / "run")
+    code, stderr = launched.end()
+    assert code == 6 and stderr.count("the loss is nan") == 1, stderr
+    assert [launched.log(rank).count("TrainingStopped: the loss is nan") for rank in (0, 1)] == [1, 1]
+    assert not (launched.run / "start").exists()
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun", "deepspeed"])
+def test_a_second_start_is_refused_before_it_touches_what_the_first_writes(tmp_path, launcher):
+    run = tmp_path / "run"
+    for path in (run / "logs" / "rank-00000.log", failure_file(run, 0), run / "start" / "shard"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of the first start\n")
+    held = worker.lock_run(run)
+    before = files_below(run)
+    with pytest.raises(OutputLocked, match="another process trains"):
+        launch(recipe(launch={"launcher": launcher}), run, worker="fake_worker")
+    assert files_below(run) == before
+    os.close(held)
+
+
+def test_a_second_job_that_slurm_starts_says_once_that_it_is_refused(tmp_path, monkeypatch, capfd):
+    """Its ranks are started on nodes, by nobody who could look before; a job that is queued again waits instead."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe()))
+    (run / "logs" / "rank-00001.log").write_text("of the first start\n")
+    held = worker.lock_run(run)
+    monkeypatch.setattr(beside, "die_with", lambda parent: None)
+    monkeypatch.setattr(sys, "argv", ["beside", str(run), "--attempt", "second"])
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    assert beside.main() == 4
+    assert (run / "logs" / "rank-00001.log").read_text() == "of the first start\n"
+    assert report_left(run, "second", 2, 1) == 4
+    said = capfd.readouterr().err
+    assert said.count("another process trains") == 1 and "Its log" not in said
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    refuse_trained(run)
+    os.close(held)
+
+
+def test_what_a_start_converted_stays_while_another_start_trains(tmp_path):
+    (tmp_path / "start" / "deepspeed").mkdir(parents=True)
+    held = worker.lock_run(tmp_path)
+    remove_start(tmp_path)
+    assert (tmp_path / "start" / "deepspeed").is_dir()
+    os.close(held)
+    remove_start(tmp_path)
+    assert files_below(tmp_path).keys() == {"run.lock"} and not (tmp_path / "start").exists()
 
 
 def test_the_first_failure_is_named_when_its_peers_fail_by_it(tmp_path):
@@ -237,7 +294,8 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, signum):
     launched.process.send_signal(signum)
     code, stderr = launched.end()
     assert code == 75, stderr
-    assert "stopped after a save" in stderr
+    assert "stopped after a save" in stderr and stderr.count("stop") == 2  # that it is told to, and that it has
+    assert not (run / "start").exists()
     seen = "SIGUSR1" if signum == signal.SIGUSR1 else "SIGTERM"
     for rank in (0, 1):
         assert f"after ['{seen}']" in launched.log(rank), "told once"
@@ -287,7 +345,10 @@ def test_a_signal_before_a_rank_listens_is_an_interruption_and_not_a_failed_mach
     wait_until(lambda: len(list(run.glob("slow-*"))) == 2)
     launched.process.send_signal(signal.SIGTERM)
     code, stderr = launched.end()
-    assert code == 130 and "while it was starting" in stderr
+    assert code == 130 and stderr.splitlines() == [
+        "SIGTERM: the ranks stop, after a save if training has begun.",
+        "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were.",
+    ]
 
 
 def starts_slowly(tmp_path: Path, then: str) -> dict[str, str]:
@@ -429,6 +490,7 @@ def test_torchrun_and_deepspeed_end_with_the_failing_ranks_own_code(tmp_path, la
     code, stderr = launched.end()
     assert code == 6, stderr
     assert "rank 1 of 2 failed first: TrainingStopped: the loss is nan" in stderr
+    assert stderr.count("the loss is nan") == 1 and "ChildFailedError" not in stderr
     assert "  rank 1 is about to fail" in stderr
 
 
@@ -439,6 +501,7 @@ def test_torchrun_and_deepspeed_pass_a_signal_on_and_the_run_ends_with_75(tmp_pa
     launched.process.send_signal(signal.SIGUSR1)
     code, stderr = launched.end()
     assert code == 75, stderr
+    assert "Traceback" not in stderr and stderr.count("stopped after a save") == 1
     assert all("saved step" in launched.log(rank) for rank in (0, 1))
 
 
@@ -512,7 +575,7 @@ def test_a_rank_that_dies_on_one_torchrun_node_ends_both(tmp_path):
     assert any("rank 3 of 4 failed first: TrainingStopped: the loss is nan" in stderr for _, stderr in ends)
 
 
-def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
+def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path, capfd):
     """Nothing but the run's folder tells it: NCCL would wait for ten minutes, and torchrun sees its own node only."""
     run = tmp_path / "run"
     run.mkdir()
@@ -542,8 +605,11 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
     assert hanging.wait(60) == 0
     log = (run / "logs" / "rank-00000.log").read_text()
     assert "after ['SIGTERM']" in log, "told to stop, it saved; one in a collective would be killed"
-    assert b"TrainingStopped" in failing.communicate()[1]
+    said = failing.communicate()[1]
+    assert b"rank 1 is about to fail" in said and b"TrainingStopped" not in said
     hanging.communicate()
+    assert report_left(run, "one", 2, 1) == 6, "which says why, once"
+    assert capfd.readouterr().err.count("TrainingStopped") == 1
 
 
 # --- which there are ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -157,9 +158,15 @@ def test_numbers_and_words_are_read_as_people_write_them():
     assert yaml.safe_load("[2e-4, on, 24:00:00]") == ["2e-4", True, 86400]
 
 
+def test_a_recipe_that_exports_nothing_says_so():
+    assert [note for note in notes(small()) if "nothing is exported" in note and "`export: {}` writes hf" in note]
+    assert small("export={}").export == schema.Export(formats=("hf",), verify=True)
+    assert notes(small("export={}")) == []  # control
+
+
 def test_weights_that_do_not_sum_to_one_are_normalised_and_said():
-    assert notes(small()) == []
-    recipe = small("data.stages.0.sources.1.weight=2")
+    assert notes(small("export={}")) == []
+    recipe = small("export={}", "data.stages.0.sources.1.weight=2")
     assert recipe.data.stages[0].weights == pytest.approx((1 / 9, 8 / 9))
     assert notes(recipe) == ["data: stage 'only': the weights sum to 2.25 and were normalised: 0.1111, 0.8889."]
 
@@ -414,6 +421,31 @@ def test_what_a_scheduler_leaves_out_is_filled_in_as_nanotron_does(tmp_path, sch
         assert learning_rate(recipe.schedule, s) == pytest.approx(
             scheduled_lr(config, s, "here")[1], rel=1e-9, abs=1e-20
         )
+
+
+@pytest.mark.parametrize(
+    ("theta", "positions", "written", "said"),
+    [
+        (5000.0, 1024, (10_000, 2048), ("raised to it", "raised to it")),
+        (10_000.0, 2048, (None, None), ()),
+        (100_000.0, 8192, (None, None), ("left out", "left out")),  # as SmolLM2-135M and its Instruct model
+        (100_000.0, 1024, (None, 2048), ("left out", "raised to it")),
+    ],
+)
+def test_the_yamls_theta_and_context_do_not_lower_the_sources(theta, positions, written, said, tmp_path):
+    config = config_of("smollm2-continued")
+    config["model"]["model_config"] |= {"rope_theta": 10_000.0, "max_position_embeddings": 2048}
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf", source)
+    its = json.loads((source / "config.json").read_text())
+    its.pop("rope_parameters", None)
+    (source / "config.json").write_text(json.dumps(its | {"rope_theta": theta, "max_position_embeddings": positions}))
+    made = translated(tmp_path, config, source=str(source))
+    assert (made.recipe.model.rope_theta, made.recipe.model.max_positions) == written
+    notes = [note for note in made.notes if note.startswith(("model.rope_theta", "model.max_positions"))]
+    assert len(notes) == len(said) and all(word in note for word, note in zip(said, notes)), notes
+    elsewhere = translated(tmp_path, config, source=str(tmp_path / "not here")).recipe.model
+    assert (elsewhere.rope_theta, elsewhere.max_positions) == (10_000, 2048)  # the control
 
 
 def test_three_stages_of_smollm3_become_a_recipe():

@@ -19,7 +19,7 @@ from conftest import FIXTURES, convert
 from forked_worker import Ended, work
 from training import losses, metrics, recipe, recipe_document, token_folder
 
-from smolconv.continual_pretraining.recipe.schema import Checkpoints
+from smolconv.continual_pretraining.recipe.schema import Checkpoints, Recipe
 from smolconv.continual_pretraining.run.checkpoints import (
     RESUME_FROM,
     choose,
@@ -184,6 +184,15 @@ def test_a_path_that_was_refused_is_not_gone_on_from(trained, tokens, tmp_path):
     with pytest.raises(UsageError, match="global batch"):
         prepare_start(other, run, 1, str(step_folder(run, 2)))
     assert find_resume(run, "auto").name == "step-4"
+
+
+def test_a_step_beyond_the_last_of_the_recipe_is_refused_with_the_newest_that_is_not(trained, tokens, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shorter = Recipe.model_validate(document(tokens, schedule={"train_steps": 3}))
+    with pytest.raises(UsageError, match=r"step-4 has made 4 steps, but schedule.train_steps is 3\.") as caught:
+        prepare_start(shorter, run, 1, "auto")
+    assert f"go back with --resume {step_folder(run, 3)}." in str(caught.value)
+    assert prepare_start(shorter, run, 1, str(step_folder(run, 3))).step == 3  # control
 
 
 def test_resume_never_forgets_the_path_of_an_earlier_start(trained, tokens, tmp_path):

@@ -26,7 +26,7 @@ from specs import tiny
 from test_training_losses import SCHEDULE, reference_losses, windows
 from test_training_model import batch, gradients_of, noise, plain_loss
 from test_training_resume import wait_for_step, weights
-from training import EOS, VOCABULARY, losses, recipe_document, token_folder, train
+from training import EOS, VOCABULARY, losses, metrics, recipe_document, token_folder, train
 from training_model_worker import Packed
 from transformers import AutoModelForCausalLM
 
@@ -279,7 +279,8 @@ def reference(source, tokens):
 
 def trained(source: Path, tokens: Path, run: Path, stage: int, ranks: int, size: int, **changes: Any) -> list[float]:
     parallelism = {"zero_stage": stage, "sequence_ranks": size, **changes.pop("parallelism", {})}
-    document = recipe_document(source, tokens, schedule=SCHEDULE, parallelism=parallelism, **changes)
+    schedule = SCHEDULE | changes.pop("schedule", {})
+    document = recipe_document(source, tokens, schedule=schedule, parallelism=parallelism, **changes)
     return [line["loss"] for line in train(document, run, world_size=ranks)]
 
 
@@ -374,14 +375,10 @@ def test_a_run_goes_on_without_groups_and_counts_its_samples_as_before(source, t
 def test_both_means_of_the_loss_are_those_of_one_rank(normalisation, source, tokens, tmp_path):
     """Micro-batches of two rows, whose numbers of targets differ."""
     shape: dict[str, Any] = {
-        "loss": {"normalisation": normalisation}, "parallelism": {"micro_batch_sequences": 2, "global_batch_sequences": 4},
+        "loss": {"normalisation": normalisation}, "schedule": {"train_steps": 8},
+        "parallelism": {"micro_batch_sequences": 2, "global_batch_sequences": 4},
     }  # fmt: skip
-    alone, shared = (
-        trained(
-            source, tokens, tmp_path / str(size), 2, size, size, **{**shape, "parallelism": dict(shape["parallelism"])}
-        )
-        for size in (1, 2)
-    )
+    alone, shared = (trained(source, tokens, tmp_path / str(size), 2, size, size, **shape) for size in (1, 2))
     assert np.abs(np.array(shared) - alone).max() < RUN_NOISE
 
 
@@ -417,3 +414,24 @@ def test_what_an_exchange_or_a_cut_gets_wrong_is_not_trained(before, said, sourc
     document = recipe_document(source, tokens, parallelism={"sequence_ranks": 2})
     ended = work(document, tmp_path / "run", 2, before=before)
     assert ended.code == 6 and said in ended.message, ended.log[-3000:]
+
+
+#: What a run may have besides: of the recipe, and how far its losses may be from those of one rank.
+BESIDES: dict[str, tuple[int, dict[str, Any], float]] = {
+    "optimizer offloaded": (2, {"parallelism": {"offload": "optimizer"}}, RUN_NOISE),
+    "all offloaded": (3, {"parallelism": {"offload": "all"}}, RUN_NOISE),
+    "compiled": (1, {"model": {"compile": True}}, RUN_NOISE),
+    "bfloat16": (1, {"model": {"dtype": "bfloat16"}}, 0.02),
+    "every spike is skipped": (1, {"spikes": {"action": "skip", "sigmas": 1e-3, "window_steps": 8}}, RUN_NOISE),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("what", BESIDES)
+def test_whatever_else_a_run_has_holds_for_ranks_that_share_rows(what, source, tokens, tmp_path):
+    stage, changes, tolerance = BESIDES[what]
+    alone, shared = (trained(source, tokens, tmp_path / str(size), stage, size, size, **changes) for size in (1, 2))
+    assert np.abs(np.array(shared) - alone).max() < tolerance
+    lines = metrics(tmp_path / "2")
+    assert any(line.get("skipped") for line in lines) == ("spikes" in changes)
+    assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in metrics(tmp_path / "1")]

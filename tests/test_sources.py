@@ -27,14 +27,14 @@ ACCOUNTED = {
         ("smolconv/models/registry.py", name): "our own modules, by the names in a tuple beside it"
         for name in ("import_module", "importlib.import_module")
     },
-    ("smolconv/storage/torch_archive/records.py", "import pickle"): "the number of an instruction",
+    ("smolconv/storage/torch_archive/legacy.py", "import pickle"): "the number of an instruction",
     ("smolconv/storage/torch_archive/pickle.py", "import pickle"): "the numbers of its instructions; it writes",
     ("smolconv/storage/torch_archive/unpickle.py", "import pickle"): "the numbers of its instructions",
     ("smolconv/storage/torch_archive/unpickle.py", "_Unpickler"): "our own, of an allow-list; it imports nothing",
     (
         "smolconv/verify/hf.py",
         "torch.load",
-    ): "weights_only=True, after our reader has read all of it; mmap takes zips only",
+    ): "weights_only=True, after our reader has read all of it",
     ("smolconv/verify/hf.py", "transformers.AutoConfig.from_pretrained"): "trust_remote_code=False, a local folder",
     ("smolconv/verify/inputs.py", "np.load"): "allow_pickle=False",
     ("smolconv/verify/engines/start.py", "np.load"): "allow_pickle=False; what a process of ours wrote",

@@ -4,9 +4,11 @@ sources, export. What is broken on purpose is broken in the worker's own process
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -26,16 +28,18 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.optimizer import group_parameters
-from smolconv.continual_pretraining.recipe.schema import Export, Optimizer
+from smolconv.continual_pretraining.recipe.schema import Export, Optimizer, Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume, latest, saved_steps, step_folder
 from smolconv.continual_pretraining.run.export import export_run
 from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
 from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.continual_pretraining.tokens.files import Batch
-from smolconv.errors import CorruptFile, MissingFile, ParityFailed, TrainingStopped, UsageError
+from smolconv.convert import ConversionPlan
+from smolconv.errors import CorruptFile, MachineError, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import FAMILIES
 from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
@@ -96,11 +100,14 @@ def names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
+EMBEDDING = (".*embed_tokens.*",)
+TIED: dict[str, Any] = {"tied": True, "family": FAMILIES["llama"]}
+
+
 def test_norms_decay_and_the_tied_embedding_does_not():
-    decayed, rest = group_parameters(names(hf_models.llama()), Optimizer(weight_decay=0.1), tied=True)
+    decayed, rest = group_parameters(names(hf_models.llama()), Optimizer(no_decay=EMBEDDING), **TIED)
     assert rest.names == ("model.embed_tokens.weight",) and rest.weight_decay == 0
     assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} <= set(decayed.names)
-    assert decayed.weight_decay == 0.1
     assert sorted([*decayed.names, *rest.names]) == sorted(names(hf_models.llama()))
 
 
@@ -108,7 +115,7 @@ def test_hf_trainer_groups_them_the_other_way_around():
     """The control: a run by HF Trainer would be another one."""
     model = hf_models.llama()
     theirs = set(Trainer.get_decay_parameter_names(None, model))
-    decayed, _ = group_parameters(names(model), Optimizer(), tied=True)
+    decayed, _ = group_parameters(names(model), Optimizer(no_decay=EMBEDDING), **TIED)
     assert "model.embed_tokens.weight" in theirs - set(decayed.names)
     assert "model.norm.weight" in set(decayed.names) - theirs
 
@@ -125,15 +132,33 @@ def test_hf_trainer_groups_them_the_other_way_around():
 )
 def test_regexes_match_from_the_start_of_a_name_or_of_its_tied_name(pattern, tied, undecayed):
     model = hf_models.llama(tie_word_embeddings=tied)
-    groups = group_parameters(names(model), Optimizer(no_decay=(pattern,)), tied=tied)
+    groups = group_parameters(names(model), Optimizer(no_decay=(pattern,)), tied=tied, family=FAMILIES["llama"])
     assert [name for group in groups if group.weight_decay == 0 for name in group.names] == undecayed
     assert len(groups) == 1 + bool(undecayed)
 
 
+@pytest.mark.parametrize(
+    ("family", "decay", "undecayed"),
+    [
+        ("llama", 0.01, []),  # SmolLM1, SmolLM2 and FineMath: their sixteen YAMLs
+        ("smollm3", 0.1, ["model.embed_tokens.weight"]),  # its five
+        ("qwen2", 0.1, ["model.embed_tokens.weight"]),
+        ("qwen3", 0.1, ["model.embed_tokens.weight"]),
+    ],
+)
+def test_what_a_recipe_leaves_out_of_the_decay_is_as_its_family_was_pretrained(family, decay, undecayed):
+    model = names(hf_models.llama(tie_word_embeddings=False))
+    groups = group_parameters(model, Optimizer(), tied=False, family=FAMILIES[family])
+    assert [name for group in groups if group.weight_decay == 0 for name in group.names] == undecayed
+    assert groups[0].weight_decay == decay
+    chosen = group_parameters(model, Optimizer(weight_decay=0.3, no_decay=()), tied=False, family=FAMILIES[family])
+    assert [group.weight_decay for group in chosen] == [0.3]  # control: what the recipe says holds for every family
+
+
 def test_a_group_without_members_is_left_out():
-    everything = group_parameters(names(hf_models.llama()), Optimizer(no_decay=(".*",)), tied=True)
+    everything = group_parameters(names(hf_models.llama()), Optimizer(no_decay=(".*",)), **TIED)
     assert [group.weight_decay for group in everything] == [0]
-    assert len(group_parameters(names(hf_models.llama()), Optimizer(no_decay=()), tied=True)) == 1
+    assert len(group_parameters(names(hf_models.llama()), Optimizer(no_decay=()), **TIED)) == 1
 
 
 # --- DeepSpeed's configuration ----------------------------------------------------------------------------------------
@@ -264,16 +289,111 @@ def test_a_model_with_another_theta_does_not_start(tokens, tmp_path):
     assert ended.code == 6
     for said in ("first micro-batch has loss", "source model's is", "smolconv verify", "start.gate"):
         assert said in ended.message
-    assert losses(tmp_path / "run") == [] and saved_steps(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and saved_steps(tmp_path / "run") == []
     made["start"] = {"gate": False}
     succeeded(work(made, tmp_path / "run", before=THETA))
+
+
+def test_a_disk_that_fills_while_the_source_is_converted_is_named_with_what_was_needed(tokens, tmp_path, monkeypatch):
+    def full(plan: ConversionPlan, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(plan.target / "shard"))
+
+    monkeypatch.setattr("smolconv.continual_pretraining.run.start.run_conversion", full)
+    with pytest.raises(
+        MachineError, match=r"start/deepspeed/shard: No space left[^$]*GB were to be written[^$]*Free"
+    ) as told:
+        prepare_start(recipe(NANOTRON, tokens), tmp_path / "run", 1, "auto")
+    assert str(NANOTRON) in str(told.value)
+
+
+@pytest.fixture(scope="module")
+def stretched(tokens, tmp_path_factory) -> tuple[Path, Path]:
+    """A source of theta 10 and 64 positions, and a run of it that has made a step with 1,000 and 128."""
+    place = tmp_path_factory.mktemp("stretched")
+    model = hf_models.llama(vocab_size=256, **hf_models.rope(10.0, {"rope_type": "default"}))
+    source = hf_models.saved(model, place / "source")
+    succeeded(work(stretching(source, tokens, rope_theta=1000.0, max_positions=128), place / "run"))
+    return source, place / "run"
+
+
+def stretching(source: Path, tokens: Path, **model: Any) -> dict[str, Any]:
+    return recipe_document(source, tokens, model=model, parallelism=TWO, schedule={"train_steps": 1})
+
+
+def with_config(source: Path, folder: Path, **fields: Any) -> Path:
+    """The source with other fields in its config: theta in either spelling."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    if "rope_theta" in fields and "rope_parameters" in config:
+        config["rope_parameters"] |= {"rope_theta": fields["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_that_raises_theta_says_both_thetas_and_both_losses(stretched, tokens, tmp_path):
+    source, run = stretched
+    said = json.loads((run / "events.jsonl").read_text().splitlines()[0])["text"]
+    changes, _, losses_of = said.partition("; ")
+    assert changes == "rope_theta 1,000 (the source's: 10), max_positions 128 (the source's: 64)"
+    changed, own = (float(number) for number in re.findall(r"\d+\.\d+", losses_of))
+    folders = {1000.0: with_config(source, tmp_path / "changed", rope_theta=1000.0), 10.0: source}
+    expected = {
+        theta: mean_loss(AutoModelForCausalLM.from_pretrained(folder).eval(), [window(tokens, 0)])
+        for theta, folder in folders.items()
+    }
+    assert changed == pytest.approx(expected[1000.0], abs=1e-4) and own == pytest.approx(expected[10.0], abs=1e-4)
+    assert abs(expected[1000.0] - expected[10.0]) > 1e-3  # the control
+    assert prepare_start(recipe(source, tokens), tmp_path / "as it is", 1, "auto").events == ()
+    same = recipe(source, tokens, model={"rope_theta": 10.0, "max_positions": 64})
+    assert prepare_start(same, tmp_path / "the same", 1, "auto").events == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"rope_theta": 9.5}, r"model.rope_theta is 9.5, but .*source was trained with 10\."),
+        ({"max_positions": 63}, r"model.max_positions is 63, but .*source was trained with 64\."),
+        ({"rope_theta": 9.5, "max_positions": 128}, "model.rope_theta is 9.5"),
+    ],
+)
+def test_what_would_lower_theta_or_the_context_is_refused_unless_it_is_allowed(
+    model, said, stretched, tokens, tmp_path
+):
+    source, _ = stretched
+    with pytest.raises(UsageError, match=said):
+        prepare_start(recipe(source, tokens, model=model), tmp_path / "run", 1, "auto")
+    assert not (tmp_path / "run").exists()
+    allowed = recipe(source, tokens, model={**model, "allow_lowering": True}, start={"gate": False})
+    assert "(the source's: " in prepare_start(allowed, tmp_path / "run", 1, "auto").events[0]
+
+
+def test_a_config_in_the_place_of_the_sources_own_does_not_lower_either(stretched, tokens, tmp_path):
+    source, _ = stretched
+    other = with_config(source, tmp_path / "other", rope_theta=9.5) / "config.json"
+    with pytest.raises(UsageError, match=r"rope_theta in model.config is 9.5, but .*source was trained with 10\."):
+        prepare_start(recipe(source, tokens, model={"config": str(other)}), tmp_path / "run", 1, "auto")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(source / "model.safetensors", tmp_path / "bare")  # a source that has none of its own
+    alone = recipe(tmp_path / "bare", tokens, model={"config": str(other)})
+    assert prepare_start(alone, tmp_path / "run", 1, "auto").events == ()
+
+
+def test_a_run_does_not_go_on_with_a_lower_theta_than_it_has_trained_with(stretched, tokens):
+    source, run = stretched
+    lower = stretching(source, tokens, rope_theta=100.0, max_positions=128) | {
+        "schedule": {"train_steps": 2, "peak_lr": 1e-3}
+    }
+    with pytest.raises(UsageError, match=r"model.rope_theta is 100, but .* was trained with 1,000\."):
+        prepare_start(Recipe.model_validate(lower), run, 1, "auto")
+    lower["model"]["rope_theta"] = 1000.0
+    assert prepare_start(Recipe.model_validate(lower), run, 1, "auto").step == 1
 
 
 def test_attention_that_sees_other_documents_does_not_start(tokens, tmp_path):
     made = recipe_document(NANOTRON, tokens, parallelism=TWO, schedule={"train_steps": 1}, start={"gate": False})
     ended = work(made, tmp_path / "run", before=BLIND)
     assert ended.code == 6 and "documents of a packed row see each other" in ended.message
-    assert losses(tmp_path / "run") == [] and saved_steps(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and saved_steps(tmp_path / "run") == []
     made["data"]["mask_documents"] = False
     succeeded(work(made, tmp_path / "run", before=BLIND))
 
@@ -418,6 +538,7 @@ def test_a_signal_during_evaluation_saves_and_ends_with_75(tokens, tmp_path):
     interrupt = f"""
 from smolconv.continual_pretraining.run import trainer
 import os
+import re
 batches = trainer.evaluation_batches
 calls = []
 def interrupted(*given):
@@ -613,6 +734,12 @@ STATE: dict[str, Any] = {
         (("position", "stages", 0, "sources", 0, "samples"), 1.5, r"sources\[0\].samples is 1.5, expected a count"),
         (("position", "stages", 0, "sources", 0, "path"), 3, r"sources\[0\].path is 3, expected text"),
         (("position", "stages", 0, "sources", 0, "weight"), 0, "weight is 0, expected a positive number or null"),
+        (("position", "restarted"), {"p": -1}, r"position.restarted is \{'p': -1\}, expected tokens by path"),
+        (("token_files",), [], "token_files is no object of folders"),
+        (("token_files",), {"p": 1}, "token_files is no object of folders"),
+        (("token_files",), {"p": {"a.ds": [5, "x", None]}}, r"has \[5, 'x', None\] for 'a.ds' in 'p'"),
+        (("token_files",), {"p" * 999: {"a" * 999: [5, 7, None, None]}}, r"has \[5, 7, None, None\] for 'aaa"),
+        (("schedule",), {"train_steps": -1}, r"schedule is \{'train_steps': -1\}, expected a recipe's"),
         (("spikes",), [], "spikes.losses is None, expected a list of finite numbers"),
         (("spikes", "spikes"), [1.0, "2"], "spikes.spikes is"),
         (("spikes", "losses"), [10**39, None], "spikes.losses is"),

@@ -47,6 +47,7 @@ def recipe_document(source: Path, tokens: Path | Sequence[Path], **changes: Any)
             "stages": [{"name": "only", "sources": [{"path": str(folder)} for folder in folders]}],
         },
         "schedule": {"train_steps": 4, "peak_lr": 1e-3, "warmup_steps": 2},
+        "optimizer": {"weight_decay": 0.1, "no_decay": [".*embed_tokens.*"]},  # two groups, as SmolLM3's
         "parallelism": {"zero_stage": 1, "micro_batch_sequences": 1, "global_batch_sequences": 4, "threads": 1},
         "checkpoints": {"every_steps": 1000},
     }  # fmt: skip

@@ -62,3 +62,8 @@ def _open(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFold
 def plain_path(path: str) -> str:
     """What folders are told apart by."""
     return path.rstrip("/")
+
+
+def recorded_as(source: Source) -> str:
+    """The folder's name in the record of the checkpoint that a run begins from."""
+    return plain_path(source.recorded_as or source.path)

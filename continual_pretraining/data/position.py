@@ -2,22 +2,23 @@
 
 A position is plain JSON: ``{"step", "stages": [{"name", "start_step", "sequence_length", "sources": [{"path", "name",
 "weight", "samples"}]}]}``, with every stage that began, and the samples that it really read of each source. The weight
-is null where another program's record, which has none, was taken over.
+is null where another program's record, which has none, was taken over. A source that began again at its first sample
+is in ``"restarted"`` too: by path, the input tokens that had been read of it by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import DataStage
 from smolconv.continual_pretraining.data.blending import Blend
-from smolconv.continual_pretraining.data.folders import check_sources, plain_path
+from smolconv.continual_pretraining.data.folders import check_sources, plain_path, recorded_as
 from smolconv.errors import UsageError
 from smolconv.layouts.documents import is_count, is_number
 
 if TYPE_CHECKING:
-    from smolconv.continual_pretraining.recipe.schema import Data, Source, Stage
+    from smolconv.continual_pretraining.recipe.schema import Data, Stage
 
 Position = Mapping[str, Any]
 #: Nothing was read: the data begins at the first step that is asked for, whatever its number.
@@ -28,18 +29,19 @@ BEGINNING: Position = {"step": 0, "stages": []}
 _MOST = 1 << 40
 
 
-def _is_number_of(value: Any) -> bool:
+def is_number_of(value: Any) -> bool:
+    """Whether it is a count of steps, samples or tokens."""
     return is_count(value) and value <= _MOST
 
 
 _LIST = ("a list", lambda value: isinstance(value, list))
 _TEXT = ("text", lambda value: isinstance(value, str))
-_COUNT = ("a count", _is_number_of)
+_COUNT = ("a count", is_number_of)
 _Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]
 _POSITION: _Fields = {"step": _COUNT, "stages": _LIST}
 _STAGE: _Fields = {
     "name": _TEXT, "start_step": _COUNT, "sources": _LIST,
-    "sequence_length": ("a positive count", lambda value: _is_number_of(value) and value > 0),
+    "sequence_length": ("a positive count", lambda value: is_number_of(value) and value > 0),
 }  # fmt: skip
 _SOURCE: _Fields = {
     "path": _TEXT, "name": _TEXT, "samples": _COUNT,
@@ -55,6 +57,9 @@ def check_position(found: object) -> None:
         _check(stage, _STAGE, f"position.stages[{i}]")
         for k, source in enumerate(stage["sources"]):
             _check(source, _SOURCE, f"position.stages[{i}].sources[{k}]")
+    restarted = found.get("restarted", {})
+    if not isinstance(restarted, dict) or not all(is_number_of(tokens) for tokens in restarted.values()):
+        raise ValueError(f"position.restarted is {restarted!r:.60}, expected tokens by path")
 
 
 def _check(found: object, fields: _Fields, where: str) -> None:
@@ -65,6 +70,21 @@ def _check(found: object, fields: _Fields, where: str) -> None:
             raise ValueError(f"{where} has no {name}, expected {expected}")
         if not holds(found[name]):
             raise ValueError(f"{where}.{name} is {found[name]!r:.60}, expected {expected}")
+
+
+def samples_of(stages: Iterable[Mapping[str, Any]], path: str, sequence_length: int) -> int:
+    """How many samples of a folder these stages have read, in windows of ``sequence_length``."""
+    total = 0
+    for stage in stages:
+        samples = sum(source["samples"] for source in stage["sources"] if plain_path(source["path"]) == path)
+        # Another length has other windows. nanotron goes on at so many tokens, and so do we.
+        total += samples * stage["sequence_length"] // sequence_length
+    return total
+
+
+def restarted_at(position: Position, path: str, sequence_length: int) -> int:
+    """How many samples of a folder had been read when it began again at its first; 0 where it never did."""
+    return int(position.get("restarted", {}).get(path, 0)) // sequence_length
 
 
 def tokens_of(position: Position) -> dict[str, int]:
@@ -112,7 +132,7 @@ def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> 
             "from it with its progress, knows its place.\nSet start.data: false to begin with the data's first samples."
         )
     names = {
-        _recorded_as(source): (source.path, name)
+        recorded_as(source): (source.path, name)
         for stage in data.stages
         for source, name in zip(stage.sources, stage.names)
     }
@@ -137,11 +157,6 @@ def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> 
             "Give the recipe's stage the source's name, give its sources recorded_as, or set start.data: false."
         )
     return {"step": step, "stages": history}
-
-
-def _recorded_as(source: Source) -> str:
-    """The folder's name in the record of a checkpoint that another program trained."""
-    return plain_path(source.recorded_as or source.path)
 
 
 def _recorded(stage: DataStage, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
@@ -172,7 +187,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
         )
     consumed = stage.consumed_tokens_per_dataset_folder or {}
     recorded = {plain_path(path): tokens // length for path, tokens in consumed.items()}
-    paths = [_recorded_as(source) for source in now.sources]
+    paths = [recorded_as(source) for source in now.sources]
     missing = [path for path in paths if recorded and path not in recorded]
     unknown = [path for path, samples in recorded.items() if samples and path not in paths]
     if missing or unknown:

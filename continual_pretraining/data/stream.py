@@ -16,7 +16,7 @@ import numpy as np
 
 from smolconv.continual_pretraining.data.blending import Blend
 from smolconv.continual_pretraining.data.folders import open_folders, plain_path
-from smolconv.continual_pretraining.data.position import BEGINNING, Position, tokens_of
+from smolconv.continual_pretraining.data.position import BEGINNING, Position, restarted_at, samples_of, tokens_of
 from smolconv.continual_pretraining.data.prefetch import Prefetched
 from smolconv.continual_pretraining.tokens.files import (
     IGNORED_LABEL,
@@ -189,7 +189,8 @@ class _Place:
 
     def __init__(self, data: Data, samples_per_step: int, first_step: int, position: Position | None) -> None:
         self.data = data
-        self.history: list[dict[str, Any]] = [dict(stage) for stage in (position or BEGINNING)["stages"]]
+        self.begun = position or BEGINNING
+        self.history: list[dict[str, Any]] = [dict(stage) for stage in self.begun["stages"]]
         if position is None:
             self._replay(first_step, samples_per_step)
 
@@ -212,8 +213,11 @@ class _Place:
         counts = None
         if self.history and self.history[-1]["name"] == stage.name:
             counts = [source["samples"] for source in self._checked(self.history.pop())["sources"]]
-        self.offsets = [self.read_before(source.path) for source in stage.sources]
         self.blend = Blend([source.weight for source in stage.sources], counts)
+        # Of another sequence length, what was read before a restart may be rounded otherwise than all that was read.
+        self.offsets = [
+            max(self.read_before(source.path), -count) for source, count in zip(stage.sources, self.blend.counts)
+        ]
         self.history.append({})
         self._record()
 
@@ -224,19 +228,13 @@ class _Place:
         )
 
     def read_before(self, path: str) -> int:
-        """Samples of a folder that the stages before read, in windows of the recipe's length."""
-        length, total = self.data.sequence_length, 0
-        for stage in self.history:
-            samples = sum(
-                source["samples"] for source in stage["sources"] if plain_path(source["path"]) == plain_path(path)
-            )
-            # Another length has other windows. nanotron goes on at so many tokens, and so do we.
-            total += samples * stage["sequence_length"] // length
-        return total
+        """Samples of a folder that the stages before read; fewer than none where it has begun again since."""
+        path, length = plain_path(path), self.data.sequence_length
+        return samples_of(self.history, path, length) - restarted_at(self.begun, path, length)
 
     def position(self, step: int) -> dict[str, Any]:
         self._record()
-        return {"step": step, "stages": list(self.history)}
+        return {**self.begun, "step": step, "stages": list(self.history)}
 
     def _record(self) -> None:
         sources = [

@@ -82,12 +82,15 @@ def build_model(
     liger = _wanted_liger(model.liger, device, family.name)
     if liger is not None:
         _use_liger(built, family.name, liger)
+    checkpointing = _checkpointing(model)
     if model.compile:
-        _compile(built, checkpointed=model.activation_checkpointing)
-    elif model.activation_checkpointing:
+        _compile(built, checkpointing)
+    elif checkpointing is not None:
         # v4's name, and v5's
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable(_CHECKPOINTING)
+        for layer in built.model.layers:
+            layer._gradient_checkpointing_func = checkpointing
     return built.train()
 
 
@@ -151,7 +154,20 @@ def _training_class(hf_class: str) -> Any:
 
 
 #: torch.utils.checkpoint's options. Nothing in a layer is random.
-_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+_CHECKPOINTING: Mapping[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+def _checkpointing(model: recipe.Model) -> Callable[..., Any] | None:
+    """torch's checkpoint of a function and its arguments, as the recipe wants it; None: without."""
+    if not model.activation_checkpointing:
+        return None
+    return functools.partial(_checkpoint_to_host if model.activation_offload else checkpoint, **_CHECKPOINTING)
+
+
+def _checkpoint_to_host(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """What is kept of a layer, its input, waits in the host's memory for the backward pass."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *inputs, **options)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -305,17 +321,17 @@ def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[.
     return chosen
 
 
-def _compile(built: Any, *, checkpointed: bool) -> None:
+def _compile(built: Any, checkpointing: Callable[..., Any] | None) -> None:
     """Each layer in place, which keeps the names. Attention stays outside: every packing would be compiled anew."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MAX_GRAPHS)
     built.attend = torch.compiler.disable(built.attend)
     for layer in built.model.layers:
         # One graph for each number of tokens: a run has few. Otherwise the leak test's would make the steps' dynamic.
         layer.compile(dynamic=False)
-        if checkpointed:
+        if checkpointing is not None:
             # Outside of what is compiled. transformers' own has been inside since v5: attention breaks off the graph
             # there, and torch then leaves the whole layer uncompiled without a word.
-            layer._compiled_call_impl = functools.partial(checkpoint, layer._compiled_call_impl, **_CHECKPOINTING)
+            layer._compiled_call_impl = functools.partial(checkpointing, layer._compiled_call_impl)
 
 
 class _Float32Linear(torch.nn.Linear):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """AdamW's parameter groups, and the update of a step.
 
 nanotron's rule: RMSNorm weights decay (not so in Hugging Face's Trainer), and the embedding unless it is excluded.
+What a recipe leaves out is as in the pretraining of the model's family.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolconv.continual_pretraining.recipe.schema import Optimizer
+from smolconv.models.family import Family
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +36,23 @@ class Group:
         }  # fmt: skip
 
 
-def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool) -> tuple[Group, ...]:
+def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool, family: Family) -> tuple[Group, ...]:
     """Decayed parameters first, then undecayed ones; a group without members is left out.
 
     ``optimizer.no_decay`` are regexes matched from the start of a name, or of its tied name.
     """
-    patterns = [re.compile(pattern) for pattern in optimizer.no_decay]
+    weight_decay, no_decay = optimizer.weight_decay, optimizer.no_decay
+    if weight_decay is None:
+        weight_decay = family.weight_decay
+    if no_decay is None:
+        no_decay = tuple(f"{re.escape(name)}$" for name in family.undecayed)
+    patterns = [re.compile(pattern) for pattern in no_decay]
     members: dict[bool, list[str]] = {True: [], False: []}
     for name in names:
         spellings = (name, *(_ALIASES.get(name, ()) if tied else ()))
         members[not any(p.match(spelling) for p in patterns for spelling in spellings)].append(name)
     return tuple(
-        Group(names=tuple(found), weight_decay=optimizer.weight_decay if decayed else 0.0)
+        Group(names=tuple(found), weight_decay=weight_decay if decayed else 0.0)
         for decayed, found in members.items()
         if found
     )

@@ -20,6 +20,7 @@ from smolconv.continual_pretraining.estimate.flops import parameter_sizes
 from smolconv.continual_pretraining.estimate.hardware import GPU_RUNTIME_BYTES
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
 
 #: Elements of gradients that DeepSpeed flattens into one all-reduce: ``MEMORY_OPT_ALLREDUCE_SIZE`` of its engine.py.
@@ -98,7 +99,7 @@ class _Engine:
 def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
     given, sizes = recipe.parallelism, parameter_sizes(spec)
     zero = engine_config(recipe, world_size)["zero_optimization"]
-    groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied)
+    groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied, family=family_of(spec))
     return _Engine(
         parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
         stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",
@@ -218,7 +219,11 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     layer = 2 * norm + attention + (3 if fused else 4) * b * inner
     # Gradients of the widest block, while it is walked back.
     walking = b * (3 * inner + 2 * hidden)
-    if recipe.model.activation_checkpointing:
+    moved = 0
+    if recipe.model.activation_offload:
+        moved = b * hidden * spec.num_layers
+        kept, formula = b * hidden + layer, "one whole layer and its input"
+    elif recipe.model.activation_checkpointing:
         kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
     else:
         kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
@@ -229,6 +234,7 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
     return [
         _gpu("activations", positions * (kept + walking + ends), formula),
+        _host("activations", positions * moved, "a layer's input for all layers"),
         _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
         _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
     ]

@@ -8,9 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
-from smolconv.continual_pretraining.launchers.ends import FAILED, SAVED, ends_folder, leave_end, report, report_left
+from smolconv.continual_pretraining.launchers.ends import (
+    FAILED,
+    SAVED,
+    RankEnd,
+    ends_folder,
+    leave_end,
+    report_left,
+    tell_last_lines,
+)
 from smolconv.continual_pretraining.launchers.front_end import ATTEMPT_FILE, LAUNCHER_PID
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, WORKER, rank_environment
 from smolconv.continual_pretraining.launchers.output import tell
@@ -19,7 +28,7 @@ from smolconv.continual_pretraining.launchers.watching import run_ranks
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.run.folder import RECIPE
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
-from smolconv.errors import SmolconvError
+from smolconv.errors import Interrupted, OutputLocked, SmolconvError
 from smolconv.processes import module_words
 
 
@@ -41,7 +50,7 @@ def main() -> int:
 
 def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     """Run the one rank that the environment names, as torchrun, DeepSpeed or Slurm has set it."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]  # the latter is DeepSpeed's
     launcher = int(os.environ.get(LAUNCHER_PID, "0"))
     die_with(os.getppid())
@@ -61,13 +70,19 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     environment = {**rank_environment(recipe, int(local_world_size)), **own}
     words = module_words(worker, str(run), "--resume", resume)
     told_elsewhere = rank != 0 or bool(launcher)
-    ends = run_ranks(words, {rank: environment}, run, abandoned=abandoned, told_elsewhere=told_elsewhere)
+    try:
+        ends = run_ranks(words, {rank: environment}, run, abandoned=abandoned, told_elsewhere=told_elsewhere)
+    except OutputLocked as error:
+        message = f"{type(error).__name__}: {error}"
+        ends = [RankEnd(rank=rank, exit_code=error.exit_code, seconds=time.time(), message=message)]
     if not ends:  # we had to kill it, so another has the reason
         return SmolconvError.exit_code
     first = leave_end(folder, ends[0])
     if ends[0].exit_code == SAVED:
         return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
-    return report(ends, run, world_size) if first else ends[0].exit_code
+    if first and ends[0].exit_code not in (0, Interrupted.exit_code):
+        tell_last_lines(ends[0], run)  # whoever started this launcher says the rest, once
+    return ends[0].exit_code
 
 
 def _lives(pid: int) -> bool:

@@ -22,6 +22,7 @@ SAVED = StoppedBySignal.exit_code  #: a rank's after a signal and a good save
 #: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
 FAILED = "failed"
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
+INTERRUPTED = "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were."
 _TAIL_LINES = 20
 
 
@@ -32,7 +33,7 @@ class RankEnd:
     rank: int
     exit_code: int
     seconds: float  #: since the epoch
-    message: str = ""  #: "ErrorClass: what happened"; empty for 0 and ``SAVED``
+    message: str = ""  #: "ErrorClass: what happened"; empty for 0
     last_lines: tuple[str, ...] = ()  #: of the rank's log, with a message
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
     ``log_start``: bytes of earlier starts in its log.
     """
     now = time.time()
-    if code in (0, SAVED):
+    if code == 0:
         return RankEnd(rank=rank, exit_code=code, seconds=now)
     path = failure_file(run, rank)
     try:
@@ -60,9 +61,10 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
         text = f"{failure['error']}: {failure['message']}"
     except (SmolconvError, OSError, ValueError, KeyError):  # it had no time to write one
         # Whoever sent it: Slurm signals every process of a task, ours perhaps after the rank.
-        if code < 0 and -code in STOPS:
-            text = "Interrupted: stopped by a signal while it was starting; checkpoints are as they were."
-            code = Interrupted.exit_code
+        if code == SAVED:
+            text = ""
+        elif code < 0 and -code in STOPS:
+            text, code = INTERRUPTED, Interrupted.exit_code
         elif code < 0:
             text = f"MachineError: killed by {_signal_name(-code)}."
             text += " Often that is for want of memory: `dmesg` says so." if -code == signal.SIGKILL else ""
@@ -76,7 +78,7 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
 
 
 def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool = False) -> int:
-    """Say on stderr how the run ended, when not well, and return its exit code.
+    """Say on stderr how the run ended, when not well, and return its exit code. Only here it is said why a rank failed.
 
     ``shown``: the failing rank's last lines have been shown by the process beside it.
     """
@@ -84,19 +86,33 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
     if end is None:
         return 0
     if end.exit_code == SAVED:
-        tell(f"stopped after a save; the same command goes on from there ({run}).")
-        return SAVED
-    log = log_file(run, end.rank)
-    if end.last_lines and end.rank != 0 and not shown:  # rank 0's were passed on
-        tell("\n".join([f"the last lines of {log}:", *(f"  {line}" for line in end.last_lines)]))
-    tell(f"rank {end.rank} of {world_size} failed first: {end.message}\nIts log: {log}")
+        tell(end.message or f"stopped after a save; the same command goes on from there ({run}).")
+    elif end.exit_code == Interrupted.exit_code:
+        tell(end.message)
+    else:
+        if not shown:
+            tell_last_lines(end, run)
+        log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines else ""
+        tell(f"rank {end.rank} of {world_size} failed first: {end.message}{log}")
     return end.exit_code
 
 
-def report_left(run: Path, attempt: str, world_size: int, status: int) -> int:
-    """``report`` by what the ranks of an attempt left, whose launcher ended with ``status``."""
+def tell_last_lines(end: RankEnd, run: Path) -> None:
+    """Show the end of a failed rank's log, but for rank 0's, which was passed on."""
+    if end.last_lines and end.rank != 0:
+        tell("\n".join([f"the last lines of {log_file(run, end.rank)}:", *(f"  {line}" for line in end.last_lines)]))
+
+
+def report_left(run: Path, attempt: str, world_size: int, status: int, *, stopped: bool = False) -> int:
+    """``report`` by what the ranks of an attempt left, whose launcher ended with ``status``.
+
+    ``stopped``: it was told to stop, perhaps before it had started a rank.
+    """
     ends = _read_ends(ends_folder(run, attempt))
     if status and not any(end.exit_code for end in ends):
+        if stopped:
+            tell(INTERRUPTED)
+            return Interrupted.exit_code
         tell(f"MachineError: the launcher ended with status {status}, and no rank said why. See {run / 'logs'}.")
         return MachineError.exit_code
     return report(ends, run, world_size, shown=True)
@@ -147,7 +163,11 @@ def _first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
     failed = [end for end in ends if end.exit_code not in (0, SAVED, Interrupted.exit_code)]
     saved = [end for end in ends if end.exit_code == SAVED]  # then all have: they save together
     stopped = [end for end in ends if end.exit_code == Interrupted.exit_code]
-    return min([*failed, *stopped] if failed else saved or stopped, key=lambda end: end.seconds, default=None)
+    found = [*failed, *stopped] if failed else saved or stopped
+    first = min(found, key=lambda end: end.seconds, default=None)
+    # Of ranks that all refuse the same, the one whose output is shown.
+    alike = [end for end in found if first and (end.exit_code, end.message) == (first.exit_code, first.message)]
+    return min(alike, key=lambda end: end.rank, default=None)
 
 
 def _signal_name(number: int) -> str:

@@ -17,6 +17,7 @@ from smolconv.continual_pretraining.launchers.launcher import Start, rank_enviro
 from smolconv.continual_pretraining.launchers.output import tell_stopping
 from smolconv.continual_pretraining.launchers.signals import Signals, die_with_us
 from smolconv.continual_pretraining.launchers.watching import KILLED
+from smolconv.continual_pretraining.run.folder import refuse_trained
 from smolconv.errors import Interrupted
 
 #: In the environment of ``beside``: the process that it must not outlive, and where it says which attempt it is of.
@@ -35,8 +36,10 @@ def run_front_end(
     """Run another launcher on this machine, and tell from the ranks' own files how it went: the run's exit code.
 
     ``one_of_several``: other machines have one of their own, so that the ranks say which attempt they belong to.
-    ``as_group``: its whole process group is told to stop, and waited for.
+    ``as_group``: its whole process group is told to stop, and waited for. Raises ``OutputLocked`` where another start
+    trains in the run's folder.
     """
+    refuse_trained(start.run)
     attempt = secrets.token_hex(4)
     environment = {**rank_environment(start.recipe, start.placed.ranks_per_node), **variables}
     environment[LAUNCHER_PID] = str(os.getpid())
@@ -66,7 +69,7 @@ def run_front_end(
     patience = time.monotonic() + 40  # DeepSpeed's launcher gives ranks 30 seconds
     while as_group and _group_lives(process.pid) and time.monotonic() < patience:
         time.sleep(0.1)
-    return report_left(start.run, attempt, start.placed.world_size, process.returncode)
+    return report_left(start.run, attempt, start.placed.world_size, process.returncode, stopped=stopping)
 
 
 def _group_lives(group: int) -> bool:

@@ -76,8 +76,10 @@ def tell(text: str) -> None:
 
 
 def tell_stopping(signum: int) -> None:
-    more = " A second Ctrl-C kills them." if signum == signal.SIGINT else ""
-    tell(f"{signal.Signals(signum).name}: the ranks save and stop.{more}")
+    name, more = signal.Signals(signum).name, ""
+    if signum == signal.SIGINT:
+        name, more = "Ctrl-C", " A second Ctrl-C kills them."
+    tell(f"{name}: the ranks stop, after a save if training has begun.{more}")
 
 
 def show(chunk: bytes) -> None:

@@ -8,6 +8,8 @@ from smolconv.continual_pretraining.recipe.schema import Launch
 from smolconv.errors import UsageError
 from smolconv.processes import module_words, script_words
 
+#: torchrun itself, without what it would say of its ranks' ends.
+ELASTIC = "smolconv.continual_pretraining.launchers.elastic"
 #: torchrun's patience with ranks that were told to stop, which is 30 seconds otherwise. Saving may take long; a rank
 #: that cannot end because another is dead is killed by the process beside it.
 PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
@@ -36,7 +38,7 @@ class Torchrun(Launcher):
 
 def node_words(placed: Placement) -> list[str]:
     """What starts torchrun for one node's ranks, but for where they meet and what each of them is."""
-    words = module_words("torch.distributed.run", "--nnodes", str(placed.nodes))
+    words = module_words(ELASTIC, "--nnodes", str(placed.nodes))
     return [*words, "--nproc-per-node", str(placed.ranks_per_node), "--max-restarts", "0"]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from smolconv.continual_pretraining.launchers.ends import SAVED, RankEnd, end_of, failure_file, log_file
 from smolconv.continual_pretraining.launchers.output import Shown, drawing_environment, tell_stopping
 from smolconv.continual_pretraining.launchers.signals import Signals, die_with_us
+from smolconv.continual_pretraining.run.folder import refuse_trained, remove_start
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.errors import Interrupted, MachineError
 
@@ -37,8 +38,9 @@ def run_ranks(
     When one fails the others get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. ``abandoned`` is asked about once a
     second whether the ranks shall end for a reason of its own; its argument says whether they were told to stop.
     ``told_elsewhere``: the user is told by another process that ranks stop for a signal. Must be called in the main
-    thread, since it takes signals.
+    thread, since it takes signals. Raises ``OutputLocked``, before it writes into the logs, where another start trains.
     """
+    refuse_trained(run)
     with Signals().listening() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.wakeup, selectors.EVENT_READ)
         ranks = [_start(words, environment, number, run) for number, environment in environments.items()]
@@ -68,6 +70,7 @@ def run_ranks(
             for rank in ranks:
                 if rank.shown is not None:
                     rank.shown.close()
+            remove_start(run)
     return [rank.end for rank in ranks if rank.end and not rank.killed]
 
 
@@ -92,6 +95,9 @@ class _Rank:
                 pass
             self.shown.end_line()
         self.end = end_of(self.number, self.process.returncode, run, attempt=self.attempt, log_start=self.log_start)
+        if self.end.message:
+            with suppress(OSError), log_file(run, self.number).open("a", encoding="utf-8", errors="replace") as log:
+                log.write(f"{self.end.message}\n")
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str], number: int, run: Path) -> _Rank:

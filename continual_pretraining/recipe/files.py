@@ -102,6 +102,11 @@ def notes(recipe: Recipe) -> list[str]:
             shares = [f"{source.weight / total:.4g}" for source in sources[:6]]
             more = "" if len(sources) <= len(shares) else f", ... {len(sources)} in all"
             found.append(f"{title}: the weights sum to {total:.6g} and were normalised: {', '.join(shares)}{more}.")
+    if recipe.export is None:
+        found.append(
+            "export: the recipe has no export section: nothing is exported after the last step. "
+            "`export: {}` writes hf, verified; smolconv convert exports any checkpoint."
+        )
     return found + schedule_notes(recipe.schedule)
 
 

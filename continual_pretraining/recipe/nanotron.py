@@ -17,9 +17,14 @@ from typing import Any
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.tokens.eos import KNOWN_EOS, eos_of_folder
-from smolconv.errors import BadCheckpoint, UsageError, some_of
+from smolconv.errors import BadCheckpoint, SmolconvError, UsageError, first_line, some_of
 from smolconv.files import read_bytes
+from smolconv.hub.address import is_hub_uri
+from smolconv.hub.download import open_source
+from smolconv.layouts.layout import ReadOptions
+from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
+from smolconv.models.spec import ModelSpec
 from smolconv.parsing import parse_yaml_mapping
 
 #: Patterns of fields, in order, and why they have no place in a recipe. The first that matches counts.
@@ -172,15 +177,35 @@ class _Translator:
             raise UsageError(f"{self.path}: model.dtype is {dtype!r}; expected bfloat16 or float32.")
         if self.left.get("model.model_config.z_loss_enabled"):
             self.notes.append("z-loss is enabled in the YAML and is not computed here: the loss differs by it.")
+        theta = self.take("model.model_config.rope_theta", "model.rope_theta")
+        positions = self.take("model.model_config.max_position_embeddings", "model.max_positions")
+        spec = self._spec_of(str(source))
         return {
             "source": str(source),
             "dtype": dtype,
-            "rope_theta": self.take("model.model_config.rope_theta", "model.rope_theta"),
-            "max_positions": self.take("model.model_config.max_position_embeddings", "model.max_positions"),
+            "rope_theta": self._not_lower("rope_theta", theta, None if spec is None else spec.rope_theta),
+            "max_positions": self._not_lower("max_positions", positions, None if spec is None else spec.max_positions),
             "activation_checkpointing": bool(
                 self.take("parallelism.recompute_layer", "model.activation_checkpointing", False)
             ),
         }
+
+    def _spec_of(self, source: str) -> ModelSpec | None:
+        """The source's, where it can be read here; its headers only where it is on the Hub."""
+        try:
+            return read_checkpoint(open_source(source, headers_only=True), ReadOptions(optimizer=False)).spec
+        except (SmolconvError, OSError) as error:
+            if is_hub_uri(source):
+                self.notes.append(f"{source} could not be asked for its rope theta and context: {first_line(error)}")
+            return None
+
+    def _not_lower(self, name: str, wanted: float | None, own: float | None) -> float | None:
+        """What the recipe says of rope theta or context: nothing where it would be the source's own, or less."""
+        if wanted is None or own is None or wanted == own:
+            return None if own is not None else wanted
+        does = "left out, as it would lower it" if wanted < own else "raised to it, as a long-context stage does"
+        self.notes.append(f"model.{name}: the YAML says {wanted:,.12g}, the source {own:,.12g}: {does}.")
+        return None if wanted < own else wanted
 
     def _start(self) -> dict[str, bool]:
         # nanotron takes step and data stages only together with the scheduler (nanotron#253).

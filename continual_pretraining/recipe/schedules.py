@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -172,6 +172,41 @@ def notes(schedule: Schedule) -> list[str]:
         found.append(f"schedule: the run ends at step {schedule.train_steps}, before its {schedule.decay} decay.")
         return found
     return found + _decay_notes(schedule, phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedDecay:
+    """A decay in which steps were made, and which another schedule puts elsewhere."""
+
+    last_undecayed_step: int  #: a run that goes on from it, or from one before, follows the new schedule throughout
+    says: str
+
+
+def moved_decay(old: Schedule, new: Schedule, completed_steps: int) -> MovedDecay | None:
+    """Whether a run that ``old`` has led through ``completed_steps`` goes on from within a decay that ``new`` moves.
+
+    Also the reverse: a decay of ``new`` that would have begun before steps that were made without it.
+    """
+    was, now = resolved(old), resolved(new)
+    begun = [p.decay_start_step for p in (was, now) if p.decay != "none" and p.decay_start_step < completed_steps]
+    trained, meant = (learning_rate(schedule, completed_steps - 1) for schedule in (old, new))
+    moved = replace(was, warmup_steps=0) != replace(now, warmup_steps=0) or old.cycles != new.cycles
+    if not begun or not moved or math.isclose(trained, meant, rel_tol=1e-9):
+        return None
+    return MovedDecay(
+        last_undecayed_step=min(begun),
+        says=(
+            f"schedule: the decay has moved within the steps that are made. It was {_decay_text(was)} and is now "
+            f"{_decay_text(now)}. Step {completed_steps} trained at {trained:.3g}; step {completed_steps + 1} will at "
+            f"{learning_rate(new, completed_steps):.3g}."
+        ),
+    )
+
+
+def _decay_text(phases: Phases) -> str:
+    if phases.decay == "none":
+        return "none"
+    return f"{phases.decay} from step {phases.decay_start_step + 1} to {phases.decay_end_step}"
 
 
 def _decay_notes(schedule: Schedule, phases: Phases) -> list[str]:

@@ -38,8 +38,10 @@ class Model(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
     rope_theta: PositiveFloat | None = None  #: to change the source's, for long context
     max_positions: Positive | None = None  #: the same for its context
+    allow_lowering: bool = False  #: let either be less than the source's, which makes its loss begin higher
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
+    activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 
@@ -105,6 +107,7 @@ class Data(Section):
     mask_documents: bool = True  #: attention stays within a document, and its first token is not predicted
     file_seed: NotNegative | None = None  #: permutes a folder's files; None: sorted
     loss_masks: bool = True  #: leave tokens out of the loss that a .ds.loss file marks with 0
+    on_change: Literal["refuse", "restart-source"] = "refuse"  #: a source whose files changed since the checkpoint
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -120,16 +123,16 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW with decoupled weight decay on fp32 masters."""
 
-    weight_decay: NotNegativeFloat = 0.1  #: SmolLM3's; SmolLM1, SmolLM2 and FineMath have 0.01
-    no_decay: tuple[str, ...] = (r".*embed_tokens.*",)  #: regexes from a name's start; [] for the same three
+    weight_decay: NotNegativeFloat | None = None  #: None: as its family was pretrained, 0.01 for Llama, else 0.1
+    no_decay: tuple[str, ...] | None = None  #: regexes from a name's start; None: by family, Llama [], else embedding
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: NotNegativeFloat = 1.0  #: 0: no clipping
 
     @field_validator("no_decay")
     @classmethod
-    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
+    def _are_regexes(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in patterns or ():
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -246,7 +249,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     output: str = "run"  #: the run's folder
-    seed: NotNegative = 0
+    seed: NotNegative = 0  #: of torch; training draws no random numbers
     model: Model
     start: Start = Start()
     data: Data
@@ -257,8 +260,8 @@ class Recipe(Section):
     checkpoints: Checkpoints = Checkpoints()
     logging: Logging = Logging()
     spikes: Spikes = Spikes()
-    evaluation: Evaluation | None = None
-    export: Export | None = None
+    evaluation: Evaluation | None = None  #: None: no evaluation
+    export: Export | None = None  #: None: nothing is exported; {} for the defaults below
     launch: Launch = Launch()
 
     @property
@@ -292,6 +295,8 @@ class Recipe(Section):
                 f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be cut into "
                 f"micro-batches of {given.micro_batch_sequences}"
             )
+        if self.model.activation_offload and not self.model.activation_checkpointing:
+            raise ValueError("model.activation_offload needs model.activation_checkpointing: it moves what that keeps")
         if given.offload == "all" and given.zero_stage != 3:
             raise ValueError("parallelism.offload: all needs zero_stage 3")
         if given.offload != "none" and given.zero_stage == 0:

@@ -16,11 +16,15 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from smolconv.continual_pretraining.data.position import Position, check_position
+from smolconv.continual_pretraining.data.token_record import TokenRecord, check_record
+from smolconv.continual_pretraining.recipe.schedules import Schedule
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.continual_pretraining.watch.spikes import check_spikes
 from smolconv.errors import CorruptFile, MissingFile
@@ -34,6 +38,8 @@ LATEST = "latest"
 STATE = "trainer.json"
 #: Below the run's folder: the checkpoint that --resume named, until the first save after it.
 RESUME_FROM = "resume-from"
+#: Of ``trainer.json``, which names every token file: enough for half a million of them.
+_MOST_STATE_BYTES = 1 << 27
 _STEP = re.compile(r"step-(\d{1,18})")
 _LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
 
@@ -51,6 +57,8 @@ class RunState:
     global_batch_sequences: int
     spikes: Mapping[str, Any]  #: of the ``SpikeDetector``
     skipped_steps: int = 0
+    token_files: TokenRecord = field(default_factory=dict)  #: early versions recorded none
+    schedule: Mapping[str, Any] | None = None  #: that the step was trained by; None: an early version's
     manifest: bool = True  #: lists the files and their digests; early versions wrote none
 
     def __post_init__(self) -> None:
@@ -64,6 +72,16 @@ class RunState:
             raise ValueError(f"no run trains in {self.dtype!r:.60}, or has {self.manifest!r:.60} for a manifest")
         check_position(self.position)
         check_spikes(self.spikes)
+        check_record(self.token_files)
+        self.trained_by  # noqa: B018 - a look is a check
+
+    @property
+    def trained_by(self) -> Schedule | None:
+        """The schedule of the step."""
+        try:
+            return None if self.schedule is None else Schedule.model_validate(self.schedule)
+        except ValidationError:
+            raise ValueError(f"schedule is {self.schedule!r:.60}, expected a recipe's") from None
 
     def write(self, folder: Path) -> None:
         write_text(folder / STATE, json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n")
@@ -77,7 +95,7 @@ class RunState:
                 f"{folder} has no {STATE}: it was not saved by smolconv continue-train.\n"
                 "To start from it, name it as model.source; its optimizer is taken with start.optimizer."
             )
-        document = {"manifest": False, **read_json(path)}
+        document = {"manifest": False, **read_json(path, _MOST_STATE_BYTES)}
         document.pop("schema", None)
         with understood(path):
             return RunState(**document)
@@ -96,7 +114,7 @@ def _folders(run: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    found = (name.fullmatch(entry.name) for entry in os.scandir(folder) if entry.is_dir())
+    found = (name.fullmatch(entry.name) for entry in os.scandir(folder) if os.path.isdir(entry))
     return [match for match in found if match]
 
 

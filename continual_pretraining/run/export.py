@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smolconv.checkpoint import Checkpoint
 from smolconv.continual_pretraining.recipe.schema import Export
-from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
-from smolconv.errors import ParityFailed
+from smolconv.convert import ConvertOptions, plan_conversion, plan_from_checkpoint, run_conversion
+from smolconv.errors import BadCheckpoint, ParityFailed, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = "export"
+
+
+def check_exports(export: Export, trained: Checkpoint, run: Path) -> None:
+    """Plan every export from the checkpoint that will be trained. Raises ``UsageError`` for one that cannot be made."""
+    for layout in export.formats:
+        try:
+            plan_from_checkpoint(trained, str(trained.root), run / FOLDER / layout, _options(export, layout))
+        except BadCheckpoint as error:
+            raise UsageError(
+                f"export.formats: {layout} cannot hold what would be trained, from {trained.root}.\n{error}\n"
+                f"Nothing was trained. Take {layout} out of export.formats, or train another source."
+            ) from None
+
+
+def _options(export: Export, layout: str) -> ConvertOptions:
+    return ConvertOptions(to=layout, optimizer=None if export.optimizer else False)
 
 
 def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str, torch.Tensor] | None) -> list[str]:
@@ -28,8 +45,7 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
     for layout in export.formats:
         target = run / FOLDER / layout
         target.parent.mkdir(parents=True, exist_ok=True)
-        options = ConvertOptions(to=layout, optimizer=None if export.optimizer else False)
-        plan = plan_conversion(checkpoint, target, options)
+        plan = plan_conversion(checkpoint, target, _options(export, layout))
         reason = ""
         if export.verify:
             from smolconv.verify.compare import verify_conversion

@@ -5,23 +5,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
+from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_decay
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, find_resume, latest
-from smolconv.errors import BadCheckpoint, OutputLocked, UsageError
+from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
+from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
 from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
+START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
+#: What of them does not: whose name a source was recorded by before the run began, and what to do when files change.
+_UNDECIDING = re.compile(r"data\.(on_change|stages\.\d+\.sources\.\d+\.recorded_as)")
 #: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
 #: others would go on as something that neither recipe describes.
 _DECIDING = (
-    "seed", "model.source", "model.config", "model.step", "model.rope_theta", "model.max_positions", "data",
+    "model.source", "model.config", "model.step", "model.rope_theta", "model.max_positions", "data",
     "optimizer.betas", "optimizer.eps", "optimizer.no_decay", "loss", "global batch", "micro-batch",
 )  # fmt: skip
 
@@ -43,15 +49,20 @@ def changes(old: Recipe, new: Recipe) -> list[Change]:
     """Where ``new`` differs from ``old``, in the order of fields."""
     before, after = dict(_fields(old)), dict(_fields(new))
     # With a mean over all tokens the loss does not depend on how a step is cut up.
-    free = {"micro-batch"} if old.loss.normalisation == new.loss.normalisation == "tokens" else set()
+    by_tokens = old.loss.normalisation == new.loss.normalisation == "tokens"
     return [
         Change(
             field=field, old=before.get(field), new=after.get(field),
-            decides=field not in free and any(field == name or field.startswith(f"{name}.") for name in _DECIDING),
+            decides=_decides(field) and not (by_tokens and field == "micro-batch"),
         )
         for field in dict.fromkeys([*before, *after])
         if before.get(field) != after.get(field)
     ]  # fmt: skip
+
+
+def _decides(field: str) -> bool:
+    named = any(field == name or field.startswith(f"{name}.") for name in _DECIDING)
+    return named and _UNDECIDING.fullmatch(field) is None
 
 
 def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
@@ -59,8 +70,9 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
 
     Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
 
-    Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise,
-    and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no checkpoint where ``resume`` says.
+    Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise or
+    lies beyond the recipe's last step, and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no
+    checkpoint where ``resume`` says.
     """
     if resume == "never" and latest(run) is not None:
         raise UsageError(
@@ -71,10 +83,15 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     if checkpoint is None:
         return []
     of_run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
-    notes = [f"goes on from {checkpoint}"]
-    if not os.path.lexists(of_run / RECIPE):
+    notes, state = [f"goes on from {checkpoint}"], _state(checkpoint)
+    step = None if state is None else state.step
+    old = load_recipe(of_run / RECIPE) if os.path.lexists(of_run / RECIPE) else None
+    if state is not None:
+        check_steps(recipe, state.step, checkpoint)
+        schedule = state.trained_by or (None if old is None else old.schedule)
+        notes += moved_decay_notes(recipe, schedule, state.step, checkpoint, "--resume")
+    if old is None:
         return notes
-    old, step = load_recipe(of_run / RECIPE), _completed(checkpoint)
     if deciding := [change for change in changes(_begun(old, step), _begun(recipe, step)) if change.decides]:
         raise UsageError(
             "\n".join(
@@ -87,10 +104,41 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     return [*notes, *(f"changed since its last start: {change}" for change in changes(old, recipe))]
 
 
-def _completed(checkpoint: Path) -> int | None:
-    """The step that a checkpoint was saved after; None where it does not say, which the ranks will refuse."""
+def check_steps(recipe: Recipe, step: int, checkpoint: Path) -> None:
+    """Raise ``UsageError`` when a checkpoint lies beyond the last step of the recipe: an export would be of neither."""
+    last = recipe.schedule.train_steps
+    if step <= last:
+        return
+    earlier = _newest_until(checkpoint, last)
+    raise UsageError(
+        f"{checkpoint.name} has made {counted(step, 'step')}, but schedule.train_steps is {last:,}.\n"
+        f"A run goes on from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
+        f"Set schedule.train_steps to {step} or more"
+        + (f", or go back with --resume {earlier}." if earlier else f"; no checkpoint until step {last:,} is left.")
+    )
+
+
+def moved_decay_notes(recipe: Recipe, old: Schedule | None, step: int, checkpoint: Path, option: str) -> list[str]:
+    """That the rate jumps, and the newest checkpoint from which it would not, by the option that names it."""
+    moved = None if old is None else moved_decay(old, recipe.schedule, step)
+    if moved is None:
+        return []
+    last = moved.last_undecayed_step
+    found = _newest_until(checkpoint, last)
+    if found is None:
+        return [f"{moved.says} No checkpoint from before the decay (until step {last:,}) is left."]
+    return [f"{moved.says} The newest checkpoint from before the decay: go on from it with {option} {found}."]
+
+
+def _newest_until(checkpoint: Path, step: int) -> Path | None:
+    beside = earlier_steps(checkpoint)
+    return next((folder for folder in beside if (step_of(folder) or 0) <= step), None)
+
+
+def _state(checkpoint: Path) -> RunState | None:
+    """None for a state that cannot be read, which the ranks will refuse."""
     try:
-        return RunState.read(checkpoint).step
+        return RunState.read(checkpoint)
     except BadCheckpoint:
         return None
 
@@ -133,6 +181,21 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
         f"another process trains in {run} (it holds {run / LOCK}){how}.\n"
         "Wait for it to end, or choose another --output."
     )
+
+
+def refuse_trained(run: Path) -> None:
+    """Raise ``OutputLocked`` where another process trains in the folder, before a start writes into its logs.
+
+    A job that Slurm has queued again is let through: its rank 0 waits for the lock of a node that has died.
+    """
+    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0) and _is_trained(run):
+        raise trained_elsewhere(run)
+
+
+def remove_start(run: Path) -> None:
+    """Remove what a start converted, once its ranks have ended; nothing where another start's ranks train."""
+    if os.path.lexists(run / START) and not _is_trained(run):
+        shutil.rmtree(run / START, ignore_errors=True)
 
 
 def _is_trained(run: Path) -> bool:

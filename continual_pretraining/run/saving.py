@@ -24,8 +24,8 @@ from smolconv.continual_pretraining.run.checkpoints import (
     set_aside,
     step_folder,
 )
+from smolconv.continual_pretraining.run.folder import START
 from smolconv.continual_pretraining.run.ranks import Ranks
-from smolconv.continual_pretraining.run.start import FOLDER as START
 from smolconv.continual_pretraining.run.start import StartPoint
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, first_line
 from smolconv.layouts.deepspeed.checkpoint_engine import (

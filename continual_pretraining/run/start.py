@@ -9,34 +9,38 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
+from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress, for_another_engine
+from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
+from smolconv.continual_pretraining.run.export import check_exports
+from smolconv.continual_pretraining.run.folder import START, check_steps
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
+from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
-from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
-from smolconv.errors import BadCheckpoint, SmolconvError, TrainingStopped, UsageError
+from smolconv.convert import ConversionPlan, ConvertOptions, plan_from_checkpoint, run_conversion
+from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError, some_of
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
 from smolconv.layouts.layout import ReadOptions, hf_config
 from smolconv.layouts.listing import ASSET_NAMES
-from smolconv.layouts.registry import read_checkpoint
+from smolconv.layouts.registry import LAYOUTS, layout_named, read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
+from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.parsing import MOST_TOKENIZER_BYTES
-from smolconv.tensors.lazy import LazyTensor
-
-#: Below the run's folder; removed when the first checkpoint of the run is whole.
-FOLDER = "start"
+from smolconv.tensors.lazy import LazyTensor, is_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +57,14 @@ class StartPoint:
     spikes: Mapping[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     gate: SourceLoss | None = None
+    frozen: tuple[str, ...] = ()  #: parameters that stay zero
     #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    went_back: str | None = None  #: from a damaged checkpoint, and why; for the log of events
+    token_files: Mapping[str, Any] = field(default_factory=dict)  #: the record of ``DataPlace``
+    #: For the log: that it went back from a damaged checkpoint, that data has changed, that the recipe changes the
+    #: source's rope theta or context (with both losses).
+    events: Sequence[str] = ()
 
 
 def prepare_start(
@@ -70,7 +78,7 @@ def prepare_start(
     origin = find_origin(recipe, run, resume) if origin is None else origin
     notes = remove_partial(run)
     # What an earlier start converted, whole or not: nothing is read from it, and its space may be needed.
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    shutil.rmtree(run / START, ignore_errors=True)
     own = origin.checkpoint
     if own is None:
         if latest(run) is not None:
@@ -81,17 +89,72 @@ def prepare_start(
         start = _fresh(recipe, run, world_size, device)
     else:
         state, checkpoint = _checked(recipe, own)
+        place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
             notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
-        start = _resumed(recipe, run, own, world_size, state, checkpoint)
-    return replace(start, notes=(*notes, *origin.notes, *start.notes), went_back=origin.went_back)
+        start = _resumed(recipe, run, own, world_size, state, checkpoint, place)
+    events = (origin.went_back, *start.events) if origin.went_back else start.events
+    return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
 
 
-def groups_of(recipe: Recipe, spec: ModelSpec) -> tuple[Group, ...]:
+def groups_of(recipe: Recipe, spec: ModelSpec, frozen: Sequence[str]) -> tuple[Group, ...]:
     """The engine's parameter groups, in the order in which a checkpoint must hold them."""
-    return group_parameters(parameter_shapes(spec), recipe.optimizer, tied=spec.tied)
+    names = [name for name in parameter_shapes(spec) if name not in frozen]
+    return group_parameters(names, recipe.optimizer, tied=spec.tied, family=family_of(spec))
+
+
+def held_at_zero(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Parameters that stay zero: a layout that the run comes from, or is exported to, has no place for them.
+
+    So has a checkpoint of such a run, where they are frozen. Raises ``BadCheckpoint`` for whatever else is frozen.
+    """
+    formats = () if recipe.export is None else recipe.export.formats
+    used = {checkpoint.layout, *(layout_named(word, "export.formats").name for word in formats)}
+    held = {
+        name
+        for layout in LAYOUTS
+        for name in layout.without_place(checkpoint.spec)
+        if layout.name in used or (name in checkpoint.frozen and is_zero(checkpoint.parameters[name]))
+    }
+    if other := [name for name in checkpoint.frozen if name not in held]:
+        raise BadCheckpoint(
+            f"{checkpoint.root} has {len(other)} frozen parameters ({other[0]}, ...): continue-train trains all of "
+            "them.\nConvert it to Hugging Face's layout first, which keeps only the weights."
+        )
+    return tuple(name for name in checkpoint.parameters if name in held)
+
+
+def plan_start(
+    recipe: Recipe, checkpoint: Checkpoint, run: Path, world_size: int, *, optimizer: bool, uri: str
+) -> ConversionPlan:
+    """Plan what the ranks load, and what the run exports in the end. Writes nothing.
+
+    Raises ``UsageError`` for an export that could not be made of it, and where there is no Adam state to go on with.
+    """
+    if optimizer and not checkpoint.has_optimizer:
+        raise UsageError(
+            f"start.optimizer: {uri} ({checkpoint.layout}) holds no Adam state.\n"
+            "Set start.optimizer: false to begin with zero moments."
+        )
+    given, held = recipe.parallelism, held_at_zero(recipe, checkpoint)
+    members = groups_of(recipe, checkpoint.spec, held)
+    with tempfile.TemporaryDirectory() as folder:
+        groups = Path(folder) / "groups.json"
+        groups.write_text(json.dumps([group.to_json(recipe.optimizer) for group in members]))
+        options = ConvertOptions(
+            to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None,
+            groups=groups, optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
+            vocab_size=checkpoint.spec.vocab_size,
+        )  # fmt: skip
+        start = for_another_engine(replace(checkpoint, frozen=held))
+        plan = plan_from_checkpoint(start, uri, run / START / "deepspeed", options)
+    # The run's own checkpoints: Adam has made steps, and what the source's documents say beside the model is not there.
+    record = SourceRecord(hf_config=hf_config(checkpoint, recipe.model.dtype), engine=EngineRecord())
+    if recipe.export is not None:
+        check_exports(recipe.export, replace(plan.prepared, source=record, assets=_assets(checkpoint)), run)
+    return plan
 
 
 def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
@@ -110,25 +173,73 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
         fitting = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
         raise UsageError(
             f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
-            f"query heads of {source}, which ranks share in attention.\n"
+            f"query heads of {source}.\n"
+            "Ranks that share rows share the heads in attention, equally many each.\n"
             f"Choose {', '.join(fitting[:-1])} or {fitting[-1]}."
         )
 
 
-def with_overrides(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint with the recipe's own rope theta and context, for long-context stages."""
-    changes: dict[str, Any] = {}
-    if recipe.model.rope_theta is not None:
-        changes["rope_theta"] = recipe.model.rope_theta
-        if checkpoint.spec.rope_scaling is not None and recipe.model.rope_theta != checkpoint.spec.rope_theta:
+def read_source(recipe: Recipe, folder: Path, *, optimizer: bool = True) -> tuple[Checkpoint, Checkpoint]:
+    """The recipe's source as it is, and as it is trained: with the recipe's own rope theta and context.
+
+    Raises as ``with_overrides``, which asks what the source itself says where ``model.config`` stands in its place.
+    """
+    read = _read_options(recipe, optimizer=optimizer)
+    source = as_it_is = read_checkpoint(folder, read)
+    if read.config is not None:
+        with suppress(BadCheckpoint):  # most often it has none of its own
+            as_it_is = read_checkpoint(folder, replace(read, config=None))
+    return as_it_is, with_overrides(source, recipe, as_it_is.spec)
+
+
+def with_overrides(checkpoint: Checkpoint, recipe: Recipe, as_it_is: ModelSpec | None = None) -> Checkpoint:
+    """The checkpoint with the recipe's own rope theta and context, for long-context stages.
+
+    Raises ``UsageError`` for another theta of a scaled rotary embedding, and for what would be lower than ``as_it_is``,
+    by default the checkpoint's own: a source that was trained with more starts with a higher loss.
+    """
+    given, spec = recipe.model, checkpoint.spec
+    if given.rope_theta is not None:
+        if spec.rope_scaling is not None and given.rope_theta != spec.rope_theta:
             raise UsageError(
-                f"model.rope_theta {recipe.model.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
-                f"{checkpoint.spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
+                f"model.rope_theta {given.rope_theta:g}: {checkpoint.root} scales its rotary embedding by "
+                f"{spec.rope_scaling.get('rope_type')}, which another theta would contradict.\n"
                 "Leave model.rope_theta out to train with the scaling."
             )
-    if recipe.model.max_positions is not None:
-        changes["max_positions"] = recipe.model.max_positions
-    return replace(checkpoint, spec=replace(checkpoint.spec, **changes)) if changes else checkpoint
+        spec = replace(spec, rope_theta=given.rope_theta)
+    if given.max_positions is not None:
+        spec = replace(spec, max_positions=given.max_positions)
+    for name, was, now in lengthened(as_it_is or checkpoint.spec, spec):
+        if now < was and not given.allow_lowering:
+            where = f"model.{name}" if getattr(given, name) is not None else f"{name} in model.config"
+            raise UsageError(
+                f"{where} is {_number(now)}, but {given.source} was trained with {_number(was)}.\n"
+                "Expected its own, or more, as a long-context stage has it: with less, what it has learned is lost.\n"
+                f"Leave it out to keep {_number(was)}, or set model.allow_lowering: true."
+            )
+    return checkpoint if spec == checkpoint.spec else replace(checkpoint, spec=spec)
+
+
+def lengthened(source: ModelSpec, spec: ModelSpec) -> list[tuple[str, float, float]]:
+    """Rope theta and context where they differ: name, the source's, and the run's."""
+    both = [(name, getattr(source, name), getattr(spec, name)) for name in ("rope_theta", "max_positions")]
+    return [(name, was, now) for name, was, now in both if was != now]
+
+
+def changed_text(source: ModelSpec, spec: ModelSpec) -> str:
+    """What ``lengthened`` finds, for people; "" where nothing differs."""
+    told = [f"{name} {_number(now)} (the source's: {_number(was)})" for name, was, now in lengthened(source, spec)]
+    return ", ".join(told)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.12g}"
+
+
+def _read_options(recipe: Recipe, *, optimizer: bool = True) -> ReadOptions:
+    given = recipe.model
+    config = None if given.config is None else Path(given.config)
+    return ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=optimizer)
 
 
 def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
@@ -151,27 +262,16 @@ def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
 def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
     wanted = recipe.start
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
-    read = ReadOptions(
-        config=None if recipe.model.config is None else Path(recipe.model.config), step=recipe.model.step,
-        architecture=recipe.model.architecture, optimizer=wanted.optimizer,
-    )  # fmt: skip
-    source = with_published_progress(read_checkpoint(folder, read), recipe.model.source)
-    checkpoint = with_overrides(source, recipe)
+    source, checkpoint = read_source(recipe, folder, optimizer=wanted.optimizer)
+    source, checkpoint = (with_published_progress(found, recipe.model.source) for found in (source, checkpoint))
     check_model(recipe, checkpoint.spec, recipe.model.source)
-    if wanted.optimizer and not checkpoint.has_optimizer:
-        raise UsageError(
-            f"start.optimizer: {recipe.model.source} ({checkpoint.layout}) holds no Adam state.\n"
-            "Set start.optimizer: false to begin with zero moments."
-        )
+    plan = plan_start(recipe, checkpoint, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
     step = completed_steps(recipe, source.progress)
-    position: Mapping[str, Any] | None = None
-    if wanted.data:
-        position = _source_position(recipe, source, step)
-    elif step:
-        position = {"step": step, "stages": []}  # the schedule goes on, the data begins
-    gate = None
+    place = source_place(recipe, source, step, checkpoint.spec.vocab_size)
+    gate, changed = None, changed_text(source.spec, checkpoint.spec)
     if wanted.gate:
-        batch = first_micro_batch(recipe, checkpoint.spec, step, position)
+        read = _read_options(recipe, optimizer=wanted.optimizer)
+        batch = first_micro_batch(recipe, checkpoint.spec, step, place.position)
         masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
         gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
         if not math.isfinite(gate.loss):
@@ -180,13 +280,21 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
                 f"{recipe.model.source} holds weights that are not finite, or so large that they overflow.\n"
                 "Nothing was trained. Take another step of it, or another copy."
             )
-    start = _convert(checkpoint, recipe, run, world_size, optimizer=wanted.optimizer, uri=recipe.model.source)
-    return replace(start, step=step, position=position, gate=gate)
+        if changed:
+            own = source_loss(_side(source, folder, read, device, masters), batch)
+            changed += f"; loss of the first micro-batch: {gate.loss:.4f}, with the source's own: {own.loss:.4f}"
+    start, held = _convert(plan, adam=wanted.optimizer), plan.prepared.frozen
+    notes = [f"{len(held)} parameters stay zero, which nanotron has no place for: {some_of(held, 2)}"] if held else []
+    return replace(
+        start, step=step, position=place.position, token_files=place.record,
+        events=(*place.events, *([changed] if changed else [])), gate=gate, notes=notes,
+    )  # fmt: skip
 
 
 def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
     """A run's checkpoint, from which this recipe may go on."""
     state = RunState.read(own)
+    check_steps(recipe, state.step, own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
         raise UsageError(
@@ -206,19 +314,22 @@ def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
 
 
 def _resumed(
-    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace
 ) -> StartPoint:
     given = recipe.parallelism
     same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
     if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
         same = True  # one file for all ranks
-    if same:
+    if same and held_at_zero(recipe, checkpoint) == checkpoint.frozen:
+        if recipe.export is not None:
+            check_exports(recipe.export, checkpoint, run)
         start = StartPoint(
             folder=str(own.parent), tag=own.name, step=0, position=None, resumed=None, adam=True,
-            config=hf_config(checkpoint, recipe.model.dtype), assets=_assets(checkpoint),
+            config=hf_config(checkpoint, recipe.model.dtype), assets=_asset_bytes(checkpoint),
+            frozen=checkpoint.frozen,
         )  # fmt: skip
     else:
-        start = _convert(checkpoint, recipe, run, world_size, optimizer=True, uri=str(own))
+        start = _convert(plan_start(recipe, checkpoint, run, world_size, optimizer=True, uri=str(own)), adam=True)
         start = replace(
             start,
             notes=(
@@ -228,8 +339,8 @@ def _resumed(
             ),
         )
     return replace(
-        start, step=state.step, position=state.position, resumed=str(own), spikes=state.spikes,
-        skipped_steps=state.skipped_steps,
+        start, step=state.step, position=place.position, token_files=place.record, events=place.events,
+        resumed=str(own), spikes=state.spikes, skipped_steps=state.skipped_steps,
     )  # fmt: skip
 
 
@@ -240,11 +351,8 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
     """
     if is_hub_uri(recipe.model.source):
         return
-    config = None if recipe.model.config is None else Path(recipe.model.config)
     try:
-        given = recipe.model
-        read = ReadOptions(config=config, step=given.step, architecture=given.architecture, optimizer=False)
-        source = read_checkpoint(Path(recipe.model.source), read)
+        source = read_checkpoint(Path(recipe.model.source), _read_options(recipe, optimizer=False))
     except (SmolconvError, OSError):
         return
     # nanotron's Llama ignores its rope_scaling, which the run's checkpoint then no longer has.
@@ -258,39 +366,36 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
         )
 
 
-def _convert(
-    checkpoint: Checkpoint, recipe: Recipe, run: Path, world_size: int, *, optimizer: bool, uri: str
-) -> StartPoint:
-    given, place = recipe.parallelism, run / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
-    groups = place / "groups.json"
-    members = groups_of(recipe, checkpoint.spec)
-    if checkpoint.frozen:
-        raise BadCheckpoint(
-            f"{uri} has {len(checkpoint.frozen)} frozen parameters ({checkpoint.frozen[0]}, ...): continue-train "
-            "trains all of them.\nConvert it to Hugging Face's layout first, which keeps only the weights."
-        )
-    groups.write_text(json.dumps([group.to_json(recipe.optimizer) for group in members]))
-    target = place / "deepspeed"
-    options = ConvertOptions(
-        to="deepspeed", zero_stage=given.zero_stage, world_size=world_size if given.zero_stage else None, groups=groups,
-        optimizer=optimizer, dtype=recipe.model.dtype, digest="none", vocab_size=checkpoint.spec.vocab_size,
-    )  # fmt: skip
-    plan = plan_from_checkpoint(checkpoint, uri, target, options)
-    run_conversion(plan, overwrite=True)
+def _convert(plan: ConversionPlan, *, adam: bool) -> StartPoint:
+    target = plan.target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_conversion(plan, overwrite=True)
+    except OSError as error:
+        raise MachineError(
+            f"{plan.uri} could not be converted for the ranks: {error.filename or target}: {error.strerror or error}.\n"
+            f"{plan.bytes_written / 1e9:.2f} GB were to be written below {target}; nothing was trained.\n"
+            "Free some space or repair the disk, and repeat the command."
+        ) from error
     return StartPoint(
-        folder=str(target), tag=(target / "latest").read_text(), step=0, position=None, resumed=None, adam=optimizer,
-        config=json.loads((target / "config.json").read_text()), assets=_assets(checkpoint),
+        folder=str(target), tag=(target / "latest").read_text(), step=0, position=None, resumed=None, adam=adam,
+        config=json.loads((target / "config.json").read_text()), assets=_asset_bytes(plan.source),
+        frozen=plan.prepared.frozen,
     )  # fmt: skip
 
 
-def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
+def _assets(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Those of a run's checkpoint."""
     skipped = ("README.md", "LICENSE")
     return {
-        name: read_bytes(path, MOST_TOKENIZER_BYTES)
+        name: path
         for name, path in checkpoint.assets.items()
         if name in ASSET_NAMES and name not in skipped and not is_lfs_pointer(path)
     }
+
+
+def _asset_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
+    return {name: read_bytes(path, MOST_TOKENIZER_BYTES) for name, path in _assets(checkpoint).items()}
 
 
 def _side(
@@ -321,12 +426,3 @@ def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapp
         return next(iter(data.steps(step + 1, step + 1))).micro_batches[0]
     finally:
         data.close()
-
-
-def _source_position(recipe: Recipe, source: Checkpoint, step: int) -> Mapping[str, Any]:
-    from smolconv.continual_pretraining.data.position import position_from_stages
-
-    assert source.progress is not None
-    stages, last = source.progress.stages, source.progress.last_stage_index
-    # nanotron lists the stages that are still to come, too.
-    return position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)

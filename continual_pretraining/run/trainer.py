@@ -74,7 +74,9 @@ class Trainer:
         #: Among the groups that each share their micro-batches.
         self.data_rank, self.data_ranks = ranks.rank // size, ranks.world_size // size
         self.model = build_model(start.config, recipe.model, str(ranks.device), self.sequence)
-        self.groups = groups_of(recipe, self.spec)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in start.frozen)
+        self.groups = groups_of(recipe, self.spec, start.frozen)
         self.engine = self._engine()
         self._load()
         self.watch: Watch | None = None
@@ -132,8 +134,9 @@ class Trainer:
         )
         return loss_sum, targets
 
-    def check_start(self) -> None:
-        """The leak test, and the start gate. Raises ``TrainingStopped``."""
+    def check_start(self) -> str | None:
+        """The leak test, and the start gate; what is to be said of it. Raises ``TrainingStopped``."""
+        said = None
         self.engine.eval()
         length = min(64, self.recipe.data.sequence_length)
         if self.recipe.data.mask_documents and length >= 4:
@@ -149,8 +152,9 @@ class Trainer:
                 loss, int(targets), self.start.gate, dtype=self.recipe.model.dtype,
                 tolerance=self.recipe.start.gate_tolerance,
             )  # fmt: skip
-            self._say(f"start gate: first loss {loss:.6f}, the source model's {self.start.gate.loss:.6f}")
+            said = f"start gate: first loss {loss:.6f}, the source model's {self.start.gate.loss:.6f}"
         self.engine.train()
+        return said
 
     # --- the run ---
 
@@ -166,11 +170,11 @@ class Trainer:
                 rank=self.data_rank, world_size=self.data_ranks,
                 position=self.start.position, folders=folders,
             )  # fmt: skip
+            said = self.check_start()
             if ranks.first:
                 self.watch = self._watch(first)
-                if self.start.went_back is not None:
-                    self.watch.event(self.start.step, self.start.went_back)
-            self.check_start()
+            for text in filter(None, (*self.start.events, said)):
+                self._say(text)
             _listen(self)
             if recipe.evaluation is not None and self.start.resumed is None:
                 self._evaluate(self.start.step)  # what the run is to better
@@ -326,7 +330,8 @@ class Trainer:
             step=data.step, position=data.position, zero_stage=given.zero_stage, world_size=self.ranks.world_size,
             dtype=self.recipe.model.dtype, micro_batch_sequences=given.micro_batch_sequences,
             global_batch_sequences=self.recipe.global_batch_sequences, spikes=self.spikes.state(),
-            skipped_steps=self.skipped_steps,
+            skipped_steps=self.skipped_steps, token_files=self.start.token_files,
+            schedule=self.recipe.schedule.model_dump(mode="json"),
         )  # fmt: skip
         stages = stages_of(data.position)
         progress = TrainingProgress(

@@ -49,9 +49,7 @@ def run_rank(run: Path, resume: str) -> None:
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
     if done:
-        _say(
-            ranks, *([start.went_back] if start.went_back else []), f"all {recipe.schedule.train_steps} steps are done"
-        )
+        _say(ranks, *start.events, f"all {recipe.schedule.train_steps} steps are done")
     from smolconv.continual_pretraining.run.trainer import Trainer, newest_checkpoint
 
     trainer = Trainer(recipe, run, start, ranks)
@@ -154,10 +152,10 @@ def main() -> None:
         code = error.exit_code
     except BaseException as error:
         code = exit_code_of(error)
-        _record(given.run, rank, error, code)
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
-            traceback.print_exc()
-        else:
+            print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)
+        # The launcher says it once, when all ranks have ended, and adds it to the log.
+        if not (_record(given.run, rank, error, code) and os.environ.get(ATTEMPT)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -174,7 +172,8 @@ def exit_code_of(error: BaseException) -> int:
     return 4 if out_of_memory or isinstance(error, OSError) else 70
 
 
-def _record(run: Path, rank: int, error: BaseException, code: int) -> None:
+def _record(run: Path, rank: int, error: BaseException, code: int) -> bool:
+    """Leave what failed for the launcher; False where the disk may be what failed."""
     try:
         logs = run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -182,7 +181,8 @@ def _record(run: Path, rank: int, error: BaseException, code: int) -> None:
         document["attempt"] = os.environ.get(ATTEMPT, "")
         (logs / f"failure-rank-{rank:05d}.json").write_text(json.dumps(document) + "\n")
     except OSError:
-        pass  # the disk may be what failed; the message is printed all the same
+        return False
+    return True
 
 
 if __name__ == "__main__":

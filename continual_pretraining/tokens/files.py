@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SourceChanged, UsageError
-from smolconv.files import MOST_NAME_BYTES, file_size, read_bytes, reading
+from smolconv.files import MOST_NAME_BYTES, file_size, open_file, read_bytes, reading
 
 IGNORED_LABEL = -100  #: what torch's cross entropy leaves out
 #: Rows are finished in blocks that stay in a core's second-level cache.
@@ -87,7 +87,7 @@ class TokenFile:
 
     @cached_property
     def _checked_index(self) -> Path:
-        path = _beside(self.path, "index")
+        path = self.beside("index")
         if self.documents is None:
             raise MissingFile(
                 f"{path} is not there.\nWith data.boundaries: index, every token file needs its index.\n"
@@ -113,7 +113,11 @@ class TokenFile:
     def losses(self) -> NDArray[np.uint8]:
         """A byte a token: 0 where it is not to be predicted."""
         assert self.has_loss
-        return _mapped(_beside(self.path, "loss"), "u1", self.tokens)
+        return _mapped(self.beside("loss"), "u1", self.tokens)
+
+    def beside(self, what: str) -> Path:
+        """The path of the file's index, metadata or loss."""
+        return _beside(self.path, what)
 
 
 class TokenFolder:
@@ -424,7 +428,7 @@ def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
                 f"{index} has {index_bytes} bytes, of {documents:,} documents; {path.name} has {size:,} bytes.\n"
                 f"A document has tokens of its own.\n{_TOKENISE_AGAIN}"
             )
-        last = int(_mapped(index, "<u8", documents)[-1]) if documents else 0
+        last = _last_end(index) if documents else 0
     if token_size is None:
         token_size = _guess_token_size(path, size, last, vocab_size)
     if size % token_size:
@@ -506,6 +510,13 @@ def _check_ids(ids: Ids, vocab_size: int, file: TokenFile, start: int) -> None:
 
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
+
+
+def _last_end(index: Path) -> int:
+    """Where the last document ends. The index is not mapped for it: what it says is not yet believed."""
+    with reading(index), open(open_file(index, noted=False), "rb", buffering=0) as file:
+        file.seek(-8, os.SEEK_END)
+        return int.from_bytes(file.read(8), "little")
 
 
 @lru_cache(maxsize=256)

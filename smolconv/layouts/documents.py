@@ -6,7 +6,8 @@ A config may be edited by hand, a file may be cut or come from another tool. Wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,9 @@ from smolconv.errors import CorruptFile, UnsupportedModel
 #: More layers than any model has: a damaged count would fill the memory before the tensors contradict it.
 _MOST_LAYERS = 10_000
 
+
+#: Names that PEFT's LoRA and DoRA give: ...q_proj.lora_A.default.weight beside ...q_proj.base_layer.weight.
+_ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 #: More ranks than any run has. A file that promises more would have each of them looked for.
 MOST_RANKS = 1 << 17
@@ -123,6 +127,19 @@ def _check_counts(counts: Mapping[str, Any], where: object) -> None:
     for name, count in counts.items():
         if not is_count(count):
             raise CorruptFile(f"{where}: {name} is {_shown(count)}; a whole number from 0 on was expected.")
+
+
+def refuse_adapter(names: Iterable[str], where: object) -> None:
+    """Raise ``UnsupportedModel`` for the weights of a training that PEFT put an adapter around."""
+    name = next((name for name in names if _ADAPTER.search(name)), None)
+    if name is not None:
+        raise UnsupportedModel(
+            f"{where} is of a training with LoRA (PEFT): it holds {name}.\n"
+            "Expected the weights of a whole model; these are an adapter's, beside or without those that it changes.\n"
+            "Merge it first, from the folder with adapter_config.json that PEFT saved:\n"
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)\n"
+            "or in the training script: model.merge_and_unload().save_pretrained(OUT)"
+        )
 
 
 def check_plain(values: object, where: object) -> None:

@@ -18,6 +18,7 @@ from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import file_size, is_lfs_pointer
 from smolconv.layouts.listing import AnyPath, Listing
 from smolconv.models.huggingface import spec_to_hf
+from smolconv.models.spec import ModelSpec
 from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
 from smolconv.storage.planned import Piece, PlannedFile, PlannedTensor, WrittenTensor
 from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torch_archive
@@ -83,6 +84,8 @@ class Layout:
     prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
     #: Why Adam's state of a checkpoint has no place in it, or None.
     without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    #: Canonical names of parameters that it has no place for: they are zero in what is read, and must be to be written.
+    without_place: Callable[[ModelSpec], Sequence[str]] = lambda spec: ()
     #: Whether a folder is one of its own once ``ReadOptions.config`` supplies the config that it lacks.
     detect_with_config: Callable[[AnyPath], bool] = lambda folder: False
     #: Why a folder that looks like one of its own cannot be read.

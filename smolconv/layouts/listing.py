@@ -6,6 +6,7 @@ its files by. Nothing there opens a file of tensors.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from smolconv.errors import CorruptFile
-from smolconv.files import MOST_DOCUMENT_BYTES, MOST_NAME_BYTES, is_file_name, is_there, read_bytes
+from smolconv.files import MOST_DOCUMENT_BYTES, MOST_NAME_BYTES, is_path_below, is_there, read_bytes
 from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -76,14 +77,24 @@ def pointer_text(pointer: AnyPath) -> str:
 
 
 def read_name(pointer: AnyPath) -> str:
-    """The same, once it is the name of a folder beside it. Raises ``CorruptFile`` for anything else."""
+    """The same, once it is the name of a folder beside it, or of one below by names alone (``runs/step5``).
+
+    Raises ``CorruptFile`` for anything else, as for a path whose links lead elsewhere.
+    """
     name = pointer_text(pointer)
-    if not is_file_name(name):
+    if not is_path_below(name) or ("/" in name and _leads_out(pointer.parent, name)):
         raise CorruptFile(
             f"{pointer} holds {name!r:.60}; the name of a folder beside it was expected.\n"
             "Copy it again, or name that folder itself."
         )
     return name
+
+
+def _leads_out(folder: AnyPath, name: str) -> bool:
+    if not isinstance(folder, Path):
+        return False
+    top = os.path.realpath(folder)
+    return os.path.commonpath((top, os.path.realpath(folder / name))) != top
 
 
 class Listing(Protocol):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRecord
 from smolconv.errors import CorruptFile
-from smolconv.files import is_folder_there, read_bytes
-from smolconv.layouts.documents import check_config, understood, with_tuples
+from smolconv.files import is_folder_there, is_path_below, read_bytes
+from smolconv.layouts.documents import check_config, is_number, understood, with_tuples
+from smolconv.models.names import StoredNames
 from smolconv.parsing import read_json
 
 NANOTRON_CONFIG, NANOTRON_TRAINING = "model_config.json", "config.yaml"
@@ -64,6 +65,9 @@ def _engine_to_json(record: EngineRecord) -> dict[str, Any]:
         "groups": [group_to_json(group) for group in record.groups],
         "weights_only": record.weights_only,
         "lr_scheduler": record.lr_scheduler,
+        "names": asdict(record.names),
+        "tag": record.tag,
+        "loss_scaler": record.loss_scaler,
     }
 
 
@@ -72,12 +76,20 @@ def _engine_from_json(value: Mapping[str, Any], where: Path) -> EngineRecord:
         client, skipped = value.get("client_state", {}), value.get("skipped_steps", 0)
         if not isinstance(client, dict) or isinstance(skipped, bool) or not isinstance(skipped, int):
             raise CorruptFile(f"{where}: client_state must be an object, and skipped_steps an integer.")
+        names, tag, scaler = value.get("names", {}), value.get("tag"), value.get("loss_scaler")
+        if not isinstance(names.get("wrapper", ""), str) or not (tag is None or is_path_below(tag)):
+            raise CorruptFile(f"{where}: tag must be the name of a folder, and what wraps the names a text.")
+        if scaler is not None and not all(isinstance(value, bool) or is_number(value) for value in scaler.values()):
+            raise CorruptFile(f"{where}: loss_scaler must be an object of numbers.")
         return EngineRecord(
             weights_only=value.get("weights_only") is True,
             client_state=client,
             skipped_steps=skipped,
             groups=tuple(group_from_json(group) for group in value.get("groups", ())),
             lr_scheduler=value.get("lr_scheduler"),
+            names=StoredNames(wrapper=names.get("wrapper", ""), bare=names.get("bare") is True),
+            tag=tag,
+            loss_scaler=scaler,
         )
 
 

@@ -163,4 +163,9 @@ def _not_read(folder: Path, layout: Layout, other: Layout | None) -> list[str]:
         )
     if (folder / ADAPTER).is_file():
         said.append("a PEFT adapter lies beside the model and is not read: to have it, merge it (merge_and_unload).")
+    said += [
+        f"{name} holds Adam's state of a {program} without DeepSpeed, which names no parameters: it is not read."
+        for name, program in (("optimizer.pt", "Trainer"), ("optimizer.bin", "run of accelerate"))
+        if layout is HUGGINGFACE and (folder / name).is_file()
+    ]
     return said

@@ -37,6 +37,10 @@ class StoredNames:
         name = name.removeprefix(self.wrapper)
         return _MODEL + name if self.bare and name != HEAD else name
 
+    def stored(self, name: str) -> str:
+        """The name in the file of a canonical one."""
+        return self.wrapper + (name.removeprefix(_MODEL) if self.bare else name)
+
     def by_canonical(self, found: Mapping[str, T]) -> dict[str, T]:
         """The same values by canonical names, or by their own where two names would become one."""
         renamed = {self.canonical(name): value for name, value in found.items()}

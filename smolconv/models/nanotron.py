@@ -135,6 +135,11 @@ def refuse_for_nanotron(spec: ModelSpec) -> None:
 # --- parameters: the rules say everything -----------------------------------------------------------------------------
 
 
+def without_place(spec: ModelSpec) -> tuple[str, ...]:
+    """Canonical names of parameters that nanotron's classes do not build; its models have zeros there."""
+    return tuple(name for name in parameter_shapes(spec) if name.endswith("o_proj.bias"))
+
+
 def nanotron_table(spec: ModelSpec, *, interleaved: bool) -> WeightTable:
     """The table between canonical names and nanotron's, in the order of nanotron's optimizer.
 
@@ -156,11 +161,10 @@ def nanotron_table(spec: ModelSpec, *, interleaved: bool) -> WeightTable:
     final = Rule(("model.norm.weight",), "model.final_layer_norm.pp_block.weight")
     head = Rule(("lm_head.weight",), "model.lm_head.pp_block.weight")
     rules = [embedding, *(rule.for_layer(i) for i in range(spec.num_layers) for rule in layer), final]
-    shapes = parameter_shapes(spec)
     return WeightTable(
         rules=(*rules, *(() if spec.tied else (head,))),
-        shapes=shapes,
-        absent={name: "nanotron's o_proj has no bias" for name in shapes if name.endswith("o_proj.bias")},
+        shapes=parameter_shapes(spec),
+        absent=dict.fromkeys(without_place(spec), "nanotron's o_proj has no bias"),
     )
 
 

@@ -41,16 +41,18 @@ def write_files(
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int], None] = lambda _: None,
     check: SourceCheck | None = None,
+    rounded_to: str | None = None,
 ) -> dict[str, Sequence[WrittenTensor]]:
     """Write ``files`` below ``folder`` with ``workers`` threads; returns what was found, by file.
 
     Files that the journal has are kept as they are. ``check`` sees what is read. The first error stops all workers and
-    is raised.
+    is raised. ``rounded_to`` is the dtype of the weights that an engine makes of these tensors when it loads them:
+    float32 values that it cannot hold count as ``nonfinite``.
     """
     todo = [file for file in files if str(file.path) not in journal.done]
     for parent in sorted({(folder / file.path).parent for file in todo}):
         parent.mkdir(parents=True, exist_ok=True)
-    _WritePass(todo, folder, journal, digest, chunk_bytes, progress, check).run(workers)
+    _WritePass(todo, folder, journal, digest, chunk_bytes, progress, check, rounded_to).run(workers)
     return {str(file.path): journal.done[str(file.path)] for file in files}
 
 
@@ -79,9 +81,9 @@ class _Abandoned(Exception):
 class _WritePass:
     def __init__(
         self, files: Sequence[PlannedFile], folder: Path, journal: Journal, digest: str, chunk_bytes: int,
-        progress: Callable[[int], None], check: SourceCheck | None,
+        progress: Callable[[int], None], check: SourceCheck | None, rounded_to: str | None,
     ) -> None:  # fmt: skip
-        self.check = check
+        self.check, self.rounded_to = check, rounded_to
         self.folder, self.journal, self.digest, self.chunk_bytes = folder, journal, digest, chunk_bytes
         self.progress = progress
         self.keep_cached = total_bytes(files) < _bytes_to_cache()
@@ -201,7 +203,7 @@ class _WritePass:
             data = as_bytes(view)
             if hasher is not None:
                 hasher.update(data)
-            nonfinite = nonfinite or has_nonfinite(view, source.dtype)
+            nonfinite = nonfinite or has_nonfinite(view, source.dtype, self.rounded_to)
             if with_crc:
                 crc = crc32(data, crc)
             at = tensor.offset + start * item

@@ -7,15 +7,21 @@ from smolconv.tensors.lazy import LazyTensor, uncast
 
 #: Bits of positive infinity, by floating-point dtype: a larger magnitude is NaN.
 _INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+#: Bits of the first float32 that rounds to infinity, by the dtype that it is rounded to.
+_ROUNDS_TO_INFINITY = {"bfloat16": 0x7F7F8000, "float16": 0x477FF000}
 
 
-def has_nonfinite(raw: Raw, dtype: str) -> bool:
+def has_nonfinite(raw: Raw, dtype: str, rounded_to: str | None = None) -> bool:
     """Whether raw floating-point values hold NaN or infinity; False for other dtypes.
+
+    With ``rounded_to``, also whether float32 values would once they are rounded to that dtype.
 
     Two maxima, without a temporary: as signed integers, positive values keep their order and those from infinity on are
     largest; as unsigned ones, the negative.
     """
     infinity = _INFINITY.get(dtype)
+    if dtype == "float32" and rounded_to is not None:
+        infinity = _ROUNDS_TO_INFINITY.get(rounded_to, infinity)
     if infinity is None or not raw.size:
         return False
     bits = raw.dtype.itemsize * 8

@@ -515,6 +515,11 @@ def uncast(tensor: LazyTensor) -> LazyTensor:
     return tensor
 
 
+def is_zero(tensor: LazyTensor) -> bool:
+    """Whether all elements are zero; reads it, unless that is known."""
+    return isinstance(tensor, Zeros) or not any(values.any() for values in tensor.raw_chunks())
+
+
 def equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes. Reads both, a chunk at a time."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):

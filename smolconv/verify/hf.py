@@ -17,6 +17,7 @@ from smolconv.errors import BadCheckpoint, CorruptFile, SmolconvError, first_lin
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.models.names import stored_names, with_tied_embedding
 from smolconv.parsing import read_json
+from smolconv.storage.torch_archive.records import is_torch_archive
 from smolconv.tensors.lazy import row_slice
 from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
 
@@ -116,8 +117,9 @@ class FolderWeights:
         import torch
 
         if path not in self._archives:
+            mapped = is_torch_archive(path)  # a file of torch before 1.6 is read whole
             with _accepted(path):
-                self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return self._archives[path]
 
     def whole(self, name: str) -> torch.Tensor:

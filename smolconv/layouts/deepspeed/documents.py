@@ -7,17 +7,27 @@ the place of; nothing else that a pickle names is accepted.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
-from smolconv.layouts.documents import adam_step, check_plain, is_count, is_world, understood, with_tuples
+from smolconv.layouts.documents import (
+    adam_step,
+    check_plain,
+    is_count,
+    is_number,
+    is_world,
+    refuse_adapter,
+    understood,
+    with_tuples,
+)
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.storage.torch_archive.values import ArchiveTensor, PickledObject, TorchSize
+from smolconv.storage.torch_archive.records import shown
+from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
 #: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
@@ -30,6 +40,8 @@ MODEL_KEYS = frozenset(
 )  # fmt: skip
 #: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
 CLIENT_KEY = "smolconv"
+#: Objects of the user's own, such as argparse's, may lie in a model file below any other key.
+_PLAIN_KEYS = MODEL_KEYS | {CLIENT_KEY}
 #: How an error ends where the weights can be read without what is damaged.
 WITHOUT = "pass --no-optimizer to convert the weights only"
 #: The version whose form we write, and against which it was tried.
@@ -59,12 +71,41 @@ STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = dict.fromkeys(
 )
 
 
-def loss_scaler() -> PickledObject:
-    """A static loss scale of 1, which bf16 and fp32 engines have."""
-    return PickledObject(
-        module="deepspeed.runtime.fp16.loss_scaler", name="LossScaler", args=(1.0,),
-        state={"cur_scale": 1.0, "dynamic": False},
-    )  # fmt: skip
+#: What a DynamicLossScaler holds where nothing else is known: the defaults of DeepSpeed's ``fp16``.
+SCALER_DEFAULTS: Mapping[str, Any] = {
+    "cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1,
+    "delayed_shift": 2, "cur_hysteresis": 2, "consecutive_hysteresis": False, "raise_error_at_min_scale": True,
+}  # fmt: skip
+
+
+def loss_scaler(known: Mapping[str, Any] | None = None) -> PickledObject:
+    """The object of what ``scaler_state`` gave; by default a static scale of 1, which bf16 and fp32 engines have."""
+    module, state = "deepspeed.runtime.fp16.loss_scaler", {"cur_scale": 1.0, "dynamic": False, **(known or {})}
+    if not state["dynamic"]:
+        return PickledObject(module=module, name="LossScaler", args=(state["cur_scale"],), state=state)
+    state = {**SCALER_DEFAULTS, **state, "dtype": DtypeRef("float16")}
+    args = ("cur_scale", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
+    return PickledObject(module=module, name="DynamicLossScaler", args=tuple(state[name] for name in args), state=state)
+
+
+def scaler_state(found: object, where: object) -> dict[str, Any] | None:
+    """The plain attributes of a stored loss scaler, or of what ZeRO-0 stores for one; None where it scales nothing."""
+    values = vars(found) if isinstance(found, _StandIn) else found
+    if not isinstance(values, Mapping):
+        return None
+    wanted = ("cur_scale", "dynamic", *SCALER_DEFAULTS)
+    state = {
+        name: value if isinstance(value, (bool, int)) else number(value, f"{where}: {name} of the loss scaler")
+        for name in wanted if (value := values.get(name)) is not None
+    }  # fmt: skip
+    if strange := [name for name, value in state.items() if not isinstance(value, bool) and not is_number(value)]:
+        raise CorruptFile(
+            f"{where}: {strange[0]} of the loss scaler is {state[strange[0]]!r:.60}.\nExpected a finite number.\n"
+            f"The file is damaged: copy it again, or {WITHOUT}."
+        )
+    if not state.get("cur_scale") or (state["cur_scale"] == 1 and not state.get("dynamic")):
+        return None
+    return state
 
 
 def zero_stage_enum(stage: int) -> PickledObject:
@@ -120,16 +161,17 @@ class ModelDocument:
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
     round_robin: bool  #: its flat order is dealt out over the ranks, and not the running groups' order
-    client_state: Mapping[str, Any]
+    client_state: Mapping[str, Any]  #: as the user gave it; what is no plain data is an ``Opaque``
     ds_version: str | None
 
 
 def read_model_document(path: Path) -> ModelDocument:
     """Parse a model file. Raises ``CorruptFile`` when it is none."""
-    document = _mapping(path, ("module", "global_steps"))
+    document = _mapping(path, ("module", "global_steps"), plain_keys=_PLAIN_KEYS)
     with understood(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
+        refuse_adapter(map(str, document["module"] or ()), path)
         for name, tensor in module.items():
             check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: {name}")
         shapes = document.get("param_shapes")
@@ -206,6 +248,7 @@ class OptimizerDocument:
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
     alignment_paddings: tuple[tuple[int, ...], ...] | None  #: after each parameter of each group
     group_paddings: tuple[int, ...] | None  #: at the end of this rank's slice of each group
+    loss_scaler: Mapping[str, Any] | None  #: as ``scaler_state`` gives it
 
 
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
@@ -255,6 +298,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             members=members,
             alignment_paddings=alignment,
             group_paddings=None if group_paddings is None else group_paddings[0],
+            loss_scaler=scaler_state(state.get("loss_scaler"), path),
         )
 
 
@@ -336,6 +380,7 @@ class UniversalDocument:
     groups: tuple[Mapping[str, Any], ...]
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors, in the source
     steps: tuple[float | None, ...]  #: by group; None where only ``step.pt`` beside a parameter has it
+    loss_scaler: Mapping[str, Any] | None = None
 
 
 def read_universal_document(path: Path) -> UniversalDocument:
@@ -351,6 +396,7 @@ def read_universal_document(path: Path) -> UniversalDocument:
             groups=tuple(hyperparameters(group, f"{path}: group {i}") for i, group in enumerate(groups)),
             members=_universal_members(groups, path),
             steps=tuple(steps),
+            loss_scaler=scaler_state(document.get("loss_scaler"), path),
         )
 
 
@@ -376,15 +422,15 @@ def read_universal_step(path: Path) -> float:
     return adam_step(number(read_torch_archive(path, allow=STAND_INS), path), path)
 
 
-def _mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    document = read_torch_archive(path, allow=STAND_INS)
+def _mapping(path: Path, keys: Sequence[str], plain_keys: Collection[str] | None = None) -> dict[str, Any]:
+    document = read_torch_archive(path, allow=STAND_INS, plain_keys=plain_keys)
     if not isinstance(document, dict) or not set(keys) <= set(document):
         raise CorruptFile(f"{path} is not a file of DeepSpeed: it has no {' and '.join(keys) or 'entries'}.")
     return document
 
 
 def plain(value: object) -> Any:
-    """The parts of a client_state that JSON can hold; raises ``ValueError`` for what it cannot."""
+    """The parts of a client_state that JSON can hold; raises ``ValueError`` with the name of what it cannot."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a key is no text")
@@ -397,7 +443,9 @@ def plain(value: object) -> Any:
         return str(value) if isinstance(value, str) else value
     if isinstance(value, float) and abs(value) < float("inf"):
         return value
-    raise ValueError(f"{type(value).__name__} is not plain")
+    if isinstance(value, Opaque):
+        raise ValueError(shown(value.asked))
+    raise ValueError("a tensor" if isinstance(value, ArchiveTensor) else f"a {type(value).__name__}")
 
 
 def flat_tensors(

@@ -20,6 +20,10 @@ MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<tp>\d+)_model_sta
 OPTIMIZER = re.compile(r"(?P<prefix>(?:bf16_|fp16_)?)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<tp>\d+)_?optim_states\.pt")
 
 
+#: Where a run whose optimizer is offloaded to NVMe keeps ``rankNN/*.tensor.swp``.
+_OFFLOADED = "offloaded_tensors"
+
+
 def model_file(dp: int | None, tp: int = 0) -> str:
     """``dp`` is None for ZeRO 0 to 2, where one file serves all data-parallel ranks."""
     return ("" if dp is None else f"zero_pp_rank_{dp}_") + f"mp_rank_{tp:02d}_model_states.pt"
@@ -73,6 +77,14 @@ def tag_files(folder: Path) -> TagFiles:
     if len(prefixes) > 1:
         a, b = prefixes.values()
         raise MixedCheckpoint(f"{folder}: {a.name} and {b.name} are of two checkpoints. Keep the files of one.")
+    if is_folder_there(folder / _OFFLOADED):
+        raise UnsupportedModel(
+            f"{folder}: the run kept its fp32 weights and Adam's state on NVMe, so they are in {_OFFLOADED}/.\n"
+            "Expected them in the optimizer files: only the running engine knows what lies in which *.tensor.swp, and "
+            "zero_to_fp32 cannot tell either.\n"
+            "Load it into DeepSpeed as it was saved, with stage3_gather_16bit_weights_on_model_save, and save the "
+            "weights by engine.save_16bit_model(OUT)."
+        )
     universal = is_folder_there(folder / "zero")
     if len({dp is None for dp, _ in models}) > 1 and not universal:
         raise MixedCheckpoint(f"{folder}: model files of ZeRO-3 lie beside one of another stage. Keep those of one.")

@@ -91,7 +91,8 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     if known is None or (lists and len(found) != len(known.groups)):  # the lists are of the source's groups
         schedule = None
     weights_only = known is None and not checkpoint.tensors.get(Slot.MASTER)
-    own = replace(own, weights_only=weights_only, groups=(), lr_scheduler=schedule)
+    scaler = None if known is None else own.loss_scaler
+    own = replace(own, weights_only=weights_only, groups=(), lr_scheduler=schedule, loss_scaler=scaler)
     return replace(
         checkpoint,
         tensors=_tensors(checkpoint, trained, moments_known=known is not None, zero_stage=zero_stage),

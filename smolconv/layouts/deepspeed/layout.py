@@ -9,6 +9,7 @@ from pathlib import Path
 from smolconv.errors import MissingFile
 from smolconv.layouts.deepspeed import listing
 from smolconv.layouts.deepspeed.groups import with_adam
+from smolconv.layouts.deepspeed.programs import PROGRAM_PATTERN
 from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.layout import Layout, OwnFiles, ReadOptions
@@ -25,7 +26,7 @@ def _own_files(folder: Path) -> OwnFiles:
             if re.fullmatch(r"[\w.]+", path.name)  # as our writer's documents are named
         ),
         pattern=(
-            rf"latest|latest_universal|([^/]+/)?({ASSET_PATTERN}|zero_to_fp32\.py|"
+            rf"latest|latest_universal|([^/]+/)?({ASSET_PATTERN}|zero_to_(fp32|torch)\.py|{PROGRAM_PATTERN}|"
             r"(\w*zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt|"
             r"zero/(optimizer_state|[^/]+/(fp32|exp_avg|exp_avg_sq|step))\.pt)"
         ),

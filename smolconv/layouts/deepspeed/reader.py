@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from smolconv.checkpoint import (
     Checkpoint,
@@ -25,7 +26,8 @@ from smolconv.errors import MissingShard, MixedCheckpoint, NameMismatch, counted
 from smolconv.layouts.deepspeed.autotp import join_tensor_parallel
 from smolconv.layouts.deepspeed.documents import CLIENT_KEY, WITHOUT, ModelDocument, plain
 from smolconv.layouts.deepspeed.files import optimizer_file
-from smolconv.layouts.deepspeed.listing import SOURCE_DOCUMENTS, find_tag_folder
+from smolconv.layouts.deepspeed.listing import LATEST, SOURCE_DOCUMENTS, find_tag_folder
+from smolconv.layouts.deepspeed.programs import program_files
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.universal import read_universal
 from smolconv.layouts.deepspeed.zero import read_zero
@@ -93,6 +95,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
         files=tuple(reading.read_files),
         warnings=tuple(reading.warnings),
         frozen=frozen,
+        program_files=program_files(reading.run),
     )
 
 
@@ -151,7 +154,12 @@ def _canonical_names(reading: DeepSpeedReading, state: StoredState) -> StoredSta
     names = stored_names([*state.weights, *state.slots[Slot.MASTER]])
     if names == StoredNames():
         return state
-    reading.warnings += names.warnings
+    reading.names = names
+    if names.wrapper:
+        reading.warnings.append(
+            f"parameters are named {names.wrapper}{'' if names.bare else 'model'}...: a DeepSpeed target keeps the "
+            "prefix, which the run needs; other layouts have none."
+        )
     return StoredState(
         weights=names.by_canonical(state.weights),
         dtypes=names.by_canonical(state.dtypes),
@@ -216,24 +224,22 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
 
 def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> SourceRecord:
     """The documents of the layout it came from, the model's config, and what DeepSpeed alone knows."""
-    kept, files = read_documents(reading.tag.parent / SOURCE_DOCUMENTS)
+    kept, files = read_documents(reading.run / SOURCE_DOCUMENTS)
     reading.read_files += files
     if is_nanotron_config(reading.config):
         kept = replace(kept, nanotron_config=reading.config)
     else:
         kept = replace(kept, hf_config=reading.config)
-    client, dropped = {}, []
+    client, dropped = dict[str, Any](), list[str]()
     for key, value in reading.first.client_state.items():
         if key == CLIENT_KEY:
             continue
         try:
             client[key] = plain(value)
-        except ValueError:
-            dropped.append(key)
-    if dropped:
-        reading.warnings.append(
-            f"client_state: {some_of(dropped, 5, more=True)} cannot be carried (tensors or objects)."
-        )
+        except ValueError as error:
+            dropped.append(f"{key!s:.60} ({error})")
+    left_out = (f"client_state: {some_of(dropped, 5, more=True)}",) if dropped else ()
+    reading.warnings += [f"{what} cannot be carried: only plain values can." for what in left_out]
     mine = reading.first.client_state.get(CLIENT_KEY)
     try:
         scheduler = plain(reading.first.lr_scheduler)
@@ -246,9 +252,16 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         skipped_steps=reading.first.skipped_steps,
         groups=groups,
         lr_scheduler=scheduler,
+        names=reading.names,
+        # A tag folder by itself may have been given any name.
+        tag=reading.tag.relative_to(reading.run).as_posix()
+        if reading.folder != reading.tag or (reading.run / LATEST).is_file()
+        else None,
+        loss_scaler=reading.loss_scaler,
+        left_out=left_out,
     )
     return replace(kept, engine=engine)
 
 
 def _assets(reading: DeepSpeedReading) -> dict[str, Path]:
-    return {**assets_in(reading.tag.parent), **assets_in(reading.tag)}
+    return {**assets_in(reading.run), **assets_in(reading.tag)}

@@ -12,9 +12,11 @@ from smolconv.errors import MissingFile, MixedCheckpoint
 from smolconv.files import is_there
 from smolconv.layouts.deepspeed.documents import AnotherOptimizer, ModelDocument, plain, read_model_document
 from smolconv.layouts.deepspeed.files import TagFiles, tag_files
+from smolconv.layouts.deepspeed.listing import run_folder
 from smolconv.layouts.documents import check_config
 from smolconv.layouts.layout import ReadOptions
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf, weight_table
+from smolconv.models.names import HEAD, StoredNames
 from smolconv.models.nanotron import spec_from_nanotron
 from smolconv.models.registry import is_nanotron_config
 from smolconv.models.spec import ModelSpec
@@ -41,6 +43,7 @@ class DeepSpeedReading:
 
     def __init__(self, folder: Path, tag: Path, options: ReadOptions, base: Checkpoint | None) -> None:
         self.folder, self.tag, self.options, self.base = folder, tag, options, base
+        self.run = run_folder(folder, tag)
         self.files: TagFiles = tag_files(tag)
         self.warnings: list[str] = []
         self.read_files: list[Path] = []
@@ -51,15 +54,18 @@ class DeepSpeedReading:
             spec_from_nanotron(self.config, self.where, architecture=options.architecture)
             if is_nanotron_config(self.config) else spec_from_hf(self.config, self.where)
         )  # fmt: skip
-        if not self.spec.tied and "lm_head.weight" in self.first.shared:
+        heads = [alias for alias in self.first.shared if alias == HEAD or alias.endswith(f".{HEAD}")]
+        if not self.spec.tied and heads:
             raise MixedCheckpoint(
-                f"{self.first.path} ties lm_head.weight to {self.first.shared['lm_head.weight']}, but {self.where} "
+                f"{self.first.path} ties {heads[0]} to {self.first.shared[heads[0]]}, but {self.where} "
                 "says that they are two. Check that the config belongs to this checkpoint."
             )
         self.shapes = parameter_shapes(self.spec)
         self.table = weight_table(self.spec)
         self.stage, self.ranks = 0, self.first.dp or 1
         self.tp: int = max(self.first.tp, self.files.tp)
+        self.names = StoredNames()
+        self.loss_scaler: Mapping[str, Any] | None = None
 
     def read_model(self, path: Path) -> ModelDocument:
         self.read_files.append(path)
@@ -80,7 +86,8 @@ def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDoc
     """--config, then the tag folder, beside ``latest``, the run folder's parent, and the client_state."""
     if override is not None:
         return read_json(override), str(override)
-    looked = list(dict.fromkeys([tag, tag.parent, tag.parent.parent]))
+    run = run_folder(folder, tag)
+    looked = list(dict.fromkeys([tag, run, run.parent]))
     for place in looked:
         path = place / "config.json"
         if is_there(path):

@@ -22,6 +22,7 @@ from smolconv.layouts.deepspeed.matching import starts_alike
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.zero3 import require_model_files, whole_groups
 from smolconv.layouts.dtypes import check_dtype
+from smolconv.models.names import stored_names
 from smolconv.tensors.lazy import LazyTensor, reshape
 
 
@@ -31,6 +32,7 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     common = UniversalDocument(groups=(), members=(), steps=())
     if is_there(zero / "optimizer_state.pt"):
         common = read_universal_document(zero / "optimizer_state.pt")
+        reading.loss_scaler = common.loss_scaler
         reading.read_files.append(zero / "optimizer_state.pt")
     elif reading.options.optimizer:
         raise MissingFile(
@@ -53,11 +55,13 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
     for name in wanted:
         _read_parameter(reading, zero / name, name, model, found)
     # What is in no group is frozen; DeepSpeed's tool writes fp32.pt alone for a tied head and its embedding.
+    names = stored_names([*found.dtypes, *there])
     for name in sorted(there.difference(wanted)):
-        if name in reading.shapes:
+        canonical = names.canonical(name)
+        if canonical in reading.shapes:
             path = zero / name / "fp32.pt"
-            found.weights.setdefault(name, _read_tensor(reading, path, Slot.MASTER, reading.shapes[name]))
-        elif name not in {**model.shared, **reading.table.aliases}:
+            found.weights.setdefault(name, _read_tensor(reading, path, Slot.MASTER, reading.shapes[canonical]))
+        elif name not in model.shared and canonical not in reading.table.aliases:
             raise NameMismatch(f"{zero / name} is the folder of no parameter of the config. Check that it belongs.")
     if reading.options.optimizer:
         _read_groups(reading, model, common, found, wanted)

@@ -1,8 +1,8 @@
 """Which versions of DeepSpeed our engines can be.
 
 A patch release changes what a file means. Up to 0.19.6 ZeRO's flat partitions have no padding between parameters
-(``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes, but what it saves after a resume
-has a frozenset for ``sparse_tensor_module_names``, as it was read, which our reader does not allow.
+(``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes; going on from what it saves then,
+with a frozenset for ``sparse_tensor_module_names``, was not tried.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ the result too.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +26,14 @@ from smolconv.checkpoint import (
     Slot,
     TrainingProgress,
 )
-from smolconv.errors import UsageError
+from smolconv.errors import UnsupportedModel, UsageError
+from smolconv.files import is_file_name
 from smolconv.layouts.assets import tokenizer_warnings
 from smolconv.layouts.deepspeed.documents import (
     CLIENT_KEY,
     DEEPSPEED_VERSION,
     MODEL_KEYS,
+    SCALER_DEFAULTS,
     STAND_INS,
     fragment_address,
     loss_scaler,
@@ -48,6 +51,7 @@ from smolconv.layouts.deepspeed.partitions import (
     piece_numel,
     sub_groups,
 )
+from smolconv.layouts.deepspeed.programs import check_tag, program_documents, program_tag
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_assets, hf_config, model_card
 from smolconv.layouts.record import documents_of
 from smolconv.storage.planned import PlannedFile, plain_file
@@ -57,6 +61,8 @@ from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
 
 #: The newest that ``ds_to_universal`` knows.
 _UNIVERSAL_VERSION = 0.4
+#: What ZeRO-0's optimizer stores of a loss scale.
+_UNFUSED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class DeepSpeedOptions:
     universal: bool = False
     groups: Path | None = None  #: a JSON file of the parameter groups to write
     sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that goes on; DeepSpeed's own by default
+    tag: str | None = None  #: the folder's name; by default the source's, or global_stepN
+    program: str | None = None  #: that will load it, a key of ``PROGRAMS``
 
     def __post_init__(self) -> None:
         if self.universal and (self.zero_stage is not None or self.world_size is not None):
@@ -86,6 +94,7 @@ class DeepSpeedOptions:
             raise UsageError(f"--sub-group-size {self.sub_group_size}: only ZeRO-3 has sub-groups (--zero-stage 3).")
         if self.sub_group_size is not None and self.sub_group_size < 1:
             raise UsageError(f"--sub-group-size {self.sub_group_size}: a positive number was expected.")
+        check_tag(self.tag, self.program)
 
     @property
     def writes_universal(self) -> bool:
@@ -113,14 +122,15 @@ class _DeepSpeedWriter:
         self.warnings: list[str] = []
         self.progress = checkpoint.progress or TrainingProgress(step=0)
         self.dtype = checkpoint.parameters["model.embed_tokens.weight"].dtype
-        self.tag = f"global_step{self.progress.step}" + ("_universal" if options.writes_universal else "")
-        if self.dtype == "float16":
-            self.warnings.append("a static loss scale of 1 is stored: set the run's own after loading.")
         self.known = checkpoint.source.engine or EngineRecord()
+        self.tag = self._tag()
+        self.stored = self.known.names.stored
+        self.scaler = self._loss_scaler()
         self.config = hf_config(checkpoint, self.dtype)
         self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
 
     def plan(self) -> PlannedOutput:
+        checkpoint, options = self.checkpoint, self.options
         if self.options.writes_universal:
             files = self._universal()
         elif self.options.zero_stage == 0:
@@ -129,10 +139,41 @@ class _DeepSpeedWriter:
             files = [file for rank in range(self.ranks) for file in self._zero3(rank)]
         else:
             files = [self._model_file(None), *(self._zero12(rank) for rank in range(self.ranks))]
-        return PlannedOutput(files=(*files, *self._documents()), warnings=tuple(self.warnings))
+        documents = [
+            *self._documents(),
+            *program_documents(checkpoint, options.program, options.world_size, self.warnings),
+        ]
+        if any(file.path.parts[0] == self.tag.split("/")[0] for file in documents):
+            raise UsageError(f"--tag {self.tag}: a file beside the tag has that name. Choose another.")
+        return PlannedOutput(files=(*files, *documents), warnings=tuple(self.warnings))
+
+    def _tag(self) -> str:
+        """The option's, the program's or the source's; smolconv's own where that would state another step."""
+        own = f"global_step{self.progress.step}" + ("_universal" if self.options.writes_universal else "")
+        if chosen := self.options.tag or program_tag(self.options.program):
+            return chosen
+        kept = (self.known.tag or "").removesuffix("_universal")
+        still = self.checkpoint.progress is not None or not kept[-1:].isdigit()
+        numbered = re.fullmatch(r"global_step\d+", kept) is not None
+        return kept if kept and still and not numbered and self.options.program is None else own
+
+    def _loss_scaler(self) -> Mapping[str, Any] | None:
+        """The source's, where the engine is an fp16 one; None: a static scale of 1."""
+        if self.dtype != "float16":
+            return None
+        known = self.known.loss_scaler
+        if known is None:
+            self.warnings.append("a static loss scale of 1 is stored: set the run's own after loading.")
+        elif known.get("dynamic") and "delayed_shift" not in known and self.options.zero_stage != 0:
+            self.warnings.append("ZeRO-0 stores no hysteresis of the loss scale: DeepSpeed's default, 2, is written.")
+        return known
 
     def _tensor(self, slot: Slot, name: str) -> LazyTensor:
         return master(self.checkpoint, name) if slot is Slot.MASTER else self.checkpoint.tensors[slot][name]
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return self.scaler is not None and self.scaler.get("dynamic") is True
 
     # --- model files ---
 
@@ -142,31 +183,34 @@ class _DeepSpeedWriter:
             return plain_file(f"{self.tag}/{model_file(rank)}", self._empty_model)
         archive = optimizer or _Archive()
         spec, stage = self.checkpoint.spec, self.options.zero_stage
-        frozen = self.checkpoint.frozen
+        frozen, weights_of = self.checkpoint.frozen, self.checkpoint.parameters
         module: OrderedDict[str, TensorRef] = OrderedDict()
-        for name, tensor in self.checkpoint.parameters.items():
+        for name, tensor in weights_of.items():
             # A universal load leaves the module alone, so only what has no other place is stored there.
             stored = weights or (self.options.writes_universal and name in frozen and rank is None)
-            module[name] = archive.own(tensor, name, Slot.PARAMETER.value) if stored else archive.empty(tensor.dtype)
-        if spec.tied:
-            module["lm_head.weight"] = module["model.embed_tokens.weight"]
+            own = archive.own(tensor, name, Slot.PARAMETER.value) if stored else archive.empty(tensor.dtype)
+            module[self.stored(name)] = own
+        head, embedding = self.stored("lm_head.weight"), self.stored("model.embed_tokens.weight")
+        tied = spec.tied and not self.known.names.bare  # a model without its head has no second name for the embedding
+        if tied:
+            module[head] = module[embedding]
         fragments: OrderedDict[str, TensorRef] | None = None
         if stage == 2:
-            fragments = OrderedDict((name, module[name]) for name in frozen)
+            fragments = OrderedDict((self.stored(name), module[self.stored(name)]) for name in frozen)
         elif rank is not None:
             fragments = OrderedDict(
-                (name, archive.own(cut_piece(self.checkpoint.parameters[name], self.ranks, rank), name, "parameter"))
+                (self.stored(name), archive.own(cut_piece(weights_of[name], self.ranks, rank), name, "parameter"))
                 for name in frozen
             )
-        shapes = [OrderedDict((name, self._shape(name)) for name in names) for names in self._flat_groups(rank)]
+        shapes = [OrderedDict(map(self._shape, names)) for names in self._flat_groups(rank)]
         scheduler, step = self._scheduler(), self.progress.step
         document: dict[str, Any] = {
             "module": module,
             "buffer_names": [],
             "optimizer": None if optimizer is None else optimizer.document,
             "param_shapes": shapes,
-            "frozen_param_shapes": None if fragments is None else OrderedDict((n, self._shape(n)) for n in fragments),
-            "shared_params": {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied and not rank else {},
+            "frozen_param_shapes": None if fragments is None else OrderedDict(map(self._shape, frozen)),
+            "shared_params": {head: embedding} if tied and not rank else {},
             "frozen_param_fragments": fragments,
             "lr_scheduler": scheduler,
             "data_sampler": None,
@@ -194,8 +238,8 @@ class _DeepSpeedWriter:
             return plain_file(f"{self.tag}/{model_file(rank)}", self._empty_model)
         return archive.file(f"{self.tag}/{model_file(rank)}", document)
 
-    def _shape(self, name: str) -> TorchSize:
-        return TorchSize(self.checkpoint.parameters[name].shape)
+    def _shape(self, name: str) -> tuple[str, TorchSize]:
+        return self.stored(name), TorchSize(self.checkpoint.parameters[name].shape)
 
     def _flat_groups(self, rank: int | None) -> list[Sequence[str]]:
         """Names by flat tensor: ZeRO-3 lists its sub-groups."""
@@ -232,8 +276,8 @@ class _DeepSpeedWriter:
             masters.append(archive.own(self._slices[Slot.MASTER, g][rank], f"group {g}", Slot.MASTER.value))
         document = {
             "optimizer_state_dict": {
-                "loss_scaler": loss_scaler(),
-                "dynamic_loss_scale": False,
+                "loss_scaler": loss_scaler(self.scaler),
+                "dynamic_loss_scale": self._is_dynamic,
                 "overflow": False,
                 # clip_grad is left out: DeepSpeed would put a stored one in the place of the run's own.
                 "base_optimizer_state": {"state": state, "param_groups": self._param_groups([[g] for g in state])},
@@ -272,7 +316,7 @@ class _DeepSpeedWriter:
         for name in names:
             start, stop = max(at, first), min(at + self._shape_numel(name), first + size)
             if start < stop:
-                found[name] = fragment_address(stop - start, start - first)
+                found[self.stored(name)] = fragment_address(stop - start, start - first)
             at += self._shape_numel(name)
         return found
 
@@ -312,8 +356,8 @@ class _DeepSpeedWriter:
         document = {
             "optimizer_state_dict": {
                 "zero_stage": zero_stage_enum(3),
-                "loss_scaler": loss_scaler(),
-                "dynamic_loss_scale": False,
+                "loss_scaler": loss_scaler(self.scaler),
+                "dynamic_loss_scale": self._is_dynamic,
                 "overflow": False,
                 "partition_count": self.ranks,
                 "optimizer_state_dict": {"state": state, "param_groups": self._param_groups(members)},
@@ -344,10 +388,12 @@ class _DeepSpeedWriter:
             "param_groups": self._param_groups([[indices[name] for name in group.names] for group in self.groups]),
         }
         if self.dtype != "float32":
+            known = {**(SCALER_DEFAULTS if self._is_dynamic else {}), **(self.scaler or {})}
             adam = {
-                "dynamic_loss_scale": False,
+                "dynamic_loss_scale": self._is_dynamic,
                 "cur_scale": 1.0,
                 "cur_iter": self.progress.step,
+                **{key: known[key] for key in _UNFUSED_SCALE if key in known},
                 "optimizer_state_dict": adam,
                 "fp32_groups": [
                     [archive.own(self._tensor(Slot.MASTER, name), name, Slot.MASTER.value) for name in group.names]
@@ -368,24 +414,36 @@ class _DeepSpeedWriter:
         stems = {Slot.MASTER: "fp32", Slot.EXP_AVG: "exp_avg", Slot.EXP_AVG_SQ: "exp_avg_sq"}
         names = [name for group in self.groups for name in group.names]
         for name in names:
+            folder = self.stored(name)
+            if not is_file_name(folder):
+                raise UnsupportedModel(
+                    f"{folder!r:.120} cannot be the name of a folder, as a universal checkpoint has one a parameter.\n"
+                    "Expected a name of at most 255 bytes without a slash.\n"
+                    "Write it with --zero-stage N --world-size N."
+                )
             for slot, stem in stems.items():
                 archive = _Archive()
                 tensor = reshape(self._tensor(slot, name), self.checkpoint.parameters[name].shape)
                 document: object = {"cat_dim": 0, "param": archive.own(tensor, name, slot.value)}
-                files.append(archive.file(f"{zero}/{name}/{stem}.pt", document))
+                files.append(archive.file(f"{zero}/{folder}/{stem}.pt", document))
             archive = _Archive()
             step = archive.scalar(self.optimizer.steps[name], name)
-            files.append(archive.file(f"{zero}/{name}/step.pt", step))
+            files.append(archive.file(f"{zero}/{folder}/step.pt", step))
         for group in self.groups:
             one_step(self.optimizer, group.names)
         steps = {self.optimizer.steps[name] for name in names}
         if len(steps) > 1:
             self.warnings.append("groups have different Adam steps: a universal load into ZeRO-3 knows only the first.")
+        if len(self.groups) > 1:
+            self.warnings.append(
+                f"loaded into ZeRO-3, DeepSpeed counts one Adam step for all {len(self.groups)} groups, which drifts: "
+                "write --zero-stage 3 --world-size N for it, or see docs/deepspeed.md."
+            )
         archive = _Archive()
         params = [[g] for g in range(len(self.groups))]
         document = {
-            "loss_scaler": loss_scaler(),
-            "dynamic_loss_scale": False,
+            "loss_scaler": loss_scaler(self.scaler),
+            "dynamic_loss_scale": self._is_dynamic,
             "overflow": False,
             "ds_version": DEEPSPEED_VERSION,
             "param_groups": self._param_groups(params),  # a load into ZeRO 1 and 2 takes these,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
     first = documents[0]
     reading.stage, reading.ranks = first.zero_stage, first.ranks
+    reading.loss_scaler = first.loss_scaler
     model = replace(model, groups=whole_groups(model.groups, first.members))
     assert model.groups is not None
     groups = first.groups or ({},) * len(model.groups)
@@ -51,11 +53,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         )
     if first.zero_stage == 3:
         require_model_files(reading, model, found, tp)
-        if first.steps and model.step - model.skipped_steps not in first.steps.values():
-            reading.warnings.append(
-                f"the model files are of step {model.step}, but Adam has made {_steps(first.steps)} steps: it "
-                "began anew in between, or files of two checkpoints are mixed."
-            )
+        reading.warnings += _another_step(model, first)
         placed = list(zero3_tensors(reading, model, documents))
     else:
         placed = list(_zero12_tensors(reading, model, documents))
@@ -77,6 +75,23 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         for names, values in zip(model.groups, groups)
     )
     _compare_with_module(reading, model, documents, found)
+
+
+def _another_step(model: ModelDocument, first: OptimizerDocument) -> list[str]:
+    """What is to be said where Adam has made other steps than the model files count."""
+    steps, made = set(first.steps.values()), model.step - model.skipped_steps
+    if not steps or made in steps:
+        return []
+    # Until 0.12 ``initialize_optimizer_states`` of ZeRO-3 calls Adam (read in 0.12.6; no longer in 0.13.5).
+    if steps == {made + 1} and re.match(r"0\.(\d|1[012])\.", str(model.ds_version)):
+        return [
+            f"Adam counts {made + 1} steps after {made}: DeepSpeed {str(model.ds_version).strip():.20} begins ZeRO-3 "
+            "with one of zero gradients. The count is carried as it is."
+        ]
+    return [
+        f"the model files are of step {model.step}, but Adam has made {_steps(first.steps)} steps: it began anew in "
+        "between, or files of two checkpoints are mixed."
+    ]
 
 
 def _optimizer_documents(reading: DeepSpeedReading, model: ModelDocument, tp: int) -> list[OptimizerDocument]:

@@ -15,6 +15,7 @@ from smolconv.layouts.deepspeed.documents import (
     adam_states,
     hyperparameters,
     numbered,
+    scaler_state,
     stored,
 )
 from smolconv.layouts.deepspeed.matching import Unnamed, name_by_order, place_by_order
@@ -30,6 +31,7 @@ def read_zero0(reading: DeepSpeedReading, model: ModelDocument, found: StoredSta
     state = model.optimizer
     assert state is not None
     path = model.path
+    reading.loss_scaler = scaler_state({**state, "dynamic": state.get("dynamic_loss_scale")}, path)
     if "fp32_groups_flat" in state:
         _read_fused(reading, model, found)
         return

@@ -15,7 +15,7 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import MissingFile, NameMismatch
 from smolconv.files import is_folder_there, is_there
-from smolconv.layouts.documents import check_config
+from smolconv.layouts.documents import check_config, refuse_adapter
 from smolconv.layouts.dtypes import check_named_dtypes
 from smolconv.layouts.huggingface.listing import WEIGHTS
 from smolconv.layouts.huggingface.shards import read_indexed, tensors_of
@@ -40,6 +40,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     spec = spec_from_hf(config, str(config_path))
     table = weight_table(spec)
     files, found = _weights(folder, lambda name: name.endswith(tuple(table.aliases)))
+    refuse_adapter(found, folder)
     # Before the names: a quantised model has others beside its weights, and the dtype says what is the matter.
     check_named_dtypes(Slot.PARAMETER, found)
     names = stored_names(found)

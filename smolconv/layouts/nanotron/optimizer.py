@@ -232,6 +232,11 @@ def _differs(what: str, other: str) -> MixedCheckpoint:
     )
 
 
+def stands_for(name: str) -> str:
+    """Whose group and step a zero bias of o_proj, which nanotron has not, takes: its layer's query bias."""
+    return name.replace("o_proj", "q_proj")
+
+
 def canonical_optimizer(state: NativeState, table: WeightTable) -> OptimizerState:
     """Groups in order of first appearance, as nanotron counts parameters; names within a group in the model's order."""
     values: dict[str, Mapping[str, Any]] = {}
@@ -242,9 +247,7 @@ def canonical_optimizer(state: NativeState, table: WeightTable) -> OptimizerStat
         values.update(dict.fromkeys(rule.canonical, state.hyperparameters[rule.layout]))
         steps.update(dict.fromkeys(rule.canonical, state.steps[rule.layout]))
     for name in table.absent:
-        # A zero bias of o_proj that nanotron has not goes with its layer's query bias.
-        near = name.replace("o_proj", "q_proj")
-        values[name], steps[name] = values[near], steps[near]
+        values[name], steps[name] = values[stands_for(name)], steps[stands_for(name)]
     groups: list[Mapping[str, Any]] = []
     for value in values.values():
         if value not in groups:

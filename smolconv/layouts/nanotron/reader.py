@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, Document, Slot, SourceRecord
-from smolconv.errors import CorruptFile
+from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import is_folder_there, is_there, read_bytes
 from smolconv.layouts.documents import check_config, is_count
 from smolconv.layouts.dtypes import check_named_dtypes
@@ -56,6 +56,12 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
             if found:
                 tensors[slot] = table.to_canonical(found, f"{step_folder}/optimizer ({slot.value})")
         if state.hyperparameters:
+            if metadata is None:
+                raise MissingFile(
+                    f"{metadata_path} is not there, but Adam's state is.\n"
+                    "Expected it beside them, as nanotron saves it: it alone says after which step and which samples.\n"
+                    "Copy it from the run, or pass --no-optimizer to take the weights alone."
+                )
             optimizer = canonical_optimizer(state, table)
         else:
             warnings.append(

@@ -42,7 +42,7 @@ from smolconv.parsing import parse_yaml_mapping
 from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.safetensors_file import plan_safetensors
 from smolconv.storage.torch_archive.values import Storage, TensorRef
-from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, flat_slice
+from smolconv.tensors.lazy import LazyTensor, Literal, flat_slice, is_zero
 
 FORMAT = "1.5"
 #: What torch.optim.AdamW stores in a group, as nanotron builds it.
@@ -165,7 +165,7 @@ class _NanotronWriter:
         for name in VOCABULARY:
             if name in found:
                 found[name] = pad.to_layout([found[name]])
-        return self.table.to_layout(found, f"the source ({slot.value})", _is_zero)
+        return self.table.to_layout(found, f"the source ({slot.value})", is_zero)
 
     def _shards(self, slot: Slot, name: str) -> list[tuple[int | None, LazyTensor, dict[str, str]]]:
         """(rank, shard, metadata) for each tensor-parallel rank; rank None for a parameter that is not cut."""
@@ -489,7 +489,3 @@ def _views_of_one_buffer(
         views[name] = TensorRef(storage=storage, shape=tensor.shape, offset=at)
         at += tensor.numel
     return views
-
-
-def _is_zero(tensor: LazyTensor) -> bool:
-    return isinstance(tensor, Zeros) or not any(values.any() for values in tensor.raw_chunks())

@@ -12,16 +12,18 @@ holds the bytes of one storage, which several tensors may view. The layout follo
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from zlib_ng.zlib_ng import crc32
 
+from smolconv.storage.torch_archive.legacy import is_legacy, read_legacy
 from smolconv.storage.torch_archive.pickle import pickle_object
-from smolconv.storage.torch_archive.records import open_archive
+from smolconv.storage.torch_archive.records import archive_in, opened
 from smolconv.storage.torch_archive.unpickle import unpickle
 from smolconv.storage.torch_archive.values import Storage
 from smolconv.storage.torch_archive.zip import (
@@ -35,7 +37,10 @@ from smolconv.storage.torch_archive.zip import (
 
 
 def read_torch_archive(
-    path: Path, *, allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({})
+    path: Path,
+    *,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+    plain_keys: Collection[str] | None = None,
 ) -> object:
     """The object that ``torch.save`` wrote, with an ``ArchiveTensor`` for every tensor and no tensor data read.
 
@@ -43,20 +48,26 @@ def read_torch_archive(
     should return something inert. What it returns may be filled by the pickle through ``__setstate__`` if its class
     has one, else through ``__dict__``.
 
+    With ``plain_keys`` the object is a mapping that people added keys to: below any other key, what the pickle names
+    beyond the list is an ``Opaque``. Without, or anywhere else, it is refused.
+
     Raises ``MissingFile``, ``CorruptFile``, ``UnsafePickle`` when the pickle names anything else, and ``MachineError``
     when the disk fails. Nothing that a pickle names is ever imported.
     """
-    with open_archive(path) as archive:
-        return unpickle(archive, allow)
+    with opened(path) as file:
+        if is_legacy(file):
+            return read_legacy(path, file, allow, plain_keys)
+        return unpickle(archive_in(path, file), allow, plain_keys)
 
 
 def read_pickle_bytes(path: Path) -> bytes:
     """The archive's pickle as it is. Two files with the same say the same, but for where their tensors' bytes lie.
 
-    Raises as ``read_torch_archive`` does.
+    Of a file that is no zip, whose pickle names addresses in memory, something that no other has. Raises as
+    ``read_torch_archive`` does.
     """
-    with open_archive(path) as archive:
-        return archive.read_pickle()
+    with opened(path) as file:
+        return os.fsencode(path) if is_legacy(file) else archive_in(path, file).read_pickle()
 
 
 @dataclass(frozen=True, kw_only=True)

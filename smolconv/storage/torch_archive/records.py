@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,7 @@ from smolconv.storage.torch_archive.zip import LOCAL_SIGNATURE, ZipDirectory, Zi
 #: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor: room for half a million.
 MAX_PICKLE_BYTES = 1 << 26
 
-_COPY_AGAIN = "Copy the file again from where it was written, and compare the sizes."
-
-#: How a file begins that torch.save wrote before version 1.6: MAGIC_NUMBER in torch/serialization.py.
-_OLD_BEGINNING = pickle.PROTO + b"\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+COPY_AGAIN = "Copy the file again from where it was written, and compare the sizes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +38,8 @@ class Archive:
     file: BinaryIO
     directory: ZipDirectory
     entries: Mapping[str, ZipRecord]  #: by their name within the archive's folder
+    pickle_name = "data.pkl"
+    after_count = ()
 
     def locate(self, record: str) -> tuple[int, int] | None:
         """The absolute offset and the length of a record's bytes, ``None`` when there is no such record."""
@@ -105,7 +103,7 @@ class Archive:
                 "Load the file with torch.load(..., weights_only=True) on a little-endian machine and save it again.",
             )
 
-    def damaged(self, found: str, expected: str, advice: str = _COPY_AGAIN) -> CorruptFile:
+    def damaged(self, found: str, expected: str, advice: str = COPY_AGAIN) -> CorruptFile:
         return CorruptFile(f"{self.path}: {found}.\n{expected}\n{advice}")
 
 
@@ -114,7 +112,7 @@ def is_torch_archive(path: Path) -> bool:
     if path.suffix == ".safetensors":
         return False
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             return file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE
     except LfsPointer:  # of a file beside the weights, which stays behind
         return False
@@ -129,17 +127,19 @@ def read_archive_records(path: Path) -> list[ArchiveRecord]:
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
     """An archive whose directory can be trusted. Raises as ``read_torch_archive`` does."""
-    with _opened(path) as file:
-        yield _checked(path, file)
+    with opened(path) as file:
+        yield archive_in(path, file)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of any form, to be read. Raises as ``open_file`` does."""
     with reading(path), open(open_file(path), "rb") as file:
         yield file
 
 
-def _checked(path: Path, file: BinaryIO) -> Archive:
+def archive_in(path: Path, file: BinaryIO) -> Archive:
+    """The archive that an open file is, once its directory can be trusted. Raises as ``read_torch_archive`` does."""
     beginning = file.read(512)
     if not beginning.startswith(LOCAL_SIGNATURE):
         found, advice = _what_begins_with(beginning)
@@ -151,7 +151,7 @@ def _checked(path: Path, file: BinaryIO) -> Archive:
             f"{path}: begins like a zip archive, but its directory cannot be read ({shown(str(error))}).\n"
             "A complete file, with a directory that can be read in one way only, was expected; this one has "
             f"{file.seek(0, 2)} bytes and was perhaps cut short.\n"
-            f"{_COPY_AGAIN}"
+            f"{COPY_AGAIN}"
         ) from error
     folders = {record.name.partition("/")[0] for record in directory.records}
     entries = {record.name.partition("/")[2]: record for record in directory.records}
@@ -177,18 +177,13 @@ def _checked(path: Path, file: BinaryIO) -> Archive:
 
 def _what_begins_with(beginning: bytes) -> tuple[str, str]:
     if not beginning:
-        return "is empty", _COPY_AGAIN
+        return "is empty", COPY_AGAIN
     if beginning[257:262] == b"ustar":
         return (
             "is a tar file, perhaps in the form that torch.save wrote before version 0.1.10",
             "Load it with an old torch and save it again with a new one.",
         )
-    if beginning.startswith(_OLD_BEGINNING):
-        return (
-            "is in the form that torch.save wrote before version 1.6",
-            "Load it with torch.load(..., weights_only=True) and save it again with torch.save.",
-        )
-    return f"begins with the bytes {beginning[:8].hex(' ')}", "Check that the path is right. " + _COPY_AGAIN
+    return f"begins with the bytes {beginning[:8].hex(' ')}", "Check that the path is right. " + COPY_AGAIN
 
 
 def shown(text: str) -> str:

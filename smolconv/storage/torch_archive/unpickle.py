@@ -9,8 +9,10 @@ import pickletools
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what pickle.Unpickler itself uses
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn, TypeGuard
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn, Protocol, TypeGuard
 
 from smolconv.errors import CorruptFile, SmolconvError, UnsafePickle
 from smolconv.storage.torch_archive.records import Archive, shown
@@ -20,6 +22,7 @@ from smolconv.storage.torch_archive.values import (
     ArchiveTensor,
     DtypeRef,
     GlobalRef,
+    Opaque,
     TorchSize,
 )
 from smolconv.tensors.dtypes import DTYPE_BYTES
@@ -37,15 +40,45 @@ _TENSOR_CLASSES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
 _NAMED_ONLY = _UNTYPED_STORAGES | _TENSOR_CLASSES | {("torch", name) for name in STORAGE_DTYPES}
 
 _MAX_DIMENSIONS = 64
-_MAX_COUNT = 1 << 63
+MAX_COUNT = 1 << 63
 _MAX_INTEGER_BYTES = 255  # as torch.load
 #: Levels of containers, and values once each is written out as often as it is contained: what is walked has an end.
 _MAX_LEVELS, _MAX_VALUES = 64, 1 << 22
 
 
-def unpickle(archive: Archive, allow: Mapping[tuple[str, str], Callable[..., object]]) -> object:
-    """The object that an archive's data.pkl describes. ``allow`` and errors are those of ``read_torch_archive``."""
-    return _Unpickler(archive, archive.read_pickle(), allow).load()
+class Container(Protocol):
+    """The file that a pickle lies in, with the storages of its tensors."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def pickle_name(self) -> str: ...
+    @property
+    def after_count(self) -> tuple[None, ...]:
+        """What ends the name of a storage, after the number of its elements."""
+        ...
+
+    def locate(self, record: str) -> tuple[int, int] | None: ...
+    def damaged(self, found: str, expected: str, advice: str = ...) -> CorruptFile: ...
+
+
+def unpickle(
+    archive: Archive, allow: Mapping[tuple[str, str], Callable[..., object]], plain_keys: Collection[str] | None
+) -> object:
+    """The object that an archive's data.pkl describes. Parameters and errors are those of ``read_torch_archive``."""
+    return unpickle_at(archive, archive.read_pickle(), 0, allow, plain_keys)[0]
+
+
+def unpickle_at(
+    container: Container,
+    pickled: bytes,
+    start: int,
+    allow: Mapping[tuple[str, str], Callable[..., object]] = MappingProxyType({}),
+    plain_keys: Collection[str] | None = None,
+) -> tuple[object, int, Mapping[str, set[int]]]:
+    """The object of the pickle that begins at ``start``, where it ends, and the storages' bytes per element, by key."""
+    unpickler = _Unpickler(container, pickled, start, allow, plain_keys)
+    return unpickler.load(), unpickler.position, unpickler.item_bytes
 
 
 class _Unpickler:
@@ -57,13 +90,22 @@ class _Unpickler:
     """
 
     def __init__(
-        self, archive: Archive, pickled: bytes, allow: Mapping[tuple[str, str], Callable[..., object]]
+        self,
+        archive: Container,
+        pickled: bytes,
+        start: int,
+        allow: Mapping[tuple[str, str], Callable[..., object]],
+        plain_keys: Collection[str] | None,
     ) -> None:
         self.archive = archive
         self.pickled = pickled
         self.allow = allow
+        self.plain_keys = plain_keys
+        self.has_opaque = False
+        self.looked_at = 0  # values, in the search for opaque ones
+        self.item_bytes: dict[str, set[int]] = {}
         self.protocol = 0
-        self.position = 0
+        self.position = start
         self.stack: list[object] = []
         self.marked: list[list[object]] = []  # the stacks beneath each MARK
         self.memo: dict[int, object] = {}
@@ -82,6 +124,8 @@ class _Unpickler:
         if self.stack or self.marked:
             raise self.damaged("ends before its object is complete")
         self.written_out(result, {})
+        if self.has_opaque:
+            self.refuse_misplaced(result)
         return result
 
     def written_out(self, value: object, sizes: dict[int, int | None], level: int = 0) -> int:
@@ -106,17 +150,51 @@ class _Unpickler:
     # Failures
 
     def damaged(self, found: str) -> CorruptFile:
-        return self.archive.damaged(
-            f"data.pkl {found} (near its byte {self.position})", "A pickle written by torch.save was expected."
-        )
+        where = f"{self.archive.pickle_name} {found} (near its byte {self.position})"
+        return self.archive.damaged(where, "A pickle written by torch.save was expected.")
 
     def refuse(self, asked: str) -> NoReturn:
         raise UnsafePickle(
-            f"{self.archive.path}: data.pkl asks for {shown(asked)}, which is not on the list of what a checkpoint "
-            "may contain. Nothing was executed.\n"
+            f"{self.archive.path}: {self.archive.pickle_name} asks for {shown(asked)}, which is not on the list of "
+            "what a checkpoint may contain. Nothing was executed.\n"
             "Tensors, parameters, dtypes, sizes and plain Python containers were expected.\n"
             "If you know where the file comes from, load it with torch in a safe place and save only the tensors again."
         )
+
+    def unlisted(self, asked: str) -> Opaque:
+        """What takes the place of an object that is not on the list; whether it may is seen by where it comes to lie.
+
+        Calls of it and with it, and what it is given as its state or its items, become no more than this.
+        """
+        if self.plain_keys is None:
+            self.refuse(asked)
+        self.has_opaque = True
+        return Opaque(asked=asked)
+
+    def refuse_misplaced(self, result: object) -> None:
+        """Raise ``UnsafePickle`` for what is not on the list and lies elsewhere than below a key that may hold it."""
+        places = [result]
+        if isinstance(result, dict):
+            own = [value for key, value in result.items() if key in (self.plain_keys or ())]
+            places = [*own, *result, *(vars(result).values() if hasattr(result, "__dict__") else ())]
+        if (found := self.opaque_within(places)) is not None:
+            self.refuse(found.asked)
+
+    def opaque_within(self, values: Iterable[object]) -> Opaque | None:
+        """Any in these values, however deep; they may hold themselves."""
+        waiting, seen = list(values), set[int]()
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Opaque):
+                return value
+            parts = None if id(value) in seen else _parts(value)
+            if parts is not None:
+                seen.add(id(value))
+                waiting.extend(parts)
+            self.looked_at += 1
+            if self.looked_at > _MAX_VALUES:
+                raise self.damaged(f"says the same things so often that they are more than {_MAX_VALUES:,} values")
+        return None
 
     def refuse_instruction(self, opcode: bytes) -> NoReturn:
         names = {known.code: known.name for known in pickletools.opcodes}
@@ -181,12 +259,16 @@ class _Unpickler:
 
     def append(self, items: list[object]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Opaque):
+            return
         if not isinstance(target, list):
             raise self.damaged(f"appends to a {type(target).__name__}")
         target.extend(items)
 
     def set_items(self, items: list[object]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Opaque):
+            return
         if not isinstance(target, dict) or len(items) % 2:
             raise self.damaged(f"sets {len(items)} keys and values of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -213,7 +295,7 @@ class _Unpickler:
         elif asked in _BUILDERS or asked in _NAMED_ONLY or asked in self.allow:
             self.push(GlobalRef(module=module, name=name))
         else:
-            self.refuse(f"{module}.{name}")
+            self.push(self.unlisted(f"{module}.{name}"))
 
     def find_global_on_stack(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
@@ -221,27 +303,38 @@ class _Unpickler:
 
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, GlobalRef) or not isinstance(args, tuple):
+        if not isinstance(function, (GlobalRef, Opaque)) or not isinstance(args, tuple):
             raise self.damaged(f"calls a {type(function).__name__} with a {type(args).__name__}")
-        builder = _BUILDERS.get((function.module, function.name))
-        self.push(builder(self, args) if builder else self.call_allowed(function, args))
+        self.push(self.called(function, args, _BUILDERS))
 
     def new_object(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
-        if not isinstance(cls, GlobalRef) or not isinstance(args, tuple):
+        if not isinstance(cls, (GlobalRef, Opaque)) or not isinstance(args, tuple):
             raise self.damaged(f"creates a {type(cls).__name__} from a {type(args).__name__}")
-        self.push(self.call_allowed(cls, args))
+        self.push(self.called(cls, args, {}))
+
+    def called(
+        self, function: GlobalRef | Opaque, args: tuple[object, ...], builders: Mapping[tuple[str, str], _Builder]
+    ) -> object:
+        if isinstance(function, Opaque):
+            return function
+        if self.has_opaque and (unlisted := self.opaque_within(args)) is not None:
+            return unlisted
+        builder = builders.get((function.module, function.name))
+        return builder(self, args) if builder else self.call_allowed(function, args)
 
     def call_allowed(self, function: GlobalRef, args: tuple[object, ...]) -> object:
         substitute = self.allow.get((function.module, function.name))
         if substitute is None:
-            self.refuse(f"a call of {function.module}.{function.name}")
+            return self.unlisted(f"a call of {function.module}.{function.name}")
         made = self.substituted(lambda: substitute(*args), f"{function.module}.{function.name}")
         self.foreign[id(made)] = made
         return made
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Opaque):
+            return
         if type(target) is OrderedDict:
             # A state_dict keeps the versions of its modules in an attribute, _metadata. None may hide a method.
             if not _is_state(state) or any(hasattr(OrderedDict, name) for name in state):
@@ -266,13 +359,20 @@ class _Unpickler:
 
     def find_storage(self) -> None:
         match self.stack.pop():
-            case ("storage", GlobalRef(module=module, name=name), str(key), str(), int(numel)) if _is_count(numel):
+            case ("storage", Opaque() as unlisted, str(), str(), int(), *_):
+                self.push(unlisted)
+                return
+            case ("storage", GlobalRef(module=module, name=name), str(key), str(), int(numel), *rest) if (
+                _is_count(numel) and tuple(rest) == self.archive.after_count
+            ):
                 pass  # the fourth is the device it was on
             case _:
                 raise self.damaged("names a storage by something other than (class, key, device, count)")
         dtype = STORAGE_DTYPES.get(name) if module == "torch" else None
         if dtype is None and (module, name) not in _UNTYPED_STORAGES:
-            self.refuse(f"a storage of class {module}.{name}")
+            self.push(self.unlisted(f"a storage of class {module}.{name}"))
+            return
+        self.item_bytes.setdefault(key, set()).add(DTYPE_BYTES[dtype] if dtype else 1)
         place = self.archive.locate(f"data/{key}")
         if place is None:
             raise self.damaged(f"refers to the record data/{shown(key)}, which is missing")
@@ -295,11 +395,14 @@ class _Unpickler:
                 return TorchSize(self.counts(sizes))
         raise self.damaged("has a torch.Size of something other than a tuple")
 
-    def a_set(self, args: tuple[object, ...]) -> object:
+    def a_set(self, args: tuple[object, ...]) -> set[object]:
         match args:
             case (list(items),) if all(map(_is_plain_key, items)):
                 return set(items)
         raise self.damaged("has a set of something other than plain values")
+
+    def a_frozenset(self, args: tuple[object, ...]) -> object:
+        return frozenset(self.a_set(args))
 
     def tensor(self, args: tuple[object, ...]) -> object:
         # _rebuild_tensor: (storage, offset, shape, stride); _v2 has also (requires_grad, hooks[, metadata])
@@ -332,14 +435,14 @@ class _Unpickler:
                 builder = _TENSOR_BUILDERS.get((function.module, function.name))
                 if builder is not None and (cls.module, cls.name) in _TENSOR_CLASSES:
                     return builder(self, arguments)
-                self.refuse(f"a {cls.module}.{cls.name} made by {function.module}.{function.name}")
+                return self.unlisted(f"a {cls.module}.{cls.name} made by {function.module}.{function.name}")
         raise self.damaged("describes a tensor with attributes by something else")
 
     def place_tensor(
         self, storage: ArchiveStorage, dtype: str, view: tuple[object, object, object], metadata: list[object]
     ) -> ArchiveTensor:
         offset, sizes, steps = view[0], self.counts(view[1]), self.counts(view[2])
-        if not _is_count(offset) or len(sizes) != len(steps) or math.prod(sizes) >= _MAX_COUNT:
+        if not _is_count(offset) or len(sizes) != len(steps) or math.prod(sizes) >= MAX_COUNT:
             raise self.damaged(f"gives a tensor of storage {shown(storage.key)} an impossible shape, stride or offset")
         if any(metadata) or dtype not in DTYPE_BYTES:
             # The metadata says that the elements are yet to be negated or conjugated.
@@ -394,6 +497,7 @@ _BUILDERS: Mapping[tuple[str, str], _Builder] = {
     ("torch", "Size"): _Unpickler.size,
     ("collections", "OrderedDict"): _Unpickler.ordered_dict,
     ("builtins", "set"): _Unpickler.a_set,
+    ("builtins", "frozenset"): _Unpickler.a_frozenset,
 }
 
 #: The instructions that torch.save writes by default (protocol 2), and those in which protocols 3 to 5 say the same.
@@ -445,14 +549,14 @@ def _parts(value: object) -> Iterator[object] | None:
     """What a container holds; None for anything else."""
     if isinstance(value, dict):
         return itertools.chain(value, value.values(), vars(value).values() if hasattr(value, "__dict__") else ())
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return iter(value)
     is_ours = isinstance(value, (ArchiveTensor, ArchiveStorage, GlobalRef))  # no such thing holds another
     return iter(vars(value).values()) if hasattr(value, "__dict__") and not is_ours else None
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < _MAX_COUNT
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def _is_state(value: object) -> TypeGuard[dict[str, object]]:
@@ -461,5 +565,5 @@ def _is_state(value: object) -> TypeGuard[dict[str, object]]:
 
 def _is_plain_key(value: object) -> bool:
     # Tuples within tuples are refused because Python hashes them recursively, each as often as it is contained.
-    plain = (str, int, float, bytes, type(None))
+    plain = (str, int, float, bytes, type(None), Opaque)
     return isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value))

@@ -37,6 +37,13 @@ class GlobalRef:
     name: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Opaque:
+    """Stands for an object that a pickle may not ask for. Nothing of it was built, and nothing of it is kept."""
+
+    asked: str  #: ``argparse.Namespace``, as the file has it: of any length
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArchiveStorage:
     """One ``data/<key>`` record as a pickle refers to it."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.checkpoint import Checkpoint
+from smolconv.checkpoint import Checkpoint, for_another_engine
 from smolconv.errors import BadCheckpoint, MixedCheckpoint, NotInstalled, UsageError
 from smolconv.layouts.deepspeed.documents import STAND_INS
 from smolconv.layouts.deepspeed.files import tag_files
@@ -124,7 +124,8 @@ def _check_files(tag: Path) -> None:
 def _as_zero1(checkpoint: Checkpoint, target: Path) -> Path:
     """The tag folder of the checkpoint as DeepSpeed's ZeRO-1 saves it with one rank: 16 bytes a parameter on disk."""
     written = plan_deepspeed(
-        with_adam(checkpoint, groups=None, zero_stage=1), DeepSpeedOptions(zero_stage=1, world_size=1)
+        with_adam(for_another_engine(checkpoint), groups=None, zero_stage=1),
+        DeepSpeedOptions(zero_stage=1, world_size=1),
     )
     require_space(target, sum(file.size for file in written.files))
     with OutputFolder(target, "", resume=False, overwrite=False, loses=lambda _: None) as folder:
