@@ -112,6 +112,8 @@ class Case:
     accumulation: int = 1
     reduce_dtype: str = "float32"
     backend: str = "nccl"  #: whose configuration; "gloo" is also what smolconv used to give NCCL
+    #: More parameters than DeepSpeed keeps gathered in ZeRO-3, 1e9: made so by its limits, whatever the model has.
+    large: bool = False
 
     def recipe(self) -> Recipe:
         return Recipe.model_validate(
@@ -133,14 +135,15 @@ class Case:
         """Bytes a rank must send in a step at this stage.
 
         ZeRO-0 sums gradients on all ranks, 1 on the ranks that keep them, 2 does so for every micro-batch, and both
-        gather the weights once. ZeRO-3 does as 2, and gathers weights for every forward and every backward pass.
+        gather the weights once. ZeRO-3 does as 2; a large model's weights it gathers for every forward and every
+        backward pass.
         """
         weight, gradient = (2 if dtype == "bfloat16" else 4 for dtype in (self.dtype, self.reduce_dtype))
         moved = {
             0: 2 * gradient,
             1: gradient + weight,
             2: self.accumulation * gradient + weight,
-            3: self.accumulation * (gradient + 2 * weight),
+            3: self.accumulation * gradient + (2 * self.accumulation if self.large else 1) * weight,
         }[self.zero_stage]
         return moved * parameters * (self.world_size - 1) / self.world_size
 
@@ -154,6 +157,8 @@ def measure(case: Case, config: Mapping[str, Any]) -> dict[str, Any]:
 
     from smolconv.continual_pretraining.engine.model import build_model
     from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
+    from smolconv.models.huggingface import spec_from_hf
+    from smolconv.models.registry import family_of
 
     given = case.recipe()
     torch.manual_seed(0)
@@ -162,11 +167,15 @@ def measure(case: Case, config: Mapping[str, Any]) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     parameters = dict(model.named_parameters())
-    groups = torch_groups(group_parameters(parameters, given.optimizer, tied=True), parameters)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_config(given, case.world_size, case.backend)
+    groups = torch_groups(
+        group_parameters(parameters, given.optimizer, tied=True, family=family_of(spec_from_hf(config))), parameters
     )
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    made = engine_config(given, case.world_size, case.backend)
+    if case.large:
+        limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
+        made["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made)
     patches.scatter_gradients(engine)
     tokens = torch.arange(16)[None]
     for _ in range(2):
@@ -190,7 +199,7 @@ def measured(cases: Sequence[Case], config: Mapping[str, Any]) -> Iterator[dict[
     """Each case in a fork of this process."""
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import deepspeed.runtime.zero.muon.original_muon
 
     # What each fork would spend most of its time on: importing torch.compile for a Muon, and looking for compilers.
     _ = deepspeed.ops.__compatible_ops__
@@ -200,3 +209,115 @@ def measured(cases: Sequence[Case], config: Mapping[str, Any]) -> Iterator[dict[
 
 def total(found: Mapping[str, Any]) -> int:
     return sum(int(line["bytes"]) for line in found["collectives"])
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+#: Title, and the case but for its number of ranks.
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "ZeRO-0": {"zero_stage": 0},
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-1, 4 micro-batches": {"zero_stage": 1, "accumulation": 4},
+    "ZeRO-1, reduce_dtype bfloat16": {"zero_stage": 1, "reduce_dtype": "bfloat16"},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-2, 4 micro-batches": {"zero_stage": 2, "accumulation": 4},
+    "ZeRO-3": {"zero_stage": 3},
+    "ZeRO-3, over 1e9 parameters": {"zero_stage": 3, "large": True},
+    "as before: ZeRO-1": {"zero_stage": 1, "backend": "gloo"},
+    "as before: ZeRO-2": {"zero_stage": 2, "backend": "gloo"},
+    "as before: ZeRO-2, 4 micro-batches": {"zero_stage": 2, "accumulation": 4, "backend": "gloo"},
+}
+#: Of the last table: a row of the first one for each column.
+COLUMNS = ("as before: ZeRO-1", "ZeRO-1", "ZeRO-1, reduce_dtype bfloat16", "ZeRO-3")
+
+
+def page(found: Mapping[str, Mapping[int, dict[str, Any]]], model: str) -> str:
+    """The tables of ``found``, by row and number of ranks."""
+    worlds = sorted(next(iter(found.values())))
+    factors = [
+        [title, *(f"{total(by_world[n]) / by_world[n]['least']:.2f}" for n in worlds)]
+        for title, by_world in found.items()
+    ]
+    calls = [
+        [title, line["name"], line["dtype"], str(line["calls"]), f"{line['bytes'] / 1e6:.1f}"]
+        for title, by_world in found.items()
+        for line in by_world[8]["collectives"]
+        if line["bytes"] >= 1e4
+    ]
+    seconds = [
+        [name, str(n), *(_moved(found, row, n, parameters) for row in COLUMNS)]
+        for name, parameters in PARAMETERS.items()
+        for n in (8, 96, 384)
+        if n in worlds
+    ]
+    text = (
+        f"""# What ranks send each other
+
+Written by `benchmarks/communication.py`: {model}, bfloat16, the configuration for NCCL, one step of one micro-batch
+unless said. Nothing was sent, and nothing here was measured on a GPU: calls, dtypes and sizes were counted on rank 0.
+
+Payload is what a rank sends on average in rings of n ranks, where the whole tensor has B bytes: all-reduce 2(n-1)/n·B;
+reduce-scatter, all-gather, reduce, broadcast and all-to-all (n-1)/n·B.
+
+## Payload of a step, as a multiple of the least
+
+The least, for N parameters in bfloat16 and float32 gradients, each times (n-1)/n:
+
+| | bytes |
+|---|---|
+| ZeRO-0 | 8N: gradients summed on all ranks |
+| ZeRO-1 | 4N + 2N: gradients scattered once, weights gathered once |
+| ZeRO-2 | 4N for every micro-batch + 2N |
+| ZeRO-3 | 4N for every micro-batch + 2N; over 1e9 parameters 4N + 4N for every micro-batch: weights for each pass |
+
+With `reduce_dtype: bfloat16` a gradient has 2 bytes instead of 4.
+""",
+        *markdown_table(["ranks", *map(str, worlds)], factors),
+        """
+## Collectives of a step at 8 ranks
+
+Those of less than 0.01 MB are left out: norms, overflow flags, losses.
+""",
+        *markdown_table(["", "collective", "dtype", "calls", "MB a rank"], calls),
+        f"""
+## What NCCL would move
+
+By the same counts, per rank and step, with the time it takes at {NVLINK / 1e9:.0f} GB/s a GPU within a node of
+{RANKS_OF_A_NODE} (NVLink) and at {INFINIBAND / 1e9:.0f} GB/s beyond (400 Gb/s InfiniBand). Both are assumptions,
+from data sheets. Collectives reach less, and latencies are left out.
+""",
+        *markdown_table(["model", "ranks", *COLUMNS], seconds),
+    )
+    return "\n".join(text) + "\n"
+
+
+def _moved(found: Mapping[str, Mapping[int, dict[str, Any]]], row: str, ranks: int, parameters: int) -> str:
+    if row == "ZeRO-3" and parameters > 1e9:
+        row = "ZeRO-3, over 1e9 parameters"
+    moved = total(found[row][ranks]) / found[row][ranks]["parameters"] * parameters
+    return f"{moved / 1e9:.2f} GB, {moved / (NVLINK if ranks <= RANKS_OF_A_NODE else INFINIBAND):.3f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    cases = [(title, n, Case(world_size=n, **row)) for title, row in ROWS.items() for n in WORLDS]
+    found: dict[str, dict[int, dict[str, Any]]] = {title: {} for title in ROWS}
+    counts = measured([case for *_, case in cases], TINY if given.tiny else SMOLLM2_135M)
+    for (title, n, _), counted in zip(cases, counts):
+        found[title][n] = counted
+        say(
+            f"{title} on {n} ranks: {total(counted) / 1e6:.1f} MB, {total(counted) / counted['least']:.3f} of the least"
+        )
+    text = page(found, "a tiny model" if given.tiny else "SmolLM2-135M's shapes")
+    print(text)
+    if not given.tiny:
+        RESULTS.write_text(text)
+        RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
