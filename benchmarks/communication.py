@@ -1,7 +1,6 @@
 """Count what the ranks of a training step send each other, beside the least possible: results/communication.md.
 
-    python benchmarks/communication.py            SmolLM2-135M's shapes at 2 to 384 ranks; 5 minutes, 6 GB of memory
-    python benchmarks/communication.py --tiny     a tiny model, printed only
+    python benchmarks/communication.py     2 to 384 ranks; 4 minutes on 2 cores
 
 One process is rank 0 of a process group that sends nothing (torch's "fake"), with the engine and the DeepSpeed
 configuration that a run on GPUs would have. What is counted depends on shapes alone.
@@ -29,14 +28,14 @@ from smolconv.layouts.deepspeed import patches
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "communication.md"
 WORLDS = (2, 4, 8, 96, 384)
-#: SmolLM2-135M's, as a Hugging Face config.
-SMOLLM2_135M = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
-    "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+#: Layers of SmolLM2-135M's shapes, few of them: payload is proportional to the parameters.
+LAYERS = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192, "hidden_size": 576,
+    "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
     "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
     "max_position_embeddings": 8192, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-TINY = {**SMOLLM2_135M, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+TINY = {**LAYERS, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
 PARAMETERS = {"SmolLM2-135M": 134_515_008, "SmolLM2-1.7B": 1_711_376_384, "SmolLM3-3B": 3_075_098_624}
 #: Bytes a second that a GPU sends: assumptions, taken from data sheets and not reached by any collective.
@@ -231,9 +230,9 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
 COLUMNS = ("as before: ZeRO-1", "ZeRO-1", "ZeRO-1, reduce_dtype bfloat16", "ZeRO-3")
 
 
-def page(found: Mapping[str, Mapping[int, dict[str, Any]]], model: str) -> str:
+def page(found: Mapping[str, Mapping[int, dict[str, Any]]]) -> str:
     """The tables of ``found``, by row and number of ranks."""
-    worlds = sorted(next(iter(found.values())))
+    worlds, layers = sorted(next(iter(found.values()))), LAYERS["num_hidden_layers"]
     factors = [
         [title, *(f"{total(by_world[n]) / by_world[n]['least']:.2f}" for n in worlds)]
         for title, by_world in found.items()
@@ -253,8 +252,9 @@ def page(found: Mapping[str, Mapping[int, dict[str, Any]]], model: str) -> str:
     text = (
         f"""# What ranks send each other
 
-Written by `benchmarks/communication.py`: {model}, bfloat16, the configuration for NCCL, one step of one micro-batch
-unless said. Nothing was sent, and nothing here was measured on a GPU: calls, dtypes and sizes were counted on rank 0.
+Written by `benchmarks/communication.py`: {layers} layers of SmolLM2-135M's shapes, bfloat16, the configuration for NCCL,
+one step of one micro-batch unless said. Nothing was sent, and nothing here was measured on a GPU: calls, dtypes and
+sizes were counted on rank 0.
 
 Payload is what a rank sends on average in rings of n ranks, where the whole tensor has B bytes: all-reduce 2(n-1)/n·B;
 reduce-scatter, all-gather, reduce, broadcast and all-to-all (n-1)/n·B.
@@ -299,24 +299,19 @@ def _moved(found: Mapping[str, Mapping[int, dict[str, Any]]], row: str, ranks: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     cases = [(title, n, Case(world_size=n, **row)) for title, row in ROWS.items() for n in WORLDS]
     found: dict[str, dict[int, dict[str, Any]]] = {title: {} for title in ROWS}
-    counts = measured([case for *_, case in cases], TINY if given.tiny else SMOLLM2_135M)
+    counts = measured([case for *_, case in cases], LAYERS)
     for (title, n, _), counted in zip(cases, counts):
         found[title][n] = counted
         say(
             f"{title} on {n} ranks: {total(counted) / 1e6:.1f} MB, {total(counted) / counted['least']:.3f} of the least"
         )
-    text = page(found, "a tiny model" if given.tiny else "SmolLM2-135M's shapes")
-    print(text)
-    if not given.tiny:
-        RESULTS.write_text(text)
-        RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(page(found))
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -149,8 +149,7 @@ class Parallelism(Section):
     micro_batch_sequences: Positive = 1
     global_batch_sequences: Positive | None = None  #: one of the two is given
     global_batch_tokens: Positive | None = None
-    #: of gradients on their way between ranks; bfloat16 halves their bytes, and rounds every partial sum to 8 bits
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  #: of gradients between ranks; bfloat16 rounds their sums
     threads: Positive | None = None  #: of a rank on CPU; None: the machine's cores divided by its ranks
 
 
