@@ -252,7 +252,7 @@ def page(found: Mapping[str, Mapping[int, dict[str, Any]]]) -> str:
     text = (
         f"""# What ranks send each other
 
-Written by `benchmarks/communication.py`: {layers} layers of SmolLM2-135M's shapes, bfloat16, the configuration for NCCL,
+Written by `benchmarks/communication.py`: {layers} layers of SmolLM2-135M's shapes, bfloat16, NCCL's configuration,
 one step of one micro-batch unless said. Nothing was sent, and nothing here was measured on a GPU: calls, dtypes and
 sizes were counted on rank 0.
 

@@ -91,6 +91,7 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_js
     from smolconv.continual_pretraining.estimate.estimate import estimate
     from smolconv.continual_pretraining.estimate.report import render
     from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
+    from smolconv.continual_pretraining.launchers.launcher import count_gpus
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 
     tokens, problems = _tokens(recipe)
