@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, convert, hf_weights
+from conftest import FIXTURES, convert, hf_weights, run_cli
 from deepspeed_folders import Case, case, edit, rename_parameters
 from safetensors.torch import load_file, save_file
 
@@ -57,11 +57,31 @@ def test_a_tag_may_have_a_slash(tag, tmp_path):
     assert {run.checkpoint / "latest", run.checkpoint / "config.json", *run.tag.iterdir()} <= set(needed)
 
 
+def test_a_tag_with_a_slash_stays_the_tag(tmp_path):
+    run = run_with_tags(tmp_path, "runs/step3")
+    out = tmp_path / "out"
+    convert(run.checkpoint, out, "deepspeed", zero_stage=2, world_size=2)
+    assert (out / "latest").read_text() == "runs/step3" and (out / "runs/step3/mp_rank_00_model_states.pt").is_file()
+    convert(out, tmp_path / "hf", "hf", dtype="float32")
+    expected = run.engine("fp32")
+    assert all(tensor.equal(expected[name]) for name, tensor in hf_weights(tmp_path / "hf").items())
+    assert run_cli("convert", run.checkpoint, out, "--to", "deepspeed", "--overwrite").code == 0
+
+
 def test_any_of_them_is_chosen_by_its_step(tmp_path):
     run = run_with_tags(tmp_path, "runs/step1", "other/deeper/step2", "step4", "runs/step3")
     assert [step_of(run), step_of(run, step=1), step_of(run, step=3), step_of(run, step=4)] == [3, 1, 3, 4]
     with pytest.raises(MissingFile, match=r"no tag of step 2; tags found: runs/step1, runs/step3, step4"):
         step_of(run, step=2)  # lies deeper than the tag that latest names
+
+
+def test_links_to_the_folder_itself_are_not_followed(tmp_path):
+    run = run_with_tags(tmp_path, "runs/step3")
+    for name in ("a", "b"):
+        (run.checkpoint / name).symlink_to(".")
+    (run.checkpoint / "latest").write_text("/".join("ab" * 30))
+    with pytest.raises(MissingFile, match="no tag of step 9; tags found: runs/step3"):
+        step_of(run, step=9)
 
 
 def test_a_folder_of_runs_is_no_run(tmp_path):
@@ -79,6 +99,8 @@ def test_latest_leads_nowhere_but_below(text, tmp_path):
     (run.checkpoint / "latest").write_text(text)
     with pytest.raises(CorruptFile, match="the name of a folder beside it was expected"):
         step_of(run)
+    shutil.copytree(run.checkpoint / "runs" / "step3", run.checkpoint / "step3")
+    assert step_of(run, step=3) == 3  # which asks for no latest
 
 
 def test_nor_does_it_by_a_link(tmp_path):

@@ -597,6 +597,7 @@ def test_the_real_model_knows_the_capital_of_france(real_model: Any, real_tokeni
     assert real_tokenizer.decode(real_model(ids).logits[0, -1].argmax()) == " Paris"
 
 
+@pytest.mark.slow
 def test_left_permuted_the_real_model_would_only_read_worse(real_model: Any, real_tokenizer: Any) -> None:
     import torch
 

@@ -575,7 +575,7 @@ def test_a_rank_that_dies_on_one_torchrun_node_ends_both(tmp_path):
     assert any("rank 3 of 4 failed first: TrainingStopped: the loss is nan" in stderr for _, stderr in ends)
 
 
-def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
+def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path, capfd):
     """Nothing but the run's folder tells it: NCCL would wait for ten minutes, and torchrun sees its own node only."""
     run = tmp_path / "run"
     run.mkdir()
@@ -605,8 +605,11 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path):
     assert hanging.wait(60) == 0
     log = (run / "logs" / "rank-00000.log").read_text()
     assert "after ['SIGTERM']" in log, "told to stop, it saved; one in a collective would be killed"
-    assert b"TrainingStopped" in failing.communicate()[1]
+    said = failing.communicate()[1]
+    assert b"rank 1 is about to fail" in said and b"TrainingStopped" not in said
     hanging.communicate()
+    assert report_left(run, "one", 2, 1) == 6, "which says why, once"
+    assert capfd.readouterr().err.count("TrainingStopped") == 1
 
 
 # --- which there are ---------------------------------------------------------------------------------------------------

@@ -981,7 +981,7 @@ edits = st.tuples(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(changes=st.lists(edits, min_size=1, max_size=4))
 def test_edited_pickles_with_right_checksums_raise_only_our_errors(scratch, saved_pickle, changes):
     edited = bytearray(saved_pickle)
@@ -992,7 +992,7 @@ def test_edited_pickles_with_right_checksums_raise_only_our_errors(scratch, save
     read_or_refuse(archive_of(scratch / "edited.pt", bytes(edited), records))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(instructions=st.lists(st.sampled_from(OPCODES) | st.integers(0, 255), max_size=40).map(bytes))
 def test_random_pickles_raise_only_our_errors(scratch, instructions):
     read_or_refuse(archive_of(scratch / "random.pt", b"\x80\x04" + instructions + b"."))

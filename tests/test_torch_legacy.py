@@ -20,10 +20,13 @@ from deepspeed_folders import case, load, save
 from safetensors.torch import load_file
 from test_torch_archive import DTYPES, assert_same, random_tensor, training_state
 
+from smolconv.convert import ConversionPlan
 from smolconv.errors import CorruptFile, SmolconvError, UnsafePickle
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
+from smolconv.layouts.layout import ReadOptions
 from smolconv.storage.torch_archive import legacy
 from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.verify.compare import AsStored, verify_conversion
 
 
 def saved(obj: object, path: Path) -> Path:
@@ -96,7 +99,14 @@ def test_pytorch_model_bin_in_this_form_is_read(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_bytes((hf / "config.json").read_bytes())
     saved(OrderedDict(weights), tmp_path / "old" / "pytorch_model.bin")
-    convert(tmp_path / "old", tmp_path / "new", "hf")
+
+    def verifier(plan: ConversionPlan, written: Path) -> dict[str, Any]:  # torch.load cannot map such a file
+        source = AsStored(folder=tmp_path / "old", options=ReadOptions())
+        return verify_conversion(plan.prepared, written, source=source).to_json()
+
+    result = convert(tmp_path / "old", tmp_path / "new", "hf", verifier=verifier)
+    assert result.verification is not None
+    assert result.verification["passed"]
     found = hf_weights(tmp_path / "new")
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 

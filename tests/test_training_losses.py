@@ -35,7 +35,7 @@ SCHEDULE = {
     "decay_steps": 8,
 }  # fmt: skip
 #: Stage, ranks: each with 4 micro-batches a step. The first four in CI meet every stage and every division.
-SAMPLED = [(0, 1), (1, 2), (2, 2), (3, 1)]
+SAMPLED = [(1, 2), (3, 1)]
 MATRIX = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 4) if (stage, ranks) not in SAMPLED]
 
 

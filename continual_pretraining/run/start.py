@@ -158,7 +158,7 @@ def plan_start(
 
 
 def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
-    """Raise ``UsageError`` where the data cannot be this model's."""
+    """Raise ``UsageError`` where the data cannot be this model's, or ranks cannot share its heads."""
     if recipe.data.sequence_length > spec.max_positions:
         raise UsageError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the context of {source}, "
@@ -168,6 +168,13 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
         raise UsageError(
             f"data.eos_token_id {recipe.data.eos_token_id} is outside the vocabulary of {source}, "
             f"{spec.vocab_size} entries. Check which tokenizer the token files were made with."
+        )
+    if spec.num_heads % recipe.parallelism.sequence_ranks:
+        fitting = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
+        raise UsageError(
+            f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
+            f"query heads of {source}, which ranks share in attention.\n"
+            f"Choose {', '.join(fitting[:-1])} or {fitting[-1]}."
         )
 
 

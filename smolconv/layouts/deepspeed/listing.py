@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-from smolconv.errors import MissingFile
+from smolconv.errors import BadCheckpoint, MissingFile
 from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
 from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
 
@@ -30,21 +31,28 @@ def holds_training(folder: AnyPath) -> bool:
 
 
 def _is_tag_folder(folder: AnyPath) -> bool:
+    return any(MODEL.fullmatch(path.name) or OPTIMIZER.fullmatch(path.name) for path in _inside(folder))
+
+
+def _inside(folder: P) -> list[P]:
+    """What a folder holds: nothing where it is none, or may not be listed."""
     try:
-        return any(MODEL.fullmatch(path.name) or OPTIMIZER.fullmatch(path.name) for path in folder.iterdir())
+        return list(folder.iterdir())
     except OSError:
-        return False
+        return []
 
 
 def _tags(folder: P, depth: int) -> Iterator[str]:
     """The tags in a folder: those with a slash lie deeper, at most ``depth`` folders below."""
     level = {"": folder}
     for _ in range(depth):
-        below = {f"{tag}/{path.name}".lstrip("/"): path for tag, each in level.items() for path in each.iterdir()}
-        level = {tag: path for tag, path in below.items() if path.is_dir()}
-        found = [tag for tag, path in level.items() if _is_tag_folder(path)]
+        below = {f"{tag}/{path.name}".lstrip("/"): path for tag, each in level.items() for path in _inside(each)}
+        folders = {tag: path for tag, path in below.items() if path.is_dir()}
+        found = [tag for tag, path in folders.items() if _is_tag_folder(path)]
         yield from found
-        level = {tag: path for tag, path in level.items() if tag not in found}
+        # Links to folders above would be followed for ever.
+        linked = {tag for tag, path in folders.items() if isinstance(path, Path) and path.is_symlink()}
+        level = {tag: path for tag, path in folders.items() if tag not in {*found, *linked}}
 
 
 def run_folder(folder: P, tag: P) -> P:
@@ -61,7 +69,7 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
         if step is not None and _step_of(folder.name) != step:
             raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
         return folder
-    named = _named_tag(folder)
+    named = _named_tag(folder, needed=step is None)
     if step is None and named is not None and _is_tag_folder(folder / named[1]):  # without a look at every other tag
         return folder / named[1]
     tags = sorted(_tags(folder, 1 if named is None else 1 + named[1].count("/")))
@@ -82,11 +90,15 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
     )
 
 
-def _named_tag(folder: P) -> tuple[P, str] | None:
-    for pointer in (folder / LATEST, folder / LATEST_UNIVERSAL):
-        if there(pointer):
-            return pointer, read_name(pointer)
-    return None
+def _named_tag(folder: P, *, needed: bool) -> tuple[P, str] | None:
+    """The pointer that is there, and the tag that it names. A damaged one counts only where it is ``needed``."""
+    try:
+        pointer = next((path for name in (LATEST, LATEST_UNIVERSAL) if there(path := folder / name)), None)
+        return None if pointer is None else (pointer, read_name(pointer))
+    except BadCheckpoint:
+        if needed:
+            raise
+        return None
 
 
 def _step_of(tag: str) -> int | None:

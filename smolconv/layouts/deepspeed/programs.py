@@ -112,7 +112,7 @@ def program_files(folder: Path) -> dict[str, Path]:
         return {
             entry.name: folder / entry.name
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-            if re.fullmatch(PROGRAM_PATTERN, entry.name) and entry.is_file()
+            if re.fullmatch(PROGRAM_PATTERN, entry.name) and os.path.isfile(entry)
         }
     return {}
 
