@@ -73,20 +73,20 @@ def continue_train(
     run = Path(given.output).absolute()
     if resume not in ("auto", "never"):
         resume = str(Path(resume).absolute())
-    world_size = placement(given).world_size
     told = [*notes(given), *check_run(given, run, resume)]
     if dry_run:
-        _show_plan(given, run, resume, world_size, told, as_json=as_json)
+        _show_plan(given, run, resume, told, as_json=as_json)
         return
     if as_json:
         raise UsageError("a run's figures are in its metrics.jsonl; --json is for --dry-run.")
+    placement(given)  # what cannot be run is refused before anything is written
     for line in told:
         console.say(line)
     write_recipe(given, run)
     raise typer.Exit(launch(given, run, resume=resume))
 
 
-def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: list[str], *, as_json: bool) -> None:
+def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_json: bool) -> None:
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.estimate.estimate import estimate
     from smolconv.continual_pretraining.estimate.report import render
@@ -94,9 +94,9 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
     from smolconv.continual_pretraining.recipe.files import dump_recipe
 
     tokens, problems = _tokens(recipe)
-    engine = engine_config(recipe, world_size)
-    spec, first_step, events = _start(recipe, run, resume, world_size, compare_data=not problems)
+    spec, world_size, first_step, events = _start(recipe, run, resume, compare_data=not problems)
     told += events
+    engine = engine_config(recipe, world_size)
     plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
     if plan.steps == 0:
         told.append(
@@ -139,10 +139,13 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, world_size: int, told: li
 
 
 def _start(
-    recipe: Recipe, run: Path, resume: str, world_size: int, *, compare_data: bool
-) -> tuple[ModelSpec, int, tuple[str, ...]]:
-    """The trained spec, from headers alone; the first step; and what is to be said: of data that has changed, and of a
-    rope theta that the recipe changes. The ranks refuse by the same functions."""
+    recipe: Recipe, run: Path, resume: str, *, compare_data: bool
+) -> tuple[ModelSpec, int, int, tuple[str, ...]]:
+    """The trained spec, from headers alone; the number of ranks; the first step; and what is to be said.
+
+    The latter is of data that has changed, and of a theta that the recipe changes. Ranks refuse by the same functions.
+    """
+    from smolconv.continual_pretraining.launchers.launch import placement
     from smolconv.continual_pretraining.run.checkpoints import RunState, find_resume
     from smolconv.continual_pretraining.run.place import own_place, source_place
     from smolconv.continual_pretraining.run.start import (
@@ -158,19 +161,20 @@ def _start(
     uri = recipe.model.source
     source, trained = read_source(recipe, open_source(uri, headers_only=True))
     check_model(recipe, trained.spec, uri)
+    world_size = placement(recipe, trained.spec.num_heads).world_size
     own = find_resume(run, resume)
     changed = changed_text(source.spec, trained.spec)
     said = (changed,) if changed else ()
     if own is not None:
         state = RunState.read(own)
         events = own_place(recipe, own, state, trained.spec.vocab_size).events if compare_data else ()
-        return trained.spec, state.step + 1, (*said, *events)
+        return trained.spec, world_size, state.step + 1, (*said, *events)
     plan_start(recipe, trained, run, world_size, optimizer=recipe.start.optimizer, uri=uri)
     source = with_published_progress(source, uri)
     step = completed_steps(recipe, source.progress)
     compare_data = compare_data and (recipe.start.data or recipe.start.learning_rate)
     events = source_place(recipe, source, step, trained.spec.vocab_size).events if compare_data else ()
-    return trained.spec, step + 1, (*said, *events)
+    return trained.spec, world_size, step + 1, (*said, *events)
 
 
 def _tokens(recipe: Recipe) -> tuple[dict[str, int], list[str]]:

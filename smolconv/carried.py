@@ -59,9 +59,8 @@ def account(
         left.append(_progress(source.progress))
     if source.source.engine is not None:
         left += source.source.engine.left_out
-    if beside := [name for name, path in {**prepared.assets, **prepared.program_files}.items() if path in used] + list(
-        prepared.documents
-    ):
+    beside_it = {**prepared.assets, **prepared.program_files}
+    if beside := [name for name, path in beside_it.items() if path in used] + list(prepared.documents):
         carried.append(f"{counted(len(beside), 'file')} beside the weights ({some_of(sorted(beside), 4, more=True)})")
     if not is_tokenizer({*prepared.assets, *prepared.documents}):
         left.append("a tokenizer: the source has none")

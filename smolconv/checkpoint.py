@@ -111,10 +111,10 @@ class EngineRecord:
     skipped_steps: int = 0
     groups: tuple[ParameterGroup, ...] = ()  #: the run's own, though Adam's state may have been left behind
     lr_scheduler: Any = None  #: its state, of plain values
-    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
     names: StoredNames = field(default_factory=StoredNames)  #: of its module, which torch.compile or a policy may wrap
     tag: str | None = None  #: the folder's name in the run, which some programs ask for
     loss_scaler: Mapping[str, Any] | None = None  #: of fp16: the attributes of DeepSpeed's scaler, plain values
+    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
 
 
 @dataclass(frozen=True, kw_only=True)

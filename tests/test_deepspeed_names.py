@@ -22,7 +22,7 @@ from real_deepspeed import (
     random_batches,
 )
 
-from smolconv.errors import UnsupportedModel
+from smolconv.errors import BadCheckpoint, UnsupportedModel
 from smolconv.layouts.registry import read_checkpoint
 
 pytest.importorskip("deepspeed")
@@ -208,3 +208,18 @@ def test_a_prefix_that_leads_out_of_the_folder_is_no_folder_name(went_on: tuple[
     with pytest.raises(UnsupportedModel, match="cannot be the name of a folder"):
         convert(tmp_path / "hf", tmp_path / "out", "deepspeed")
     assert not list(tmp_path.rglob("away*"))
+
+
+@pytest.mark.parametrize("value", ["many", float("inf"), [1.0]], ids=str)
+def test_a_loss_scale_that_is_no_number_is_refused(scaled: Path, tmp_path: Path, value: object) -> None:
+    convert(scaled, tmp_path / "hf", "hf")
+    record = tmp_path / "hf/smolconv_state/source/deepspeed.json"
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps({**document, "loss_scaler": {**document["loss_scaler"], "cur_scale": value}}))
+    (path, *_) = scaled.glob("*/*_optim_states.pt")
+    damaged = load(path)
+    damaged["optimizer_state_dict"]["loss_scaler"].cur_scale = value
+    torch.save(damaged, path)
+    for folder in (tmp_path / "hf", scaled):
+        with pytest.raises(BadCheckpoint, match=r"loss.scaler|number|Infinity"):
+            read_checkpoint(folder)

@@ -228,6 +228,9 @@ def test_checkpointed_activations_by_hand():
     norm, attention, mlp = (4 + 2 * 2) * 576, 2 * (2 * 576 + 2 * 192) + 4 * 9, 4 * 2 * 1536
     by_position = 30 * 2 * 576 + 2 * norm + attention + mlp + 2 * (3 * 1536 + 2 * 576) + 4 * 576 + norm
     assert parts(recipe(model__activation_checkpointing=True))["activations (gpu)"] == 4096 * by_position
+    moved = parts(recipe(model__activation_checkpointing=True, model__activation_offload=True))
+    assert moved["activations (host)"] == 4096 * 30 * 2 * 576
+    assert moved["activations (gpu)"] == 4096 * (by_position - 29 * 2 * 576)
 
 
 def test_logits_do_not_grow_beyond_a_chunk():

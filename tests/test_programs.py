@@ -14,7 +14,7 @@ from conftest import FIXTURES, convert
 from trainer_worker import Job, Trained, train
 
 from smolconv.checkpoint import EngineRecord
-from smolconv.errors import UsageError
+from smolconv.errors import UnknownLayout, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
@@ -153,6 +153,11 @@ def test_the_weights_beside_the_run_are_said_and_can_be_chosen(saved: Mapping[st
     assert read_checkpoint(saved["trainer-zero3"]).warnings == ()  # it has no weights of Hugging Face's
 
 
+def test_of_a_trainers_output_folder_the_newest_checkpoint_is_named(saved: Mapping[str, Path]) -> None:
+    with pytest.raises(UnknownLayout, match=rf"output folder of a Trainer(.|\n)*checkpoint-{STEPS}$"):
+        read_checkpoint(saved["trainer-zero2"].parent)
+
+
 def test_a_trainers_own_adam_is_said_to_be_left_behind(saved: Mapping[str, Path], tmp_path: Path) -> None:
     assert (saved["trainer-alone"] / "optimizer.pt").is_file()
     done = convert(saved["trainer-alone"], tmp_path / "out", "nanotron")
@@ -238,6 +243,21 @@ def test_a_state_of_another_step_is_not_carried(saved: Mapping[str, Path], tmp_p
     assert step_of(tmp_path / "out") == STOPPED
 
 
+def test_a_schedule_of_another_step_is_not_carried(saved: Mapping[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    stale = tmp_path / "stale"
+    shutil.copytree(saved["trainer-zero2"], stale)
+    state = torch.load(stale / "scheduler.pt", weights_only=True)
+    torch.save({**state, "last_epoch": 7}, stale / "scheduler.pt")
+    found = said(stale, tmp_path / "out", program="trainer", zero_stage=1, world_size=2)
+    assert "scheduler.pt is of step 7, the checkpoint of step 2: it was left out" in found
+    made = torch.load(tmp_path / "out/scheduler.pt", weights_only=True)
+    assert {key: made[key] for key in ("last_epoch", "_step_count", "_last_lr")} == {
+        key: state[key] for key in ("last_epoch", "_step_count", "_last_lr")
+    }
+
+
 def test_a_pickle_that_names_anything_is_not_carried(saved: Mapping[str, Path], tmp_path: Path) -> None:
     import torch
 
@@ -275,10 +295,11 @@ def test_the_tag_is_kept_and_can_be_chosen(saved: Mapping[str, Path], tmp_path: 
     assert tag("kept", zero_stage=1, world_size=2) == "pytorch_model"
     assert tag("universal") == "pytorch_model"
     assert tag("chosen", tag="here", zero_stage=1, world_size=2) == "here"
+    assert tag("deeper", tag="epoch1/here", zero_stage=1, world_size=2) == "epoch1/here"
     assert tag("trainer", program="trainer") == "global_step2_universal"
 
 
-@pytest.mark.parametrize("options", [{"tag": "a/b"}, {"tag": ".."}, {"tag": "two\nlines"}, {"tag": "config.json"},
+@pytest.mark.parametrize("options", [{"tag": "a//b"}, {"tag": ".."}, {"tag": "two\nlines"}, {"tag": "config.json"},
                                      {"tag": "x", "program": "accelerate"}, {"tag": "x", "program": "trainer"},
                                      {"program": "lightning"}])  # fmt: skip
 def test_a_tag_that_could_not_be_loaded_is_refused(tmp_path: Path, options: dict[str, str]) -> None:

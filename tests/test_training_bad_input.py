@@ -168,7 +168,7 @@ BAD = {
         ("data.sequence_length 128", "64 positions", "set model.max_positions", "model.rope_theta"),
     ),
     "a number of ranks that does not divide": Bad(
-        lambda *_: None, 2, ("2 micro-batches of 1", "3 ranks", "Run on 1, 2 ranks"), ranks=3
+        lambda *_: None, 2, ("2 micro-batches of 1", "3 ranks", "2 or 1 ranks"), ranks=3
     ),
     "no such source": Bad(section("model", source="/nowhere/at/all"), 3, ("/nowhere/at/all",)),
     "a truncated source": Bad(truncated, 3, ("model.safetensors",)),

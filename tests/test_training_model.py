@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import hf_models
 import numpy as np
@@ -308,6 +308,33 @@ def test_activation_checkpointing_gives_the_same_gradients_and_computes_layers_t
     assert loss == again
     assert all(torch.equal(gradients[name], regained[name]) for name in gradients)
     assert counted == [1, 2]
+
+
+class Watching(torch.autograd.graph.save_on_cpu):
+    """Notes what is moved to the host."""
+
+    moved: ClassVar[list[list[int]]] = []
+
+    def __init__(self, pin_memory: bool) -> None:
+        super().__init__(pin_memory)
+        pack: Callable[[torch.Tensor], Any] = self.pack_hook  # type: ignore[has-type]
+
+        def noted(tensor: torch.Tensor) -> Any:
+            self.moved.append(list(tensor.shape))
+            return pack(tensor)
+
+        self.pack_hook = noted
+
+
+def test_offloaded_activations_are_the_layers_inputs_alone_and_change_nothing(monkeypatch, plain):
+    given = batch([[7, 20, 5]])
+    loss, gradients = run(training(plain, activation_checkpointing=True), given)
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Watching)
+    monkeypatch.setattr(Watching, "moved", [])
+    built = training(plain, activation_checkpointing=True, activation_offload=True)
+    again, regained = run(built, given)
+    assert loss == again and all(torch.equal(gradients[name], regained[name]) for name in gradients)
+    assert Watching.moved == [[1, 32, plain.config.hidden_size]] * len(built.model.layers)
 
 
 def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:

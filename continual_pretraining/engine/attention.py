@@ -40,10 +40,13 @@ class Packing:
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing, float], torch.Tensor]
 
 
-def pack(positions: torch.Tensor, device: torch.device, kernel: Kernel, *, by_length: bool) -> Packing:
+def pack(
+    positions: torch.Tensor, device: torch.device, kernel: Kernel, *, by_length: bool, padding: int = 0
+) -> Packing:  # fmt: skip
     """Find the documents of ``positions``, int64 [B, S], which are 0 where a document begins.
 
     ``by_length`` gives an order in which documents of equal length lie together, for ``attend_by_document``.
+    ``padding`` tokens after the last row are a document of their own, and count in T.
     Cheapest where ``positions`` are on the CPU: their boundaries are needed there, and a GPU would be waited for.
 
     Raises ``ValueError`` when a row does not begin a document: it would continue the row before it.
@@ -53,6 +56,8 @@ def pack(positions: torch.Tensor, device: torch.device, kernel: Kernel, *, by_le
         row = int(places[:, 0].nonzero()[0][0])
         raise ValueError(f"row {row} begins at position {places[row, 0]}; every row begins a document, at position 0")
     bounds = np.append(np.flatnonzero(places == 0), places.size)
+    if padding:
+        bounds = np.append(bounds, places.size + padding)
     lengths = np.diff(bounds)
     order, known = None, np.unique(lengths, return_counts=True)
     if by_length and len(known[0]) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -53,7 +54,8 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     if given.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
-        "train_batch_size": recipe.global_batch_sequences,
+        # DeepSpeed is not told of sequence parallelism: it would not partition its states over all ranks.
+        "train_batch_size": recipe.global_batch_sequences * given.sequence_ranks,
         "train_micro_batch_size_per_gpu": given.micro_batch_sequences,
         "gradient_accumulation_steps": accumulation,
         # ZeRO-0 in fp32 clips without telling the norm, so the trainer does it there.
@@ -71,15 +73,44 @@ def engine_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return config
 
 
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches that a rank computes in one step. Raises ``UsageError`` when ranks cannot share them evenly."""
-    micro_batches = recipe.micro_batches_per_step
-    if world_size < 1 or micro_batches % world_size:
-        fitting = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-        shown = fitting if len(fitting) < 13 else [*fitting[:6], "...", *fitting[-5:]]
+def accumulation_steps(recipe: Recipe, world_size: int, heads: int | None = None) -> int:
+    """Micro-batches that a rank computes in one step, by itself or with its neighbours.
+
+    Raises ``UsageError`` with what would fit when ranks cannot share them evenly; ``heads`` are the model's query
+    heads, where they are known.
+    """
+    given, micro_batches = recipe.parallelism, recipe.micro_batches_per_step
+    data_ranks, rest = divmod(world_size, given.sequence_ranks)
+    if data_ranks < 1 or rest or micro_batches % data_ranks:
+        groups = f", in groups of {given.sequence_ranks}," if given.sequence_ranks > 1 else ""
         raise UsageError(
             f"a global batch of {recipe.global_batch_sequences} sequences is {micro_batches} micro-batches of "
-            f"{recipe.parallelism.micro_batch_sequences}, which {world_size} ranks cannot share evenly.\n"
-            f"Run on {', '.join(shown)} ranks, or change parallelism.micro_batch_sequences or the global batch."
+            f"{given.micro_batch_sequences}, which {world_size} ranks{groups} cannot share evenly.\n"
+            "Choose one of these, the nearest first, or change the global batch:\n  "
+            + "\n  ".join(_fitting(recipe, world_size, heads))
         )
-    return micro_batches // world_size
+    return micro_batches // data_ranks
+
+
+def _fitting(recipe: Recipe, world_size: int, heads: int | None) -> Iterator[str]:
+    """What divides evenly. Other groups come first: they change neither the loss nor what was asked for."""
+    given, batch = recipe.parallelism, recipe.global_batch_sequences
+    size, micro, micro_batches = given.sequence_ranks, given.micro_batch_sequences, recipe.micro_batches_per_step
+    groups = [n for n in _divisors(world_size) if micro_batches % (world_size // n) == 0]
+    for n in _nearest(size, [n for n in groups if heads is None or heads % n == 0]):
+        yield f"parallelism.sequence_ranks={n}" + ("" if heads or n == 1 else ", if it divides the model's query heads")
+    *others, last = map(str, _nearest(world_size, [n * size for n in _divisors(micro_batches)]))
+    yield f"{', '.join(others)} or {last} ranks" if others else f"{last} ranks"
+    if world_size and world_size % size == 0:
+        for n in _nearest(micro, [n for n in _divisors(batch) if batch // n % (world_size // size) == 0]):
+            yield f"parallelism.micro_batch_sequences={n}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(to: int, numbers: Sequence[int], count: int = 3) -> list[int]:
+    """By ratio."""
+    others = (n for n in numbers if n != to)
+    return sorted(others, key=lambda n: (max(n, to) / max(min(n, to), 1), n))[:count]

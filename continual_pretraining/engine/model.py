@@ -26,6 +26,7 @@ from smolconv.continual_pretraining.engine.attention import (
     pack,
 )
 from smolconv.continual_pretraining.engine.config import MAX_LOGITS
+from smolconv.continual_pretraining.engine.sequence import ALONE, SequenceRanks
 from smolconv.continual_pretraining.recipe import schema as recipe
 from smolconv.continual_pretraining.tokens.files import IGNORED_LABEL
 from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, UsageError
@@ -37,11 +38,13 @@ from smolconv.models.registry import family_of
 MAX_GRAPHS = 64
 
 
-def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> torch.nn.Module:
+def build_model(
+    config: Mapping[str, Any], model: recipe.Model, device: str, sequence: SequenceRanks = ALONE
+) -> torch.nn.Module:  # fmt: skip
     """The training model of a Hugging Face ``config``, on ``device`` and in training mode. Its weights are not set.
 
     They are what the memory held before: load a checkpoint. ``model``'s rope_theta and max_positions replace the
-    config's. Weights are in ``model.dtype``, rotary frequencies in float32.
+    config's. Weights are in ``model.dtype``, rotary frequencies in float32. ``sequence`` shares every micro-batch.
 
     Raises ``UnsupportedModel`` for a config that we cannot represent or that drops attention weights, ``UsageError``
     and ``NotInstalled`` for an attention or for Liger's kernels where they cannot be had.
@@ -71,7 +74,7 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     # No checkpoint stores these, and on the meta device they were never computed.
     built.model.rotary_emb = type(built.model.rotary_emb)(config=hf_config).to(device)
     built.attention = choose_attention(model.attention, device, dtype)
-    built.attend = KERNELS[built.attention]
+    built.sequence, built.attend = sequence, sequence.attention(KERNELS[built.attention])
     if multiplied_dtype(built.lm_head.weight) != dtype:
         for module in built.model.modules():
             if type(module) is torch.nn.Linear:
@@ -79,12 +82,15 @@ def build_model(config: Mapping[str, Any], model: recipe.Model, device: str) -> 
     liger = _wanted_liger(model.liger, device, family.name)
     if liger is not None:
         _use_liger(built, family.name, liger)
+    checkpointing = _checkpointing(model)
     if model.compile:
-        _compile(built, checkpointed=model.activation_checkpointing)
-    elif model.activation_checkpointing:
+        _compile(built, checkpointing)
+    elif checkpointing is not None:
         # v4's name, and v5's
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable(_CHECKPOINTING)
+        for layer in built.model.layers:
+            layer._gradient_checkpointing_func = checkpointing
     return built.train()
 
 
@@ -93,6 +99,7 @@ class TrainingForward:
 
     attention: str  #: the kernel's name
     attend: Callable[..., torch.Tensor]
+    sequence: SequenceRanks
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -105,6 +112,7 @@ class TrainingForward:
 
         All are int64 [B, S]: ``positions`` are 0 where a document begins, and ``labels`` are what follows each token,
         already shifted. Without any label the sum is 0, with a graph. Leave ``positions`` on the CPU: see ``pack``.
+        Ranks that share the micro-batch are all given the whole, and each returns the sum over its own tokens.
         """
         shape = input_ids.shape
         for name, given in (("input_ids", input_ids), ("positions", positions), ("labels", labels)):
@@ -114,10 +122,17 @@ class TrainingForward:
                     f"(input_ids is {list(shape)})"
                 )
         device = input_ids.device
-        packing = pack(positions, device, self.attend, by_length=self.attention == "documents")
-        tokens, places, targets = (move(x, device).reshape(1, -1) for x in (input_ids, positions, labels))
+        padding = -labels.numel() % self.sequence.size
+        packing = pack(positions, device, self.attend, by_length=self.attention == "documents", padding=padding)
+        row = [move(x, device).reshape(1, -1) for x in (input_ids, positions, labels)]
+        if padding:
+            beyond = torch.arange(padding, device=device)[None]
+            row = [
+                torch.cat(pair, 1) for pair in zip(row, (beyond * 0, beyond, torch.full_like(beyond, IGNORED_LABEL)))
+            ]
         if packing.order is not None:
-            tokens, places, targets = (x[:, packing.order] for x in (tokens, places, targets))
+            row = [x[:, packing.order] for x in row]
+        tokens, places, targets = (self.sequence.own(x) for x in row)
         hidden = self.model(  # type: ignore[attr-defined]
             input_ids=tokens, position_ids=places, attention_mask=None, use_cache=False, packing=packing
         ).last_hidden_state
@@ -139,7 +154,20 @@ def _training_class(hf_class: str) -> Any:
 
 
 #: torch.utils.checkpoint's options. Nothing in a layer is random.
-_CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+_CHECKPOINTING: Mapping[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+def _checkpointing(model: recipe.Model) -> Callable[..., Any] | None:
+    """torch's checkpoint of a function and its arguments, as the recipe wants it; None: without."""
+    if not model.activation_checkpointing:
+        return None
+    return functools.partial(_checkpoint_to_host if model.activation_offload else checkpoint, **_CHECKPOINTING)
+
+
+def _checkpoint_to_host(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """What is kept of a layer, its input, waits in the host's memory for the backward pass."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *inputs, **options)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -293,17 +321,17 @@ def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[.
     return chosen
 
 
-def _compile(built: Any, *, checkpointed: bool) -> None:
+def _compile(built: Any, checkpointing: Callable[..., Any] | None) -> None:
     """Each layer in place, which keeps the names. Attention stays outside: every packing would be compiled anew."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MAX_GRAPHS)
     built.attend = torch.compiler.disable(built.attend)
     for layer in built.model.layers:
         # One graph for each number of tokens: a run has few. Otherwise the leak test's would make the steps' dynamic.
         layer.compile(dynamic=False)
-        if checkpointed:
+        if checkpointing is not None:
             # Outside of what is compiled. transformers' own has been inside since v5: attention breaks off the graph
             # there, and torch then leaves the whole layer uncompiled without a word.
-            layer._compiled_call_impl = functools.partial(checkpoint, layer._compiled_call_impl, **_CHECKPOINTING)
+            layer._compiled_call_impl = functools.partial(checkpointing, layer._compiled_call_impl)
 
 
 class _Float32Linear(torch.nn.Linear):  # type: ignore[misc]
@@ -339,35 +367,39 @@ class _Float32Product(torch.autograd.Function):  # type: ignore[misc]
 # --- leaks ------------------------------------------------------------------------------------------------------------
 
 
-def check_no_leak(model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str) -> None:
+def check_no_leak(
+    model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str, sequence: SequenceRanks = ALONE
+) -> None:  # fmt: skip
     """Refuse to train when a document's loss depends on the document before it, or on nothing before it.
 
     ``model`` is one of ours or an engine that holds one. Every rank calls this, and does the same three forward passes
-    of one row, whose second half is a document: its loss must not move when the first is another text, and must move
-    when its own first token is another one.
+    of one row, whose last two thirds are a document: its loss must not move when the first third is another text, and
+    must move when its own first token is another one.
 
     Raises ``TrainingStopped``.
     """
     if sequence_length < 4 or vocab_size < 2:
         return  # no room for two documents with something to say
-    half = sequence_length // 2
+    # Not a half, where ranks that share the row may cut it.
+    first = sequence_length // 3
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (1, sequence_length), generator=generator)
-    positions = torch.cat([torch.arange(half), torch.arange(sequence_length - half)])[None]
+    positions = torch.cat([torch.arange(first), torch.arange(sequence_length - first)])[None]
     # The changed token's own row is left out: only through attention can it reach the others.
     labels = tokens.roll(-1, 1)
-    labels[:, : half + 1] = IGNORED_LABEL
+    labels[:, : first + 1] = IGNORED_LABEL
 
     def loss(changed: slice) -> float:
         ids = tokens.clone()
         ids[:, changed] = (ids[:, changed] + 1) % vocab_size
         with torch.no_grad():
-            return float(model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0])
+            found = model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0]
+        return sequence.totals(found)[0]  # no rank may go on where another one stops
 
     training = model.training
     model.eval()
     try:
-        alone, other_document, own_token = loss(slice(0, 0)), loss(slice(0, half)), loss(slice(half, half + 1))
+        alone, other_document, own_token = loss(slice(0, 0)), loss(slice(0, first)), loss(slice(first, first + 1))
     finally:
         model.train(training)
     name = getattr(getattr(model, "module", model), "attention", "the model's")

@@ -48,6 +48,7 @@ class Estimate:
     sequence_length: int
     tokens_per_step: int
     accumulation_steps: int
+    sequence_ranks: int  #: that share each micro-batch
     first_step: int  #: later than 1 where a run, or the source's schedule, goes on
     train_steps: int  #: the last step
     tokens: int  #: from the first step to the last
@@ -116,7 +117,8 @@ def estimate(
     save_seconds = recipe.checkpoints.every_steps * seconds_per_step
     return Estimate(
         name=recipe.name, world_size=world_size, parameters=parameter_count(spec), sequence_length=length,
-        tokens_per_step=recipe.tokens_per_step, accumulation_steps=accumulation, first_step=first_step,
+        tokens_per_step=recipe.tokens_per_step, accumulation_steps=accumulation,
+        sequence_ranks=recipe.parallelism.sequence_ranks, first_step=first_step,
         train_steps=recipe.schedule.train_steps, tokens=steps * recipe.tokens_per_step,
         flops_per_token={"6N": by_6n, "nanotron": by_nanotron}, mfu=mfu, mfu_nanotron=mfu * by_nanotron / by_6n,
         peak_tflops=peak, tokens_per_second=tokens_per_second, seconds_per_step=seconds_per_step, memory=memory,

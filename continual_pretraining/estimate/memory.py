@@ -208,7 +208,10 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
     # In float32, attention on a GPU is given the keys and values of every query head.
     kv = query if b == FP32 else spec.kv_rows
-    positions = recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length
+    ranks = recipe.parallelism.sequence_ranks
+    # Neighbours share the tokens, and each is given the keys and values of its query heads.
+    positions = math.ceil(recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length / ranks)
+    kv *= ranks // math.gcd(ranks, spec.num_kv_heads) if kv < query else 1
     norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
     if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
@@ -216,7 +219,11 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     layer = 2 * norm + attention + (3 if fused else 4) * b * inner
     # Gradients of the widest block, while it is walked back.
     walking = b * (3 * inner + 2 * hidden)
-    if recipe.model.activation_checkpointing:
+    moved = 0
+    if recipe.model.activation_offload:
+        moved = b * hidden * spec.num_layers
+        kept, formula = b * hidden + layer, "one whole layer and its input"
+    elif recipe.model.activation_checkpointing:
         kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
     else:
         kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
@@ -227,6 +234,7 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
     return [
         _gpu("activations", positions * (kept + walking + ends), formula),
+        _host("activations", positions * moved, "a layer's input for all layers"),
         _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
         _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
     ]

@@ -17,7 +17,7 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
         ("parameters", f"{given.parameters:,}"),
         ("tokens", f"{given.tokens:,} = {given.steps:,} steps x {given.tokens_per_step:,}"),
         *([("steps", _steps(given))] if given.first_step > 1 else []),
-        ("a step of a rank", f"{given.accumulation_steps} micro-batches"),
+        ("a step of a rank", f"{given.accumulation_steps} micro-batches{_shared(given.sequence_ranks)}"),
         ("FLOPs per token", ", ".join(f"{flops:.3g} ({name})" for name, flops in given.flops_per_token.items())),
     ]
     speed = [
@@ -52,6 +52,10 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
     if given.warnings:
         sections.append(("Warnings", [("", warning) for warning in given.warnings]))
     return sections
+
+
+def _shared(ranks: int) -> str:
+    return f", each shared by {ranks} ranks" if ranks > 1 else ""
 
 
 def _steps(given: Estimate) -> str:

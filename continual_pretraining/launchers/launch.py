@@ -19,14 +19,14 @@ from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.schema import Recipe
 
 
-def placement(recipe: Recipe) -> Placement:
-    """Where the recipe's ranks go.
+def placement(recipe: Recipe, heads: int | None = None) -> Placement:
+    """Where the recipe's ranks go; ``heads`` are the model's query heads, where they are known.
 
     Raises ``UsageError`` when the launcher cannot place them so, or the step's micro-batches cannot be shared equally.
     """
     nodes, ranks = _launcher(recipe).place(recipe.launch)
     placed = Placement(nodes=nodes, ranks_per_node=ranks or count_gpus() or 1)
-    accumulation_steps(recipe, placed.world_size)
+    accumulation_steps(recipe, placed.world_size, heads)
     return placed
 
 

@@ -36,8 +36,7 @@ _DROPPED = {
     "model.ddp_bucket_cap_mb": "DeepSpeed chooses its own buckets",
     "parallelism.expert_parallel_size": "mixtures of experts are refused",
     "parallelism.moe_layer_recompute": "mixtures of experts are refused",
-    "parallelism.[tp]p*": "every rank is data-parallel: there is no tensor or pipeline parallelism",
-    "parallelism.context_parallel_size": "every rank is data-parallel: there is no context parallelism",
+    "parallelism.[tp]p*": "there is no tensor or pipeline parallelism",
     "optimizer.accumulate_grad_in_fp32": "gradients are always accumulated in float32",
     "optimizer.optimizer_factory.torch_adam_is_fused": "the fastest Adam of the machine is chosen",
     "tokens.limit_*": "evaluation is set by the section evaluation",
@@ -399,9 +398,8 @@ class _Translator:
         dp = int(self.take("parallelism.dp", to, needed=True))
         micro = int(self.take("tokens.micro_batch_size", f"{to}, parallelism.micro_batch_sequences", needed=True))
         accumulation = int(self.take("tokens.batch_accumulation_per_replica", to, needed=True))
-        others = {
-            kind: int(self.left.get(f"parallelism.{kind}") or 1) for kind in ("tp", "pp", "context_parallel_size")
-        }
+        context = int(self.take("parallelism.context_parallel_size", "parallelism.sequence_ranks", 1))
+        others = {kind: int(self.left.get(f"parallelism.{kind}") or 1) for kind in ("tp", "pp")}
         split = ", ".join(f"{kind} {size}" for kind, size in others.items() if size > 1)
         zero_stage = self.take("optimizer.zero_stage", "parallelism.zero_stage", 0)
         if not zero_stage:
@@ -411,11 +409,12 @@ class _Translator:
             )
         if split:
             self.notes.append(
-                f"{split} is lost: every rank holds whole layers and whole sequences. Raise parallelism.zero_stage, "
-                "or set model.activation_checkpointing, if they do not fit."
+                f"{split} is lost: every rank holds whole layers. Raise parallelism.zero_stage or sequence_ranks, or "
+                "set model.activation_checkpointing, if they do not fit."
             )
         return {
             "zero_stage": zero_stage,
+            "sequence_ranks": context,
             "micro_batch_sequences": micro,
             "global_batch_sequences": dp * micro * accumulation,
         }

@@ -41,6 +41,7 @@ class Model(Section):
     allow_lowering: bool = False  #: let either be less than the source's, which makes its loss begin higher
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
+    activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 
@@ -140,10 +141,11 @@ class Optimizer(Section):
 
 
 class Parallelism(Section):
-    """How a step is divided: ranks, ZeRO, micro-batches. Every rank does data parallelism."""
+    """How a step is divided: ranks, ZeRO, micro-batches."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = "none"  #: "all" (ZeRO-3): parameters too
+    sequence_ranks: Positive = 1  #: neighbours that share each micro-batch's tokens; divides the query heads
     micro_batch_sequences: Positive = 1
     global_batch_sequences: Positive | None = None  #: one of the two is given
     global_batch_tokens: Positive | None = None
@@ -273,7 +275,7 @@ class Recipe(Section):
 
     @property
     def micro_batches_per_step(self) -> int:
-        """World size times accumulation steps: the same however the run is divided over ranks."""
+        """Data-parallel ranks times accumulation steps: the same however the run is divided over ranks."""
         return self.global_batch_sequences // self.parallelism.micro_batch_sequences
 
     @model_validator(mode="after")
@@ -291,6 +293,8 @@ class Recipe(Section):
                 f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be cut into "
                 f"micro-batches of {given.micro_batch_sequences}"
             )
+        if self.model.activation_offload and not self.model.activation_checkpointing:
+            raise ValueError("model.activation_offload needs model.activation_checkpointing: it moves what that keeps")
         if given.offload == "all" and given.zero_stage != 3:
             raise ValueError("parallelism.offload: all needs zero_stage 3")
         if given.offload != "none" and given.zero_stage == 0:

@@ -90,8 +90,16 @@ def _cross_entropy(side: Side, hidden: torch.Tensor, targets: torch.Tensor) -> f
     return float((total - found).mean())
 
 
-def check_first_loss(loss: float, source: SourceLoss, *, dtype: str, tolerance: float | None) -> None:
-    """Raise ``TrainingStopped`` when the run's first loss is not the source model's."""
+def check_first_loss(
+    loss: float, targets: int, source: SourceLoss, *, dtype: str, tolerance: float | None
+) -> None:  # fmt: skip
+    """Raise ``TrainingStopped`` when the run's first loss, a mean over so many targets, is not the source model's."""
+    if targets != source.targets:
+        raise TrainingStopped(
+            f"the first micro-batch has {source.targets} targets, but its loss was taken over {targets} of them.\n"
+            "Ranks that share a micro-batch have lost some or counted some twice, so nothing was trained.\n"
+            "Set parallelism.sequence_ranks to 1, and please report this."
+        )
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     if not abs(loss - source.loss) <= limit:
         raise TrainingStopped(

@@ -16,14 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolconv.checkpoint import (
-    Checkpoint,
-    EngineRecord,
-    Slot,
-    SourceRecord,
-    TrainingProgress,
-    for_another_engine,
-)
+from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress, for_another_engine
 from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -155,8 +148,8 @@ def plan_start(
             groups=groups, optimizer=optimizer, dtype=recipe.model.dtype, digest="none",
             vocab_size=checkpoint.spec.vocab_size,
         )  # fmt: skip
-        another = for_another_engine(replace(checkpoint, frozen=held))
-        plan = plan_from_checkpoint(another, uri, run / START / "deepspeed", options)
+        start = for_another_engine(replace(checkpoint, frozen=held))
+        plan = plan_from_checkpoint(start, uri, run / START / "deepspeed", options)
     # The run's own checkpoints: Adam has made steps, and what the source's documents say beside the model is not there.
     record = SourceRecord(hf_config=hf_config(checkpoint, recipe.model.dtype), engine=EngineRecord())
     if recipe.export is not None:
@@ -165,7 +158,7 @@ def plan_start(
 
 
 def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
-    """Raise ``UsageError`` where the data cannot be this model's."""
+    """Raise ``UsageError`` where the data cannot be this model's, or ranks cannot share its heads."""
     if recipe.data.sequence_length > spec.max_positions:
         raise UsageError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the context of {source}, "
@@ -175,6 +168,13 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
         raise UsageError(
             f"data.eos_token_id {recipe.data.eos_token_id} is outside the vocabulary of {source}, "
             f"{spec.vocab_size} entries. Check which tokenizer the token files were made with."
+        )
+    if spec.num_heads % recipe.parallelism.sequence_ranks:
+        fitting = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
+        raise UsageError(
+            f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
+            f"query heads of {source}, which ranks share in attention.\n"
+            f"Choose {', '.join(fitting[:-1])} or {fitting[-1]}."
         )
 
 

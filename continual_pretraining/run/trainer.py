@@ -25,6 +25,7 @@ from smolconv.continual_pretraining.engine.attention import move
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
+from smolconv.continual_pretraining.engine.sequence import join_sequence_ranks
 from smolconv.continual_pretraining.estimate.flops import FORMULA, flops_per_token
 from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
@@ -68,7 +69,11 @@ class Trainer:
         self.stop_asked = 0
         self.saved_step: int | None = start.step if start.resumed else None
         torch.manual_seed(recipe.seed)
-        self.model = build_model(start.config, recipe.model, str(ranks.device))
+        size = recipe.parallelism.sequence_ranks
+        self.sequence = join_sequence_ranks(ranks.rank, ranks.world_size, size)
+        #: Among the groups that each share their micro-batches.
+        self.data_rank, self.data_ranks = ranks.rank // size, ranks.world_size // size
+        self.model = build_model(start.config, recipe.model, str(ranks.device), self.sequence)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in start.frozen)
         self.groups = groups_of(recipe, self.spec, start.frozen)
@@ -120,7 +125,7 @@ class Trainer:
     # --- one micro-batch ---
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of the targets' losses, fp32; number of targets)."""
+        """(sum of the targets' losses, fp32; number of targets) of this rank's tokens."""
         device = self.ranks.device
         loss_sum, targets = self.engine(
             input_ids=move(torch.from_numpy(batch.input_ids), device),
@@ -135,17 +140,18 @@ class Trainer:
         self.engine.eval()
         length = min(64, self.recipe.data.sequence_length)
         if self.recipe.data.mask_documents and length >= 4:
-            check_no_leak(self.engine, self.spec.vocab_size, length, str(self.ranks.device))
+            check_no_leak(self.engine, self.spec.vocab_size, length, str(self.ranks.device), self.sequence)
         if self.start.gate is not None:
             batch = self.ranks.from_first(
                 lambda: first_micro_batch(self.recipe, self.spec, self.start.step, self.start.position)
             )
             with torch.no_grad():
-                loss_sum, targets = self._forward(batch)
-            loss = float(loss_sum) / max(int(targets), 1)
+                loss_sum, targets = self.sequence.totals(*self._forward(batch))
+            loss = loss_sum / max(targets, 1)
             check_first_loss(
-                loss, self.start.gate, dtype=self.recipe.model.dtype, tolerance=self.recipe.start.gate_tolerance
-            )
+                loss, int(targets), self.start.gate, dtype=self.recipe.model.dtype,
+                tolerance=self.recipe.start.gate_tolerance,
+            )  # fmt: skip
             said = f"start gate: first loss {loss:.6f}, the source model's {self.start.gate.loss:.6f}"
         self.engine.train()
         return said
@@ -161,7 +167,7 @@ class Trainer:
             self.data = TrainingData(
                 recipe.data, global_batch_sequences=recipe.global_batch_sequences,
                 micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=self.spec.vocab_size,
-                rank=ranks.rank, world_size=ranks.world_size,
+                rank=self.data_rank, world_size=self.data_ranks,
                 position=self.start.position, folders=folders,
             )  # fmt: skip
             said = self.check_start()
@@ -218,12 +224,13 @@ class Trainer:
         if by_tokens:
             own = sum(int((batch.labels >= 0).sum()) for batch in data.micro_batches)
             # DeepSpeed takes the mean over micro-batches; this makes it the mean over the step's targets.
-            scale = count / max(self.ranks.sums([own])[0], 1.0)
+            scale = count / max(self.ranks.sums([own])[0] / self.sequence.size, 1.0)
         losses: list[torch.Tensor] = []
         stop, skip, mean = False, False, math.nan
         for index, batch in enumerate(data.micro_batches):
-            loss_sum, targets = self._forward(batch)
-            loss = loss_sum * scale if by_tokens else loss_sum / targets.clamp(min=1)
+            loss_sum, _ = self._forward(batch)
+            # Of the whole micro-batch, which several ranks may share: the parts of its mean are summed up.
+            loss = loss_sum * scale if by_tokens else loss_sum / max(int((batch.labels >= 0).sum()), 1)
             losses.append(loss.detach())
             if index == len(data.micro_batches) - 1:
                 # Before the last backward, which may still be turned into nothing.
@@ -234,7 +241,8 @@ class Trainer:
                     self.watch.event(data.step, f"loss spike: {mean:.4f}, {done}", kind="spike")
             if skip:
                 loss = loss * math.nan  # gradients that are not finite are DeepSpeed's own reason to skip a step
-            self.engine.backward(loss)
+            # DeepSpeed takes the mean over all ranks, as if each had a micro-batch of its own.
+            self.engine.backward(loss * self.sequence.size)
             grad_norm = self._optimizer_step(index == len(data.micro_batches) - 1, skip)
         self.spikes.observe(mean)
         self.skipped_steps += skip
@@ -251,11 +259,11 @@ class Trainer:
         total, asked = self.ranks.sums([float(own.sum()), float(self.stop_asked > 0)])
         if not math.isfinite(total):
             bad = [
-                f"micro-batch {index * self.ranks.world_size + self.ranks.rank}: " + "; ".join(self._named(batch))
+                f"micro-batch {index * self.data_ranks + self.data_rank}: " + "; ".join(self._named(batch))
                 for index, (batch, loss) in enumerate(zip(data.micro_batches, own.tolist()))
                 if not math.isfinite(loss)
             ]
-            named = [line for lines in self.ranks.everyone(bad) for line in lines]
+            named = list(dict.fromkeys(line for lines in self.ranks.everyone(bad) for line in lines))
             if len(named) > _NAMED_MICRO_BATCHES:
                 named[_NAMED_MICRO_BATCHES:] = [f"and {len(named) - _NAMED_MICRO_BATCHES} more"]
             raise TrainingStopped(
@@ -311,7 +319,7 @@ class Trainer:
         assert self.recipe.evaluation is not None
         return evaluation_batches(
             folder, self.recipe.data, self.recipe.evaluation.sequences,
-            self.recipe.parallelism.micro_batch_sequences, self.ranks.rank, self.ranks.world_size, self.spec.vocab_size,
+            self.recipe.parallelism.micro_batch_sequences, self.data_rank, self.data_ranks, self.spec.vocab_size,
         )  # fmt: skip
 
     # --- saving ---
@@ -335,6 +343,8 @@ class Trainer:
         )
         started = time.perf_counter()
         after = self.start.step if self.saved_step is None else self.saved_step
+        # Its own count of samples takes every rank for one with a micro-batch of its own.
+        patches.set_progress(self.engine, data.step, self.recipe.global_batch_sequences)
         try:
             folder, notes = save_run(self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after)
         except MachineError as error:

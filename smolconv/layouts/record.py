@@ -10,8 +10,8 @@ from typing import Any
 
 from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRecord
 from smolconv.errors import CorruptFile
-from smolconv.files import is_file_name, is_folder_there, read_bytes
-from smolconv.layouts.documents import check_config, understood, with_tuples
+from smolconv.files import is_folder_there, is_path_below, read_bytes
+from smolconv.layouts.documents import check_config, is_number, understood, with_tuples
 from smolconv.models.names import StoredNames
 from smolconv.parsing import read_json
 
@@ -77,10 +77,10 @@ def _engine_from_json(value: Mapping[str, Any], where: Path) -> EngineRecord:
         if not isinstance(client, dict) or isinstance(skipped, bool) or not isinstance(skipped, int):
             raise CorruptFile(f"{where}: client_state must be an object, and skipped_steps an integer.")
         names, tag, scaler = value.get("names", {}), value.get("tag"), value.get("loss_scaler")
-        if not isinstance(names.get("wrapper", ""), str) or not (tag is None or is_file_name(tag)):
+        if not isinstance(names.get("wrapper", ""), str) or not (tag is None or is_path_below(tag)):
             raise CorruptFile(f"{where}: tag must be the name of a folder, and what wraps the names a text.")
-        if not isinstance(scaler, (dict, type(None))):
-            raise CorruptFile(f"{where}: loss_scaler must be an object.")
+        if scaler is not None and not all(isinstance(value, bool) or is_number(value) for value in scaler.values()):
+            raise CorruptFile(f"{where}: loss_scaler must be an object of numbers.")
         return EngineRecord(
             weights_only=value.get("weights_only") is True,
             client_state=client,

@@ -18,6 +18,7 @@ from smolconv.layouts.documents import (
     adam_step,
     check_plain,
     is_count,
+    is_number,
     is_world,
     refuse_adapter,
     understood,
@@ -97,6 +98,11 @@ def scaler_state(found: object, where: object) -> dict[str, Any] | None:
         name: value if isinstance(value, (bool, int)) else number(value, f"{where}: {name} of the loss scaler")
         for name in wanted if (value := values.get(name)) is not None
     }  # fmt: skip
+    if strange := [name for name, value in state.items() if not isinstance(value, bool) and not is_number(value)]:
+        raise CorruptFile(
+            f"{where}: {strange[0]} of the loss scaler is {state[strange[0]]!r:.60}.\nExpected a finite number.\n"
+            f"The file is damaged: copy it again, or {WITHOUT}."
+        )
     if not state.get("cur_scale") or (state["cur_scale"] == 1 and not state.get("dynamic")):
         return None
     return state

@@ -17,7 +17,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, EngineRecord
 from smolconv.errors import BadCheckpoint, CorruptFile, UsageError, counted
-from smolconv.files import is_file_name
+from smolconv.files import is_path_below
 from smolconv.layouts.documents import is_count
 from smolconv.layouts.layout import copied_file
 from smolconv.parsing import read_json
@@ -59,19 +59,19 @@ def _schedule(checkpoint: Checkpoint) -> tuple[bytes, str]:
         "last_epoch": step, "_step_count": step + 1, "lr_lambdas": [None] * len(groups),
         "_last_lr": [float(group.hyperparameters.get("lr", 0.0)) for group in groups],
     }  # fmt: skip
-    return plan_torch_archive(
-        "scheduler", state
-    ).without_data(), f"it says step {step}, and the run's own schedule goes on"
+    data = plan_torch_archive("scheduler", state).without_data()
+    return data, f"it says step {step} of the run's own schedule, for one of transformers' (a LambdaLR)"
 
 
 def _check_trainer(path: Path, checkpoint: Checkpoint) -> None:
-    step = _step(checkpoint)
+    step, wanted = _step(checkpoint), {_step(checkpoint)}
     if path.suffix == ".json":
-        found, wanted = read_json(path).get("global_step"), {step}
+        found = read_json(path).get("global_step")
     else:
         state = read_torch_archive(path)
-        found = state.get("last_epoch") if isinstance(state, dict) else None
-        wanted = {step, step - _skipped(checkpoint)}
+        if not isinstance(state, dict) or "lr_lambdas" not in state:
+            return  # of another schedule (ReduceLROnPlateau), which counts something else
+        found, wanted = state.get("last_epoch"), {step, step - _skipped(checkpoint)}
     if not is_count(found) or found not in wanted:
         raise CorruptFile(f"{path.name} is of step {found!r:.30}, the checkpoint of step {step}")
 
@@ -123,7 +123,7 @@ def check_tag(tag: str | None, program: str | None) -> None:
         raise UsageError(f"--for {program}: expected one of {', '.join(PROGRAMS)}.")
     if tag is None:
         return
-    if not is_file_name(tag) or tag != tag.strip() or not tag.isprintable():
+    if not is_path_below(tag) or tag != tag.strip() or not tag.isprintable():
         raise UsageError(f"--tag {tag!r:.80}: the name of a folder was expected, such as global_step100.")
     if program is not None:
         wanted = PROGRAMS[program].tag

@@ -252,15 +252,13 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         skipped_steps=reading.first.skipped_steps,
         groups=groups,
         lr_scheduler=scheduler,
-        left_out=left_out,
         names=reading.names,
         # A tag folder by itself may have been given any name.
-        tag=(
-            reading.tag.relative_to(reading.run).as_posix()
-            if reading.folder != reading.tag or (reading.run / LATEST).is_file()
-            else None
-        ),
+        tag=reading.tag.relative_to(reading.run).as_posix()
+        if reading.folder != reading.tag or (reading.run / LATEST).is_file()
+        else None,
         loss_scaler=reading.loss_scaler,
+        left_out=left_out,
     )
     return replace(kept, engine=engine)
 

@@ -143,7 +143,7 @@ class _DeepSpeedWriter:
             *self._documents(),
             *program_documents(checkpoint, options.program, options.world_size, self.warnings),
         ]
-        if any(file.path.parts[0] == self.tag.partition("/")[0] for file in documents):
+        if any(file.path.parts[0] == self.tag.split("/")[0] for file in documents):
             raise UsageError(f"--tag {self.tag}: a file beside the tag has that name. Choose another.")
         return PlannedOutput(files=(*files, *documents), warnings=tuple(self.warnings))
 
