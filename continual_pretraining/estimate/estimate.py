@@ -174,7 +174,8 @@ def _warnings(
     if gpu > GPU_MEMORY_BYTES:
         yield (
             f"a rank needs about {size_text(gpu)} of GPU memory, more than {size_text(GPU_MEMORY_BYTES)}: "
-            "a smaller micro-batch, activation_checkpointing, more ranks or a higher zero_stage take less."
+            "a smaller micro-batch, activation_checkpointing, more ranks, sequence_ranks or a higher zero_stage "
+            "take less."
         )
     for name in dict.fromkeys(use.source for use in sources):
         epochs = sum(use.epochs or 0 for use in sources if use.source == name)

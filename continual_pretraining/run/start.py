@@ -173,7 +173,8 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
         fitting = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
         raise UsageError(
             f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
-            f"query heads of {source}, which ranks share in attention.\n"
+            f"query heads of {source}.\n"
+            "Ranks that share rows share the heads in attention, equally many each.\n"
             f"Choose {', '.join(fitting[:-1])} or {fitting[-1]}."
         )
 
