@@ -60,7 +60,7 @@ def continue_train(
     """Continue pretraining from a checkpoint of any layout, by a recipe; or go on with a run that was stopped."""
     from smolconv.continual_pretraining.launchers.launch import launch, placement
     from smolconv.continual_pretraining.recipe.files import load_recipe, notes
-    from smolconv.continual_pretraining.run.folder import check_run, write_recipe
+    from smolconv.continual_pretraining.run.folder import as_it_began, check_run, write_recipe
 
     options = {
         "launch.launcher": launcher, "launch.ranks_per_node": nproc_per_node, "launch.nodes": nnodes,
@@ -73,6 +73,7 @@ def continue_train(
     run = Path(given.output).absolute()
     if resume not in ("auto", "never"):
         resume = str(Path(resume).absolute())
+    given = as_it_began(given, run, resume)
     told = [*notes(given), *check_run(given, run, resume)]
     if dry_run:
         _show_plan(given, run, resume, told, as_json=as_json)

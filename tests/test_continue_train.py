@@ -17,7 +17,7 @@ from training import recipe_document, token_folder
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState
-from smolconv.continual_pretraining.run.folder import changes, check_run, write_recipe
+from smolconv.continual_pretraining.run.folder import as_it_began, changes, check_run, write_recipe
 from smolconv.errors import CorruptFile, MissingFile, OutputLocked, UsageError
 
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
@@ -201,6 +201,18 @@ def test_the_micro_batch_is_free_when_the_loss_is_a_mean_over_tokens(tmp_path):
     assert "micro-batch: 1 sequences -> 2 sequences" in check_run(
         recipe(**by_tokens, parallelism={"micro_batch_sequences": 2}), run, "auto"
     )[1]  # fmt: skip
+
+
+def test_what_a_recipe_leaves_to_the_family_stays_what_the_run_began_with(tmp_path):
+    decay = {"weight_decay": 0.03, "no_decay": [".*norm.*"]}
+    run, left_out = saved_run(tmp_path / "run", recipe(optimizer=decay)), {"weight_decay": None, "no_decay": None}
+    goes_on = as_it_began(recipe(optimizer=left_out), run, "auto")
+    assert (goes_on.optimizer.weight_decay, goes_on.optimizer.no_decay) == (0.03, (".*norm.*",))
+    assert check_run(goes_on, run, "auto") == [f"goes on from {run / 'checkpoints' / 'step-2'}"]
+    given = as_it_began(recipe(optimizer={"weight_decay": 0.2, "no_decay": []}), run, "auto").optimizer
+    assert (given.weight_decay, given.no_decay) == (0.2, ())
+    fresh = as_it_began(recipe(optimizer=left_out), tmp_path / "another", "auto").optimizer
+    assert (fresh.weight_decay, fresh.no_decay) == (None, None)
 
 
 WSD = {"train_steps": 10, "warmup_steps": 0, "decay": "linear", "decay_steps": 4}

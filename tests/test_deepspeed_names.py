@@ -22,6 +22,8 @@ from real_deepspeed import (
     random_batches,
 )
 
+from smolconv.checkpoint import for_another_engine
+from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, UnsupportedModel
 from smolconv.layouts.registry import read_checkpoint
 
@@ -223,3 +225,11 @@ def test_a_loss_scale_that_is_no_number_is_refused(scaled: Path, tmp_path: Path,
     for folder in (tmp_path / "hf", scaled):
         with pytest.raises(BadCheckpoint, match=r"loss.scaler|number|Infinity"):
             read_checkpoint(folder)
+
+
+def test_an_engine_of_smolconvs_own_gets_the_models_names(went_on: tuple[Path, Result], tmp_path: Path) -> None:
+    options = ConvertOptions(to="deepspeed", zero_stage=1, world_size=1)
+    source = for_another_engine(read_checkpoint(went_on[0]))
+    run_conversion(plan_from_checkpoint(source, "source", tmp_path / "out", options))
+    names = {name.removeprefix(PREFIX) for name in parameter_names(went_on[0] / TAG)}
+    assert parameter_names(tmp_path / "out" / f"global_step{STEPS}") == names

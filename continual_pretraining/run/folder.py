@@ -45,6 +45,21 @@ class Change:
         return f"{self.field}: {self.old} -> {self.new}"
 
 
+def as_it_began(recipe: Recipe, run: Path, resume: str) -> Recipe:
+    """The recipe, whose fields that it leaves to the model's family stay what the run that goes on has them at."""
+    checkpoint = None if resume == "never" else find_resume(run, resume)
+    path = None if checkpoint is None else _run_of(checkpoint, run) / RECIPE
+    if path is None or not os.path.lexists(path):
+        return recipe
+    old, given = load_recipe(path).optimizer, recipe.optimizer
+    left = {name: getattr(old, name) for name in ("weight_decay", "no_decay") if getattr(given, name) is None}
+    return recipe.model_copy(update={"optimizer": given.model_copy(update=left)})
+
+
+def _run_of(checkpoint: Path, run: Path) -> Path:
+    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
+
+
 def changes(old: Recipe, new: Recipe) -> list[Change]:
     """Where ``new`` differs from ``old``, in the order of fields."""
     before, after = dict(_fields(old)), dict(_fields(new))
@@ -82,7 +97,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     checkpoint = find_resume(run, resume)
     if checkpoint is None:
         return []
-    of_run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else run
+    of_run = _run_of(checkpoint, run)
     notes, state = [f"goes on from {checkpoint}"], _state(checkpoint)
     step = None if state is None else state.step
     old = load_recipe(of_run / RECIPE) if os.path.lexists(of_run / RECIPE) else None

@@ -158,7 +158,7 @@ _RECIPE = f"{INPUT}/recipe.yaml"
 _CONTINUE: Command = ("continue-train", _RECIPE, "--dry-run", "--json")
 #: A shipped recipe, cut down to a tiny model.
 _CONTINUE_SHIPPED: Command = (
-    *_CONTINUE, "--set", f"model.source={INPUT}/source", "--set", "data.sequence_length=64", "--set", "data.eos_token_id=0",
+    *_CONTINUE, "--nproc-per-node", "8", "--set", f"model.source={INPUT}/source", "--set", "data.sequence_length=64", "--set", "data.eos_token_id=0",
 )  # fmt: skip
 _FROM_NANOTRON: Command = ("recipe", "from-nanotron", f"{INPUT}/config.yaml", f"{OUTPUT}.yaml", "--eos", "0", "--json")
 _IMPORT: Command = ("import-gguf", f"{INPUT}/tiny.gguf", OUTPUT, "--json")
