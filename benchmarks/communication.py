@@ -270,9 +270,9 @@ The least, for N parameters in bfloat16 and float32 gradients, each times (n-1)/
 | ZeRO-2 | 4N for every micro-batch + 2N |
 | ZeRO-3 | 4N for every micro-batch + 2N; over 1e9 parameters 4N + 4N for every micro-batch: weights for each pass |
 
-With `reduce_dtype: bfloat16` a gradient has 2 bytes instead of 4. In ZeRO-3 over 1e9 parameters DeepSpeed gathers a tied
-embedding for its use as the head once more. It is a quarter of this model, but 6 % of SmolLM2-1.7B and 9 % of SmolLM3-3B,
-so that the last table shows up to 10 % too much for their ZeRO-3.
+With `reduce_dtype: bfloat16` a gradient has 2 bytes instead of 4. In ZeRO-3 over 1e9 parameters DeepSpeed gathers a
+tied embedding for its use as the head once more. It is a quarter of this model, but 6 % of SmolLM2-1.7B and 9 % of
+SmolLM3-3B, so that the last table shows up to 10 % too much for their ZeRO-3.
 """,
         *markdown_table(["ranks", *map(str, worlds)], factors),
         """
