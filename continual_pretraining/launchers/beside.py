@@ -44,7 +44,7 @@ def main() -> int:
     # What all ranks of a start have in common, and no other start at the same time: where they meet.
     attempt = given.attempt or f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
     if given.outcome is not None:
-        return report_left(given.run, attempt, given.world_size, given.outcome)
+        return report_left(given.run, attempt, given.world_size, given.outcome, told=True)
     return _run_rank(given.run, given.resume, given.worker, attempt)
 
 
@@ -80,7 +80,10 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     first = leave_end(folder, ends[0])
     if ends[0].exit_code == SAVED:
         return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
-    if first and ends[0].exit_code not in (0, Interrupted.exit_code):
+    if first and ends[0].exit_code == Interrupted.exit_code:
+        if not launcher:  # the script of a job that is cancelled says nothing more
+            tell(ends[0].message)
+    elif first and ends[0].exit_code:
         tell_last_lines(ends[0], run)  # whoever started this launcher says the rest, once
     return ends[0].exit_code
 

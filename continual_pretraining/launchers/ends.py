@@ -103,12 +103,17 @@ def tell_last_lines(end: RankEnd, run: Path) -> None:
         tell("\n".join([f"the last lines of {log_file(run, end.rank)}:", *(f"  {line}" for line in end.last_lines)]))
 
 
-def report_left(run: Path, attempt: str, world_size: int, status: int, *, stopped: bool = False) -> int:
+def report_left(
+    run: Path, attempt: str, world_size: int, status: int, *, stopped: bool = False, told: bool = False
+) -> int:
     """``report`` by what the ranks of an attempt left, whose launcher ended with ``status``.
 
-    ``stopped``: it was told to stop, perhaps before it had started a rank.
+    ``stopped``: it was told to stop, perhaps before it had started a rank. ``told``: a rank that was stopped in its
+    start has said so itself.
     """
     ends = _read_ends(ends_folder(run, attempt))
+    if told and (end := _first_failure(ends)) is not None and end.exit_code == Interrupted.exit_code:
+        return end.exit_code
     if status and not any(end.exit_code for end in ends):
         if stopped:
             tell(INTERRUPTED)

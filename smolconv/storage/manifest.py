@@ -132,8 +132,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         return _parsed(folder, document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(
-            f"{path} cannot be read ({type(error).__name__}: {error!s:.200}).\n"
-            "The list of files and digests that smolconv writes beside a checkpoint was expected.\n"
+            f"{path} cannot be read.\n"
+            "The list of files and digests that smolconv writes beside a checkpoint was expected; this is none "
+            f"({type(error).__name__}: {error!s:.200}).\n"
             "Copy it again from where the checkpoint was written. Without the file nothing can be compared."
         ) from None
 
