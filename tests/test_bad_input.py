@@ -1271,7 +1271,7 @@ def test_a_strange_value_in_any_field_ends_in_one_of_our_errors(request, kind, n
     source, chance = request.getfixturevalue(kind), random.Random(name)
     original = json.loads((source / name).read_text())
     for place in places(original):
-        for value in chance.sample(STRANGE, 4):
+        for value in chance.sample(STRANGE, 2):
             (source / name).write_text(json.dumps(with_value(original, place, value)))
             try:
                 only_our_errors(source)
@@ -1284,7 +1284,7 @@ def test_a_strange_value_in_any_field_of_a_state_file_ends_in_one_of_our_errors(
     path, chance = nanotron / f"3/{name}_tp-0-of-2_exp-0-of-1.pt", random.Random(name)
     original = torch.load(path, weights_only=True)
     for place in places(original):
-        for value in chance.sample([*STRANGE, torch.zeros(2), torch.tensor(float("inf"))], 3):
+        for value in chance.sample([*STRANGE, torch.zeros(2), torch.tensor(float("inf"))], 1):
             torch.save(with_value(original, place, value), path)
             try:
                 only_our_errors(nanotron)

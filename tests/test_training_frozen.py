@@ -79,7 +79,9 @@ def test_biases_that_nanotron_lacks_stay_zero_and_both_exports_are_the_trained_m
         assert found.keys() == after.keys() and all(torch.equal(found[name], after[name]) for name in after)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.matrix), 1, pytest.param(2, marks=pytest.mark.matrix), 3]
+)
 def test_they_stay_zero_at_every_stage_and_losses_are_those_of_one_run(stage, trained, native, tokens, tmp_path):
     run = tmp_path / "run"
     ended = work(document(native, tokens, stage, export=BOTH), run, resume=str(step_folder(trained, 1)))
