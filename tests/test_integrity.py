@@ -427,6 +427,16 @@ def test_the_new_manifest_says_what_was_compared(copy, hf, tmp_path):
     assert {Path(name).name for name in check["without_digest"]} == {"config.json", "model.safetensors"}
 
 
+def test_a_random_state_whose_first_bytes_changed_is_no_file_without_checksums(cli, tmp_path):
+    copy = Path(shutil.copytree(TP2, tmp_path / "copy"))
+    path = next(copy.rglob("random/*.pt"))
+    content = bytearray(path.read_bytes())
+    content[2] ^= 4
+    path.write_bytes(content)
+    done = cli("inspect", copy, "--check", "--json")
+    assert done.code == 3 and path.name in done.stderr
+
+
 # --- inspect --check --------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
     if named is None:
         raise MissingFile(f"{folder} has neither {LATEST} nor {LATEST_UNIVERSAL}. Name a tag's folder ({known}).")
     pointer, tag = named
-    empty = f"{tag} holds no *_model_states.pt" if (folder / tag).is_dir() else f"there is no folder {tag}"
+    empty = "its folder holds no *_model_states.pt" if (folder / tag).is_dir() else "there is no such folder"
     raise MissingFile(
         f"{pointer} names the tag {tag!r:.60}, but {empty}; tags found: {known}.\n"
         "Copy it from where the run was saved, or name a tag's folder."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from zlib_ng.zlib_ng import crc32
 
 from smolconv.errors import CorruptFile, LfsPointer, UnsafePickle
 from smolconv.files import open_file, reading
-from smolconv.storage.torch_archive.zip import LOCAL_SIGNATURE, ZipDirectory, ZipRecord, read_zip_directory
+from smolconv.storage.torch_archive.zip import (
+    END_BYTES,
+    END_SIGNATURE,
+    LOCAL_SIGNATURE,
+    ZipDirectory,
+    ZipRecord,
+    read_zip_directory,
+)
 
 #: A larger data.pkl is refused unread. torch.save spends 100 to 200 bytes on a tensor: room for half a million.
 MAX_PICKLE_BYTES = 1 << 26
@@ -108,12 +116,15 @@ class Archive:
 
 
 def is_torch_archive(path: Path) -> bool:
-    """Whether a file begins as one, and is no safetensors file, whose first bytes are a length."""
+    """Whether a file begins as one, or ends as one, and is no safetensors file, whose first bytes are a length."""
     if path.suffix == ".safetensors":
         return False
     try:
         with opened(path) as file:
-            return file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE
+            if file.read(len(LOCAL_SIGNATURE)) == LOCAL_SIGNATURE:
+                return True
+            file.seek(-min(file.seek(0, os.SEEK_END), END_BYTES), os.SEEK_END)
+            return file.read(len(END_SIGNATURE)) == END_SIGNATURE  # damaged at its beginning
     except LfsPointer:  # of a file beside the weights, which stays behind
         return False
 

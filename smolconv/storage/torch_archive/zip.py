@@ -22,7 +22,7 @@ LOCAL_SIGNATURE = b"PK\x03\x04"
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
 _DIRECTORY_SIGNATURE = b"PK\x01\x02"
 _END = struct.Struct("<4s4H2IH")
-_END_SIGNATURE = b"PK\x05\x06"
+END_SIGNATURE, END_BYTES = b"PK\x05\x06", _END.size
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _END64_SIGNATURE = b"PK\x06\x06"
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -119,7 +119,7 @@ def _find_directory(descriptor: int, size: int) -> tuple[int, int, int]:
     """(offset, bytes, records) of the directory."""
     tail_bytes = min(size, _END64.size + _LOCATOR64.size + _END.size)
     tail = os.pread(descriptor, tail_bytes, size - tail_bytes)
-    if tail_bytes < _END.size or tail[-_END.size :][:4] != _END_SIGNATURE:
+    if tail_bytes < _END.size or tail[-_END.size :][:4] != END_SIGNATURE:
         raise ValueError("the last bytes are not the end record of a zip file")
     _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack(tail[-_END.size :])
     if disk or first_disk or comment:
@@ -250,4 +250,4 @@ def end_of_directory(count: int, nbytes: int, offset: int) -> bytes:
         zip64 += _LOCATOR64.pack(_LOCATOR64_SIGNATURE, 0, offset + nbytes, 1)
     count = min(count, _SATURATED_16)
     nbytes, offset = min(nbytes, _SATURATED_32), min(offset, _SATURATED_32)
-    return zip64 + _END.pack(_END_SIGNATURE, 0, 0, count, count, nbytes, offset, 0)
+    return zip64 + _END.pack(END_SIGNATURE, 0, 0, count, count, nbytes, offset, 0)
