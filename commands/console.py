@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -58,8 +59,16 @@ def _console(name: str) -> Console:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    line(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document on stdout. JSON has no numbers that are not finite: those are null."""
+    line(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(renderable: RenderableType) -> None:

@@ -215,6 +215,12 @@ def test_what_a_recipe_leaves_to_the_family_stays_what_the_run_began_with(tmp_pa
     assert (fresh.weight_decay, fresh.no_decay) == (None, None)
 
 
+def test_a_rate_that_overflows_is_null_in_the_json_of_a_dry_run(recipe_file):
+    done = continue_train(recipe_file, "--set", "schedule.peak_lr=1e308", "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    json.loads(done.stdout, parse_constant=pytest.fail)
+
+
 WSD = {"train_steps": 10, "warmup_steps": 0, "decay": "linear", "decay_steps": 4}
 
 
