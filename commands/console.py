@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from smolconv.errors import counted
+from smolconv.parsing import finite_json
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -60,15 +60,7 @@ def _console(name: str) -> Console:
 
 def print_json(value: object) -> None:
     """One JSON document on stdout. JSON has no numbers that are not finite: those are null."""
-    line(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    line(json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def show(renderable: RenderableType) -> None:

@@ -332,15 +332,10 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: La
         # The parameters are the master now; a second copy would only say the same. Widened weights are not the master.
         if from_master:
             tensors.pop(Slot.MASTER, None)
-    elif not master and layout.of_an_engine and unrounded:
-        tensors[Slot.MASTER] = unrounded
-    elif (
-        checkpoint.has_optimizer
-        and not master
-        and all(tensor.dtype == "float32" for tensor in parameters.values())
-        and unrounded
-    ):
-        tensors[Slot.MASTER] = parameters
+    elif unrounded and not master:
+        of_adam = checkpoint.has_optimizer and all(tensor.dtype == "float32" for tensor in parameters.values())
+        if layout.of_an_engine or of_adam:
+            tensors[Slot.MASTER] = unrounded
     return replace(checkpoint, tensors=tensors, warnings=tuple(warnings))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,15 @@ _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def read_json(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> dict[str, Any]:
     """A JSON object. Raises ``MissingFile`` and ``MachineError``, and ``CorruptFile`` for anything else."""
     return parse_json_object(read_bytes(path, most_bytes), path)
+
+
+def finite_json(value: Any) -> Any:
+    """The same as JSON can hold it: null for numbers that are not finite, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json_object(data: bytes, where: object) -> dict[str, Any]:

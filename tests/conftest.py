@@ -84,6 +84,16 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **changes}
 
 
+class Touch:
+    """Unpickling this makes the canary."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.canary)!r}, 'w')",)
+
+
 #: Commands whose start tests do not look at.
 _FORKED = frozenset({"convert", "inspect", "diff", "verify", "import-gguf", "recipe"})
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, Finished, convert
+from conftest import FIXTURES, Finished, Touch, convert
 from deepspeed_folders import Case, case, edit, load, model_file, optimizer_file
 
 from smolconv.convert import ConvertOptions, plan_conversion
@@ -32,16 +32,6 @@ from smolconv.storage.torch_archive.values import Opaque
 
 class Mode(enum.Enum):
     TRAIN = "train"
-
-
-class Touch:
-    """Unpickling this makes the canary."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"open({str(self.canary)!r}, 'w')",)
 
 
 class Filled(dict[str, int]):

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, convert
+from conftest import FIXTURES, Touch, convert
 from forked_worker import Ended, work
 from training import losses, recipe, recipe_document, token_folder
 
@@ -43,16 +43,6 @@ ZERO1 = FIXTURES / "deepspeed" / "zero1-untied-ws2"
 HF = FIXTURES / "nanotron" / "smollm3-tiny" / "expected_hf"
 MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
-
-
-class Touch:
-    """Unpickling this makes the canary."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"open({str(self.canary)!r}, 'w')",)
 
 
 def as_zip(content: object, path: Path) -> None:

@@ -106,17 +106,18 @@ def _fitting(recipe: Recipe, world_size: int, heads: int | None) -> Iterator[str
     """What divides evenly. Other groups come first: they change neither the loss nor what was asked for."""
     given, batch = recipe.parallelism, recipe.global_batch_sequences
     size, micro, micro_batches = given.sequence_ranks, given.micro_batch_sequences, recipe.micro_batches_per_step
-    groups = [n for n in _divisors(world_size) if micro_batches % (world_size // n) == 0]
+    groups = [n for n in divisors(world_size) if micro_batches % (world_size // n) == 0]
     for n in _nearest(size, [n for n in groups if heads is None or heads % n == 0]):
         yield f"parallelism.sequence_ranks={n}" + ("" if heads or n == 1 else ", if it divides the model's query heads")
-    *others, last = map(str, _nearest(world_size, [n * size for n in _divisors(micro_batches)]))
+    *others, last = map(str, _nearest(world_size, [n * size for n in divisors(micro_batches)]))
     yield f"{', '.join(others)} or {last} ranks" if others else f"{last} ranks"
     if world_size and world_size % size == 0:
-        for n in _nearest(micro, [n for n in _divisors(batch) if batch // n % (world_size // size) == 0]):
+        for n in _nearest(micro, [n for n in divisors(batch) if batch // n % (world_size // size) == 0]):
             yield f"parallelism.micro_batch_sequences={n}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

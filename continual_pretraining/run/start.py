@@ -18,6 +18,7 @@ from typing import Any
 
 from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, TrainingProgress, for_another_engine
 from smolconv.continual_pretraining.data.token_record import DataPlace
+from smolconv.continual_pretraining.engine.config import divisors
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
@@ -170,7 +171,7 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
             f"{spec.vocab_size} entries. Check which tokenizer the token files were made with."
         )
     if spec.num_heads % recipe.parallelism.sequence_ranks:
-        fitting = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
+        fitting = [str(n) for n in divisors(spec.num_heads)]
         raise UsageError(
             f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
             f"query heads of {source}.\n"

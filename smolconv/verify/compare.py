@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import spec_differences
+from smolconv.parsing import finite_json
 from smolconv.verify.engines.start import ENGINES, engine_logits
 from smolconv.verify.inputs import choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
@@ -150,7 +150,7 @@ class VerifyReport:
             "layers": layers,
             "gates": gates,
         }  # fmt: skip
-        return {name: _plain_json(value) for name, value in document.items()}
+        return {name: finite_json(value) for name, value in document.items()}
 
 
 def _counted(report: TensorReport) -> str:
@@ -168,14 +168,6 @@ def _counted(report: TensorReport) -> str:
 def _overflowed(report: TensorReport) -> str:
     found = report.overflowed
     return f"{len(found)} tensors hold finite values that are no longer finite ({some_of(found)})"
-
-
-def _plain_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verify_checkpoints(

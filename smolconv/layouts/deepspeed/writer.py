@@ -130,7 +130,6 @@ class _DeepSpeedWriter:
         self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
 
     def plan(self) -> PlannedOutput:
-        checkpoint, options = self.checkpoint, self.options
         if self.options.writes_universal:
             files = self._universal()
         elif self.options.zero_stage == 0:
@@ -141,7 +140,7 @@ class _DeepSpeedWriter:
             files = [self._model_file(None), *(self._zero12(rank) for rank in range(self.ranks))]
         documents = [
             *self._documents(),
-            *program_documents(checkpoint, options.program, options.world_size, self.warnings),
+            *program_documents(self.checkpoint, self.options.program, self.options.world_size, self.warnings),
         ]
         if any(file.path.parts[0] == self.tag.split("/")[0] for file in documents):
             raise UsageError(f"--tag {self.tag}: a file beside the tag has that name. Choose another.")
