@@ -52,6 +52,7 @@ def memory_parts(recipe: Recipe, spec: ModelSpec, world_size: int) -> tuple[Part
         *_optimizer_parts(engine),
         _reduction_part(engine),
         *_activation_parts(recipe, spec),
+        *_save_parts(recipe, engine),
         _gpu("CUDA and NCCL", GPU_RUNTIME_BYTES, "assumed"),
     ]
     return tuple(part for part in parts if part.bytes)
@@ -238,6 +239,16 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
         _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
         _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
     ]
+
+
+def _save_parts(recipe: Recipe, given: _Engine) -> Iterator[Part]:
+    """What rank 0 copies before it writes: its checkpoint files. The other ranks' hold no weights."""
+    if recipe.checkpoints.asynchronous:
+        b, over = given.b, "N/W" if given.stage else "N"
+        weights = b * given.n if given.stage < 3 else 0
+        state = (3 if given.stage or given.mixed else 2) * FP32  # in fp32 ZeRO-0 the weights are the masters
+        formula = f"{b}·N + {state}·{over}" if weights else f"{state}·{over}"
+        yield _host("copy for the save under way", weights + state * given.share, formula)
 
 
 def weight_bytes(recipe: Recipe) -> int:

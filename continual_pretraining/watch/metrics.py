@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
-EventKind = Literal["note", "spike", "resume", "evaluation"]
+EventKind = Literal["note", "spike", "resume", "evaluation", "saved", "save_failed"]
 #: Speed on the terminal and the time left are means over this many steps.
 _RECENT_STEPS = 100
 _BLOCK_BYTES = 1 << 20
