@@ -43,13 +43,12 @@ from smolconv.layouts.deepspeed.checkpoint_engine import (
 )
 from smolconv.layouts.deepspeed.patches import saving_by
 from smolconv.storage.atomic import sync_folder, write_synced
+from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-#: Why a checkpoint could not be published, what to tell the user, and the seconds since its save began.
-_Published = tuple[str | None, list[str], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,12 @@ class Saved:
 
     folder: Path
     nbytes: int
-    seconds: float  #: from the beginning of the save
+    seconds: float  #: since the save began
     notes: Sequence[str]
+
+
+#: Why a checkpoint could not be published, or what it is.
+_Published = tuple[str | None, Saved | None]
 
 
 class Background:
@@ -151,7 +154,6 @@ class Save:
         self._start: Callable[[Callable[[], Any]], Future[Any]] = _done if background is None else background.start
         self._writing: Future[_SavingEngine] = self._start(write)
         self._publishing: Future[_Published] | None = None  # on rank 0
-        self._nbytes = 0
         self._notes: list[str] = []
         self._is_written = False
         self.stall_seconds = time.perf_counter() - began  #: what training has waited so far
@@ -187,19 +189,22 @@ class Save:
             self._notes += [note for _, _, notes in ended for note in notes]
             self._refuse(next((text for text, _, _ in ended if text), None))
             files = {name: digest for _, written, _ in ended for name, digest in written.items()}
-            self._nbytes = sum(file.nbytes for file in files.values())
             if ranks.first:
                 self._publishing = self._start(lambda: self._publish(files))
             return None
         publishing = self._publishing
-        failure, notes, seconds = ranks.from_first(lambda: publishing.result() if publishing else (None, [], 0.0))
+        failure, saved = ranks.from_first(lambda: publishing.result() if publishing else (None, None))
         self._refuse(failure)
-        folder = step_folder(self._run, self.step)
-        return Saved(folder=folder, nbytes=self._nbytes, seconds=seconds, notes=[*self._notes, *notes])
+        return saved
 
     def _publish(self, files: Mapping[str, FileDigest]) -> _Published:
         failure, notes = _publish_and_clean(self._recipe, self._run, self.step, self._after, files)
-        return failure, notes, time.perf_counter() - self._began
+        if failure is not None:
+            return failure, None
+        folder = step_folder(self._run, self.step)
+        size = sum(file.nbytes for file in files.values()) + (folder / MANIFEST).stat().st_size
+        seconds = time.perf_counter() - self._began
+        return None, Saved(folder=folder, nbytes=size, seconds=seconds, notes=(*self._notes, *notes))
 
     def _refuse(self, failure: str | None) -> None:
         if failure is None:

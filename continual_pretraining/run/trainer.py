@@ -403,10 +403,13 @@ class Trainer:
         if saved is None:
             return
         self.under_way, self.saved_step = None, save.step
-        stalled = "" if self.background is None else f"; training stopped for {save.stall_seconds:.2f} s"
+        stall = save.stall_seconds
+        seconds = max(saved.seconds, stall)  # the ranks also have to tell each other
+        told = f"saved {saved.folder} in {seconds:.1f} s"
+        told += "" if self.background is None else f"; training stopped for {stall:.2f} s"
         self._say(
-            f"saved {saved.folder} in {saved.seconds:.1f} s{stalled}", step=save.step, kind="saved",
-            stall_seconds=round(save.stall_seconds, 3), write_seconds=round(saved.seconds, 3), bytes=saved.nbytes,
+            told, step=save.step, kind="saved", stall_seconds=round(stall, 3), write_seconds=round(seconds, 3),
+            bytes=saved.nbytes,
         )  # fmt: skip
         for text in saved.notes:
             self._say(text, step=save.step)
