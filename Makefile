@@ -90,6 +90,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/saves.py
 
 clean:
 	rm -rf $(VENV) $(V4) demo build dist *.egg-info

@@ -56,6 +56,7 @@ TOPICS = (
         tests={
             "test_training_resume.py": "killed|full_disk|signal",
             "test_run_checkpoints.py": "kill|dies|full|interrupted",
+            "test_asynchronous_saves.py": "kill|full|stops_itself|no_memory",
         },
     ),
     Topic(

@@ -214,9 +214,9 @@ def test_a_full_disk_during_a_save_loses_nothing(policy, tokens, tmp_path):
         assert not list((run / "checkpoints").glob("*.partial"))
         assert ended.code == 4, ended.log  # the last step must be saved, whatever the policy
         assert "untouched" in ended.message
-        made = STEPS if policy == "continue" else steps[-1] + 3
+        least = STEPS if policy == "continue" else steps[-1] + 3
         # Training learns of it behind the step, before it would save again.
-        assert made <= len(metrics(run)) <= min(STEPS, made + 3)
+        assert least <= len(metrics(run)) <= min(STEPS, least + 3)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
