@@ -83,7 +83,10 @@ class Background:
 
 def _done(work: Callable[[], T]) -> Future[T]:
     future: Future[T] = Future()
-    future.set_result(work())
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
     return future
 
 
