@@ -83,6 +83,8 @@ def train(work: Path, rounds: int) -> None:
             if self.phase == "alone":
                 self.left -= 1
                 return self.left >= 0
+            if self.phase == "between":
+                return False
             if self.phase == "thread":
                 return self.under_way is not None and not self.under_way.part_ended()
             return self.control is not None and self.control.writes()
@@ -90,6 +92,8 @@ def train(work: Path, rounds: int) -> None:
         def _next_phase(self, data: Any) -> None:
             if self.phase == "alone":
                 self._measured_save(data, behind=False)
+                self.phase = "between"  # a step, so that the next save is of another one
+            elif self.phase == "between":
                 self._measured_save(data, behind=True)
                 self.phase = "thread"
             elif self.phase == "thread":

@@ -12,7 +12,6 @@ import mmap
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -276,9 +275,6 @@ class HostMemory:
         import torch
 
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
         place = torch.frombuffer(pages, dtype=torch.uint8)
         # torch's own pinned memory is rounded up to a power of two. Where it cannot be pinned, copying takes longer.
         if pinned and int(torch.cuda.cudart().cudaHostRegister(place.data_ptr(), size, 0)) == 0:
