@@ -85,7 +85,11 @@ class StartRecord:
 
     def asked(self, run: Path) -> Path:
         """The folder of its requests."""
-        return run / "logs" / "asked" / self.attempt
+        return asked_folder(run, self.attempt)
+
+
+def asked_folder(run: Path, attempt: str) -> Path:
+    return run / "logs" / "asked" / attempt
 
 
 class Control:
