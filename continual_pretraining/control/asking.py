@@ -127,9 +127,10 @@ class _Request:
         deadline = time.monotonic() + timeout
         while (found := ready()) is None:
             if time.monotonic() >= deadline:
+                left = "stays" if self.path.name == STOP else "is taken back"
                 raise MachineError(
-                    f"{self.run} has not done what it was asked within {timeout:g} s.\nA step, a save or an evaluation "
-                    "may take longer: the request to stop stays, `smolconv runs` tells how far it is.\n"
+                    f"{self.run} has not done what it was asked within {timeout:g} s; the request {left}.\n"
+                    "A step, a save or an evaluation may take longer: `smolconv runs` tells how far it is.\n"
                     "A run that hangs is ended by Ctrl-C twice, scancel, or SIGKILL to its launcher."
                 )
             time.sleep(_EVERY_SECONDS)
