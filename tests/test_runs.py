@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from smolconv.continual_pretraining.recipe.files import dump_recipe
 from smolconv.continual_pretraining.run import control
 from smolconv.continual_pretraining.run.checkpoints import latest, saved_steps
 from smolconv.continual_pretraining.run.control import RECORD, SAVE, STOP, Control, StartRecord
+from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer
 from smolconv.continual_pretraining.watch.lines import seconds_of, timestamp
 from smolconv.errors import BadCheckpoint, MachineError, NotInstalled, SmolconvError, UsageError
 
@@ -624,3 +626,46 @@ def test_ages_are_told_in_units_of_people():
     told = [commands_runs._age(seconds) for seconds in (0.4, 59, 61, 3599, 5400, 86400 * 2.5, None)]
     assert told == ["0 s", "59 s", "1 min", "60 min", "1.5 h", "2.5 d", "?"]
     assert commands_runs._cells(RunStatus(run=Path("r"), state="dead", certain=False, job=7))[0] == "dead?"
+
+
+# --- a run's folder as a source ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brought(stopped, tmp_path_factory) -> Path:
+    """The run with a tokenizer in its steps, as one whose source had one."""
+    run = Path(shutil.copytree(stopped[0], tmp_path_factory.mktemp("brought") / "run"))
+    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 256)}}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    document = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "model": model,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+    }  # fmt: skip
+    (latest(run) / "tokenizer.json").write_text(json.dumps(document))
+    (latest(run) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return run
+
+
+def test_a_runs_folder_is_a_source_wherever_a_checkpoint_is(brought, tokens, tmp_path, cli):
+    step = latest(brought)
+    described = json.loads(cli("inspect", brought, "--json").stdout)
+    assert described["progress"]["step"] == int(step.name.removeprefix("step-")) and described["has_optimizer"]
+    assert cli("convert", brought, tmp_path / "hf", "--to", "hf").code == 0
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (step / "tokenizer.json").read_bytes()
+    assert cli("diff", brought, tmp_path / "hf").code == 0
+    assert json.loads(cli("verify", brought, step, "--tensors-only", "--json").stdout)["passed"]
+    bare = cli("convert", SOURCE, tmp_path / "bare", "--to", "hf", "--no-optimizer", "--tokenizer", brought)
+    assert bare.code == 0 and (tmp_path / "bare" / "tokenizer.json").is_file()
+    assert find_tokenizer(str(brought)) == step / "tokenizer.json"
+    begun = recipe_document(
+        brought, tokens, schedule={"train_steps": STEPS + 2}, start=dict.fromkeys(("optimizer", "learning_rate", "data"), True)
+    )  # fmt: skip
+    train(begun, tmp_path / "branch")
+    assert metrics(tmp_path / "branch")[0]["step"] == described["progress"]["step"] + 1
+
+
+def test_a_run_whose_latest_leads_elsewhere_gives_no_tokenizer(brought, tmp_path):
+    run = Path(shutil.copytree(brought, tmp_path / "run"))
+    (run / "checkpoints" / "latest").write_text("../../brought")
+    with pytest.raises(BadCheckpoint, match="the name of a folder beside it was expected"):
+        find_tokenizer(str(run))
