@@ -41,7 +41,7 @@ _VALIDATE = """
 
     smolconv recipe validate my.yaml --set schedule.train_steps=2000
 
-What must be there for a start (source, data, packages, disk) is looked at by `smolconv continue-train my.yaml --dry-run`.
+`smolconv continue-train my.yaml --dry-run` looks at what must be there for a start: source, data, packages, disk.
 """
 _SCHEMA = """
 **Example**

@@ -636,7 +636,7 @@ def test_validate_says_what_is_trained_or_every_mistake(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(shipped_recipes()["try-out"].read_text().replace("peak_lr", "peak_rl"))
     refused = run_cli("recipe", "validate", wrong)
-    assert refused.code == 2 and f"{wrong}:20" in refused.stderr and "peak_lr" in refused.stderr
+    assert refused.code == 2 and f"{wrong}:21" in refused.stderr and "peak_lr" in refused.stderr
 
 
 def test_the_schema_that_is_installed_is_the_recipes(tmp_path):
