@@ -9,7 +9,7 @@ from typing import Any
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 
 #: How many gradients are cast at once, where they are summed in another dtype.
-_CAST_ELEMENTS = 250_000_000
+CAST_ELEMENTS = 250_000_000
 
 
 def without_shared_memory_operations() -> None:
@@ -80,7 +80,7 @@ def _sum_shares(engine: Any) -> None:
     rank, size = comm.get_rank(group), comm.get_world_size(group)
     for gradients in engine.optimizer.fp32_groups_gradients_flat:
         shares = gradients.view(size, -1)
-        parts = [shares] if dtype == gradients.dtype else shares.split(max(1, _CAST_ELEMENTS // size), 1)
+        parts = [shares] if dtype == gradients.dtype else shares.split(max(1, CAST_ELEMENTS // size), 1)
         for part in parts:
             own, sent = part[rank], part.to(dtype).contiguous()
             total = own if sent is part else sent.new_empty(own.shape)  # in place where nothing is cast
