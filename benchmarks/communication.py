@@ -42,6 +42,7 @@ TINY = {**LAYERS, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 64,
 ATTENTION = {
     **LAYERS, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 64, "hidden_size": 2048,
     "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+    "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 #: Of the recipe smollm3-3b-long-context-64k: layers, tokens of a row, rows of a step.
 SMOLLM3_LAYERS, LONG_ROW, LONG_ROWS = 36, 65_536, 36
