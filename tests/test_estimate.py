@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.config import engine_config, tiles_mlp
 from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
 from smolconv.continual_pretraining.estimate.estimate import Estimate, estimate
 from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
@@ -179,11 +179,34 @@ def test_offloading_moves_masters_and_moments_to_the_host():
     assert not any(part.name == "Adam's moments" and part.where == "gpu" for part in found)
 
 
-def test_two_groups_below_deepspeeds_bucket_are_copied_together_and_large_ones_are_not():
-    assert parts(recipe(), world_size=2)["reduction buffers (gpu)"] == 4 * N_135M
-    # One group alone is more than 5e8 elements.
-    assert "reduction buffers (gpu)" not in parts(recipe(), SMOLLM3, world_size=2)
-    assert "reduction buffers (gpu)" not in parts(recipe())  # one rank reduces nothing
+def reduction_bytes(spec: ModelSpec, ranks: int, **parallelism: Any) -> int:
+    given = recipe(**{f"parallelism__{name}": value for name, value in parallelism.items()})
+    return parts(given, spec, ranks).get("reduction buffers (gpu)", 0)
+
+
+def test_reduction_buffers_by_hand():
+    """Buckets of 5e7; SmolLM2-135M's embedding has 2.8e7, SmolLM3's 2.6e8 and is reduced by itself."""
+    bucket, embedding = 50_000_000, 128256 * 2048
+    for stage in (1, 2):
+        single = 2 * bucket + (2 + 4) * bucket if stage == 2 else 0  # one rank overlaps nothing
+        assert reduction_bytes(SMOLLM2_135M, 1, zero_stage=stage) == single
+    # ZeRO-1 in bf16: in place, or what is sent and what comes of up to 2.5e8 elements of a group.
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=1) == 0
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=1, reduce_dtype="bfloat16") == 2 * 250_000_000 * 9 // 8
+    decayed = N_135M - 49152 * 576
+    assert reduction_bytes(SMOLLM2_135M, 2, zero_stage=1, reduce_dtype="bfloat16") == 2 * decayed * 3 // 2
+    # ZeRO-2: two buckets, and what is flattened, cast where it is not sent as it is.
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=2) == 2 * 2 * bucket + (2 + 4) * bucket
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=2, reduce_dtype="bfloat16") == (2 * 2 + 2) * bucket
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=2) == 2 * 2 * bucket + (2 + 4 + 2) * embedding
+    # ZeRO-3 has one bucket, of what is sent.
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=3) == 2 * reduction_bytes(
+        SMOLLM2_135M, 8, zero_stage=3, reduce_dtype="bfloat16"
+    )
+    # ZeRO-1 that sums in fp32 on the parameters.
+    hosted = {"zero_stage": 1, "offload": "optimizer", "global_batch_sequences": 8}
+    assert reduction_bytes(SMOLLM2_135M, 8, **hosted) == 4 * (2 + 1) * bucket
+    assert reduction_bytes(SMOLLM2_135M, 8, **hosted, reduce_dtype="bfloat16") == (4 * (2 + 1) + 2) * bucket
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -231,6 +254,40 @@ def test_checkpointed_activations_by_hand():
     moved = parts(recipe(model__activation_checkpointing=True, model__activation_offload=True))
     assert moved["activations (host)"] == 4096 * 30 * 2 * 576
     assert moved["activations (gpu)"] == 4096 * (by_position - 29 * 2 * 576)
+
+
+def test_a_tiled_mlp_by_hand():
+    """SmolLM3 at 64k over 2 ranks: of the SwiGLU, 8192 positions at once, in a bf16 forward pass and its walk back."""
+    changes = {
+        "model__activation_checkpointing": True, "data__sequence_length": 65536, "parallelism__sequence_ranks": 2,
+    }  # fmt: skip
+    plain, tiled = (parts(recipe(**changes, model__tiled_mlp=way), SMOLLM3, 8) for way in ("off", "auto"))
+    width = 11008
+    assert plain["activations (gpu)"] - tiled["activations (gpu)"] == 32768 * 2 * (4 + 3) * width
+    assert tiled["a tile of the MLP (gpu)"] == 8192 * 2 * (4 + 3) * width
+    assert tiled["gradients of a tiled MLP (gpu)"] == (4 + 2) * 3 * 2048 * width
+    everything = sum(plain.values()) - sum(tiled.values())
+    assert everything == (32768 - 8192) * 2 * (4 + 3) * width - (4 + 2) * 3 * 2048 * width > 3e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "tiles"),
+    [
+        ({"micro_batch_sequences": 3}, False),  # the published 4k stages
+        ({"micro_batch_sequences": 4}, False),  # as many as two tiles
+        ({"micro_batch_sequences": 6}, True),
+        ({"micro_batch_sequences": 6, "sequence_ranks": 2}, False),
+        ({"micro_batch_sequences": 6, "activation_checkpointing": False}, False),
+        ({"micro_batch_sequences": 3, "activation_checkpointing": False, "tiled_mlp": "on"}, True),
+        ({"micro_batch_sequences": 2, "tiled_mlp": "on"}, False),  # one tile
+        ({"micro_batch_sequences": 6, "tiled_mlp": "off"}, False),
+    ],
+)
+def test_only_long_rows_are_tiled(changes, tiles):
+    model = {name: changes[name] for name in ("activation_checkpointing", "tiled_mlp") if name in changes}
+    fields = {f"parallelism__{name}": value for name, value in changes.items() if name not in model}
+    fields |= {f"model__{name}": value for name, value in ({"activation_checkpointing": True} | model).items()}
+    assert tiles_mlp(recipe(**fields)) is tiles
 
 
 def test_logits_do_not_grow_beyond_a_chunk():

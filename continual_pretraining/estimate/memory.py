@@ -14,11 +14,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from smolconv.continual_pretraining.engine.config import MAX_LOGITS, accumulation_steps, engine_config
+from smolconv.continual_pretraining.engine.config import (
+    MAX_LOGITS,
+    TILE_TOKENS,
+    accumulation_steps,
+    engine_config,
+    tiles_mlp,
+    tokens_of_rank,
+)
 from smolconv.continual_pretraining.engine.optimizer import group_parameters
 from smolconv.continual_pretraining.estimate.flops import parameter_sizes
 from smolconv.continual_pretraining.estimate.hardware import GPU_RUNTIME_BYTES
 from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.layouts.deepspeed.patches import CAST_ELEMENTS
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
@@ -68,7 +76,9 @@ class _Engine:
     offloads: bool
     offloads_weights: bool
     accumulates: bool
+    reduced: int  #: bytes of a gradient's element between ranks
     bucket: int
+    buckets: int  #: one is filled while the other is reduced
     prefetched: int
     world_size: int
 
@@ -98,13 +108,15 @@ class _Engine:
 
 def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
     given, sizes = recipe.parallelism, parameter_sizes(spec)
-    zero = engine_config(recipe, world_size)["zero_optimization"]
+    zero = engine_config(recipe, world_size, "nccl")["zero_optimization"]
     groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied, family=family_of(spec))
     return _Engine(
         parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
         stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",
         offloads_weights=given.offload == "all", accumulates=accumulation_steps(recipe, world_size) > 1,
-        bucket=int(zero["reduce_bucket_size"]), prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
+        reduced={"float32": FP32, "bfloat16": 2}[given.reduce_dtype],
+        bucket=int(zero["reduce_bucket_size"]), buckets=1 + zero.get("overlap_comm", False),
+        prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
         world_size=world_size,
     )  # fmt: skip
 
@@ -166,23 +178,25 @@ def _optimizer_parts(given: _Engine) -> Iterator[Part]:
 
 def _reduction_part(given: _Engine) -> Part:
     """What gradients are put into for their reduction, flattened into, and cast into fp32."""
-    b, bucket = given.b, given.bucket
-    cast = FP32 if given.mixed else 0
+    b, bucket, reduced = given.b, given.bucket, given.reduced
+    cast = reduced if reduced != b else 0
     # A parameter larger than the bucket is reduced by itself.
     together = max(min(bucket, given.n), given.largest)
     beside = b * given.largest if given.largest > bucket else 0
     if given.sums_on_parameters:
-        size = FP32 * (bucket + together)
+        size = FP32 * (given.buckets * bucket + together) + (reduced * together if reduced < FP32 else 0)
     elif given.world_size == 1 and given.stage < 2:
         size = 0  # the trainer leaves out what would be a copy for nobody
     elif given.stage == 0:
         size = (b + cast) * _flattened_together(given.parameters.values())
     elif given.stage == 1:
-        size = FP32 * _flattened_together(given.groups)
+        # In place, or by parts: what is sent, and what comes.
+        part = min(CAST_ELEMENTS, max(given.groups))
+        size = 0 if reduced == FP32 else reduced * (part + math.ceil(part / given.world_size))
     elif given.stage == 2:
-        size = b * bucket + (b + cast) * together + beside
+        size = b * given.buckets * bucket + (b + cast) * together + beside
     else:
-        size = FP32 * (bucket + together) + beside
+        size = reduced * (bucket + together) + beside
     return _gpu("reduction buffers", size, "bucket, and what is flattened or cast beside it")
 
 
@@ -208,17 +222,21 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
     # In float32, attention on a GPU is given the keys and values of every query head.
     kv = query if b == FP32 else spec.kv_rows
-    ranks = recipe.parallelism.sequence_ranks
     # Neighbours share the tokens, and each is given the keys and values of its query heads.
-    positions = math.ceil(recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length / ranks)
+    ranks, positions = recipe.parallelism.sequence_ranks, tokens_of_rank(recipe)
     kv *= ranks // math.gcd(ranks, spec.num_kv_heads) if kv < query else 1
     norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
     if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
         attention += (b if fused else FP32 + b) * (query + spec.kv_rows) + FP32 * (spec.num_heads + spec.num_kv_heads)
-    layer = 2 * norm + attention + (3 if fused else 4) * b * inner
-    # Gradients of the widest block, while it is walked back.
-    walking = b * (3 * inner + 2 * hidden)
+    layer, walking = 2 * norm + attention, 2 * b * hidden
+    # The widest block, and its gradients while it is walked back.
+    block, of_block, tile, sums = (3 if fused else 4) * b * inner, 3 * b * inner, 0, 0
+    if tiles_mlp(recipe):
+        tile = min(positions, TILE_TOKENS) * (block + of_block)
+        sums = (FP32 + b) * 3 * hidden * inner
+    else:
+        layer, walking = layer + block, walking + of_block
     moved = 0
     if recipe.model.activation_offload:
         moved = b * hidden * spec.num_layers
@@ -226,7 +244,8 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     elif recipe.model.activation_checkpointing:
         kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
     else:
-        kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
+        kept = layer * spec.num_layers
+        formula = f"per position: norms, q, k, v, attention{'' if tile else ', SwiGLU'}, in all layers"
     # Embedding, last norm, and the gradient of its output, which the loss makes in the forward pass.
     ends = b * hidden + norm + b * hidden
     chunk = min(positions, max(1, MAX_LOGITS["cuda"] // spec.vocab_size))
@@ -234,6 +253,8 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
     head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
     return [
         _gpu("activations", positions * (kept + walking + ends), formula),
+        _gpu("a tile of the MLP", tile, f"SwiGLU and its gradients for {TILE_TOKENS} positions"),
+        _gpu("gradients of a tiled MLP", sums, f"{FP32 + b}·3·F·E"),
         _host("activations", positions * moved, "a layer's input for all layers"),
         _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
         _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
