@@ -98,9 +98,10 @@ def _show_plan(recipe: Recipe, run: Path, resume: str, told: list[str], *, as_js
     tokens, problems = _tokens(recipe)
     spec, world_size, first_step, events = _start(recipe, run, resume, compare_data=not problems)
     told += events
-    gpus = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
-    engine = engine_config(recipe, world_size, "nccl" if gpus or (gpus is None and count_gpus()) else "gloo")
-    plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens)
+    asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
+    gpus = count_gpus() > 0 if asked is None else asked
+    engine = engine_config(recipe, world_size, "nccl" if gpus else "gloo")
+    plan = estimate(recipe, spec, world_size, first_step=first_step, tokens_per_source=tokens, on_gpus=gpus)
     if plan.steps == 0:
         told.append(
             f"all {plan.train_steps:,} steps are done: nothing would be trained"
