@@ -47,7 +47,7 @@ def _shape(kind: str, vocabulary: int, hidden: int, inner: int, layers: int, hea
     }  # fmt: skip
 
 
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": _shape("llama", 49152, 576, 1536, 30, 9, 3),
     "SmolLM2-1.7B": _shape("llama", 49152, 2048, 8192, 24, 32, 32),
     "SmolLM3-3B": _shape("smollm3", 128256, 2048, 11008, 36, 16, 4),

@@ -240,9 +240,7 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec, most_logits: int) -> list
         _gpu("gradient of the head", head, f"{head // head_elements}·V·E"),
     ]
     back = [
-        _gpu("a layer walked back", *given.walked_back(computed_again=computed_again)),
-        _gpu("a tile of the MLP", given.tile, f"SwiGLU and its gradients for {TILE_TOKENS} positions"),
-        _gpu("gradients of a tiled MLP", given.tile_sums, f"{FP32 + b}·3·F·E"),
+        *given.walked_back(computed_again=computed_again),
         # A tied one waits for the embedding's, which comes last.
         _gpu("gradient of the head", b * head_elements if spec.tied else 0, f"{b}·V·E"),
     ]
@@ -274,15 +272,23 @@ class Layer:
         """Between the passes, without checkpointing."""
         return 2 * self.norm + self.attention + self.mlp
 
-    def walked_back(self, *, computed_again: bool) -> tuple[int, str]:
-        """Bytes beside what is kept between the passes, and of what: the MLP goes first and leaves room."""
-        left = self.norm + self.mlp  # by the MLP and its norm
-        mlp = self.mlp_back + self.hidden
-        attention = self.attention_back + self.hidden - left
+    def walked_back(self, *, computed_again: bool) -> list[Part]:
+        """What its backward pass holds beside what is kept between the passes.
+
+        The MLP goes first, and leaves the room of itself and its norm to attention.
+        """
         again = self.kept if computed_again else 0
-        of = "the MLP's" if mlp >= attention else "attention's"
-        formula = f"{'computed again, and ' * computed_again}{of} gradients"
-        return self.positions * (again + max(mlp, attention)), formula
+        mlp = self.positions * (self.mlp_back + self.hidden) + self.tile + self.tile_sums
+        attention = self.positions * (self.attention_back + self.hidden - self.norm - self.mlp)
+        formula = "computed again, with gradients" if computed_again else "gradients"
+        if attention > mlp:
+            return [_gpu("a layer walked back", self.positions * again + attention, f"{formula} of attention")]
+        whole = self.positions * (again + self.mlp_back + self.hidden)
+        return [
+            _gpu("a layer walked back", whole, f"{formula} of the MLP"),
+            _gpu("a tile of the MLP", self.tile, f"SwiGLU and its gradients for {TILE_TOKENS} positions"),
+            _gpu("gradients of a tiled MLP", self.tile_sums, "of its weights, summed in fp32"),
+        ]
 
 
 def layer_bytes(recipe: Recipe, spec: ModelSpec) -> Layer:

@@ -15,7 +15,7 @@ from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.estimate.estimate import DAY
 from smolconv.continual_pretraining.estimate.hardware import GPUS_OF_A_NODE, Gpu
 from smolconv.continual_pretraining.estimate.memory import memory_parts
-from smolconv.continual_pretraining.estimate.speed import step_time
+from smolconv.continual_pretraining.estimate.speed import require_bfloat16, step_time
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.models.spec import ModelSpec
@@ -97,7 +97,11 @@ def divisions_that_fit(
     recipe: Recipe, spec: ModelSpec, gpus: int, gpu: Gpu, *, network: float, memory_bytes: int | None = None,
     first_step: int = 1,
 ) -> Plan:  # fmt: skip
-    """For ``gpus`` GPUs of ``memory_bytes`` each, by default the GPU's own; ``network`` is bytes/s of one GPU."""
+    """For ``gpus`` GPUs of ``memory_bytes`` each, by default the GPU's own; ``network`` is bytes/s of one GPU.
+
+    Raises ``UsageError`` for a recipe that is not in bfloat16.
+    """
+    require_bfloat16(recipe)
     limit = memory_bytes or gpu.memory_bytes
     steps = max(0, recipe.schedule.train_steps - first_step + 1)
     fitting: list[Option] = []

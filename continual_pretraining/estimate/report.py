@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f}".removesuffix(".0") + f" {unit}"
-    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return f"{seconds:.3g} s"
 
 
 def _epochs(epochs: float | None) -> str:

@@ -65,11 +65,7 @@ def step_time(recipe: Recipe, spec: ModelSpec, world_size: int, gpu: Gpu, networ
     Documents are as long as rows: where they are shorter, attention takes less. Raises ``UsageError`` for a recipe that
     cannot be divided so, or is not in bfloat16.
     """
-    if recipe.model.dtype != "bfloat16":
-        raise UsageError(
-            f"model.dtype is {recipe.model.dtype}: the time of a step is known for bfloat16 alone.\n"
-            "Add --set model.dtype=bfloat16, or see continue-train --dry-run for the memory."
-        )
+    require_bfloat16(recipe)
     accumulation = accumulation_steps(recipe, world_size)
     parts = _micro_batch(recipe, spec, gpu)
     busy = sum(parts.values())
@@ -92,6 +88,15 @@ def step_time(recipe: Recipe, spec: ModelSpec, world_size: int, gpu: Gpu, networ
             "gradients and weights": exposed, "optimizer": update, "host": host,
         }
     )  # fmt: skip
+
+
+def require_bfloat16(recipe: Recipe) -> None:
+    """Raises ``UsageError`` for a recipe whose time is not known."""
+    if recipe.model.dtype != "bfloat16":
+        raise UsageError(
+            f"model.dtype is {recipe.model.dtype}: the time of a step is known for bfloat16 alone.\n"
+            "Add --set model.dtype=bfloat16, or see continue-train --dry-run for the memory."
+        )
 
 
 def _micro_batch(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> dict[str, float]:
