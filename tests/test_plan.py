@@ -28,7 +28,7 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import plan as published
+import plan as published  # noqa: E402
 
 NETWORK = 50e9
 
