@@ -26,6 +26,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import Packing
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS
 from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.models.huggingface import spec_from_hf
@@ -91,7 +92,7 @@ CELLS = tuple(Cell(shape=s, rows=r, checkpointing=c) for s, r, c in itertools.pr
 # --- the oracle -------------------------------------------------------------------------------------------------------
 
 
-class _Flash(torch.autograd.Function):  # type: ignore[misc]
+class _Flash(torch.autograd.Function):
     """Allocates what torch's variable-length flash kernels do, and computes nothing.
 
     By ``mha_varlen_fwd`` and ``mha_varlen_bwd`` of torch's flash_api.cpp: the forward pass keeps queries, keys, values,
@@ -152,7 +153,7 @@ def track(cell: Cell) -> Tracked:
     as_on_a_gpu = (
         mock.patch.object(model, "pack", packed),
         mock.patch.object(attention, "_cpu_multiplies_bfloat16", lambda: True),
-        mock.patch.dict(model.MAX_LOGITS, {"cpu": model.MAX_LOGITS["cuda"]}),
+        mock.patch.dict(MAX_LOGITS, {"cpu": MAX_LOGITS["cuda"]}),
     )
     built: Any = model.build_model(CONFIGS[cell.shape], given.model, "meta")
     built.attention, built.attend = "varlen", flash_stand_in

@@ -106,10 +106,10 @@ def _micro_batch(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> dict[str, float]:
     hidden, inner, query, kv = spec.hidden_size, spec.intermediate_size, spec.query_rows, spec.kv_rows
     products = ((hidden, query), (hidden, kv), (hidden, kv), (query, hidden), *2 * ((hidden, inner),), (inner, hidden))
     # Three products of the same three matrices: one forward, two backward.
-    flops = 6 * positions * layers * sum(rows * columns for rows, columns in products)
-    moved = 3 * b * layers * sum(positions * (rows + columns) + rows * columns for rows, columns in products)
-    attention = 7 * query * recipe.data.sequence_length * positions * layers
-    kept = PASSES * positions * given.made * layers
+    flops = 6.0 * positions * layers * sum(rows * columns for rows, columns in products)
+    moved = 3.0 * b * layers * sum(positions * (rows + columns) + rows * columns for rows, columns in products)
+    attention = 7.0 * query * recipe.data.sequence_length * positions * layers
+    kept = float(PASSES) * positions * given.made * layers
     if recipe.model.activation_checkpointing:  # another forward pass of the layers
         flops, moved, kept = flops * 4 / 3, moved * 4 / 3, kept * 4 / 3
         attention *= 1 + _ATTENTION_FORWARD
