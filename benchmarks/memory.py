@@ -26,7 +26,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from smolconv.continual_pretraining.engine import attention, model
 from smolconv.continual_pretraining.engine.attention import Packing
-from smolconv.continual_pretraining.engine.config import MAX_LOGITS
+from smolconv.continual_pretraining.engine.config import MAX_LOGITS, TILE_TOKENS, tiles_mlp
+from smolconv.continual_pretraining.engine.tiling import tile_mlp
 from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.models.huggingface import spec_from_hf
@@ -68,13 +69,14 @@ class Cell:
     shape: str
     rows: str
     checkpointing: bool
+    tiled: bool = False  #: the MLP
 
     def recipe(self) -> Recipe:
         sequences, documents = ROWS[self.rows]
         return Recipe.model_validate(
             {
                 "name": "memory",
-                "model": {"source": "-", "liger": "off", "tiled_mlp": "off",
+                "model": {"source": "-", "liger": "off", "tiled_mlp": "on" if self.tiled else "off",
                           "activation_checkpointing": self.checkpointing},
                 "data": {
                     "sequence_length": sum(documents), "eos_token_id": 0,
@@ -86,7 +88,10 @@ class Cell:
         )  # fmt: skip
 
 
-CELLS = tuple(Cell(shape=s, rows=r, checkpointing=c) for s, r, c in itertools.product(CONFIGS, ROWS, (False, True)))
+CELLS = (
+    *(Cell(shape=s, rows=r, checkpointing=c) for s, r, c in itertools.product(CONFIGS, ROWS, (False, True))),
+    *(Cell(shape=s, rows="1 x 64k", checkpointing=True, tiled=True) for s in CONFIGS),
+)
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -157,6 +162,8 @@ def track(cell: Cell) -> Tracked:
     )
     built: Any = model.build_model(CONFIGS[cell.shape], given.model, "meta")
     built.attention, built.attend = "varlen", flash_stand_in
+    if tiles_mlp(given):
+        tile_mlp(built, TILE_TOKENS)
     with as_on_a_gpu[0], as_on_a_gpu[1], as_on_a_gpu[2], FakeTensorMode():
         _to_fake(built)
         for parameter in built.parameters():
@@ -277,7 +284,7 @@ def _resident(name: str) -> int:
 def page(cells: Sequence[Compared], runs: Sequence[tuple[int, bool, int, int]]) -> str:
     rows = [
         [
-            each.cell.shape, each.cell.rows, "on" if each.cell.checkpointing else "off",
+            each.cell.shape, each.cell.rows, ("on, tiled MLP" if each.cell.tiled else "on") if each.cell.checkpointing else "off",
             f"{each.tracked.activations / 1e9:.2f}", f"{each.estimated / 1e9:.2f}", f"{each.ratios[0]:.3f}",
             f"{each.tracked.peak / 1e9:.2f}", f"{each.ratios[1]:.3f}", each.largest,
         ]

@@ -17,7 +17,7 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
         ("parameters", f"{given.parameters:,}"),
         ("tokens", f"{given.tokens:,} = {given.steps:,} steps x {given.tokens_per_step:,}"),
         *([("steps", _steps(given))] if given.first_step > 1 else []),
-        ("a step of a rank", f"{given.accumulation_steps} micro-batches{_shared(given.sequence_ranks)}"),
+        ("a step of a rank", _micro_batches(given)),
         ("FLOPs per token", ", ".join(f"{flops:.3g} ({name})" for name, flops in given.flops_per_token.items())),
     ]
     host = " (host)" if given.gpu_bytes else ""
@@ -65,8 +65,9 @@ def _apart(given: Estimate) -> str:
     return "" if given.save_seconds is None else f"{duration(given.save_seconds)}; "
 
 
-def _shared(ranks: int) -> str:
-    return f", each shared by {ranks} ranks" if ranks > 1 else ""
+def _micro_batches(given: Estimate) -> str:
+    count, ranks = given.accumulation_steps, given.sequence_ranks
+    return f"{count} micro-batch{'es' if count > 1 else ''}{f', each shared by {ranks} ranks' if ranks > 1 else ''}"
 
 
 def _steps(given: Estimate) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,17 @@ def stay_fused(optimizer: Any) -> None:
 def reduce_nothing(engine: Any) -> None:
     """For a rank alone: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back."""
     engine.buffered_allreduce_fallback = lambda **_: None
+
+
+def gather_whole(modules: Iterable[Any]) -> None:
+    """Have ZeRO-3 gather the weights of each module once when it is called, and not whenever a part of it is.
+
+    Before ``initialize``.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
 
 
 def scatter_gradients(engine: Any) -> None:
