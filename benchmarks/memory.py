@@ -1,6 +1,7 @@
 """Hold the estimate's memory against an oracle: results/memory.md.
 
-    python benchmarks/memory.py     8 minutes on a core
+    python benchmarks/memory.py --layers 6     the first ones of each shape: 3 minutes on a core
+    python benchmarks/memory.py                all layers: 15 minutes
 
 The oracle is torch's ``MemTracker``: it follows every storage of the training model's own forward and backward pass
 over fake tensors, which have shapes and take no memory. It shares no formula with the estimate. The path is a GPU's:
@@ -54,6 +55,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-1.7B": _shape("llama", 49152, 2048, 8192, 24, 32, 32),
     "SmolLM3-3B": _shape("smollm3", 128256, 2048, 11008, 36, 16, 4),
 }
+
+
+def shortened(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Its first layers."""
+    cut = {"no_rope_layers": config["no_rope_layers"][:layers]} if "no_rope_layers" in config else {}
+    return {**config, "num_hidden_layers": layers, **cut}
+
+
 #: Sequences of a micro-batch, and lengths of the documents that each of them holds.
 ROWS: Mapping[str, tuple[int, Sequence[int]]] = {
     "3 x 4k, packed": (3, (1000, 96, 2500, 500)),
@@ -70,6 +79,11 @@ class Cell:
     rows: str
     checkpointing: bool
     tiled: bool = False  #: the MLP
+
+    @property
+    def kept(self) -> str:
+        """In a table."""
+        return ("on, tiled MLP" if self.tiled else "on") if self.checkpointing else "off"
 
     def recipe(self) -> Recipe:
         sequences, documents = ROWS[self.rows]
@@ -281,10 +295,11 @@ def _resident(name: str) -> int:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(cells: Sequence[Compared], runs: Sequence[tuple[int, bool, int, int]]) -> str:
+def page(cells: Sequence[Compared], runs: Sequence[tuple[int, bool, int, int]], layers: int | None) -> str:
+    which = "all layers" if layers is None else f"{layers} layers of each shape, which are alike"
     rows = [
         [
-            each.cell.shape, each.cell.rows, ("on, tiled MLP" if each.cell.tiled else "on") if each.cell.checkpointing else "off",
+            each.cell.shape, each.cell.rows, each.cell.kept,
             f"{each.tracked.activations / 1e9:.2f}", f"{each.estimated / 1e9:.2f}", f"{each.ratios[0]:.3f}",
             f"{each.tracked.peak / 1e9:.2f}", f"{each.ratios[1]:.3f}", each.largest,
         ]
@@ -297,13 +312,14 @@ def page(cells: Sequence[Compared], runs: Sequence[tuple[int, bool, int, int]]) 
     lines = [
         f"""# The estimate's memory beside what torch counts
 
-Written by `python benchmarks/memory.py` (torch {torch.__version__}). No GPU took part.
+Written by `python benchmarks/memory.py{"" if layers is None else f" --layers {layers}"}`, with torch
+{torch.__version__}. No GPU took part.
 
 ## Fake tensors
 
-torch's `MemTracker` over the training model's own forward and backward pass, all layers, bfloat16, on fake tensors of
-the CPU. Products, the number of logits and what attention keeps and makes are those of a GPU: see the script's first
-lines. Activations are all that is neither a weight nor its gradient, at the fullest moment; the peak is with both. GB
+torch's `MemTracker` over the training model's own forward and backward pass, {which}, bfloat16, on fake
+tensors of the CPU. Products, the number of logits and what attention keeps and makes are those of a GPU: see the
+script's first lines. Activations are all that is neither a weight nor its gradient, at the fullest moment; the peak is with both. GB
 are 1e9 bytes; a ratio is the estimate by the tracker, and has to be within {LIMIT:.0%}. The last column is the largest
 part of the estimate.
 """,
@@ -323,8 +339,12 @@ Within {RUN_LIMIT:.0%}.
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="of each shape (default: all)")
+    layers = parser.parse_args().layers
     torch.set_num_threads(1)
+    if layers is not None:
+        CONFIGS.update({name: shortened(config, layers) for name, config in CONFIGS.items()})
     runs = []
     for length, on in RUNS:
         runs.append((length, on, *real_run(length, on)))
@@ -333,7 +353,7 @@ def main() -> None:
     for cell in CELLS:
         cells.append(compare(cell))
         say(f"{cell.shape}, {cell.rows}, checkpointing {cell.checkpointing}: {cells[-1].ratios}")
-    RESULTS.write_text(page(cells, runs))
+    RESULTS.write_text(page(cells, runs, layers))
 
 
 if __name__ == "__main__":

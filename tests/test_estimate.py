@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,30 +315,33 @@ def test_logits_do_not_grow_beyond_a_chunk():
 FEW = 2
 
 
-def tracked(checkpointing: bool, rows: str, shape: str = "SmolLM3-3B", **patched: Any) -> tuple[float, float]:
+def tracked(rows: str, *, shape: str = "SmolLM3-3B", given: Mapping[str, bool], **patched: Any) -> tuple[float, float]:
     """The estimate's activations and peak by those that torch's tracker counts."""
-    config = {**memory.CONFIGS[shape], "num_hidden_layers": FEW}
-    if "no_rope_layers" in config:
-        config["no_rope_layers"] = config["no_rope_layers"][:FEW]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(memory.CONFIGS, shape, config)
+        patch.setitem(memory.CONFIGS, shape, memory.shortened(memory.CONFIGS[shape], FEW))
         for name, value in patched.items():
             patch.setattr(memory, name, value)
-        return memory.compare(memory.Cell(shape=shape, rows=rows, checkpointing=checkpointing)).ratios
+        return memory.compare(memory.Cell(shape=shape, rows=rows, **given)).ratios
 
 
-@pytest.mark.parametrize(("checkpointing", "rows"), [(False, "3 x 4k, packed"), (True, "1 x 64k")])
-def test_activations_and_peak_are_what_torchs_tracker_counts(checkpointing, rows):
-    assert tracked(checkpointing, rows) == pytest.approx((1, 1), abs=memory.LIMIT)
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [
+        ("3 x 4k, packed", {"checkpointing": False}),
+        ("1 x 64k", {"checkpointing": True}),
+        ("1 x 64k", {"checkpointing": True, "tiled": True}),
+    ],
+)
+def test_activations_and_peak_are_what_torchs_tracker_counts(rows, given):
+    assert tracked(rows, given=given) == pytest.approx((1, 1), abs=memory.LIMIT)
 
 
-def test_attention_that_kept_its_scores_would_be_noticed():
-    """As would any tensor of a row's length that the estimate does not know."""
-
+def test_attention_that_keeps_float32_keys_for_every_query_head_would_be_noticed():
     def keeps(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return memory.flash_stand_in(query.float(), key.float(), value.float(), *rest).to(query.dtype)
+        every = [each.float().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (query, key, value)]
+        return memory.flash_stand_in(*every, *rest).to(query.dtype)
 
-    assert tracked(False, "3 x 4k, packed", flash_stand_in=keeps)[0] < 1 - memory.LIMIT
+    assert tracked("1 x 32k", given={"checkpointing": False}, flash_stand_in=keeps)[0] < 1 - memory.LIMIT
 
 
 RECIPES = st.builds(
