@@ -23,6 +23,8 @@ import torch.distributed
 from common import REPOSITORY, markdown_table, say
 
 from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.estimate.communication import zero_traffic
+from smolconv.continual_pretraining.estimate.hardware import GPUS_OF_A_NODE, H100
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.layouts.deepspeed import patches
 
@@ -48,8 +50,8 @@ ATTENTION = {
 SMOLLM3_LAYERS, LONG_ROW, LONG_ROWS = 36, 65_536, 36
 PARAMETERS = {"SmolLM2-135M": 134_515_008, "SmolLM2-1.7B": 1_711_376_384, "SmolLM3-3B": 3_075_098_624}
 #: Bytes a second that a GPU sends: assumptions, taken from data sheets and not reached by any collective.
-NVLINK, INFINIBAND = 450e9, 50e9
-RANKS_OF_A_NODE = 8
+NVLINK, INFINIBAND = H100.link_bandwidth, 50e9
+RANKS_OF_A_NODE = GPUS_OF_A_NODE
 
 #: What a rank sends on average, of the bytes of one tensor, in rings of n ranks: which argument the tensor is, and how
 #: often its bytes are sent. A reduction or broadcast goes along a chain, whose last rank sends nothing.
@@ -140,20 +142,12 @@ class Case:
         )  # fmt: skip
 
     def least(self, parameters: int) -> float:
-        """Bytes a rank must send in a step at this stage.
-
-        ZeRO-0 sums gradients on all ranks, 1 on the ranks that keep them, 2 does so for every micro-batch, and both
-        gather the weights once. ZeRO-3 does as 2; a large model's weights it gathers for every forward and every
-        backward pass.
-        """
+        """Bytes a rank must send in a step at this stage."""
         weight, gradient = (2 if dtype == "bfloat16" else 4 for dtype in (self.dtype, self.reduce_dtype))
-        moved = {
-            0: 2 * gradient,
-            1: gradient + weight,
-            2: self.accumulation * gradient + weight,
-            3: self.accumulation * gradient + (2 * self.accumulation if self.large else 1) * weight,
-        }[self.zero_stage]
-        return moved * parameters * (self.world_size - 1) / self.world_size
+        return zero_traffic(
+            self.zero_stage, parameters, self.world_size, self.accumulation, weight_bytes=weight,
+            gradient_bytes=gradient, gathers_for_each_pass=self.large,
+        ).bytes  # fmt: skip
 
 
 def measure(case: Case, config: Mapping[str, Any]) -> dict[str, Any]:
