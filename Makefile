@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-check lint format fuzz figures bench clean
+.PHONY: help demo test test-slow test-matrix test-slurm test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
 	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
 	@echo "make fuzz                damaged inputs of every reader for FUZZ_MINUTES=10 from FUZZ_SEED=0; new failures go to fixtures/fuzz"
+	@echo "make gpu-wheels          what make gpu-check needs on a machine without a network, in gpu-wheels"
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
 	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
@@ -60,9 +61,15 @@ test-slurm: $(VENV)/installed
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzzing --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --processes $(TEST_PROCESSES)
 
-# In the environment that has torch for the GPU: PYTHON, not .venv; nothing is installed.
+# Of the machine with the GPU, which may have no network.
+GPU_PYTHON ?= 3.12
+
+gpu-wheels: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_wheels.py --python $(GPU_PYTHON)
+
+# In the environment that has torch for the GPU: PYTHON, not .venv. It stays as it is.
 gpu-check:
-	@env -u OMP_NUM_THREADS $(PYTHON) benchmarks/gpu_check.py
+	@env -u OMP_NUM_THREADS PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(GPU_CHECK)
 
 test-transformers4: $(V4)/installed
 	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
