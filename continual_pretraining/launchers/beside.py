@@ -16,6 +16,7 @@ from smolconv.continual_pretraining.launchers.ends import (
     SAVED,
     RankEnd,
     ends_folder,
+    is_lost,
     leave_end,
     report_left,
     tell_last_lines,
@@ -83,7 +84,7 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     if first and ends[0].exit_code == Interrupted.exit_code:
         if not launcher:  # the script of a job that is cancelled says nothing more
             tell(ends[0].message)
-    elif first and ends[0].exit_code:
+    elif first and ends[0].exit_code and not is_lost(ends[0]):
         tell_last_lines(ends[0], run)  # whoever started this launcher says the rest, once
     return ends[0].exit_code
 

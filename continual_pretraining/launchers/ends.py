@@ -13,6 +13,7 @@ from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.launchers.signals import STOPS
+from smolconv.continual_pretraining.run.heartbeat import LostRank
 from smolconv.errors import Interrupted, MachineError, SmolconvError, StoppedBySignal
 from smolconv.layouts.documents import is_count, is_number
 from smolconv.parsing import read_json
@@ -90,11 +91,17 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
     elif end.exit_code == Interrupted.exit_code:
         tell(end.message)
     else:
-        if not shown:
+        lost = is_lost(end)  # another than the rank that says so
+        if not shown and not lost:
             tell_last_lines(end, run)
-        log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines else ""
-        tell(f"rank {end.rank} of {world_size} failed first: {end.message}{log}")
+        log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines and not lost else ""
+        tell(f"{end.message}{log}" if lost else f"rank {end.rank} of {world_size} failed first: {end.message}{log}")
     return end.exit_code
+
+
+def is_lost(end: RankEnd) -> bool:
+    """Whether it ended for want of another rank, of which there is no sign of life."""
+    return end.message.startswith(f"{LostRank.__name__}: ")
 
 
 def tell_last_lines(end: RankEnd, run: Path) -> None:

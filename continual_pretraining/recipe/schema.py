@@ -238,6 +238,7 @@ class Launch(Section):
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None
     rendezvous: str | None = None  #: host:port, for torchrun over several nodes
+    silence_seconds: Annotated[int, Field(ge=10)] = 60  #: a rank without a sign of life for so long ends the run
     environment: dict[Variable, str] = Field(default_factory=dict)
     slurm: Slurm = Slurm()
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -14,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export
 from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
+from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
 from smolconv.errors import SmolconvError, StoppedBySignal
 
@@ -29,13 +31,17 @@ if TYPE_CHECKING:
 #: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
 _LOCK_PATIENCE_SECONDS = 180.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_ENDING = threading.Lock()
 
 
 def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
     asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
-    ranks = join_ranks(recipe.parallelism.threads, gpus=asked)
+    ranks = join_ranks(
+        recipe.parallelism.threads, gpus=asked, silence_seconds=recipe.launch.silence_seconds,
+        lost=lambda error: _end(run, error),
+    )  # fmt: skip
     from smolconv.continual_pretraining.engine.config import engine_config
     from smolconv.continual_pretraining.run.resuming import find_origin
     from smolconv.continual_pretraining.run.start import prepare_start
@@ -56,9 +62,12 @@ def run_rank(run: Path, resume: str) -> None:
     if not done:
         trainer.train()
     if recipe.export is not None:
+        ranks.now_in("the export")
         own = Path(start.resumed) if done and start.resumed else newest_checkpoint(run)
         _export(recipe.export, run, trainer, own)
     ranks.barrier()
+    if ranks.heartbeat is not None:
+        ranks.heartbeat.stop()
     if ranks.first:
         os.close(lock)
 
@@ -142,24 +151,29 @@ def main() -> None:
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     given = parser.parse_args()
-    rank = int(os.environ.get("RANK", "0"))
-    code = 0
     # torch and DeepSpeed announce each other's changes; on every rank, between the lines about the run.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run_rank(given.run, given.resume)
-    except Elsewhere as error:
-        code = error.exit_code
     except BaseException as error:
-        code = exit_code_of(error)
+        _end(given.run, error)
+    _end(given.run)
+
+
+def _end(run: Path, error: BaseException | None = None) -> NoReturn:
+    """End this process, from any of its threads: gloo's and NCCL's may outlive an orderly end."""
+    _ENDING.acquire()  # for good: the first reason counts
+    error = error and (lost_connection(error) or error)
+    code = 0 if error is None else exit_code_of(error)
+    if error is not None and not isinstance(error, Elsewhere):
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
             print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)
         # The launcher says it once, when all ranks have ended, and adds it to the log.
-        if not (_record(given.run, rank, error, code) and os.environ.get(ATTEMPT)):
+        if not (_record(run, int(os.environ.get("RANK", "0")), error, code) and os.environ.get(ATTEMPT)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # gloo's and NCCL's threads may outlive an orderly end
+    os._exit(code)
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -1,0 +1,177 @@
+"""Nodes that die, networks that are cut, and processes that are stopped: found within a stated time, and gone on from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FIXTURES
+from forked_worker import work
+from training import losses, recipe_document, token_folder
+
+from smolconv.continual_pretraining.run import heartbeat
+from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce, lost_connection
+
+SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.02)
+
+
+# --- heartbeats, by themselves ----------------------------------------------------------------------------------------
+
+
+class Shared:
+    """A store that several heartbeats share."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+
+class Connection:
+    """A rank's; once cut off, it waits for ever, as for a TCP store without a network."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self.cut_off = shared, threading.Event()
+
+    def set(self, key: str, value: str, /) -> None:
+        if self.cut_off.is_set():
+            threading.Event().wait(60)
+        self.shared.values[key] = value
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        if self.cut_off.is_set():
+            raise RuntimeError("connection reset")
+        return [self.shared.values[key].encode() for key in keys]
+
+
+class Group:
+    """Heartbeats of three ranks on three hosts, with what each of them said in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, silence: float) -> None:
+        shared = Shared()
+        self.connections = [Connection(shared) for _ in range(3)]
+        self.ended: dict[int, str] = {}
+        self.beats = []
+        for rank, connection in enumerate(self.connections):
+            monkeypatch.setattr(heartbeat.socket, "gethostname", lambda rank=rank: f"node-{rank}")
+            announce(connection, rank)
+        monkeypatch.setattr(heartbeat.socket, "gethostname", lambda: "node-0")
+        for rank, connection in enumerate(self.connections):
+
+            def end(error: LostRank, rank: int = rank) -> None:
+                self.ended[rank] = str(error)
+
+            self.beats.append(Heartbeat(connection, rank, 3, silence_seconds=silence, end=end))
+        for beat in self.beats:
+            beat.doing = "step 7"
+            beat.start()
+
+    def stop(self) -> None:
+        for beat in self.beats:
+            beat.stop()
+
+
+@pytest.fixture
+def group(monkeypatch):
+    made = Group(monkeypatch, silence=1.2)
+    yield made
+    made.stop()
+
+
+def test_a_rank_that_falls_silent_is_named_by_all_others_with_the_same_words(group):
+    group.beats[2].stop()
+    wait_until(lambda: len(group.ended) == 2, seconds=20)
+    assert group.ended[0] == group.ended[1] and 2 not in group.ended
+    assert "rank 2 on node-" in group.ended[0].splitlines()[0] and "step 7" in group.ended[0].splitlines()[0]
+    assert "rank 1" not in group.ended[0]
+
+
+def test_a_rank_that_cannot_reach_the_store_ends_too_though_its_calls_hang(group):
+    group.connections[1].cut_off.set()
+    wait_until(lambda: len(group.ended) == 3, seconds=20)
+    assert "from rank 0 on" in group.ended[1]
+    assert group.ended[0] == group.ended[2] and "from rank 1 on" in group.ended[0]
+
+
+def test_when_rank_0_is_stopped_the_others_say_so(group):
+    group.beats[0].stop()
+    wait_until(lambda: len(group.ended) == 2, seconds=20)
+    assert all("from rank 0 on" in said for said in group.ended.values())
+
+
+def test_ranks_that_live_are_left_alone(group):
+    """However long their main threads are at something: twice the silence that would end them."""
+    time.sleep(3.0)
+    assert group.ended == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4242"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo/transport"), False),
+    ],
+)
+def test_a_broken_connection_is_told_from_other_errors(error, lost):
+    assert (lost_connection(error) is not None) == lost
+
+
+# --- processes that are stopped ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    return token_folder(tmp_path_factory.mktemp("data") / "tokens")
+
+
+def document(tokens: Path, **changes: Any) -> dict[str, Any]:
+    return recipe_document(
+        SOURCE, tokens, launch={"silence_seconds": 10}, schedule={"train_steps": 6}, checkpoints={"every_steps": 2},
+        **changes,
+    )  # fmt: skip
+
+
+#: Naps after three steps until a file is there, in rank 1's main thread only.
+HANGS = (
+    "import os, sys, time\nfrom pathlib import Path\n"
+    "import smolconv.continual_pretraining.run.trainer as trainer\n"
+    "step = trainer.Trainer._step\n"
+    "def slow(self, data):\n"
+    "    if data.step == 4 and os.environ['RANK'] == '1':\n"
+    "        (Path(sys.argv[1]) / 'hangs').touch()\n"
+    "        time.sleep(SECONDS)\n"
+    "    step(self, data)\n"
+    "trainer.Trainer._step = slow\n"
+)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_the_run_and_the_rest_gives_the_same_losses(tmp_path, tokens):
+    """Then the run goes on at one rank, from its last whole checkpoint. Control: a run that nobody stopped."""
+    run, given = tmp_path / "run", document(tokens)
+
+    def stop(pids: list[int]) -> None:
+        wait_until((run / "hangs").exists)
+        os.kill(pids[1], signal.SIGSTOP)
+
+    ended = work(given, run, ranks=2, before=HANGS.replace("SECONDS", "60"), meanwhile=stop)
+    assert (ended.code, ended.failure["rank"], ended.failure["error"]) == (4, 0, "LostRank"), ended.log
+    assert ended.message.startswith("LostRank: no sign of life for 10 s from rank 1 on ")
+    assert "in step 4" in ended.message.splitlines()[0]
+    assert work(given, run).code == 0
+    # A living rank whose main thread is busy for longer than the others would wait for one that is silent.
+    whole = tmp_path / "whole"
+    assert work(given, whole, ranks=2, before=HANGS.replace("SECONDS", "13")).code == 0
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
