@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import FIXTURES
 from forked_worker import work
 from training import losses, recipe_document, token_folder
 
-from smolconv.continual_pretraining.run import heartbeat
 from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce, lost_connection
 
+TESTS = Path(__file__).parent
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 
 
@@ -64,9 +69,9 @@ class Group:
         self.ended: dict[int, str] = {}
         self.beats = []
         for rank, connection in enumerate(self.connections):
-            monkeypatch.setattr(heartbeat.socket, "gethostname", lambda rank=rank: f"node-{rank}")
+            monkeypatch.setattr("socket.gethostname", lambda rank=rank: f"node-{rank}")
             announce(connection, rank)
-        monkeypatch.setattr(heartbeat.socket, "gethostname", lambda: "node-0")
+        monkeypatch.setattr("socket.gethostname", lambda: "node-0")
         for rank, connection in enumerate(self.connections):
 
             def end(error: LostRank, rank: int = rank) -> None:
@@ -175,3 +180,104 @@ def test_a_rank_that_is_stopped_ends_the_run_and_the_rest_gives_the_same_losses(
     whole = tmp_path / "whole"
     assert work(given, whole, ranks=2, before=HANGS.replace("SECONDS", "13")).code == 0
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+
+
+# --- two nodes --------------------------------------------------------------------------------------------------------
+
+#: A launcher with a worker of this test's own.
+LAUNCHER = """
+import sys
+from pathlib import Path
+from smolconv.continual_pretraining.launchers.launch import launch
+from smolconv.continual_pretraining.recipe.files import load_recipe
+run = Path(sys.argv[1])
+sys.exit(launch(load_recipe(run / "recipe.resolved.yaml"), run, worker="worker_that_is_cut_off"))
+"""
+#: The real worker; in the forward pass of step 4 all ranks wait until the network is cut.
+WORKER = """
+import sys, time
+from pathlib import Path
+import smolconv.continual_pretraining.run.trainer as trainer
+from smolconv.continual_pretraining.run import worker
+run, forward = Path(sys.argv[1]), trainer.Trainer._forward
+def waiting(self, batch):
+    if self.watch is not None and self.saved_step == 2 and len((run / "metrics.jsonl").read_text().splitlines()) == 3:
+        (run / "in-step").touch()
+    while (run / "in-step").exists() and not (run / "cut").exists():
+        time.sleep(0.05)
+    return forward(self, batch)
+trainer.Trainer._forward = waiting
+if __name__ == "__main__":
+    worker.main()
+"""
+NODES = {"smolconv-a": "10.77.0.1", "smolconv-b": "10.77.0.2"}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[None]:
+    """Two nodes with a cable between them, by the names in NODES."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        pytest.skip("network namespaces need root, iproute2 and util-linux")
+    try:
+        for name in NODES:
+            ip("netns", "add", name)
+        first, second = NODES
+        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        for name, address in NODES.items():
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+    except subprocess.CalledProcessError as error:
+        for name in NODES:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+    yield
+    for name in NODES:
+        ip("netns", "delete", name)
+
+
+def start_node(name: str, run: Path, modules: Path) -> subprocess.Popen[str]:
+    """The launcher on one node; the node's host name is its address."""
+    node = f'hostname {NODES[name]} && exec "$@"'
+    words = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", node, "sh", sys.executable, "-c", LAUNCHER]
+    return subprocess.Popen(
+        [*words, str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=run,
+        env={**os.environ, "PYTHONPATH": f"{modules}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("namespaces")
+def test_a_node_that_is_cut_off_in_mid_step_is_named_and_the_other_goes_on_alone(tmp_path, tokens):
+    """Both are real torchrun launchers; the one where they met is left, and goes on at one rank."""
+    run, modules = tmp_path / "run", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "worker_that_is_cut_off.py").write_text(WORKER)
+    given = document(tokens)
+    given["launch"] |= {
+        "launcher": "torchrun", "nodes": 2, "ranks_per_node": 1, "rendezvous": "10.77.0.1:29517", "least_nodes": 1,
+    }  # fmt: skip
+    (run / "logs").mkdir(parents=True)
+    (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(given))
+    nodes = [start_node(name, run, modules) for name in NODES]
+    try:
+        wait_until(lambda: (run / "in-step").exists() or any(node.poll() is not None for node in nodes))
+        ip("-n", "smolconv-b", "link", "set", "cable", "down")
+        (run / "cut").touch()
+        said = [node.communicate(timeout=240)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            with suppress(ProcessLookupError):
+                node.kill()
+    codes = [node.returncode for node in nodes]
+    assert codes[0] == 0 and codes[1] != 0, said
+    for text in said:
+        assert text.count("LostRank: no sign of life for 10 s from rank") == 1 and "Traceback" not in text, said
+    assert "in step 4" in said[0] and "goes on from the last checkpoint" in said[0]
+    whole = tmp_path / "whole"
+    assert work(document(tokens), whole, ranks=2).code == 0
+    assert len(losses(run)) == 6 and losses(run) == pytest.approx(losses(whole), abs=1e-5)

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.ends import (
-    FAILED,
     SAVED,
     RankEnd,
     ends_folder,
+    has_failed,
     is_lost,
     leave_end,
     report_left,
@@ -65,7 +65,7 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
             return True
         # One rank of a node looks, and torchrun ends the node's others when that one ends. Once it has told its ranks
         # to stop, torchrun waits for each of them, so each looks for itself. os.path: an error is no "yes".
-        return (leads or stopping) and os.path.exists(folder / FAILED)
+        return (leads or stopping) and has_failed(folder)
 
     own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
     environment = {**rank_environment(recipe, int(local_world_size)), **own}

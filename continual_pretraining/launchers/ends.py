@@ -22,6 +22,7 @@ from smolconv.storage.atomic import appearing_whole
 SAVED = StoppedBySignal.exit_code  #: a rank's after a signal and a good save
 #: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
 FAILED = "failed"
+LOST = "lost"  #: beside it: the first one that failed did so for want of another
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
 INTERRUPTED = "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were."
 _TAIL_LINES = 20
@@ -130,6 +131,16 @@ def report_left(
     return report(ends, run, world_size, shown=True)
 
 
+def has_failed(folder: Path) -> bool:
+    """Whether a rank of the attempt has failed."""
+    return os.path.exists(folder / FAILED)
+
+
+def was_lost(folder: Path) -> bool:
+    """Whether what the attempt failed of is a rank that was lost."""
+    return os.path.exists(folder / LOST)
+
+
 def leave_end(folder: Path, end: RankEnd) -> bool:
     """Write down how the rank ended, for its launcher; False when another of its attempt has failed before it."""
     path = folder / f"rank-{end.rank:05d}.json"
@@ -139,6 +150,8 @@ def leave_end(folder: Path, end: RankEnd) -> bool:
             part.write_text(json.dumps(asdict(end)))
         if end.exit_code not in (0, SAVED):
             (folder / FAILED).touch(exist_ok=False)
+            if is_lost(end):
+                (folder / LOST).touch()
     except FileExistsError:
         return False
     except OSError:

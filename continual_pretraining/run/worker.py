@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export
-from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
+from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
 from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
 from smolconv.errors import SmolconvError, StoppedBySignal
@@ -121,10 +121,10 @@ def _ignore_signals() -> None:
 def lock_run(run: Path) -> int:
     """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
 
-    A job that Slurm has queued again waits for three minutes: its earlier start may have died with its node.
+    A start after a loss, by Slurm or torchrun, waits for three minutes: the one before may have died with its node.
     Raises ``OutputLocked``. A file system without locks gives none.
     """
-    patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    patience = _LOCK_PATIENCE_SECONDS if is_restart() else 0.0
     deadline, told = time.monotonic() + patience, False
     descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     while held_elsewhere(descriptor):
