@@ -18,8 +18,12 @@ import pytest
 import yaml
 from conftest import FIXTURES
 from forked_worker import work
-from training import losses, recipe_document, token_folder
+from training import losses, recipe, recipe_document, token_folder
 
+from smolconv.continual_pretraining.launchers.ends import RankEnd, ends_folder, leave_end, report_left, was_lost
+from smolconv.continual_pretraining.launchers.front_end import Outcome
+from smolconv.continual_pretraining.launchers.launch import batch_script, launch
+from smolconv.continual_pretraining.launchers.launcher import Start
 from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce, lost_connection
 
 TESTS = Path(__file__).parent
@@ -180,6 +184,87 @@ def test_a_rank_that_is_stopped_ends_the_run_and_the_rest_gives_the_same_losses(
     whole = tmp_path / "whole"
     assert work(given, whole, ranks=2, before=HANGS.replace("SECONDS", "13")).code == 0
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+
+
+# --- what launchers do then -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "saves", "starts"),
+    [
+        (None, [True], 1),  # not asked for
+        (2, [True, True, False], 3),  # lost a third time, with nothing saved since the second
+        (2, [False, False], 2),
+        (2, [False, True, None], 3),  # ended well
+    ],
+)
+def test_torchrun_goes_on_while_checkpoints_are_saved_between_losses(tmp_path, monkeypatch, least, saves, starts):
+    """``saves``: whether each start saves before a rank is lost; None: it ends well."""
+    given: list[tuple[list[str], int, str]] = []
+
+    def front_end(start: Start, words: list[str], *, restart: int, **more: object) -> Outcome:
+        given.append((words, restart, start.resume))
+        saved = saves[restart] if restart < len(saves) else False
+        if saved:
+            step = tmp_path / "checkpoints" / f"step-{len(given)}"
+            step.mkdir(parents=True)
+            (step.parent / "latest").write_text(step.name)
+        return Outcome(exit_code=0 if saved is None else 4, lost=saved is not None)
+
+    monkeypatch.setattr("smolconv.continual_pretraining.launchers.torchrun.run_front_end", front_end)
+    launched = {"launcher": "torchrun", "nodes": 4, "ranks_per_node": 1, "rendezvous": "a:100", "least_nodes": least}
+    made = recipe(SOURCE, tmp_path / "tokens", launch=launched)
+    code = launch(made, tmp_path, resume="/other/step-3")
+    assert (len(given), code) == (starts, 0 if None in saves else 4)
+    assert [restart for _, restart, _ in given] == list(range(starts))
+    for words, restart, resume in given:
+        assert words[words.index("--nnodes") + 1] == ("2:4" if restart else "4")
+        assert words[words.index("--rdzv-endpoint") + 1] == f"a:{100 + restart}"
+        assert words[words.index("--resume") + 1] == resume == ("auto" if restart else "/other/step-3")
+
+
+def test_a_lost_rank_is_what_is_said_and_not_the_rank_that_says_it(tmp_path, capfd):
+    folder = ends_folder(tmp_path, "a")
+    said = "LostRank: no sign of life for 60 s from rank 2 on node-b."
+    leave_end(folder, RankEnd(rank=1, exit_code=4, seconds=1.0, message=said, last_lines=("a line",)))
+    leave_end(folder, RankEnd(rank=0, exit_code=70, seconds=2.0, message="RuntimeError: in a collective"))
+    assert was_lost(folder)
+    assert report_left(tmp_path, "a", 3, 1) == 4 and capfd.readouterr().err == f"{said}\n"
+    other = ends_folder(tmp_path, "b")
+    leave_end(other, RankEnd(rank=0, exit_code=6, seconds=1.0, message="TrainingStopped: the loss is nan"))
+    leave_end(other, RankEnd(rank=1, exit_code=4, seconds=2.0, message=said))
+    assert not was_lost(other), "its peer failed of its own, first"
+
+
+@pytest.mark.parametrize(
+    ("lost", "restarts", "saves", "queued"),
+    [(True, 0, False, True), (True, 1, False, False), (True, 1, True, True), (False, 0, True, False)],
+)
+def test_a_job_whose_rank_was_lost_is_queued_again(tmp_path, lost, restarts, saves, queued):
+    """The script is run by bash; srun and python in it leave what ranks leave."""
+    run = tmp_path / "a run"
+    ends = run / "logs" / "ends" / f"7-{restarts}"
+    for folder in (ends, run / "checkpoints"):
+        folder.mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step-1")
+    latest = f"echo step-2 > '{run}/checkpoints/latest'" if saves else "true"
+    programs = {
+        "srun": f"{latest}; {'touch' if lost else 'true'} '{ends}/lost'; exit 1",
+        "scontrol": f"echo \"$@\" >> '{tmp_path}/asked'",
+        "python": "exit 4",
+    }
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    launched = {"launcher": "slurm", "nodes": 4, "ranks_per_node": 1, "least_nodes": 2}
+    text = batch_script(recipe(SOURCE, tmp_path / "tokens", launch=launched), run)
+    assert text is not None and "#SBATCH --nodes=2-4\n" in text
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "4",
+             "SLURM_JOB_NODELIST": "host[1-4]", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
+    text = text.replace(sys.executable, str(tmp_path / "python"))
+    done = subprocess.run(["bash"], input=text, env=given, text=True, capture_output=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert ("requeue 7" in (tmp_path / "asked").read_text()) == queued, done.stderr
 
 
 # --- two nodes --------------------------------------------------------------------------------------------------------

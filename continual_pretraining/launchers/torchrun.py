@@ -37,12 +37,13 @@ class Torchrun(Launcher):
 
     def launch(self, start: Start) -> int:
         """Go on with the nodes that are left, as long as each loss of a rank comes after a save that was made since."""
-        several, least = start.placed.nodes > 1, start.recipe.launch.least_nodes
-        words, saved = self.words(start), latest(start.run)
+        several = start.placed.nodes > 1
+        least = start.recipe.launch.least_nodes if several else None
+        words, saved = self.words(start), latest(start.run) if least else None
         for restart in itertools.count():
             # Each node has a launcher of its own: the ranks tell it what they have in common.
             outcome = run_front_end(start, words, variables=PATIENCE, one_of_several=several, restart=restart)
-            if not (outcome.lost and several and least):
+            if not (outcome.lost and least):
                 break
             before, saved = saved, latest(start.run)
             if restart and saved == before:
