@@ -67,7 +67,7 @@ def train(work: Path, rounds: int) -> None:
 
         found: dict[str, Any] = {"alone": [], "thread": [], "process": [], "saves": []}
         phase, left, round = "alone", ALONE_STEPS, 0
-        control: Control | None = None
+        peer: Peer | None = None
 
         def _step(self, data: Any) -> None:
             began = time.perf_counter()
@@ -87,7 +87,7 @@ def train(work: Path, rounds: int) -> None:
                 return False
             if self.phase == "thread":
                 return self.under_way is not None and not self.under_way.part_ended()
-            return self.control is not None and self.control.writes()
+            return self.peer is not None and self.peer.writes()
 
         def _next_phase(self, data: Any) -> None:
             if self.phase == "alone":
@@ -98,12 +98,12 @@ def train(work: Path, rounds: int) -> None:
                 self.phase = "thread"
             elif self.phase == "thread":
                 self.wait_for_save()
-                self.control = Control(work, trainer.newest_checkpoint(self.run))
+                self.peer = Peer(work, trainer.newest_checkpoint(self.run))
                 self.phase = "process"
-                self.control.go()
+                self.peer.go()
             else:
-                assert self.control is not None
-                self.found["saves"].append({"kind": "process", "seconds": self.control.seconds()})
+                assert self.peer is not None
+                self.found["saves"].append({"kind": "process", "seconds": self.peer.seconds()})
                 self.round += 1
                 if self.round == rounds:
                     lines = (self.run / "events.jsonl").read_text().splitlines()
@@ -125,7 +125,7 @@ def train(work: Path, rounds: int) -> None:
     worker.run_rank(work / "run", "never")
 
 
-class Control:
+class Peer:
     """A process that has read a checkpoint and writes it again, when it is told to."""
 
     def __init__(self, work: Path, checkpoint: Path) -> None:
