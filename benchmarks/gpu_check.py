@@ -736,6 +736,7 @@ def _beside_estimate(place: Place, speeds: Speeds, given: Subject) -> Iterator[L
     document = given.recipe()
     document["logging"] = {"peak_tflops": place.peak / 1e12}
     expected = estimate(_checked(document), given.spec, 1, mfu=ASSUMED_MFU).tokens_per_second
+    assert expected is not None  # on a GPU
     yield of_gpu(place, speed_as_estimated(rate, found["tokens_per_second"], expected))
 
 

@@ -995,16 +995,18 @@ def test_the_gate_gives_back_what_it_took_of_a_gpu(monkeypatch):
 
 
 def test_two_ranks_of_zero_3_train_as_plain_torch_on_each_document(monkeypatch, tmp_path):
-    """Also with activation checkpointing, accumulation, and the leak test on both ranks before the first step."""
+    """Also with activation checkpointing, a tiled MLP, accumulation, and the leak test before the first step."""
     plain = hf_models.smollm3()
     names = tuple(name for name, _ in plain.named_parameters())
     groups = [Group(names=names[1:], weight_decay=0.1, eps=1e-4), Group(names=names[:1], eps=1e-4)]
     batches = np.random.default_rng(0).integers(0, VOCABULARY, (2, 4, 33))
     weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
     jobs = []
-    for on in (False, True):
-        (tmp_path / str(on)).mkdir()
-        config = config_of(plain, tmp_path / str(on), activation_checkpointing=on)
+    checkpointed = {"activation_checkpointing": True}
+    choices: list[dict[str, Any]] = [{}, checkpointed, {"tile_tokens": 9}, {**checkpointed, "tile_tokens": 9}]
+    for i, fields in enumerate(choices):
+        (tmp_path / str(i)).mkdir()
+        config = config_of(plain, tmp_path / str(i), **fields)
         jobs.append(Job(config=config, stage=3, groups=groups, weights=weights, batches=batches, micro_batch_rows=1))
     monkeypatch.setattr(real_deepspeed, "WORKER", Path(__file__).parent / "training_model_worker.py")
     results = continue_with_deepspeed(jobs, 2, tmp_path)
