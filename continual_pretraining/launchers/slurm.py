@@ -14,6 +14,7 @@ from smolconv.continual_pretraining.launchers.ends import LOST, SAVED
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
 from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
 from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.continual_pretraining.run.control import STOP, asked_folder
 from smolconv.errors import Interrupted, MachineError, NotInstalled, UsageError
 from smolconv.processes import BOOTSTRAP, module_words, script_words
 
@@ -36,6 +37,9 @@ class Slurm(Launcher):
 
     def asks_for_gpus(self, given: Launch) -> bool | None:
         return given.slurm.gpus_per_node != 0
+
+    def started_by(self, given: Launch) -> Sequence[str]:
+        return ("sbatch",)
 
     def words(self, start: Start) -> list[str]:
         """torchrun for one node's ranks, without the words that differ between nodes; they are in the script."""
@@ -164,7 +168,10 @@ def _queueing_again(run: Path) -> list[str]:
         "# A rank without a sign of life: its node may have died. Not a second time without a save in between.",
         "# Nothing else is queued again.",
         f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
-        f'if [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
+        f'asked={_join([str(asked_folder(run, ""))])}/"$ATTEMPT"/{STOP}',
+        'if [ -e "$asked" ]; then',
+        '    echo "Stopped by smolconv stop: not queued again." >&2',
+        f'elif [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
         '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
         f'elif [ "$status" -eq {interrupted} ] && touch "$started"; then',
         '    scontrol requeue "$SLURM_JOB_ID"',

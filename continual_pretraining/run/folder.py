@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_deca
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
 from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
+from smolconv.files import open_file
 from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
@@ -173,7 +175,7 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     path, text = run / RECIPE, dump_recipe(recipe).encode()
-    if path.is_file() and (path.stat().st_size != len(text) or path.read_bytes() != text) and _is_trained(run):
+    if path.is_file() and (path.stat().st_size != len(text) or path.read_bytes() != text) and is_trained(run):
         raise trained_elsewhere(run, ", by another recipe")
     with appearing_whole(path) as part:
         part.write_bytes(text)
@@ -184,8 +186,15 @@ def held_elsewhere(lock: int) -> bool:
 
     A file system without locks has nobody hold them.
     """
+    if not _held(lock, fcntl.LOCK_EX):
+        return False
+    time.sleep(0.1)  # who only looks whether it is held takes it for a moment
+    return _held(lock, fcntl.LOCK_EX)
+
+
+def _held(lock: int, kind: int) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     return False
@@ -209,23 +218,23 @@ def refuse_trained(run: Path) -> None:
 
     A start after a loss is let through: its rank 0 waits for the lock of a node that has died.
     """
-    if not is_restart() and _is_trained(run):
+    if not is_restart() and is_trained(run):
         raise trained_elsewhere(run)
 
 
 def remove_start(run: Path) -> None:
     """Remove what a start converted, once its ranks have ended; nothing where another start's ranks train."""
-    if os.path.lexists(run / START) and not _is_trained(run):
+    if os.path.lexists(run / START) and not is_trained(run):
         shutil.rmtree(run / START, ignore_errors=True)
 
 
-def _is_trained(run: Path) -> bool:
-    try:
-        lock = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+def is_trained(run: Path) -> bool:
+    """Whether a process holds the run's lock; one on another machine is seen where the file system shows its locks."""
+    if not os.path.lexists(run / LOCK):
         return False
+    lock = open_file(run / LOCK, noted=False)
     try:
-        return held_elsewhere(lock)
+        return _held(lock, fcntl.LOCK_SH)  # shared: those who look do not see each other
     finally:
         os.close(lock)
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
-from smolconv.continual_pretraining.recipe.schema import Export
+from smolconv.continual_pretraining.recipe.schema import Export, Recipe
+from smolconv.continual_pretraining.run.control import Control, controlled
 from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
 from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
-from smolconv.errors import SmolconvError, StoppedBySignal
+from smolconv.errors import SmolconvError, StoppedByRequest, StoppedBySignal
 
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.run.trainer import Trainer
@@ -43,11 +44,19 @@ def run_rank(run: Path, resume: str) -> None:
         lost=lambda error: _end(run, error),
     )  # fmt: skip
     from smolconv.continual_pretraining.engine.config import engine_config
-    from smolconv.continual_pretraining.run.resuming import find_origin
-    from smolconv.continual_pretraining.run.start import prepare_start
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
+    with controlled(run, recipe, ranks.world_size, first=ranks.first, exit_code_of=exit_code_of) as control:
+        _train_and_export(recipe, run, resume, ranks, control)
+    if ranks.first:
+        os.close(lock)
+
+
+def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, control: Control | None) -> None:
+    from smolconv.continual_pretraining.run.resuming import find_origin
+    from smolconv.continual_pretraining.run.start import prepare_start
+
     origin = find_origin(recipe, run, resume, ranks)
     start = ranks.from_first(
         lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
@@ -58,7 +67,7 @@ def run_rank(run: Path, resume: str) -> None:
         _say(ranks, *start.events, f"all {recipe.schedule.train_steps} steps are done")
     from smolconv.continual_pretraining.run.trainer import Trainer, newest_checkpoint
 
-    trainer = Trainer(recipe, run, start, ranks)
+    trainer = Trainer(recipe, run, start, ranks, control)
     if not done:
         trainer.train()
     if recipe.export is not None:
@@ -68,8 +77,6 @@ def run_rank(run: Path, resume: str) -> None:
     ranks.barrier()
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()
-    if ranks.first:
-        os.close(lock)
 
 
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
@@ -83,14 +90,14 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
 
     def make() -> list[str]:
         try:
-            with _ended_by_signals():
+            with _ended_by_signals(trainer.control):
                 if trainer.stop_asked:  # after the last step had looked
                     raise KeyboardInterrupt
                 return export_run(export, run, checkpoint, weights)
         except KeyboardInterrupt:
-            raise StoppedBySignal(
-                "stopped by a signal in the export; all steps are saved. The next start exports again."
-            ) from None
+            requested = trainer.control is not None and trainer.control.stop_asked
+            error, by = (StoppedByRequest, "smolconv stop") if requested else (StoppedBySignal, "a signal")
+            raise error(f"stopped by {by} in the export; all steps are saved. The next start exports again.") from None
 
     if not trainer.ranks.first:
         _ignore_signals()
@@ -98,15 +105,21 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(control: Control | None) -> Iterator[None]:
     """SIGTERM and SIGUSR1 do what Ctrl-C does, once. They are ignored from then on: what is left is to close."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         _ignore_signals()
         raise KeyboardInterrupt
 
-    for number in _SIGNALS:
-        signal.signal(number, end)
+    def listen() -> None:
+        for number in _SIGNALS:
+            signal.signal(number, end)
+
+    if control is None:
+        listen()
+    else:
+        control.enter("exporting", listen)
     try:
         yield
     finally:
