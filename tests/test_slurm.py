@@ -349,7 +349,7 @@ def test_a_job_whose_node_is_lost_goes_on_with_the_one_that_is_left(cluster, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     number = int(done.stdout.split()[-1])
-    wait_until((run / "checkpoints" / "step-10").is_dir)
+    wait_until((run / "checkpoints" / "step-10").is_dir, seconds=400)
     os.kill(processes_of(run)[1], signal.SIGSTOP)
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     log = (run / "logs" / f"slurm-{number}.log").read_text()
@@ -358,7 +358,7 @@ def test_a_job_whose_node_is_lost_goes_on_with_the_one_that_is_left(cluster, tmp
     try:
         cluster.wait(number, "PENDING", "RUNNING")
         cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+5")
-        assert cluster.wait(number, "COMPLETED", "FAILED") == "COMPLETED", (run / "logs").glob("*")
+        assert cluster.wait(number, "COMPLETED", "FAILED", seconds=400) == "COMPLETED", (run / "logs").glob("*")
     finally:
         cluster.run("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
     assert cluster.job(number)["NumNodes"] == "1" and "\n" in (run / "logs" / "rank-00001.log").read_text()
