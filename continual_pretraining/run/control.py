@@ -160,6 +160,8 @@ class Control:
         if STOP not in names or self.stop_asked:
             return
         with self._phases:
+            if self._closed.is_set():
+                return
             self.stop_asked = True
             if self.record.phase == "starting":
                 self._ended(130, STOPPED_IN_START)
