@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.front_end import run_front_end
@@ -38,6 +39,9 @@ class DeepSpeed(Launcher):
                 "--nproc-per-node at most that."
             )
         return len(slots), ranks
+
+    def started_by(self, given: Launch) -> Sequence[str]:
+        return self.programs if self.place(given)[0] > 1 else ()
 
     def words(self, start: Start) -> list[str]:
         # Its front end starts `python -m` itself, and puts its working folder on PYTHONPATH for several nodes. So it

@@ -38,6 +38,9 @@ class Slurm(Launcher):
     def asks_for_gpus(self, given: Launch) -> bool | None:
         return given.slurm.gpus_per_node != 0
 
+    def started_by(self, given: Launch) -> Sequence[str]:
+        return ("sbatch",)
+
     def words(self, start: Start) -> list[str]:
         """torchrun for one node's ranks, without the words that differ between nodes; they are in the script."""
         return [*node_words(start.placed), *script_words(*start.beside_words)]
