@@ -102,7 +102,10 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
         found.refuse()
     assert spec is not None and engine is not None
     told = [*told, *found.told]
-    plan = estimate(recipe, spec, found.world_size, first_step=found.first_step, tokens_per_source=found.tokens)
+    plan = estimate(
+        recipe, spec, found.world_size, first_step=found.first_step, tokens_per_source=found.tokens,
+        on_gpus=found.on_gpus,
+    )  # fmt: skip
     if plan.steps == 0:
         told.append(
             f"all {plan.train_steps:,} steps are done: nothing would be trained"

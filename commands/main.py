@@ -23,6 +23,7 @@ from smolconv.commands import (  # noqa: F401  (they register themselves)
     doctor,
     import_gguf,
     inspect,
+    plan,
     plot,
     recipe,
     runs,

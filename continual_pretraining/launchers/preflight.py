@@ -54,6 +54,7 @@ class Preflight:
     spec: ModelSpec | None = None  #: of what is trained
     engine: Mapping[str, Any] | None = None  #: DeepSpeed's configuration; None: the step cannot be divided so
     world_size: int = 0
+    on_gpus: bool = False  #: else on CPUs
     first_step: int = 1
     tokens: dict[str, int] = field(default_factory=dict)  #: of the folders that are there, by the sources' names
     told: list[str] = field(default_factory=list)  #: what the ranks will say, too
@@ -90,7 +91,8 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
     for look in (_require_packages, _require_launcher):
         for problem in look(recipe):
             found.problems.append(problem)
-    backend = "nccl" if _takes_gpus(recipe) else "gloo"
+    found.on_gpus = _takes_gpus(recipe)
+    backend = "nccl" if found.on_gpus else "gloo"
     found.engine = found.attempt(lambda: engine_config(recipe, found.world_size, backend))
     own = found.attempt(lambda: _own(recipe, run, resume))
     source = found.attempt(lambda: _source(recipe))

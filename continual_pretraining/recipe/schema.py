@@ -42,6 +42,7 @@ class Model(Section):
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
     activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
+    tiled_mlp: Literal["auto", "on", "off"] = "auto"  #: auto: with checkpointing and over 16,384 tokens of a rank
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 

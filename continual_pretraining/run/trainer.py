@@ -23,10 +23,11 @@ from smolconv.continual_pretraining.data.folders import open_folders, open_held_
 from smolconv.continual_pretraining.data.position import stages_of
 from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.engine.attention import move
-from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.config import TILE_TOKENS, engine_config, tiles_mlp
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
 from smolconv.continual_pretraining.engine.sequence import join_sequence_ranks
+from smolconv.continual_pretraining.engine.tiling import tile_mlp
 from smolconv.continual_pretraining.estimate.flops import FORMULA, flops_per_token
 from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
@@ -86,6 +87,8 @@ class Trainer:
         #: Among the groups that each share their micro-batches.
         self.data_rank, self.data_ranks = ranks.rank // size, ranks.world_size // size
         self.model = build_model(start.config, recipe.model, str(ranks.device), self.sequence)
+        if tiles_mlp(recipe):
+            patches.gather_whole(tile_mlp(self.model, TILE_TOKENS, compiled=recipe.model.compile))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in start.frozen)
         self.groups = groups_of(recipe, self.spec, start.frozen)
