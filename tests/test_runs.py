@@ -122,7 +122,7 @@ def stopped(tokens, tmp_path_factory):
         "import time\n"
         "from smolconv.continual_pretraining.run import control, trainer\n"
         "control._EVERY_SECONDS, real = 0.01, trainer.Trainer._update\n"
-        "trainer.Trainer._update = lambda self, data: (time.sleep(0.15), real(self, data))[1]\n"
+        "trainer.Trainer._update = lambda self, data: (time.sleep(0.1), real(self, data))[1]\n"
     )
 
     def meanwhile(pids: list[int]) -> None:
@@ -658,7 +658,7 @@ def test_a_runs_folder_is_a_source_wherever_a_checkpoint_is(brought, tokens, tmp
     assert bare.code == 0 and (tmp_path / "bare" / "tokenizer.json").is_file()
     assert find_tokenizer(str(brought)) == step / "tokenizer.json"
     begun = recipe_document(
-        brought, tokens, schedule={"train_steps": STEPS + 2}, start=dict.fromkeys(("optimizer", "learning_rate", "data"), True)
+        brought, tokens, schedule={"train_steps": described["progress"]["step"] + 2}, start=dict.fromkeys(("optimizer", "learning_rate", "data"), True)
     )  # fmt: skip
     train(begun, tmp_path / "branch")
     assert metrics(tmp_path / "branch")[0]["step"] == described["progress"]["step"] + 1
