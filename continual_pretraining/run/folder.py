@@ -23,6 +23,7 @@ from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
+RESTARTS = "SMOLCONV_RESTARTS"  #: in the environment: how often torchrun's launcher went on after a rank was lost
 START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
 #: What of them does not: whose name a source was recorded by before the run began, and what to do when files change.
 _UNDECIDING = re.compile(r"data\.(on_change|stages\.\d+\.sources\.\d+\.recorded_as)")
@@ -207,12 +208,17 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
     )
 
 
+def is_restart() -> bool:
+    """Whether this start goes on after one whose node may have died, with the run's lock."""
+    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
+
+
 def refuse_trained(run: Path) -> None:
     """Raise ``OutputLocked`` where another process trains in the folder, before a start writes into its logs.
 
-    A job that Slurm has queued again is let through: its rank 0 waits for the lock of a node that has died.
+    A start after a loss is let through: its rank 0 waits for the lock of a node that has died.
     """
-    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0) and is_trained(run):
+    if not is_restart() and is_trained(run):
         raise trained_elsewhere(run)
 
 

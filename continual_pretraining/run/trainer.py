@@ -238,6 +238,7 @@ class Trainer:
 
     def _step(self, data: StepData) -> None:
         recipe, step = self.recipe, data.step
+        self.ranks.now_in(f"step {step}")
         lr = learning_rate(recipe.schedule, step - 1)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         found, asked = self._update(data)
