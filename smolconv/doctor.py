@@ -207,14 +207,15 @@ def _machine() -> Machine:
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         python=platform.python_version(),
         cores=usable_cores(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=machine_memory_bytes(),
         shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         disk_free_bytes=shutil.disk_usage(".").free,
     )
 
 
-def _memory_bytes() -> int | None:
+def machine_memory_bytes() -> int | None:
+    """Of the machine, or of the container where that is less; None: not known."""
     found = []
     with contextlib.suppress(ValueError, OSError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
