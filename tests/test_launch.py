@@ -447,7 +447,9 @@ def test_a_log_has_no_colours_whatever_the_environment_asks_for(tmp_path):
         assert b"\x1b" not in log
         said += log
     assert b"ZeroDivisionError" in said  # of the rank that failed first; the other may have been ended before
-    assert drawing_environment({"FORCE_COLOR": "1", "A": "b"}, shown=False) == {"A": "b"}
+    for shown in (False, True):  # stderr is no terminal here
+        asked = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "A": "b"}
+        assert drawing_environment(asked, shown=shown) == {"A": "b"}
 
 
 @pytest.mark.parametrize(
@@ -455,6 +457,7 @@ def test_a_log_has_no_colours_whatever_the_environment_asks_for(tmp_path):
     [
         (b"a\x1b[1;31mb\x1b[0mc", b"abc"),
         (b"\x1b]8;;https://a.b\x1b\\link\x1b]8;;\x07 \x1b[?25l\x1b(", b"link "),
+        (b"cut \x1b[3", b"cut [3"),
         (b" 10%\r 20%\r\x1b[2Kdone\r", b"done"),
         (b"dos\r", b"dos"),
         ("naïve —".encode(), "naïve —".encode()),
