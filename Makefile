@@ -8,6 +8,9 @@ LIGER := .venv-liger
 # Four of our test processes would otherwise start a BLAS thread per core each.
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
+# A file's fixtures are made by one process; which files are long is in tests/conftest.py. (--dist loadgroup groups nothing
+# with pytest 9.2 and pytest-xdist 3.8.)
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
@@ -54,13 +57,13 @@ test: $(VENV)/installed
 	@$(MAKE) --no-print-directory --jobs 2 lint tests
 
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not matrix and not slurm"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-matrix: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m matrix
+	$(BIN)/python -m pytest $(PARALLEL) -m matrix
 
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
@@ -90,7 +93,7 @@ gpu-check:
 	@env -u OMP_NUM_THREADS PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(GPU_CHECK)
 
 test-transformers4: $(V4)/installed
-	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
+	$(V4)/bin/python -m pytest $(PARALLEL) -m "not slow and not matrix and not slurm" \
 		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py \
 		tests/test_verify_forward.py tests/test_false_alarms.py tests/test_gguf.py tests/test_hub.py \
 		tests/test_tokenize.py tests/test_training_model.py tests/test_training_losses.py \

@@ -23,10 +23,6 @@ def shadowed(folder: Path, name: str, code: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-#: In one test process: each would run it anew.
-pytestmark = pytest.mark.xdist_group("doctor")
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """One whole run, where datatrove does not import and a compilation of DeepSpeed's was killed."""

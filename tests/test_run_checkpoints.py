@@ -36,8 +36,6 @@ from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.errors import MissingFile, UsageError
 
 pytest.importorskip("deepspeed")
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 STEPS = 4

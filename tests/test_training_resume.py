@@ -30,9 +30,6 @@ from smolconv.continual_pretraining.run.checkpoints import (
 )
 from smolconv.errors import MissingFile
 
-#: In one test process: each would train the uninterrupted run anew.
-pytestmark = pytest.mark.xdist_group("training resume")
-
 SOURCE = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 STEPS = 12
 
