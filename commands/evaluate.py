@@ -66,7 +66,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Model config, where a checkpoint has none.")
     ] = None,
-    source_layout: SourceLayout = None,
+    layout: SourceLayout = None,
     work_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Place for temporary files. Default: the system's.")
     ] = None,
@@ -93,7 +93,7 @@ def evaluate(
         tasks=names_of(tasks or []), include=include, held_out=held_out or [], engine=engine,
         engine_python=engine_python, limit=limit, seed=seed, length=length, eos=eos,
         dtype=DTYPE_WORDS.get(dtype, dtype), device=device, batch_size=batch_size, tokenizer=tokenizer, work=work_dir,
-        read=ReadOptions(config=config, layout=source_layout, optimizer=False), quiet=console.settings.quiet,
+        read=ReadOptions(config=config, layout=layout, optimizer=False), quiet=console.settings.quiet,
     )  # fmt: skip
     found = run_evaluation(checkpoints, options, console.progress_bar)
     document = found.to_json()

@@ -5,10 +5,15 @@ Written for lighteval 0.13.0. What is particular to it is said where it is done.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# lighteval imports a package named evaluate, which must not be a neighbour of this script.
+if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[0]
 
 
 def _plain_config(name: str, task: dict[str, Any]) -> Any:
@@ -59,7 +64,7 @@ def main() -> None:
     from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
 
     module = _registered(asked)
-    pipeline = Pipeline(
+    run = Pipeline(
         tasks=",".join(name if "|" in name else f"{name}|0" for name in asked["tasks"]),
         pipeline_parameters=PipelineParameters(
             launcher_type=ParallelismManager.NONE, custom_tasks_directory=module, max_samples=asked["limit"]
@@ -71,10 +76,10 @@ def main() -> None:
             override_chat_template=False,
         ),
     )  # fmt: skip
-    pipeline.evaluate()
-    results = pipeline.get_results()["results"]
+    run.evaluate()
+    results = run.get_results()["results"]
     found = {}
-    for full, details in pipeline.get_details().items():
+    for full, details in run.get_details().items():
         name = full.rpartition("|")[0] if full.endswith("|0") else full
         values = _numbers(results.get(full, {}))
         by_sample: dict[str, dict[str, float]] = {}

@@ -17,12 +17,14 @@ from smolconv.errors import CorruptFile, MachineError, NotInstalled, UsageError
 from smolconv.parsing import read_json
 from smolconv.processes import EMPTY_FOLDER, safe_environment
 
+#: In the environment: the Python of lighteval's environment.
+LIGHTEVAL_PYTHON = "SMOLCONV_LIGHTEVAL_PYTHON"
 _CHILD = Path(__file__).absolute().parent / "lighteval_child.py"
 _INSTALL = (
     "Make an environment for it:\n"
     "  python3 -m venv lighteval-env\n"
     '  lighteval-env/bin/pip install torch "lighteval==0.13.0" "xxhash<4"\n'
-    "and name its Python: --engine-python lighteval-env/bin/python, or SMOLCONV_LIGHTEVAL_PYTHON."
+    f"and name its Python: --engine-python lighteval-env/bin/python, or {LIGHTEVAL_PYTHON}."
 )
 _MOST_LOG_LINES = 6
 
@@ -71,24 +73,26 @@ class Lighteval:
         return _scores(read_json(answer), answer)
 
 
+def lacking_lighteval(given: str) -> str | None:
+    """Why a program is no Python that has lighteval; None where it is one."""
+    python = shutil.which(given)
+    if python is None:
+        return f"{given:.200} is no program"
+    ended = subprocess.run(
+        [os.path.abspath(python), "-c", "import importlib.util as u, sys; sys.exit(not u.find_spec('lighteval'))"],
+        capture_output=True, env=safe_environment(), check=False, cwd=EMPTY_FOLDER,
+    )  # fmt: skip
+    return f"{given:.200} has no lighteval" if ended.returncode else None
+
+
 def _find_python(given: str | None) -> str:
     if given is None and find_spec("lighteval") is not None:
         return sys.executable
     if given is None:
         raise NotInstalled(f"--engine lighteval: lighteval is not in this environment.\n{_INSTALL}")
-    python = shutil.which(given)
-    if python is None:
-        raise UsageError(
-            f"--engine-python {given:.300} is no program.\nExpected a Python that has lighteval.\n{_INSTALL}"
-        )
-    python = os.path.abspath(python)
-    ended = subprocess.run(
-        [python, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('lighteval'))"],
-        capture_output=True, env=safe_environment(), check=False, cwd=EMPTY_FOLDER,
-    )  # fmt: skip
-    if ended.returncode:
-        raise NotInstalled(f"--engine-python {python} has no lighteval.\n{_INSTALL}")
-    return python
+    if (reason := lacking_lighteval(given)) is not None:
+        raise NotInstalled(f"--engine-python: {reason}.\n{_INSTALL}")
+    return os.path.abspath(shutil.which(given) or given)
 
 
 def _question(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
