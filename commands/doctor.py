@@ -36,7 +36,8 @@ def doctor(
         typer.Option(
             "--for",
             metavar="COMMAND",
-            help="End with 5 when it cannot run here: convert, hub, verify, continue-train, tokenize, import-gguf, evaluate.",
+            help="End with 5 when it cannot run here: convert, hub, verify, continue-train, tokenize, import-gguf or "
+            "evaluate.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,

@@ -21,7 +21,7 @@ _EPILOG = """
 
     smolconv evaluate before run --held-out tokens/held-out
 
-    smolconv evaluate run/checkpoints/step-1000 --tasks arc_easy,hellaswag --limit 200 --json
+    smolconv evaluate run --tasks arc_easy,hellaswag --limit 200 --json
 """
 
 
