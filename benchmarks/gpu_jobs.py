@@ -1,5 +1,6 @@
-"""What ``gpu_check.py`` computes on a device, each job in a process of its own: ``python gpu_jobs.py JOB.json``.
+"""What ``gpu_check.py`` computes on a device, each job in a process of its own: ``python gpu_jobs.py``.
 
+Its standard input names a file, JOB.json. A process that is started ahead of its job has then imported everything.
 JOB.json is ``{"job": a name of JOBS, "result": a path, ...the function's keywords}``; the result is JSON, too. A kernel
 that faults takes its process with it and no other one, and each job's peak memory is its own.
 Shapes use: T tokens of all documents, H query heads, K key/value heads, D head size.
@@ -7,6 +8,8 @@ Shapes use: T tokens of all documents, H query heads, K key/value heads, D head 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from smolconv.continual_pretraining.engine import attention as attentions
 from smolconv.continual_pretraining.engine.attention import KERNELS, choose_attention, pack
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.recipe import schema as recipe
@@ -38,16 +42,16 @@ _FLOOR = 0.1
 
 
 def machine() -> dict[str, Any]:
-    """The GPU, or ``{"gpu": None}``; versions; which kernels cannot run here, and why."""
-    if not torch.cuda.is_available():
-        return {"gpu": None, "torch": torch.__version__}
+    """The GPU, or ``"gpu": None``; versions; which kernels cannot run here, and why."""
+    here = torch.cuda.is_available()
+    missing = {"flash": attentions._no_flash(), "varlen": attentions._no_varlen(), "liger": _no_liger()}
+    unable = {name: why for name, why in missing.items() if why}
+    if not here:
+        return {"gpu": None, "torch": torch.__version__, "unable": unable}
     properties = torch.cuda.get_device_properties(0)
-    unable = {}
     for name in ("flash", "varlen"):
-        try:
-            choose_attention(name, "cuda:0", torch.bfloat16)
-        except SmolconvError as error:
-            unable[name] = str(error).partition("\n")[0]
+        if why := attentions._unable("cuda:0", torch.bfloat16):
+            unable.setdefault(name, f"this kernel {why}")
     return {
         "gpu": torch.cuda.get_device_name(0),
         "bytes": properties.total_memory,
@@ -59,13 +63,26 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _no_liger() -> str | None:
+    try:
+        import liger_kernel.transformers as liger
+
+        for architecture in ("llama", "smollm3"):
+            getattr(liger, f"apply_liger_kernel_to_{architecture}")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"liger-kernel cannot be used here: {error}".partition("\n")[0]
+    return None
+
+
 def kernel_errors(
     *, kernel: str, dtype: str, shapes: Sequence[Sequence[int]], lengths: Sequence[int],
-    configs: Sequence[Mapping[str, Any]], config_lengths: Sequence[int], device: str,
+    configs: Sequence[Mapping[str, Any]], config_lengths: Sequence[int], device: str, stand_in: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """``attention_errors`` of every (heads, key/value heads, head size), and ``model_errors`` of every config; what one
-    of them raised is ``{"error": what}`` in its place.
+    of them raised is ``{"error": what}`` in its place. With ``stand_in``, torch's varlen_attn is a plain computation.
     """
+    if stand_in:
+        _stand_in_for_varlen()
     same = {"kernel": kernel, "dtype": dtype, "device": device}
     attention = [
         _or_error(attention_errors, heads=heads, kv_heads=kv_heads, head_size=size, lengths=lengths, **same)
@@ -73,6 +90,34 @@ def kernel_errors(
     ]
     models = [_or_error(model_errors, config=config, lengths=config_lengths, **same) for config in configs]
     return {"attention": attention, "models": models}
+
+
+def _stand_in_for_varlen() -> None:
+    """A plain computation in the place of torch's kernel, called by the installed release's own arguments, on a CPU."""
+    from torch.nn.attention import varlen
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    @functools.wraps(varlen.varlen_attn)
+    def plain(*args: Any, **options: Any) -> torch.Tensor:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        if q.shape[1] != k.shape[1] and not given.get("enable_gqa"):
+            raise ValueError(f"{k.shape[1]} key/value heads for {q.shape[1]} query heads")
+        causal = given.get("is_causal") or given.get("window_size") == (-1, 0)
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x[a:b].transpose(0, 1).float() for x in (q, k, v)), is_causal=causal, scale=given.get("scale"),
+                enable_gqa=q.shape[1] != k.shape[1],
+            ).transpose(0, 1)
+            for a, b in itertools.pairwise(given["cu_seq_q"].tolist())
+        ]  # fmt: skip
+        return torch.cat(parts).to(q.dtype)
+
+    varlen.varlen_attn = plain
+    attentions._unable = lambda *_: None
 
 
 def _or_error(job: Callable[..., dict[str, Any]], **given: Any) -> dict[str, Any]:
@@ -90,7 +135,7 @@ def attention_errors(
 ) -> dict[str, float]:
     """Of a kernel's output and gradients: the worst document's root mean square error, by that of its values.
 
-    Expected values are softmax(QK^T)V of each document alone, spelt out in float32 on the CPU, from the same numbers.
+    Expected values are softmax(QK^T)V of each document alone, spelt out in float64 on the CPU, from the same numbers.
 
     Raises ``NotInstalled`` and ``UsageError`` where the kernel cannot run.
     """
@@ -115,7 +160,7 @@ def attention_errors(
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     back = order.argsort()
     return {
-        name: _worst_document(mine.float().cpu()[back], theirs, lengths)
+        name: _worst_document(mine.double().cpu()[back], theirs, lengths)
         for name, mine, theirs in zip(names, found, expected)
     }
 
@@ -125,7 +170,7 @@ def _documents_alone(
 ) -> list[torch.Tensor]:
     parts: list[list[torch.Tensor]] = []
     shared = query.shape[1] // key.shape[1]
-    for q, k, v, gradient in zip(*(tensor.float().split(list(lengths)) for tensor in (query, key, value, of_output))):
+    for q, k, v, gradient in zip(*(tensor.double().split(list(lengths)) for tensor in (query, key, value, of_output))):
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         keys, values = (tensor.repeat_interleave(shared, 1) for tensor in leaves[1:])
         scores = torch.einsum("qhd,khd->hqk", leaves[0], keys) / math.sqrt(q.shape[-1])
@@ -281,6 +326,26 @@ def train(*, document: Mapping[str, Any], config: Mapping[str, Any], run: str, w
     }
 
 
+def saves(*, run: str) -> dict[str, Any]:
+    """The worker's own run of a recipe, with every save timed: the training's wait for it, and the steps' seconds."""
+    from smolconv.continual_pretraining.run import trainer, worker
+
+    stalls: dict[int, float] = {}
+
+    class Timed(trainer.Trainer):
+        def _save(self, data: Any, **given: Any) -> None:
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            super()._save(data, **given)
+            stalls[data.step] = time.perf_counter() - began
+
+    trainer.Trainer = Timed  # type: ignore[misc]
+    worker.run_rank(Path(run), "auto")
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {"stalls": stalls, "seconds": {line["step"]: line["seconds"] for line in lines if "seconds" in line}}
+
+
 def _graphs() -> int:
     """How many torch.compile made in this process."""
     from torch._dynamo.utils import counters
@@ -332,13 +397,18 @@ def _peak_bytes(device: torch.device) -> dict[str, int]:
 
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (machine, kernel_errors, long_document, tiny_checkpoint, train, hf_trainer)
+    for function in (machine, kernel_errors, long_document, tiny_checkpoint, train, saves, hf_trainer)
 }
 
 
 def main() -> None:
     """Write ``{"found": ...}``, or ``{"error": class, "message": ...}`` for what the job raised."""
-    given = json.loads(Path(sys.argv[1]).read_text())
+    if "--ahead" in sys.argv:
+        import deepspeed  # noqa: F401  # it takes seconds, and most jobs need it
+    paper = sys.stdin.readline().strip()
+    if not paper:
+        return  # nothing is left to do
+    given = json.loads(Path(paper).read_text())
     job, result = JOBS[given.pop("job")], Path(given.pop("result"))
     try:
         document: dict[str, Any] = {"found": job(**given)}

@@ -34,6 +34,22 @@ _INIT = """
 
     smolconv recipe init try-out my.yaml
 """
+_VALIDATE = """
+**Examples**
+
+    smolconv recipe validate try-out
+
+    smolconv recipe validate my.yaml --set schedule.train_steps=2000
+
+`smolconv continue-train my.yaml --dry-run` looks at what must be there for a start: source, data, packages, disk.
+"""
+_SCHEMA = """
+**Example**
+
+    smolconv recipe schema > recipe.schema.json
+
+`recipe init` writes a first line by which editors with a YAML language server find the schema.
+"""
 _FROM_NANOTRON = """
 **Examples**
 
@@ -79,9 +95,42 @@ def init(
 ) -> None:
     """Copy a recipe to a file of your own, to be edited."""
     from smolconv.continual_pretraining.recipe.files import read_recipe
+    from smolconv.continual_pretraining.recipe.json_schema import with_modeline
 
-    _write(out, read_recipe(name), overwrite)
+    _write(out, with_modeline(read_recipe(name)), overwrite)
     console.line(str(out))
+
+
+@recipe_app.command(epilog=_VALIDATE)
+def validate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Check a recipe's fields; exit 2 with the line of every mistake."""
+    from smolconv.continual_pretraining.recipe.files import load_recipe, notes
+
+    found = load_recipe(recipe, set_ or [])
+    remarks = notes(found)
+    if as_json:
+        console.print_json({"schema": 1, "recipe": found.model_dump(mode="json"), "notes": remarks})
+        return
+    for line in remarks:
+        console.say(line)
+    console.line(
+        f"{recipe} is valid: {found.schedule.train_steps:,} steps of {found.tokens_per_step:,} tokens "
+        f"from {found.model.source}"
+    )
+
+
+@recipe_app.command(epilog=_SCHEMA)
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and other programs."""
+    from smolconv.continual_pretraining.recipe.json_schema import recipe_schema
+
+    console.print_json(recipe_schema())
 
 
 @recipe_app.command(epilog=_FROM_NANOTRON)

@@ -113,6 +113,10 @@ class StoppedBySignal(SmolconvError):
     exit_code = 75
 
 
+class StoppedByRequest(StoppedBySignal):
+    """The same, by `smolconv stop`."""
+
+
 class ParityFailed(SmolconvError):
     """Two checkpoints are not the same model."""
 

@@ -95,7 +95,7 @@ class Touch:
 
 
 #: Commands whose start tests do not look at.
-_FORKED = frozenset({"convert", "inspect", "diff", "verify", "import-gguf", "recipe"})
+_FORKED = frozenset({"convert", "inspect", "diff", "verify", "import-gguf", "recipe", "runs", "stop", "save"})
 
 
 def run_cli(

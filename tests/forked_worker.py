@@ -57,7 +57,7 @@ def work(
     import yaml
 
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    for old in (run / "logs").glob("*"):
+    for old in (run / "logs").glob("*.*"):
         old.unlink()
     (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(dict(document)))
     port = str(_free_port())

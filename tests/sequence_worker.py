@@ -15,6 +15,7 @@ from training_model_worker import Packed
 
 from smolconv.continual_pretraining.engine.model import build_model
 from smolconv.continual_pretraining.engine.sequence import join_sequence_ranks
+from smolconv.continual_pretraining.engine.tiling import tile_mlp
 from smolconv.continual_pretraining.recipe import schema as recipe
 
 
@@ -24,6 +25,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     sequence = join_sequence_ranks(rank, world_size, case["sequence_ranks"])
     built: Any = build_model(case["config"], recipe.Model(source="-", **case["model"]), "cpu", sequence)
     built.load_state_dict(case["weights"])
+    tile_mlp(built, case["tile_tokens"])
     loss, targets = built(**Packed(*case["batch"])._asdict())
     loss.backward()
     found = {"loss": loss.detach().clone(), **{name: each.grad for name, each in built.named_parameters()}}

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from smolconv.models.huggingface import parameter_shapes, spec_from_hf
 
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
-COMMANDS = ("inspect", "diff", "convert", "verify", "import-gguf", "tokenize", "plot", "doctor")
+COMMANDS = ("inspect", "diff", "convert", "verify", "import-gguf", "tokenize", "plan", "plot", "doctor")
 
 
 def modules_after(*words: object) -> set[str]:

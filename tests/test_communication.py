@@ -150,6 +150,28 @@ def test_eight_ranks_send_the_least_too(tmp_path):
         assert 0.99 < of_the_least(sent, ranks, (4 if stage == 1 else 4 * accumulation) + 2) < 1.1
 
 
+def test_what_ranks_of_a_row_send_is_what_heads_against_tokens_need(tmp_path):
+    """SmolLM3-3B at 64k, by hand: queries, as many keys and values as ranks at least, and attention's output, in bf16."""
+    sizes = (2, 8)
+    code = (
+        f"import json, os, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(BENCHMARKS)!r})\nimport communication\n"
+        "Path(sys.argv[1]).write_text(json.dumps(communication.measure_shared(int(sys.argv[2]))))\nos._exit(0)\n"
+    )
+    forks = [
+        Fork(code=code, words=("measure", str(tmp_path / f"{size}.json"), str(size)), environment={}, log=tmp_path / f"{size}.log")
+        for size in sizes
+    ]  # fmt: skip
+    for i, ended in run_ranks(forks, on_cpu=True).items():
+        assert ended == 0, forks[i].log.read_text()[-3000:]
+    for size in sizes:
+        found = json.loads((tmp_path / f"{size}.json").read_text())
+        heads = 16 + 2 * max(4, size) + 16
+        once = 36 * 65536 // size * heads * 128 * 2 * (size - 1) / size
+        # Backward as forward; checkpointing repeats the forward pass.
+        assert communication.sent_at_64k(found, size, "kept") == pytest.approx(2 * once)
+        assert communication.sent_at_64k(found, size, "checkpointed") == pytest.approx(3 * once)
+
+
 def test_a_collective_is_counted_as_a_ring_sends_it():
     """4 ranks, 100 float32: worked out by hand."""
     expected = {

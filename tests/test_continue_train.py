@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState
 from smolconv.continual_pretraining.run.folder import as_it_began, changes, check_run, write_recipe
+from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
 from smolconv.errors import CorruptFile, MissingFile, OutputLocked, UsageError
 
+SMOLLM3 = FIXTURES / "nanotron" / "smollm3-tiny" / "tp1-pp2-dp1-zero0"
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 
 
@@ -42,7 +46,7 @@ def recipe(**changed: Any) -> Recipe:
 def saved_run(run: Path, given: Recipe) -> Path:
     """A run's folder with a checkpoint, as far as the start looks at it."""
     write_recipe(given, run)
-    (run / "checkpoints" / "step-2").mkdir(parents=True)
+    (run / "checkpoints" / "step-2").mkdir(parents=True, exist_ok=True)
     (run / "checkpoints" / "latest").write_text("step-2\n")
     return run
 
@@ -77,11 +81,71 @@ def test_a_dry_run_as_json_is_one_document(tmp_path, recipe_file):
     assert document["problems"] == []
 
 
-def test_a_dry_run_says_which_data_is_not_there_yet(tmp_path, recipe_file):
+def test_a_dry_run_shows_its_plan_before_it_says_which_data_is_not_there(tmp_path, recipe_file):
     override = "data.stages=[{name: a, sources: [{path: /no/tokens}]}]"
-    code, stdout, _ = continue_train(recipe_file, "--dry-run", "--json", "--set", override)
-    assert code == 0
-    assert "/no/tokens" in json.loads(stdout)["problems"][0]
+    code, stdout, stderr = continue_train(recipe_file, "--dry-run", "--json", "--set", override)
+    assert code == 3
+    assert "/no/tokens" in json.loads(stdout)["problems"][0] and "/no/tokens" in stderr
+    assert continue_train(recipe_file, "--dry-run", "--set", override).stdout.count("# ") > 6
+
+
+def _weights_alone(folder: Path, source: Path, **config: Any) -> Path:
+    """The source as Hugging Face has it, without Adam's state, and with other values in its config."""
+    run_conversion(plan_conversion(source, folder, ConvertOptions(to="huggingface", optimizer=False, digest="none")))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, **config}))
+    return folder
+
+
+def _planted(tmp_path: Path) -> dict[str, tuple[list[str], int, list[str]]]:
+    """Mistakes by name: the words that make one, the exit code, and what must be said."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    weights = _weights_alone(tmp_path / "weights", SOURCE)
+    irregular = _weights_alone(tmp_path / "irregular", SMOLLM3, no_rope_layers=[1, 0, 0, 1, 1, 1, 1, 1])
+    missing = "[{name: a, sources: [{path: no/one}, {path: no/two}]}]"
+    return {
+        "no source": (["model.source=no/model"], 3, ["no/model is not there", "hf download"]),
+        "a source that is none": ([f"model.source={empty}"], 3, [str(empty)]),
+        "no data": (
+            [f"data.stages={missing}"], 3,
+            ["no/one is not there", "no/two is not there", "smolconv tokenize TEXT no/two --tokenizer"],
+        ),
+        "all at once": (
+            ["model.source=no/model", f"data.stages={missing}", "logging.wandb=x"], 5,
+            ["4 things", "no/model", "no/one", "no/two", "pip install wandb"],
+        ),
+        "no held-out data": (
+            ["evaluation={every_steps: 2, sources: [{path: no/held-out}]}"], 3, ["no/held-out is not there"],
+        ),
+        "another EOS": (["data.eos_token_id=7"], 2, ["data.eos_token_id"]),
+        "no such token": (["data.eos_token_id=99999"], 2, ["outside the vocabulary"]),
+        "a tracker": (["logging.wandb=x"], 5, ["logging.wandb needs wandb"]),
+        "kernels without a GPU": (["model.liger=on", "launch.slurm.gpus_per_node=0"], 2, ["model.liger is on"]),
+        "no Adam": (["start.optimizer=true", f"model.source={weights}"], 2, ["holds no Adam state"]),
+        "too long": (["data.sequence_length=100000", "parallelism.global_batch_sequences=4"], 2, ["max_positions"]),
+        "an export": (
+            ["export={formats: [nanotron]}", f"model.source={irregular}"], 2, ["nanotron cannot hold"],
+        ),
+        "a step that cannot be shared": (["parallelism.global_batch_sequences=3", "launch.ranks_per_node=2"], 2, ["ranks"]),
+        "no launcher": (["launch.launcher=slurm", "launch.ranks_per_node=1"], 5, ["sbatch, which is not on"]),
+    }  # fmt: skip
+
+
+def test_a_run_and_its_dry_run_refuse_the_same_mistakes_and_write_nothing(tmp_path, recipe_file, monkeypatch):
+    """Twelve mistakes and two more: exit code and words agree, and nothing appears."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no sbatch
+    planted = _planted(tmp_path)
+    before = files_below(tmp_path)
+    for name, (changed, code, said) in planted.items():
+        words = [word for change in changed for word in ("--set", change)]
+        dry, started = continue_train(recipe_file, "--dry-run", *words), continue_train(recipe_file, *words)
+        assert dry.code == started.code == code, (name, dry.stderr, started.stderr)
+        for text in said:
+            assert text in dry.stderr, (name, text, dry.stderr)
+        assert dry.stderr.endswith(started.stderr), (name, dry.stderr, started.stderr)
+        assert files_below(tmp_path) == before, name
+    assert continue_train(recipe_file, "--dry-run").code == 0  # control
 
 
 @pytest.mark.parametrize(
@@ -100,7 +164,14 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, reci
 
 
 def finished(run: Path, given: Path, step: int = 3) -> None:
-    """A run's folder in which ``step`` steps are done, as far as a dry run looks at it."""
+    """A run's folder in which ``step`` steps are done; its checkpoint is the source, as one rank would have it."""
+    options = ConvertOptions(to="deepspeed", zero_stage=1, world_size=1, dtype="float32")
+    with_groups = plan_conversion(SOURCE, run.parent / "as-deepspeed", options)
+    run_conversion(with_groups)
+    tag = run.parent / "as-deepspeed" / (run.parent / "as-deepspeed" / "latest").read_text()
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(tag, run / "checkpoints" / "step-2")
+    shutil.copy(run.parent / "as-deepspeed" / "config.json", run / "checkpoints" / "step-2")
     saved_run(run, load_recipe(given))
     state = RunState(
         step=step, position={"step": step, "stages": []}, zero_stage=1, world_size=1, dtype="float32",

@@ -151,6 +151,8 @@ def test_every_extra_of_a_command_is_one_that_the_package_has():
 
 
 def test_for_a_command_that_cannot_run_the_exit_code_is_5(tmp_path):
+    for heavy in ("torch", "transformers", "accelerate", "deepspeed", "datasets", "datatrove"):
+        shadowed(tmp_path, heavy, "")  # seconds of imports that the exit code does not ask for
     done = run_cli(
         "doctor", "--for", "tokenize", env=shadowed(tmp_path, "orjson", "raise ImportError('no such symbol')")
     )

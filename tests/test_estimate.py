@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.config import engine_config, tiles_mlp
 from smolconv.continual_pretraining.engine.optimizer import group_parameters, torch_groups
 from smolconv.continual_pretraining.estimate.estimate import Estimate, estimate
 from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
 from smolconv.continual_pretraining.estimate.memory import memory_parts
-from smolconv.continual_pretraining.estimate.report import render
+from smolconv.continual_pretraining.estimate.report import duration, render
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import prune, publish, saved_steps, step_folder
 from smolconv.errors import UsageError
 from smolconv.models.huggingface import spec_to_hf
 from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import memory
 
 N_135M = 134_515_008
 N_SMOLLM3 = 3_075_098_624
@@ -151,7 +155,8 @@ STATES = [
     ("bfloat16", 3, "optimizer", 0, 2),
     ("bfloat16", 3, "all", 0, 0),
 ]
-BESIDE = ("gathered", "reduction", "activations", "logits", "gradient of the head", "CUDA", "gradient on its way")
+BESIDE = ("gathered", "reduction", "activations", "last norm", "logits", "gradient of the head", "CUDA",
+          "gradient on its way", "a layer walked back")  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "stage", "offload", "whole", "split"), STATES)
@@ -179,11 +184,34 @@ def test_offloading_moves_masters_and_moments_to_the_host():
     assert not any(part.name == "Adam's moments" and part.where == "gpu" for part in found)
 
 
-def test_two_groups_below_deepspeeds_bucket_are_copied_together_and_large_ones_are_not():
-    assert parts(recipe(), world_size=2)["reduction buffers (gpu)"] == 4 * N_135M
-    # One group alone is more than 5e8 elements.
-    assert "reduction buffers (gpu)" not in parts(recipe(), SMOLLM3, world_size=2)
-    assert "reduction buffers (gpu)" not in parts(recipe())  # one rank reduces nothing
+def reduction_bytes(spec: ModelSpec, ranks: int, **parallelism: Any) -> int:
+    given = recipe(**{f"parallelism__{name}": value for name, value in parallelism.items()})
+    return parts(given, spec, ranks).get("reduction buffers (gpu)", 0)
+
+
+def test_reduction_buffers_by_hand():
+    """Buckets of 5e7; SmolLM2-135M's embedding has 2.8e7, SmolLM3's 2.6e8 and is reduced by itself."""
+    bucket, embedding = 50_000_000, 128256 * 2048
+    for stage in (1, 2):
+        single = 2 * bucket + (2 + 4) * bucket if stage == 2 else 0  # one rank overlaps nothing
+        assert reduction_bytes(SMOLLM2_135M, 1, zero_stage=stage) == single
+    # ZeRO-1 in bf16: in place, or what is sent and what comes of up to 2.5e8 elements of a group.
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=1) == 0
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=1, reduce_dtype="bfloat16") == 2 * 250_000_000 * 9 // 8
+    decayed = N_135M - 49152 * 576
+    assert reduction_bytes(SMOLLM2_135M, 2, zero_stage=1, reduce_dtype="bfloat16") == 2 * decayed * 3 // 2
+    # ZeRO-2: two buckets, and what is flattened, cast where it is not sent as it is.
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=2) == 2 * 2 * bucket + (2 + 4) * bucket
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=2, reduce_dtype="bfloat16") == (2 * 2 + 2) * bucket
+    assert reduction_bytes(SMOLLM3, 8, zero_stage=2) == 2 * 2 * bucket + (2 + 4 + 2) * embedding
+    # ZeRO-3 has one bucket, of what is sent.
+    assert reduction_bytes(SMOLLM2_135M, 8, zero_stage=3) == 2 * reduction_bytes(
+        SMOLLM2_135M, 8, zero_stage=3, reduce_dtype="bfloat16"
+    )
+    # ZeRO-1 that sums in fp32 on the parameters.
+    hosted = {"zero_stage": 1, "offload": "optimizer", "global_batch_sequences": 8}
+    assert reduction_bytes(SMOLLM2_135M, 8, **hosted) == 4 * (2 + 1) * bucket
+    assert reduction_bytes(SMOLLM2_135M, 8, **hosted, reduce_dtype="bfloat16") == (4 * (2 + 1) + 2) * bucket
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -224,21 +252,98 @@ def test_checkpointing_and_liger_take_less(changes):
 
 
 def test_checkpointed_activations_by_hand():
-    """SmolLM2-135M, one sequence of 4096: 30 inputs of 576 in bf16, one whole layer, its walk back, both ends."""
-    norm, attention, mlp = (4 + 2 * 2) * 576, 2 * (2 * 576 + 2 * 192) + 4 * 9, 4 * 2 * 1536
-    by_position = 30 * 2 * 576 + 2 * norm + attention + mlp + 2 * (3 * 1536 + 2 * 576) + 4 * 576 + norm
-    assert parts(recipe(model__activation_checkpointing=True))["activations (gpu)"] == 4096 * by_position
-    moved = parts(recipe(model__activation_checkpointing=True, model__activation_offload=True))
-    assert moved["activations (host)"] == 4096 * 30 * 2 * 576
-    assert moved["activations (gpu)"] == 4096 * (by_position - 29 * 2 * 576)
+    """SmolLM2-1.7B, one sequence of 4096: 24 inputs of 2048 in bf16, one whole layer and its walk back, no logits."""
+    norm, attention, mlp = (4 + 2 * 2) * 2048, 2 * (2 * 2048 + 2 * 2048) + 4 * 32, 4 * 2 * 8192
+    spec = real("llama", 24, 2048, 8192, 32, 32, 49152)
+    long = {"model__activation_checkpointing": True, "model__tiled_mlp": "off", "data__sequence_length": 32768}
+    found = parts(recipe(**long), spec)
+    assert found["activations (gpu)"] == 32768 * 24 * 2 * 2048
+    assert found["a layer walked back (gpu)"] == 32768 * (2 * norm + attention + mlp + 2 * (2 * 8192 + 2048))
+    assert found["gradient of the head (gpu)"] == 2 * 49152 * 2048  # tied: it waits for the embedding's
+    assert "logits (gpu)" not in found
+    moved = parts(recipe(**long, model__activation_offload=True), spec)
+    assert moved["activations (host)"] == found["activations (gpu)"] == 24 * moved["activations (gpu)"]
+
+
+def test_a_tiled_mlp_by_hand():
+    """SmolLM3 at 64k over 2 ranks: of the SwiGLU, 8192 positions at once, in a bf16 forward pass and its walk back."""
+    changes = {
+        "model__activation_checkpointing": True, "data__sequence_length": 65536, "parallelism__sequence_ranks": 2,
+    }  # fmt: skip
+    plain, tiled = (parts(recipe(**changes, model__tiled_mlp=way), SMOLLM3, 8) for way in ("off", "auto"))
+    width, hidden = 11008, 2048
+    norms_and_attention = 2 * 8 * hidden + 2 * (2 * 2048 + 2 * 512) + 4 * 16
+    assert plain["a layer walked back (gpu)"] == 32768 * (norms_and_attention + 2 * (4 + 2) * width + 2 * hidden)
+    assert tiled["a layer walked back (gpu)"] == 32768 * (norms_and_attention + 2 * 2 * hidden)
+    assert tiled["a tile of the MLP (gpu)"] == 8192 * 2 * (4 + 2) * width
+    assert tiled["gradients of a tiled MLP (gpu)"] == (4 + 2) * 3 * hidden * width
+    assert sum(plain.values()) - sum(tiled.values()) > 2e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "tiles"),
+    [
+        ({"micro_batch_sequences": 3}, False),  # the published 4k stages
+        ({"micro_batch_sequences": 4}, False),  # as many as two tiles
+        ({"micro_batch_sequences": 6}, True),
+        ({"micro_batch_sequences": 6, "sequence_ranks": 2}, False),
+        ({"micro_batch_sequences": 6, "activation_checkpointing": False}, False),
+        ({"micro_batch_sequences": 3, "activation_checkpointing": False, "tiled_mlp": "on"}, True),
+        ({"micro_batch_sequences": 2, "tiled_mlp": "on"}, False),  # one tile
+        ({"micro_batch_sequences": 6, "tiled_mlp": "off"}, False),
+    ],
+)
+def test_only_long_rows_are_tiled(changes, tiles):
+    model = {name: changes[name] for name in ("activation_checkpointing", "tiled_mlp") if name in changes}
+    fields = {f"parallelism__{name}": value for name, value in changes.items() if name not in model}
+    fields |= {f"model__{name}": value for name, value in ({"activation_checkpointing": True} | model).items()}
+    assert tiles_mlp(recipe(**fields)) is tiles
 
 
 def test_logits_do_not_grow_beyond_a_chunk():
     """2^27 logits are 2730 positions of 49,152; the head's gradient is summed in fp32 when there are several chunks."""
     short, long = (parts(recipe(data__sequence_length=length)) for length in (512, 8192))
-    assert (short["logits (gpu)"], long["logits (gpu)"]) == (512 * 49152 * 8, 2730 * 49152 * 8)
-    assert short["gradient of the head (gpu)"] == 2 * 49152 * 576
-    assert long["gradient of the head (gpu)"] == (4 + 2) * 49152 * 576
+    assert (short["logits (gpu)"], long["logits (gpu)"]) == (512 * 49152 * 10, 2730 * 49152 * 10)
+    assert "gradient of the head (gpu)" not in short  # comes after the softmax, when 4 of 10 bytes are free again
+    assert long["gradient of the head (gpu)"] == 4 * 49152 * 576
+    assert long["last norm (gpu)"] == 8192 * (8 + 2) * 576
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+#: Layers of the oracle's models here; benchmarks/results/memory.md has them whole.
+FEW = 2
+
+
+def tracked(rows: str, *, shape: str = "SmolLM3-3B", given: Mapping[str, bool], **patched: Any) -> tuple[float, float]:
+    """The estimate's activations and peak by those that torch's tracker counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(memory.CONFIGS, shape, memory.shortened(memory.CONFIGS[shape], FEW))
+        for name, value in patched.items():
+            patch.setattr(memory, name, value)
+        return memory.compare(memory.Cell(shape=shape, rows=rows, **given)).ratios
+
+
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [
+        ("3 x 4k, packed", {"checkpointing": False}),
+        ("1 x 64k", {"checkpointing": True}),
+        ("1 x 64k", {"checkpointing": True, "tiled": True}),
+    ],
+)
+def test_activations_and_peak_are_what_torchs_tracker_counts(rows, given):
+    assert tracked(rows, given=given) == pytest.approx((1, 1), abs=memory.LIMIT)
+
+
+def test_attention_that_keeps_float32_keys_for_every_query_head_would_be_noticed():
+    stand_in = memory.flash_stand_in
+
+    def keeps(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        every = [each.float().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (query, key, value)]
+        return stand_in(*every, *rest).to(query.dtype)
+
+    assert tracked("1 x 32k", given={"checkpointing": False}, flash_stand_in=keeps)[0] < 1 - memory.LIMIT
 
 
 RECIPES = st.builds(
@@ -259,6 +364,7 @@ def test_more_ranks_never_need_more_memory_each(given, ranks):
     assert gpu_bytes(given, SMOLLM2_135M, 2 * ranks) <= gpu_bytes(given, SMOLLM2_135M, ranks)
 
 
+@settings(deadline=None)
 @given(RECIPES, st.sampled_from([1, 2, 4]))
 def test_larger_micro_batches_and_models_need_more(given, ranks):
     larger = given.model_copy(update={"parallelism": given.parallelism.model_copy(update={"micro_batch_sequences": 8})})
@@ -266,6 +372,7 @@ def test_larger_micro_batches_and_models_need_more(given, ranks):
     assert gpu_bytes(given, SMOLLM3, ranks) > gpu_bytes(given, SMOLLM2_135M, ranks)
 
 
+@settings(deadline=None)
 @given(RECIPES.filter(lambda each: each.parallelism.zero_stage == 3 or each.model.dtype == "float32"))
 def test_offloading_never_needs_more_of_the_gpu(given):
     moved = {"none": "optimizer", "optimizer": "none"}[given.parallelism.offload]
@@ -285,8 +392,8 @@ def test_smollm3_on_384_h100_takes_24_days():
     assert found.days == pytest.approx(24, rel=0.02)
     assert found.tokens == pytest.approx(11.2e12, rel=1e-6)
     assert found.mfu_nanotron == pytest.approx(0.314, abs=1e-3)
-    assert found.tokens_per_second / 384 == pytest.approx(14_066, rel=0.005)
-    assert found.steps_per_day * found.days == pytest.approx(steps)
+    assert found.tokens_per_second == pytest.approx(384 * 14_066, rel=0.005)
+    assert found.steps_per_day == pytest.approx(steps / 24, rel=0.02)
     with pytest.raises(UsageError, match="576"):
         estimate(recipe(), SMOLLM3, 384)
 
@@ -440,6 +547,27 @@ def test_everything_is_shown_and_goes_through_json():
     assert len(curve) == 60 and curve[0] == "▁" and curve[-1] == "█"
 
 
+def test_on_cpus_no_gpu_is_spoken_of():
+    on_cpus, on_gpus = (estimate(recipe(), SMOLLM2_135M, 2, on_gpus=on) for on in (False, True))
+    text, control = (json.dumps(render(found)) for found in (on_cpus, on_gpus))
+    assert all(word in control for word in ("TFLOPS", "MFU", " a day", "GPU"))
+    assert not any(word in text for word in ("TFLOPS", "MFU", " a day", "GPU", "CUDA", "NCCL"))
+    document = json.loads(json.dumps(on_cpus.to_json(), allow_nan=False))
+    assert all(document[name] is None for name in ("days", "mfu", "peak_tflops", "seconds_per_step", "save_seconds"))
+    assert document["gpu_bytes"] == 0 < document["host_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (9.67e-08 * 86_400, "0.00835 s"), (0.8, "0.8 s"), (12.34, "12.3 s"), (119, "119 s"), (600, "10 minutes"),
+        (3 * 3600, "3 hours"), (24 * 86_400, "24 days"), (1.5e8, "1,736.1 days"),
+    ],
+)  # fmt: skip
+def test_durations_are_for_people(seconds, text):
+    assert duration(seconds) == text
+
+
 # --- the real engine --------------------------------------------------------------------------------------------------
 
 #: Enough parameters that activations of 16 positions hardly count beside them.
@@ -537,7 +665,7 @@ def test_a_run_that_goes_on_is_counted_from_its_first_step():
     whole, rest = (estimate(given, SMOLLM3, 1, first_step=first) for first in (1, 61))
     step = given.tokens_per_step
     assert (whole.tokens, rest.tokens) == (100 * step, 40 * step)
-    assert rest.days == pytest.approx(0.4 * whole.days)
+    assert whole.days is not None and rest.days == pytest.approx(0.4 * whole.days)
     assert (whole.disk.saves, rest.disk.saves) == (4, 2)  # after 75 and 100
     assert [(use.stage, use.source, use.tokens) for use in rest.sources] == [
         ("a", "x", 20 * step), ("b", "x", 5 * step), ("b", "y", 15 * step),

@@ -447,7 +447,9 @@ def test_a_log_has_no_colours_whatever_the_environment_asks_for(tmp_path):
         assert b"\x1b" not in log
         said += log
     assert b"ZeroDivisionError" in said  # of the rank that failed first; the other may have been ended before
-    assert drawing_environment({"FORCE_COLOR": "1", "A": "b"}, shown=False) == {"A": "b"}
+    for shown in (False, True):  # stderr is no terminal here
+        asked = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "A": "b"}
+        assert drawing_environment(asked, shown=shown) == {"A": "b"}
 
 
 @pytest.mark.parametrize(
@@ -455,6 +457,7 @@ def test_a_log_has_no_colours_whatever_the_environment_asks_for(tmp_path):
     [
         (b"a\x1b[1;31mb\x1b[0mc", b"abc"),
         (b"\x1b]8;;https://a.b\x1b\\link\x1b]8;;\x07 \x1b[?25l\x1b(", b"link "),
+        (b"cut \x1b[3", b"cut [3"),
         (b" 10%\r 20%\r\x1b[2Kdone\r", b"done"),
         (b"dos\r", b"dos"),
         ("naïve —".encode(), "naïve —".encode()),
@@ -485,7 +488,7 @@ def test_torchrun_on_one_node_shows_rank_0_and_keeps_logs(tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_torchrun_and_deepspeed_end_with_the_failing_ranks_own_code(tmp_path, launcher):
-    given = recipe(launch={"launcher": launcher}, rank=1, do="fail", steps=10_000, gloo=True, nap=0.01)
+    given = recipe(launch={"launcher": launcher}, rank=1, do="fail", steps=10_000, files=True, nap=0.01)
     launched = Launched(given, tmp_path / "run")
     code, stderr = launched.end()
     assert code == 6, stderr
@@ -496,7 +499,7 @@ def test_torchrun_and_deepspeed_end_with_the_failing_ranks_own_code(tmp_path, la
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_torchrun_and_deepspeed_pass_a_signal_on_and_the_run_ends_with_75(tmp_path, launcher):
-    launched = Launched(recipe(launch={"launcher": launcher}, steps=10_000, gloo=True), tmp_path / "run")
+    launched = Launched(recipe(launch={"launcher": launcher}, steps=10_000, files=True), tmp_path / "run")
     launched.begun()
     launched.process.send_signal(signal.SIGUSR1)
     code, stderr = launched.end()
@@ -530,10 +533,10 @@ def test_a_second_start_that_fails_does_not_end_the_first_ones_save(tmp_path, la
 
 def test_two_starts_over_two_nodes_are_told_apart(tmp_path):
     """Each node has a launcher of its own, which learns from its ranks which start they belong to."""
-    first = two_nodes(tmp_path, steps=10_000, nap=3.0)
+    first = two_nodes(tmp_path, steps=10_000, nap=3.0, files=True)
     for node in first:
         node.begun()
-    second = two_nodes(tmp_path, rank=0, do="fail", step=1)
+    second = two_nodes(tmp_path, rank=0, do="fail", step=1, files=True)
     assert all(node.end()[0] not in (0, 75) for node in second)
     for node in first:
         node.process.send_signal(signal.SIGTERM)
@@ -555,11 +558,11 @@ def two_nodes(tmp_path: Path, **fake: Any) -> list[Launched]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = {"launcher": "torchrun", "nodes": 2, "rendezvous": f"127.0.0.1:{port}"}
-    return [Launched(recipe(launch=launch, gloo=True, **fake), tmp_path / "run") for _ in range(2)]
+    return [Launched(recipe(launch=launch, **fake), tmp_path / "run") for _ in range(2)]
 
 
 def test_two_torchrun_nodes_on_loopback_train_together(tmp_path):
-    nodes = two_nodes(tmp_path)
+    nodes = two_nodes(tmp_path, gloo=True)
     ends = [node.end() for node in nodes]
     assert [code for code, _ in ends] == [0, 0], ends
     assert sum("rank 0 step 3" in stderr for _, stderr in ends) == 1
@@ -569,7 +572,7 @@ def test_two_torchrun_nodes_on_loopback_train_together(tmp_path):
 
 
 def test_a_rank_that_dies_on_one_torchrun_node_ends_both(tmp_path):
-    nodes = two_nodes(tmp_path, rank=3, do="fail", steps=10_000, nap=0.01)
+    nodes = two_nodes(tmp_path, rank=3, do="fail", steps=10_000, nap=0.01, files=True)
     ends = [node.end() for node in nodes]
     assert 6 in [code for code, _ in ends] and 0 not in [code for code, _ in ends], ends
     assert any("rank 3 of 4 failed first: TrainingStopped: the loss is nan" in stderr for _, stderr in ends)

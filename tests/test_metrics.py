@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 from smolconv.continual_pretraining.estimate.hardware import peak_flops
+from smolconv.continual_pretraining.launchers.output import plain
 from smolconv.continual_pretraining.recipe.schema import Recipe, Spikes
-from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch, _lines_backwards
+from smolconv.continual_pretraining.watch.lines import is_timestamp, lines_backwards
+from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 from smolconv.errors import MachineError, NotInstalled
 
@@ -49,6 +51,7 @@ def record(step: int, **changes: Any) -> StepRecord:
 def watch(folder: Path, given: Recipe | None = None, **changes: Any) -> Watch:
     options: dict[str, Any] = {
         "first_step": 1, "flops_per_token": 1e6, "flops_formula": "6N", "peak_flops": 8192e6, "interactive": False,
+        "resumed": changes.get("first_step", 1) > 1,
     }  # fmt: skip
     return Watch(folder, given or recipe(), **{**options, **changes})
 
@@ -69,6 +72,7 @@ def test_every_step_is_a_line_with_the_promised_fields(tmp_path):
             watched.step(record(step))
             assert len(lines(tmp_path)) == step, "a line is there as soon as its step is over"
     last = lines(tmp_path)[-1]
+    assert is_timestamp(last.pop("time"))
     # 1,024 tokens in half a second; 1e6 FLOPs each, on a machine of 8.192e9 FLOP/s: a quarter.
     assert last == {
         "step": 3, "loss": 2.997, "lr": 1e-3, "grad_norm": 0.5, "tokens": 3072, "tokens_per_second": 2048.0,
@@ -108,8 +112,9 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path, first, to
         watched.step(record(first))
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, first + 1))
     events = lines(tmp_path, "events.jsonl")
-    assert [event["step"] for event in events] == list(range(1, first + 1))
-    assert events[-1]["kind"] == "resume" and {event["kind"] for event in events[:-1]} == {"note"}
+    assert [event["step"] for event in events] == [0, *range(1, first + 1)]
+    assert events[-1]["kind"] == "resumed" and {event["kind"] for event in events[1:-1]} == {"note"}
+    assert events[0]["kind"] == "started" and all(is_timestamp(event["time"]) for event in events)
 
 
 def test_a_run_that_begins_again_begins_with_empty_files(tmp_path):
@@ -117,7 +122,8 @@ def test_a_run_that_begins_again_begins_with_empty_files(tmp_path):
         with watch(tmp_path) as watched:
             watched.event(0, "the start gate holds")
             watched.step(record(1))
-    assert len(lines(tmp_path)) == 1 and len(lines(tmp_path, "events.jsonl")) == 1
+    assert len(lines(tmp_path)) == 1
+    assert [event["kind"] for event in lines(tmp_path, "events.jsonl")] == ["started", "note"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1 << 20, (1 << 20) + 1, 3_000_000])
@@ -135,7 +141,7 @@ def test_lines_are_found_from_the_end_across_blocks(tmp_path, seed, size):
         end += len(line)
         expected += [(end, line)] if line.endswith(b"\n") else []
     with open(path, "rb") as file:
-        assert list(_lines_backwards(file.fileno())) == expected[::-1]
+        assert list(lines_backwards(file.fileno())) == expected[::-1]
 
 
 @pytest.mark.parametrize(
@@ -212,21 +218,62 @@ def test_a_pipe_gets_plain_lines_every_so_many_steps(tmp_path, capfd):
             watched.step(record(step, seconds=10.0 if step == 1 else 0.5))
         watched.evaluation(12, {"held-out": 2.5})
     said = capfd.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in said] == [f"step {k}/12" for k in (1, 5, 10, 12)] + ["step 12"]
+    assert [line.split("  ")[0] for line in said] == ["step 0", *(f"step {k}/12" for k in (1, 5, 10, 12)), "step 12"]
     # Speed, MFU and time left are not those of the first step, which was slow.
-    assert said[1].split("  ")[1:] == [
+    assert said[2].split("  ")[1:] == [
         "loss 2.9950", "lr 1.00e-03", "grad norm 0.500", "2,048 tokens/s", "MFU 25.0% (6N)", "ETA 0:00:04", "stable",
     ]  # fmt: skip
     assert "evaluation: held-out 2.5000" in said[-1] and "\x1b" not in "".join(said)
 
 
+def on_terminal(text: str) -> list[str]:
+    """Every line as it was when it was drawn over or ended: without escape codes."""
+    return [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-?]*[@-~]", "", text)) if line.strip()]
+
+
 def test_a_terminal_gets_a_live_line_and_events_above_it(tmp_path, capfd):
-    with watch(tmp_path, interactive=True) as watched:
-        watched.step(record(1))
-        watched.step(record(2))
-        watched.event(2, "saved [checkpoints/step-2]")
+    with watch(tmp_path, recipe(logging={"every_steps": 2}), interactive=True) as watched:
+        for step in range(1, 6):
+            watched.step(record(step))
+        watched.event(5, "wrote [checkpoints/step-5]")
     said = capfd.readouterr().err
-    assert "\x1b[" in said and "saved [checkpoints/step-2]" in said and "step 2/100" in said
+    assert "\x1b[" in said
+    stay = [re.split(r"  | started", plain(line).decode())[0] for line in said.encode().split(b"\n")]
+    first, live = "step 1/100", "step 5/100"
+    assert stay == ["step 0", first, "step 2/100", "step 4/100", "step 5", live, ""], "a line stays every 2 steps"
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100, 120, 200])
+@pytest.mark.parametrize("steps", [100, 1_000_000])
+def test_the_live_line_fits_the_terminal_and_drops_the_least_first(tmp_path, capfd, monkeypatch, columns, steps):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    given = recipe(steps, logging={"every_steps": 3})
+    with watch(tmp_path, given, interactive=True, first_step=steps - 2, flops_formula="6N + attention") as watched:
+        for step in range(steps - 2, steps):
+            watched.step(record(step, step_tokens=123_456_789, seconds=3000.0, stage="a long name of a stage" * 3))
+    drawn = [line for line in on_terminal(capfd.readouterr().err) if "/" in line]
+    assert drawn and all(len(line.rstrip()) < columns for line in drawn), drawn
+    assert all(f"step {steps - 2:,}/{steps:,}" in line or f"step {steps - 1:,}/{steps:,}" in line for line in drawn)
+    assert ("loss" in drawn[-1]) and ("tokens/s" in drawn[-1]) == (columns >= 80)
+    assert "stage" not in drawn[-1] or columns == 200
+
+
+def test_what_saves_took_is_in_the_next_steps_line_and_goes_to_trackers_once(tmp_path, monkeypatch):
+    fake = FakeTracker()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fake.init))
+    with watch(tmp_path, recipe(logging={"wandb": "smol"})) as watched:
+        watched.step(record(1))
+        watched.event(1, "saved", kind="saved", write_seconds=2.5, stall_seconds=0.5, bytes=100)
+        watched.step(record(2))
+        watched.step(record(3))
+    found = [(line.get("save_seconds"), line.get("stall_seconds")) for line in lines(tmp_path)]
+    assert found == [(None, None), (2.5, 0.5), (None, None)]
+    saved = next(event for event in lines(tmp_path, "events.jsonl") if event["kind"] == "saved")
+    assert (saved["write_seconds"], saved["stall_seconds"], saved["bytes"]) == (2.5, 0.5, 100)
+    assert [each for each in fake.logged if "save/save_seconds" in each[1]] == [
+        (1, {"save/save_seconds": 2.5, "save/stall_seconds": 0.5})
+    ]
+    assert not any("stall" in name for _, sent in fake.logged[2:] for name in sent)
 
 
 # --- trackers --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from smolconv.continual_pretraining.recipe import schema
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
+from smolconv.continual_pretraining.recipe.json_schema import SCHEMA_FILE
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 from smolconv.continual_pretraining.recipe.schedules import DECAYS, Schedule, learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -616,11 +617,37 @@ def test_init_copies_what_show_prints_and_overwrites_nothing(tmp_path):
     shown = run_cli("recipe", "show", "try-out")
     done = run_cli("recipe", "init", "try-out", out)
     assert (shown.code, done.code) == (0, 0)
-    assert out.read_text() == shown.stdout == shipped_recipes()["try-out"].read_text()
+    modeline, _, rest = out.read_text().partition("\n")
+    assert rest == shown.stdout == shipped_recipes()["try-out"].read_text()
+    assert modeline == f"# yaml-language-server: $schema={SCHEMA_FILE}" and SCHEMA_FILE.is_file()
+    again = tmp_path / "again.yaml"
+    assert run_cli("recipe", "init", out, again).code == 0
+    assert again.read_text() == out.read_text()  # one such line
     out.write_text("mine")
     refused = run_cli("recipe", "init", "try-out", out)
     assert (refused.code, out.read_text()) == (2, "mine") and "--overwrite" in refused.stderr
     assert run_cli("recipe", "show", "no-such-recipe").code == 2
+
+
+def test_validate_says_what_is_trained_or_every_mistake(tmp_path):
+    done = run_cli("recipe", "validate", "try-out", "--set", "schedule.train_steps=40")
+    assert (done.code, done.stdout) == (0, "try-out is valid: 40 steps of 1,024 tokens from smollm2-135m-nanotron\n")
+    assert json.loads(run_cli("recipe", "validate", "try-out", "--json").stdout)["recipe"]["name"] == "try-out"
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(shipped_recipes()["try-out"].read_text().replace("peak_lr", "peak_rl"))
+    refused = run_cli("recipe", "validate", wrong)
+    assert refused.code == 2 and f"{wrong}:21" in refused.stderr and "peak_lr" in refused.stderr
+
+
+def test_the_schema_that_is_installed_is_the_recipes(tmp_path):
+    """Editors read the file; `smolconv recipe schema > continual_pretraining/recipes/recipe.schema.json` renews it."""
+    printed = run_cli("recipe", "schema")
+    assert printed.code == 0 and printed.stdout == SCHEMA_FILE.read_text(), "renew the file"
+    document = json.loads(printed.stdout)
+    assert "peak_lr" in document["$defs"]["Schedule"]["properties"]
+    assert document["$defs"]["Schedule"]["additionalProperties"] is False  # what finds a misspelt key
+    assert document["$defs"]["Data"]["properties"]["eos_token_id"]["description"].startswith("ends a document")
+    assert document["$defs"]["Model"]["properties"]["dtype"]["enum"] == ["bfloat16", "float32"]
 
 
 def test_from_nanotron_writes_a_recipe_and_its_account(tmp_path):

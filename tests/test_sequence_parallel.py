@@ -60,6 +60,7 @@ class Case:
     sizes: Mapping[str, int] = field(default_factory=lambda: HEADS)
     rows: Sequence[Sequence[int]] = ROWS
     model: Mapping[str, Any] = field(default_factory=dict)
+    tile_tokens: int = 100  #: of the MLP
 
     @property
     def plain(self) -> torch.nn.Module:
@@ -74,7 +75,7 @@ class Case:
         plain = self.plain
         return {
             "config": plain.config.to_dict(), "weights": plain.state_dict(), "batch": tuple(self.batch),
-            "model": {"dtype": "float32", **self.model}, "sequence_ranks": self.sequence_ranks,
+            "model": {"dtype": "float32", **self.model}, "sequence_ranks": self.sequence_ranks, "tile_tokens": self.tile_tokens,
         }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ CASES = {
     4: [
         Case(family="smollm3", sequence_ranks=2),
         Case(family="smollm3", sequence_ranks=4),
-        Case(family="smollm3", sequence_ranks=4, model={"activation_checkpointing": True}),
+        Case(family="smollm3", sequence_ranks=4, model={"activation_checkpointing": True}, tile_tokens=5),
         Case(family="llama", sequence_ranks=4, sizes=EIGHT, rows=((2,), (2,), (1, 1))),
         Case(family="qwen2", sequence_ranks=2, rows=TWO_ROWS),
     ],
@@ -232,11 +233,14 @@ def test_neighbours_share_what_a_micro_batch_keeps_in_memory():
     )  # fmt: skip
 
     def parts(size: int) -> dict[str, int]:
-        given = load_recipe("smollm3-3b-long-context-64k", [f"parallelism.sequence_ranks={size}"])
+        given = load_recipe(
+            "smollm3-3b-long-context-64k",
+            [f"parallelism.sequence_ranks={size}", "model.activation_checkpointing=false"],
+        )
         return {part.name: part.bytes for part in memory_parts(given, spec, 96 if size > 1 else 36)}
 
     one, eight = parts(1), parts(8)
-    kept_twice = 65536 * 2 * (2 * 4 * 128)  # of the one layer that is whole under checkpointing, k and v
+    kept_twice = 36 * 65536 * 2 * (2 * 4 * 128)  # k and v of all layers
     assert eight["activations"] == (one["activations"] + kept_twice) / 8
     assert eight["fp32 masters"] * 96 == pytest.approx(one["fp32 masters"] * 36, rel=1e-6)  # over all ranks
 
@@ -246,6 +250,18 @@ def test_neighbours_share_what_a_micro_batch_keeps_in_memory():
 STEPS = 20
 #: Losses after 20 steps: sums are taken in another order.
 RUN_NOISE = 1e-5
+#: Python before a rank's own: tiles of 10 tokens, of which the rank's log tells. 32 tokens of a rank are then tiled as
+#: 64k are.
+TILES = """
+from smolconv.continual_pretraining.engine import config, tiling
+import smolconv.continual_pretraining.run.trainer as trainer
+config.TILE_TOKENS = trainer.TILE_TOKENS = 10
+compute = tiling._by_tiles
+def told(*given):
+    print("by tiles", flush=True)
+    return compute(*given)
+tiling._by_tiles = told
+"""
 #: Stage, ranks, and how many of them share rows.
 SAMPLED = [(1, 2, 2), (3, 2, 2)]
 DIVISIONS = [
@@ -281,14 +297,20 @@ def trained(source: Path, tokens: Path, run: Path, stage: int, ranks: int, size:
     parallelism = {"zero_stage": stage, "sequence_ranks": size, **changes.pop("parallelism", {})}
     schedule = SCHEDULE | changes.pop("schedule", {})
     document = recipe_document(source, tokens, schedule=schedule, parallelism=parallelism, **changes)
-    return [line["loss"] for line in train(document, run, world_size=ranks)]
+    return [line["loss"] for line in train(document, run, world_size=ranks, before=TILES)]
+
+
+def was_tiled(run: Path) -> bool:
+    return "by tiles" in (run / "logs" / "rank-00000.log").read_text()
 
 
 @pytest.mark.parametrize(("stage", "ranks", "size"), SAMPLED)
 def test_losses_equal_a_plain_loop(stage, ranks, size, source, tokens, reference, tmp_path):
-    found = trained(source, tokens, tmp_path / "run", stage, ranks, size)
+    tiled = {"tiled_mlp": "on"} if stage == 3 else {}
+    found = trained(source, tokens, tmp_path / "run", stage, ranks, size, model=tiled)
     assert np.abs(np.array(found) - reference).max() < RUN_NOISE
     assert reference[-1] < reference[0]
+    assert was_tiled(tmp_path / "run") == (stage == 3)
 
 
 @pytest.mark.matrix
@@ -302,7 +324,10 @@ def test_losses_equal_a_plain_loop_in_every_division(stage, ranks, size, source,
 
 
 def published_form(source: Path, tokens: Path, **parallelism: int) -> dict[str, Any]:
-    """The 64k recipe at a toy's sizes: its theta, checkpointing, schedule and ZeRO; with an evaluation and an export."""
+    """The 64k recipe at a toy's sizes: its theta, checkpointing, schedule and ZeRO; with an evaluation and an export.
+
+    Of checkpointed rows the MLP is computed by tiles.
+    """
     document = load_recipe("smollm3-3b-long-context-64k").model_dump(mode="json")
     folder = [{"path": str(tokens)}]
     document["model"] |= {"source": str(source), "dtype": "float32", "max_positions": 64}
@@ -328,7 +353,7 @@ def published_form(source: Path, tokens: Path, **parallelism: int) -> dict[str, 
 @pytest.fixture(scope="module")
 def never_stopped(source, tokens, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(published_form(source, tokens), run, world_size=4)
+    train(published_form(source, tokens), run, world_size=4, before=TILES)
     return run
 
 
@@ -346,9 +371,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(source, tokens, never_stopped
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
-    assert work(document, run, 4, meanwhile=kill).code == -signal.SIGKILL
-    train(document, run, world_size=4)
+    assert work(document, run, 4, before=TILES, meanwhile=kill).code == -signal.SIGKILL
+    train(document, run, world_size=4, before=TILES)
     assert losses(run) == losses(never_stopped)
+    assert was_tiled(never_stopped) and was_tiled(run)
     for name, tensor in weights(never_stopped).items():
         assert torch.equal(tensor, weights(run)[name]), name
 
@@ -360,7 +386,7 @@ def test_a_run_goes_on_without_groups_and_counts_its_samples_as_before(source, t
         shutil.rmtree(step_folder(run, step))
     (run / "checkpoints" / "latest").write_text("step-2")
     (run / "events.jsonl").unlink()
-    train(published_form(source, tokens, sequence_ranks=1), run, world_size=2)
+    train(published_form(source, tokens, sequence_ranks=1), run, world_size=2, before=TILES)
     assert np.abs(np.array(losses(run)) - losses(never_stopped)).max() < RUN_NOISE
     assert losses(run)[2:] != losses(never_stopped)[2:]  # sums were taken in another order
     evaluations, before = events(run, "evaluation"), events(never_stopped, "evaluation")
@@ -421,7 +447,13 @@ BESIDES: dict[str, tuple[int, dict[str, Any], float]] = {
     "optimizer offloaded": (2, {"parallelism": {"offload": "optimizer"}}, RUN_NOISE),
     "all offloaded": (3, {"parallelism": {"offload": "all"}}, RUN_NOISE),
     "compiled": (1, {"model": {"compile": True}}, RUN_NOISE),
-    "bfloat16": (1, {"model": {"dtype": "bfloat16"}}, 0.02),
+    "compiled tiles, inputs of layers offloaded": (
+        0,
+        {"model": {"compile": True, "activation_checkpointing": True, "activation_offload": True}},
+        RUN_NOISE,
+    ),
+    "tiles alone": (2, {"model": {"tiled_mlp": "on"}}, RUN_NOISE),
+    "bfloat16": (1, {"model": {"dtype": "bfloat16", "tiled_mlp": "on"}}, 0.02),
     "every spike is skipped": (1, {"spikes": {"action": "skip", "sigmas": 1e-3, "window_steps": 8}}, RUN_NOISE),
 }
 

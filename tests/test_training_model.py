@@ -624,39 +624,81 @@ def fake_flash(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
-def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
-    """Stands in for the installed torch's function, by its own signature."""
-    from torch.nn.attention import varlen
+#: torch's varlen_attn, as its releases' wheels define it.
+VARLEN: dict[str, Callable[..., Any]] = {
+    "2.10": lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None: 0,
+    "2.11": lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1): 0,
+    "2.12 to 2.14": lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None: 0,
+}  # fmt: skip
 
-    signature = inspect.signature(varlen.varlen_attn)
+
+def fake_varlen(monkeypatch: pytest.MonkeyPatch, calls: list[int], release: str) -> None:
+    """A release's function, by its own signature and defaults; it asks for what the release documents."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(VARLEN[release])
 
     def varlen_attn(*args: Any, **options: Any) -> torch.Tensor:
-        given = signature.bind(*args, **options).arguments
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments
         q, k, v = (given[name] for name in ("query", "key", "value"))
+        if not given.get("enable_gqa"):
+            assert q.shape == k.shape == v.shape
+            k, v = (tensor[:, ::2] for tensor in (k, v))  # each head came twice
         check_arguments(q, k, v, (given["cu_seq_q"], given["cu_seq_k"]), (given["max_q"], given["max_k"]))
-        assert given["window_size"] == (-1, 0)  # causal
-        assert given["enable_gqa"]
+        assert given["is_causal"] if "is_causal" in given else given["window_size"] == (-1, 0)
         calls.append(1)
-        return reference_kernel(q, k, v, given["cu_seq_q"], given["scale"])
+        return reference_kernel(q, k, v, given["cu_seq_q"], given.get("scale") or q.shape[-1] ** -0.5)
 
     varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
 
-@pytest.mark.parametrize(("name", "fake"), [("flash", fake_flash), ("varlen", fake_varlen)])
-def test_gpu_kernels_are_called_as_they_document_and_give_the_same(monkeypatch, plain, name, fake):
+def test_the_installed_varlen_kernel_has_a_signature_that_is_known_here():
+    """Otherwise a torch that changes it again would be called by what the table says, and no test would notice."""
+    installed = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    named = [
+        [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+        for function in (installed, *VARLEN.values())
+    ]
+    assert named[0] in named[1:]
+
+
+@pytest.mark.parametrize("release", ["flash-attn 2", *VARLEN])
+def test_gpu_kernels_are_called_as_they_document_and_give_the_same(monkeypatch, plain, release):
     """The kernels need a GPU; a plain computation with their signature stands in for them here."""
     given = batch([[7, 20, 5], [9, 9, 14]])
     built = training(plain)
     calls: list[int] = []
     expected, gradients = run(built, given)
-    fake(monkeypatch, calls)
+    if release in VARLEN:
+        name = "varlen"
+        fake_varlen(monkeypatch, calls, release)
+    else:
+        name = "flash"
+        fake_flash(monkeypatch, calls)
     built.attention, built.attend = name, attention.KERNELS[name]
     loss, regained = run(built, given)
     assert len(calls) == len(plain.model.layers)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert noise(regained, gradients) < MAX_NOISE
     check_no_leak_with(monkeypatch, built)
+
+
+def test_a_scale_of_its_own_reaches_a_varlen_kernel_without_that_argument(monkeypatch):
+    """transformers' models that we train all ask for the root of D, which is that kernel's own."""
+    monkeypatch.setattr(sys.modules[__name__], "check_arguments", lambda *_: None)
+    query, key, value = (torch.randn(1, heads, 11, 4) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 4, 11], dtype=torch.int32)
+    packing = attention.Packing(cu_seqlens=bounds, max_length=7, order=None, groups=(), kernel=attention.varlen)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    expected = reference_kernel(q, k, v, bounds, 0.3)
+    for release in VARLEN:
+        fake_varlen(monkeypatch, [], release)
+        found = attention.varlen(query, key, value, packing, 0.3)[0]
+        assert torch.allclose(found, expected, atol=1e-6), release
 
 
 def check_no_leak_with(monkeypatch: pytest.MonkeyPatch, built: Any) -> None:
@@ -953,16 +995,18 @@ def test_the_gate_gives_back_what_it_took_of_a_gpu(monkeypatch):
 
 
 def test_two_ranks_of_zero_3_train_as_plain_torch_on_each_document(monkeypatch, tmp_path):
-    """Also with activation checkpointing, accumulation, and the leak test on both ranks before the first step."""
+    """Also with activation checkpointing, a tiled MLP, accumulation, and the leak test before the first step."""
     plain = hf_models.smollm3()
     names = tuple(name for name, _ in plain.named_parameters())
     groups = [Group(names=names[1:], weight_decay=0.1, eps=1e-4), Group(names=names[:1], eps=1e-4)]
     batches = np.random.default_rng(0).integers(0, VOCABULARY, (2, 4, 33))
     weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
     jobs = []
-    for on in (False, True):
-        (tmp_path / str(on)).mkdir()
-        config = config_of(plain, tmp_path / str(on), activation_checkpointing=on)
+    checkpointed = {"activation_checkpointing": True}
+    choices: list[dict[str, Any]] = [{}, checkpointed, {"tile_tokens": 9}, {**checkpointed, "tile_tokens": 9}]
+    for i, fields in enumerate(choices):
+        (tmp_path / str(i)).mkdir()
+        config = config_of(plain, tmp_path / str(i), **fields)
         jobs.append(Job(config=config, stage=3, groups=groups, weights=weights, batches=batches, micro_batch_rows=1))
     monkeypatch.setattr(real_deepspeed, "WORKER", Path(__file__).parent / "training_model_worker.py")
     results = continue_with_deepspeed(jobs, 2, tmp_path)

@@ -66,9 +66,11 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def train(document: Mapping[str, Any], run: Path, world_size: int = 1, resume: str = "auto") -> list[dict[str, Any]]:
-    """Run to the end; the lines of metrics.jsonl."""
-    ended = work(document, run, world_size, resume)
+def train(
+    document: Mapping[str, Any], run: Path, world_size: int = 1, resume: str = "auto", before: str = ""
+) -> list[dict[str, Any]]:
+    """Run to the end; the lines of metrics.jsonl. ``before`` is Python that each rank executes first."""
+    ended = work(document, run, world_size, resume, before)
     assert ended.code == 0, ended.log[-6000:]
     return metrics(run)
 

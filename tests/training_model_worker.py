@@ -1,6 +1,6 @@
 """One rank of real DeepSpeed that trains our packed model: ``deepspeed_worker`` with another model and another loss.
 
-A job's config.json may hold ``training``: fields of the recipe's ``model``.
+A job's config.json may hold ``training``: fields of the recipe's ``model``, and ``tile_tokens`` of a tiled MLP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import deepspeed_worker as worker
 import torch
 
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
+from smolconv.continual_pretraining.engine.tiling import tile_mlp
 from smolconv.continual_pretraining.recipe import schema as recipe
+from smolconv.layouts.deepspeed.patches import gather_whole
 
 #: Token ids below end a document.
 ENDS = 6
@@ -40,8 +42,11 @@ def packed(tokens: torch.Tensor) -> Packed:
 
 def model_of(config: str | Path) -> torch.nn.Module:
     fields = json.loads(Path(config).read_text())
-    wanted = recipe.Model(source="-", **{"dtype": "float32", **fields.pop("training", {})})
-    model = build_model(fields, wanted, "cpu")
+    given = {"dtype": "float32", **fields.pop("training", {})}
+    tokens = given.pop("tile_tokens", None)
+    model = build_model(fields, recipe.Model(source="-", **given), "cpu")
+    if tokens is not None:
+        gather_whole(tile_mlp(model, tokens))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -18,19 +18,23 @@ def open_folders(data: Data, position: Position | None, vocab_size: int | None) 
     Raises as ``TrainingData`` does.
     """
     check_sources(data)
+    return {path: open_folder(path, name, data, vocab_size) for path, name in folders_ahead(data, position)}
+
+
+def folders_ahead(data: Data, position: Position | None) -> list[tuple[str, str]]:
+    """(path, name) of the folders of the stages that the position has not left behind, each once."""
     names = [stage.name for stage in data.stages]
     left = position["stages"][-1]["name"] if position and position["stages"] else None
-    folders: dict[str, TokenFolder] = {}
+    found: dict[str, str] = {}
     for stage in data.stages[names.index(left) if left in names else 0 :]:
         for source, name in zip(stage.sources, stage.names):
-            if plain_path(source.path) not in folders:
-                folders[plain_path(source.path)] = _open(source.path, name, data, vocab_size)
-    return folders
+            found.setdefault(plain_path(source.path), name)
+    return list(found.items())
 
 
 def open_held_out(source: Source, data: Data, vocab_size: int | None) -> TokenFolder:
     """A source of the evaluation, named as its losses are. Raises what ``TokenFolder.open`` does."""
-    return _open(source.path, source.name or plain_path(source.path).rpartition("/")[2], data, vocab_size)
+    return open_folder(source.path, source.name or plain_path(source.path).rpartition("/")[2], data, vocab_size)
 
 
 def check_sources(data: Data) -> None:
@@ -52,7 +56,8 @@ def check_sources(data: Data) -> None:
                 )
 
 
-def _open(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFolder:
+def open_folder(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFolder:
+    """One folder, as ``data`` reads it. Raises what ``TokenFolder.open`` does."""
     return TokenFolder.open(
         path, data.sequence_length, name=name, file_seed=data.file_seed, vocab_size=vocab_size,
         eos_token_id=data.eos_token_id if data.boundaries == "eos" else None,

@@ -136,16 +136,32 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: 
 
 
 def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float) -> torch.Tensor:
-    """torch's own variable-length kernel; its ``window_size`` (-1, 0) is what it knows as causal."""
+    """torch's own variable-length kernel, with the arguments of the installed release."""
     from torch.nn.attention.varlen import varlen_attn
 
+    accepted = _parameters(varlen_attn)
+    options: dict[str, Any] = {}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    if "window_size" in accepted:
+        options["window_size"] = (-1, 0)  # what it knows as causal
+    else:  # torch 2.10
+        options["is_causal"] = True
+    if "scale" in accepted:
+        options["scale"] = scale
+    elif (factor := scale * q.shape[-1] ** 0.5) != 1.0:  # torch 2.10 divides by the root of D
+        q = q * factor
+    if "enable_gqa" in accepted:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # torch 2.10 and 2.11 document as many key/value heads as query heads
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
     bounds, longest = packing.cu_seqlens, packing.max_length
-    out: torch.Tensor = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    out: torch.Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     return out[None]
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 KERNELS: dict[str, Kernel] = {"documents": attend_by_document, "flash": flash, "varlen": varlen}
@@ -193,12 +209,9 @@ def _no_flash() -> str | None:
 
 def _no_varlen() -> str | None:
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
-        varlen_attn = None
-    # Earlier ones, of torch 2.10 and 2.11, take other arguments.
-    if varlen_attn is None or "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        return f"torch {torch.__version__} has no varlen_attn for grouped queries; torch 2.12 has"
+        return f"torch {torch.__version__} has no varlen_attn; torch 2.10 has"
     return None
 
 

@@ -14,6 +14,9 @@ _BUCKET_ELEMENTS = 50_000_000
 #: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
 #: given more rows, since every round adds to a gradient of [V, E].
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+#: Of a tile of the MLP. SmolLM3-3B's widest tensors and their gradients are then 1.3 GB, and the products as large as
+#: those of two rows of 4k.
+TILE_TOKENS = 8192
 
 
 def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dict[str, Any]:
@@ -114,6 +117,24 @@ def _fitting(recipe: Recipe, world_size: int, heads: int | None) -> Iterator[str
     if world_size and world_size % size == 0:
         for n in _nearest(micro, [n for n in divisors(batch) if batch // n % (world_size // size) == 0]):
             yield f"parallelism.micro_batch_sequences={n}"
+
+
+def tokens_of_rank(recipe: Recipe) -> int:
+    """Of a micro-batch, which neighbours share."""
+    given = recipe.parallelism
+    return -(-given.micro_batch_sequences * recipe.data.sequence_length // given.sequence_ranks)
+
+
+def tiles_mlp(recipe: Recipe) -> bool:
+    """Whether the MLP is computed by tiles of ``TILE_TOKENS``, and again by tiles in the backward pass.
+
+    With activation checkpointing it is computed again there anyway, and "auto" tiles where a rank has more than two
+    tiles. The published 4k recipes have less.
+    """
+    given, tokens = recipe.model, tokens_of_rank(recipe)
+    if given.tiled_mlp == "auto":
+        return given.activation_checkpointing and tokens > 2 * TILE_TOKENS
+    return given.tiled_mlp == "on" and tokens > TILE_TOKENS
 
 
 def divisors(number: int) -> list[int]:

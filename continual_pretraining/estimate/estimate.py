@@ -40,7 +40,7 @@ class SourceUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A run's needs on ``world_size`` GPUs, at a stated utilisation."""
+    """A run's needs on ``world_size`` GPUs, at a stated utilisation; on CPUs, without time."""
 
     name: str
     world_size: int
@@ -53,14 +53,14 @@ class Estimate:
     train_steps: int  #: the last step
     tokens: int  #: from the first step to the last
     flops_per_token: Mapping[str, float]  #: by formula
-    mfu: float  #: assumed, by the 6N formula
-    mfu_nanotron: float  #: the same speed by nanotron's formula
-    peak_tflops: float  #: of one GPU
-    tokens_per_second: float  #: of all GPUs
-    seconds_per_step: float
+    mfu: float | None  #: assumed, by the 6N formula
+    mfu_nanotron: float | None  #: the same speed by nanotron's formula
+    peak_tflops: float | None  #: of one GPU
+    tokens_per_second: float | None  #: of all GPUs
+    seconds_per_step: float | None
     memory: tuple[Part, ...]
     disk: Disk
-    save_seconds: float  #: training time between two checkpoints
+    save_seconds: float | None  #: training time between two checkpoints
     learning_rates: tuple[tuple[int, float], ...]  #: (step, rate of that step), where something begins or ends
     learning_rate_curve: tuple[float, ...]  #: evenly spaced from the first step to the last
     sources: tuple[SourceUse, ...]
@@ -72,7 +72,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Of a rank, for what is offloaded."""
+        """Of a rank, for what is offloaded; on CPUs, all."""
         return sum(part.bytes for part in self.memory if part.where == "host")
 
     @property
@@ -80,12 +80,12 @@ class Estimate:
         return self.tokens // self.tokens_per_step
 
     @property
-    def steps_per_day(self) -> float:
-        return DAY / self.seconds_per_step
+    def steps_per_day(self) -> float | None:
+        return None if self.seconds_per_step is None else DAY / self.seconds_per_step
 
     @property
-    def days(self) -> float:
-        return self.steps * self.seconds_per_step / DAY
+    def days(self) -> float | None:
+        return None if self.seconds_per_step is None else self.steps * self.seconds_per_step / DAY
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -95,10 +95,11 @@ class Estimate:
 
 def estimate(
     recipe: Recipe, spec: ModelSpec, world_size: int, *, first_step: int = 1,
-    tokens_per_source: Mapping[str, int] | None = None, mfu: float = 0.3,
+    tokens_per_source: Mapping[str, int] | None = None, mfu: float = 0.3, on_gpus: bool = True,
 ) -> Estimate:  # fmt: skip
     """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
 
+    Without ``on_gpus`` the ranks run on CPUs: memory is a process's, and time is not known.
     ``first_step`` is the one that training begins with: time, tokens and checkpoints are counted from it.
 
     Raises ``UsageError`` when the recipe cannot be divided among ``world_size`` ranks.
@@ -107,24 +108,31 @@ def estimate(
         raise UsageError(f"an MFU of {mfu} was asked for; it is a share of the GPU's peak, above 0 and at most 1.")
     accumulation = accumulation_steps(recipe, world_size)
     length = recipe.data.sequence_length
-    peak = recipe.logging.peak_tflops or H100_TFLOPS
     by_6n, by_nanotron = flops_per_token(spec, length, "6N"), flops_per_token(spec, length, "nanotron")
-    tokens_per_second = world_size * peak * 1e12 * mfu / by_6n
-    seconds_per_step = recipe.tokens_per_step / tokens_per_second
-    memory = memory_parts(recipe, spec, world_size)
+    memory = memory_parts(recipe, spec, world_size, "cuda" if on_gpus else "cpu")
     sources = source_uses(recipe, tokens_per_source or {}, first_step)
     steps = max(0, recipe.schedule.train_steps - first_step + 1)
-    save_seconds = recipe.checkpoints.every_steps * seconds_per_step
+    time: dict[str, float | None] = dict.fromkeys(
+        ("mfu", "mfu_nanotron", "peak_tflops", "tokens_per_second", "seconds_per_step", "save_seconds")
+    )
+    if on_gpus:
+        peak = recipe.logging.peak_tflops or H100_TFLOPS
+        tokens_per_second = world_size * peak * 1e12 * mfu / by_6n
+        seconds_per_step = recipe.tokens_per_step / tokens_per_second
+        time = {
+            "mfu": mfu, "mfu_nanotron": mfu * by_nanotron / by_6n, "peak_tflops": peak,
+            "tokens_per_second": tokens_per_second, "seconds_per_step": seconds_per_step,
+            "save_seconds": recipe.checkpoints.every_steps * seconds_per_step,
+        }  # fmt: skip
     return Estimate(
         name=recipe.name, world_size=world_size, parameters=parameter_count(spec), sequence_length=length,
         tokens_per_step=recipe.tokens_per_step, accumulation_steps=accumulation,
         sequence_ranks=recipe.parallelism.sequence_ranks, first_step=first_step,
         train_steps=recipe.schedule.train_steps, tokens=steps * recipe.tokens_per_step,
-        flops_per_token={"6N": by_6n, "nanotron": by_nanotron}, mfu=mfu, mfu_nanotron=mfu * by_nanotron / by_6n,
-        peak_tflops=peak, tokens_per_second=tokens_per_second, seconds_per_step=seconds_per_step, memory=memory,
-        disk=disk_use(recipe, spec, first_step), save_seconds=save_seconds, learning_rates=_learning_rates(recipe),
+        flops_per_token={"6N": by_6n, "nanotron": by_nanotron}, **time, memory=memory,
+        disk=disk_use(recipe, spec, first_step), learning_rates=_learning_rates(recipe),
         learning_rate_curve=_learning_rate_curve(recipe.schedule), sources=sources,
-        warnings=tuple(_warnings(recipe, memory, sources, steps, save_seconds, tokens_per_source or {})),
+        warnings=tuple(_warnings(recipe, memory, sources, steps, time["save_seconds"], tokens_per_source or {})),
     )  # fmt: skip
 
 
@@ -166,7 +174,7 @@ def _learning_rate_curve(schedule: Schedule, points: int = 60) -> tuple[float, .
 
 
 def _warnings(
-    recipe: Recipe, memory: Sequence[Part], sources: Sequence[SourceUse], steps: int, save_seconds: float,
+    recipe: Recipe, memory: Sequence[Part], sources: Sequence[SourceUse], steps: int, save_seconds: float | None,
     tokens_per_source: Mapping[str, int],
 ) -> Iterable[str]:  # fmt: skip
     schedule, every = recipe.schedule, recipe.checkpoints.every_steps
@@ -183,9 +191,13 @@ def _warnings(
             yield f"source {name} is read {epochs:.1f} times; beyond {MAX_EPOCHS:g} passes its tokens teach little."
         if 0 < tokens_per_source.get(name, 0) <= recipe.data.sequence_length:
             yield f"source {name} has {tokens_per_source[name]} tokens, less than one window of sequence_length + 1."
-    if save_seconds > MAX_SAVE_SECONDS:
+    if save_seconds is not None and save_seconds > MAX_SAVE_SECONDS:
         yield f"checkpoints are {save_seconds / 3600:.1f} hours apart; a failure costs half of that on average."
-    if save_seconds < MIN_SAVE_SECONDS and steps / every * save_seconds > _LONG_RUN_SECONDS:
+    if (
+        save_seconds is not None
+        and save_seconds < MIN_SAVE_SECONDS
+        and steps / every * save_seconds > _LONG_RUN_SECONDS
+    ):
         yield f"checkpoints are {save_seconds / 60:.1f} minutes apart; much of the run may go into writing them."
     yield from notes(schedule)
 

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from smolconv.continual_pretraining.engine.config import MAX_LOGITS, accumulation_steps, engine_config
+from smolconv.continual_pretraining.engine.config import (
+    MAX_LOGITS,
+    TILE_TOKENS,
+    accumulation_steps,
+    engine_config,
+    tiles_mlp,
+    tokens_of_rank,
+)
 from smolconv.continual_pretraining.engine.optimizer import group_parameters
 from smolconv.continual_pretraining.estimate.flops import parameter_sizes
 from smolconv.continual_pretraining.estimate.hardware import GPU_RUNTIME_BYTES
 from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.layouts.deepspeed.patches import CAST_ELEMENTS
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.registry import family_of
 from smolconv.models.spec import ModelSpec
@@ -40,8 +48,10 @@ class Part:
     formula: str
 
 
-def memory_parts(recipe: Recipe, spec: ModelSpec, world_size: int) -> tuple[Part, ...]:
-    """What a rank holds at its fullest, which is in the backward pass of a step's last micro-batch.
+def memory_parts(
+    recipe: Recipe, spec: ModelSpec, world_size: int, device: Literal["cuda", "cpu"] = "cuda"
+) -> tuple[Part, ...]:  # fmt: skip
+    """What a rank holds at its fullest, which is in a step's last micro-batch. On a CPU all of it is the host's.
 
     Padding of flat groups to a multiple of 2W elements is left out, and so is what the allocator cannot use.
     """
@@ -51,9 +61,12 @@ def memory_parts(recipe: Recipe, spec: ModelSpec, world_size: int) -> tuple[Part
         *_gradient_parts(engine),
         *_optimizer_parts(engine),
         _reduction_part(engine),
-        *_activation_parts(recipe, spec),
-        _gpu("CUDA and NCCL", GPU_RUNTIME_BYTES, "assumed"),
+        *_activation_parts(recipe, spec, MAX_LOGITS[device]),
     ]
+    if device == "cpu":
+        parts = [replace(part, where="host") for part in parts]
+    else:
+        parts.append(_gpu("CUDA and NCCL", GPU_RUNTIME_BYTES, "assumed"))
     return tuple(part for part in parts if part.bytes)
 
 
@@ -68,7 +81,9 @@ class _Engine:
     offloads: bool
     offloads_weights: bool
     accumulates: bool
+    reduced: int  #: bytes of a gradient's element between ranks
     bucket: int
+    buckets: int  #: one is filled while the other is reduced
     prefetched: int
     world_size: int
 
@@ -98,13 +113,15 @@ class _Engine:
 
 def _engine(recipe: Recipe, spec: ModelSpec, world_size: int) -> _Engine:
     given, sizes = recipe.parallelism, parameter_sizes(spec)
-    zero = engine_config(recipe, world_size)["zero_optimization"]
+    zero = engine_config(recipe, world_size, "nccl")["zero_optimization"]
     groups = group_parameters(sizes, recipe.optimizer, tied=spec.tied, family=family_of(spec))
     return _Engine(
         parameters=sizes, groups=tuple(sum(sizes[name] for name in group.names) for group in groups),
         stage=given.zero_stage, mixed=recipe.model.dtype == "bfloat16", offloads=given.offload != "none",
         offloads_weights=given.offload == "all", accumulates=accumulation_steps(recipe, world_size) > 1,
-        bucket=int(zero["reduce_bucket_size"]), prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
+        reduced={"float32": FP32, "bfloat16": 2}[given.reduce_dtype],
+        bucket=int(zero["reduce_bucket_size"]), buckets=1 + zero.get("overlap_comm", False),
+        prefetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
         world_size=world_size,
     )  # fmt: skip
 
@@ -166,23 +183,25 @@ def _optimizer_parts(given: _Engine) -> Iterator[Part]:
 
 def _reduction_part(given: _Engine) -> Part:
     """What gradients are put into for their reduction, flattened into, and cast into fp32."""
-    b, bucket = given.b, given.bucket
-    cast = FP32 if given.mixed else 0
+    b, bucket, reduced = given.b, given.bucket, given.reduced
+    cast = reduced if reduced != b else 0
     # A parameter larger than the bucket is reduced by itself.
     together = max(min(bucket, given.n), given.largest)
     beside = b * given.largest if given.largest > bucket else 0
     if given.sums_on_parameters:
-        size = FP32 * (bucket + together)
+        size = FP32 * (given.buckets * bucket + together) + (reduced * together if reduced < FP32 else 0)
     elif given.world_size == 1 and given.stage < 2:
         size = 0  # the trainer leaves out what would be a copy for nobody
     elif given.stage == 0:
         size = (b + cast) * _flattened_together(given.parameters.values())
     elif given.stage == 1:
-        size = FP32 * _flattened_together(given.groups)
+        # In place, or by parts: what is sent, and what comes.
+        part = min(CAST_ELEMENTS, max(given.groups))
+        size = 0 if reduced == FP32 else reduced * (part + math.ceil(part / given.world_size))
     elif given.stage == 2:
-        size = b * bucket + (b + cast) * together + beside
+        size = b * given.buckets * bucket + (b + cast) * together + beside
     else:
-        size = FP32 * (bucket + together) + beside
+        size = reduced * (bucket + together) + beside
     return _gpu("reduction buffers", size, "bucket, and what is flattened or cast beside it")
 
 
@@ -198,46 +217,121 @@ def _flattened_together(sizes: Iterable[int]) -> int:
     return largest
 
 
-def _activation_parts(recipe: Recipe, spec: ModelSpec) -> list[Part]:
-    """What autograd keeps of a micro-batch of transformers' model, with attention that keeps no scores.
+def _activation_parts(recipe: Recipe, spec: ModelSpec, most_logits: int) -> list[Part]:
+    """What a micro-batch holds of activations at its fullest moment.
 
-    Of a layer: both norms (input and normalised in fp32 or b, output), rotated q, k and v, attention's output and
-    log-sum, and the four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows.
+    That is the loss, at the end of the forward pass, or the first layer that is walked back, whichever holds more.
+    """
+    given, head_elements = layer_bytes(recipe, spec), spec.hidden_size * spec.vocab_size
+    b, positions = given.b, given.positions
+    inputs = b * spec.hidden_size * spec.num_layers
+    if recipe.model.activation_checkpointing:
+        kept, formula, computed_again = inputs, "a layer's input for all layers", True
+    else:
+        kept, formula, computed_again = given.kept * spec.num_layers, "per position, all that a layer keeps", False
+    moved = kept if recipe.model.activation_offload else 0
+    if moved:
+        kept, formula = b * spec.hidden_size, "a layer's input"
+    chunk = min(positions, max(1, most_logits // spec.vocab_size))
+    logits, head = _loss_bytes(b, chunk * spec.vocab_size, head_elements, several=chunk < positions)
+    loss = [
+        _gpu("last norm", positions * (given.norm + b * spec.hidden_size), "its own, and its output's gradient"),
+        _gpu("logits", logits, f"{logits // (chunk * spec.vocab_size)}·V for {chunk} positions at once"),
+        _gpu("gradient of the head", head, f"{head // head_elements}·V·E"),
+    ]
+    back = [
+        *given.walked_back(computed_again=computed_again),
+        # A tied one waits for the embedding's, which comes last.
+        _gpu("gradient of the head", b * head_elements if spec.tied else 0, f"{b}·V·E"),
+    ]
+    return [
+        _gpu("activations", positions * kept, formula),
+        _host("activations", positions * moved, "a layer's input for all layers"),
+        *max(loss, back, key=lambda parts: sum(part.bytes for part in parts)),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one layer of transformers' model holds, in bytes for each position of a rank, but for the tiles."""
+
+    b: int
+    positions: int
+    hidden: int
+    norm: int  #: kept of one
+    attention: int  #: kept
+    attention_back: int  #: gradients while attention is walked back
+    mlp: int  #: kept
+    mlp_back: int
+    made: int  #: kept, or made for a while where the MLP is tiled
+    tile: int  #: bytes, all positions of a tile together
+    tile_sums: int  #: bytes
+
+    @property
+    def kept(self) -> int:
+        """Between the passes, without checkpointing."""
+        return 2 * self.norm + self.attention + self.mlp
+
+    def walked_back(self, *, computed_again: bool) -> list[Part]:
+        """What its backward pass holds beside what is kept between the passes.
+
+        The MLP goes first, and leaves the room of itself and its norm to attention.
+        """
+        again = self.kept if computed_again else 0
+        mlp = self.positions * (self.mlp_back + self.hidden) + self.tile + self.tile_sums
+        attention = self.positions * (self.attention_back + self.hidden - self.norm - self.mlp)
+        formula = "computed again, with gradients" if computed_again else "gradients"
+        if attention > mlp:
+            return [_gpu("a layer walked back", self.positions * again + attention, f"{formula} of attention")]
+        whole = self.positions * (again + self.mlp_back + self.hidden)
+        return [
+            _gpu("a layer walked back", whole, f"{formula} of the MLP"),
+            _gpu("a tile of the MLP", self.tile, f"SwiGLU and its gradients for {TILE_TOKENS} positions"),
+            _gpu("gradients of a tiled MLP", self.tile_sums, "of its weights, summed in fp32"),
+        ]
+
+
+def layer_bytes(recipe: Recipe, spec: ModelSpec) -> Layer:
+    """By what autograd keeps, with attention that keeps no scores.
+
+    Of both norms input and normalised in fp32 or b, and the output; rotated q, k and v, attention's output and log-sum;
+    four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows. Back through
+    attention go the gradients of its output, of q, k and v, and flash kernels' own: q's in fp32, and k's and v's for
+    every query head.
     """
     b, fused = weight_bytes(recipe), recipe.model.liger == "on"
     hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
     # In float32, attention on a GPU is given the keys and values of every query head.
     kv = query if b == FP32 else spec.kv_rows
-    ranks = recipe.parallelism.sequence_ranks
     # Neighbours share the tokens, and each is given the keys and values of its query heads.
-    positions = math.ceil(recipe.parallelism.micro_batch_sequences * recipe.data.sequence_length / ranks)
+    ranks, positions = recipe.parallelism.sequence_ranks, tokens_of_rank(recipe)
     kv *= ranks // math.gcd(ranks, spec.num_kv_heads) if kv < query else 1
-    norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
     attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
     if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
         attention += (b if fused else FP32 + b) * (query + spec.kv_rows) + FP32 * (spec.num_heads + spec.num_kv_heads)
-    layer = 2 * norm + attention + (3 if fused else 4) * b * inner
-    # Gradients of the widest block, while it is walked back.
-    walking = b * (3 * inner + 2 * hidden)
-    moved = 0
-    if recipe.model.activation_offload:
-        moved = b * hidden * spec.num_layers
-        kept, formula = b * hidden + layer, "one whole layer and its input"
-    elif recipe.model.activation_checkpointing:
-        kept, formula = b * hidden * spec.num_layers + layer, "a layer's input for all layers, and one whole layer"
-    else:
-        kept, formula = layer * spec.num_layers, "per position: norms, q, k, v, attention, SwiGLU, in all layers"
-    # Embedding, last norm, and the gradient of its output, which the loss makes in the forward pass.
-    ends = b * hidden + norm + b * hidden
-    chunk = min(positions, max(1, MAX_LOGITS["cuda"] // spec.vocab_size))
-    # Summed over the chunks in fp32, or one chunk's own in the model's dtype; beside it the product that is added.
-    head = (FP32 + b if chunk < positions else b) * hidden * spec.vocab_size
-    return [
-        _gpu("activations", positions * (kept + walking + ends), formula),
-        _host("activations", positions * moved, "a layer's input for all layers"),
-        _gpu("logits", 2 * FP32 * chunk * spec.vocab_size, f"8·V for {chunk} positions at once"),
-        _gpu("gradient of the head", head, f"{head // (hidden * spec.vocab_size)}·V·E"),
-    ]
+    attention_back = b * (2 * query + 2 * kv) + FP32 * query + (2 * b * query if kv < query else 0)
+    norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
+    mlp, mlp_back, tiled = (3 if fused else 4) * b * inner, 2 * b * inner, tiles_mlp(recipe)
+    return Layer(
+        b=b, positions=positions, hidden=b * hidden, norm=norm, attention=attention, attention_back=attention_back,
+        made=2 * norm + attention + mlp,
+        mlp=0 if tiled else mlp, mlp_back=b * hidden if tiled else mlp_back,
+        tile=min(positions, TILE_TOKENS) * (mlp + mlp_back) if tiled else 0,
+        tile_sums=(FP32 + b) * 3 * hidden * inner if tiled else 0,
+    )  # fmt: skip
+
+
+def _loss_bytes(b: int, logits: int, head: int, *, several: bool) -> tuple[int, int]:
+    """Of the logits of a chunk, and of the head's gradient, when both together are largest.
+
+    In bf16 the logits are cast to fp32 before their softmax, 2 + 4 + 4 bytes; then 4, and 2 for their gradients, beside
+    a product that is added to the sum of ``several`` chunks in fp32.
+    """
+    if b == FP32:
+        return 2 * FP32 * logits, FP32 * head
+    early = (2 * FP32 + b) * logits, FP32 * head if several else 0
+    late = (FP32 + b) * logits, (FP32 + b if several else b) * head
+    return max(early, late, key=sum)
 
 
 def weight_bytes(recipe: Recipe) -> int:

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.ends import (
-    FAILED,
     SAVED,
     RankEnd,
     ends_folder,
+    has_failed,
+    is_lost,
     leave_end,
     report_left,
     tell_last_lines,
@@ -64,7 +65,7 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
             return True
         # One rank of a node looks, and torchrun ends the node's others when that one ends. Once it has told its ranks
         # to stop, torchrun waits for each of them, so each looks for itself. os.path: an error is no "yes".
-        return (leads or stopping) and os.path.exists(folder / FAILED)
+        return (leads or stopping) and has_failed(folder)
 
     own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
     environment = {**rank_environment(recipe, int(local_world_size)), **own}
@@ -83,7 +84,7 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     if first and ends[0].exit_code == Interrupted.exit_code:
         if not launcher:  # the script of a job that is cancelled says nothing more
             tell(ends[0].message)
-    elif first and ends[0].exit_code:
+    elif first and ends[0].exit_code and not is_lost(ends[0]):
         tell_last_lines(ends[0], run)  # whoever started this launcher says the rest, once
     return ends[0].exit_code
 

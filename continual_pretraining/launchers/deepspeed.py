@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.front_end import run_front_end
@@ -39,6 +40,9 @@ class DeepSpeed(Launcher):
             )
         return len(slots), ranks
 
+    def started_by(self, given: Launch) -> Sequence[str]:
+        return self.programs if self.place(given)[0] > 1 else ()
+
     def words(self, start: Start) -> list[str]:
         # Its front end starts `python -m` itself, and puts its working folder on PYTHONPATH for several nodes. So it
         # works in an empty folder, and the ranks return from there.
@@ -53,7 +57,7 @@ class DeepSpeed(Launcher):
         if _VARIABLES.is_file() and "DS_ENV_FILE" not in {**os.environ, **start.recipe.launch.environment}:
             variables["DS_ENV_FILE"] = str(_VARIABLES.absolute())  # it would look in its working folder
         # It passes no SIGTERM on to its own child, and may be gone before its ranks.
-        return run_front_end(start, self.words(start), variables=variables, as_group=True)
+        return run_front_end(start, self.words(start), variables=variables, as_group=True).exit_code
 
 
 def _slots(start: Start) -> list[str]:

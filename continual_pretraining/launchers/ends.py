@@ -13,6 +13,7 @@ from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.launchers.signals import STOPS
+from smolconv.continual_pretraining.run.heartbeat import LostRank
 from smolconv.errors import Interrupted, MachineError, SmolconvError, StoppedBySignal
 from smolconv.layouts.documents import is_count, is_number
 from smolconv.parsing import read_json
@@ -21,6 +22,7 @@ from smolconv.storage.atomic import appearing_whole
 SAVED = StoppedBySignal.exit_code  #: a rank's after a signal and a good save
 #: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
 FAILED = "failed"
+LOST = "lost"  #: beside it: the first one that failed did so for want of another
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
 INTERRUPTED = "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were."
 _TAIL_LINES = 20
@@ -90,11 +92,17 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
     elif end.exit_code == Interrupted.exit_code:
         tell(end.message)
     else:
-        if not shown:
+        lost = is_lost(end)  # another than the rank that says so
+        if not shown and not lost:
             tell_last_lines(end, run)
-        log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines else ""
-        tell(f"rank {end.rank} of {world_size} failed first: {end.message}{log}")
+        log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines and not lost else ""
+        tell(f"{end.message}{log}" if lost else f"rank {end.rank} of {world_size} failed first: {end.message}{log}")
     return end.exit_code
+
+
+def is_lost(end: RankEnd) -> bool:
+    """Whether it ended for want of another rank, of which there is no sign of life."""
+    return end.message.startswith(f"{LostRank.__name__}: ")
 
 
 def tell_last_lines(end: RankEnd, run: Path) -> None:
@@ -123,6 +131,16 @@ def report_left(
     return report(ends, run, world_size, shown=True)
 
 
+def has_failed(folder: Path) -> bool:
+    """Whether a rank of the attempt has failed."""
+    return os.path.exists(folder / FAILED)
+
+
+def was_lost(folder: Path) -> bool:
+    """Whether what the attempt failed of is a rank that was lost."""
+    return os.path.exists(folder / LOST)
+
+
 def leave_end(folder: Path, end: RankEnd) -> bool:
     """Write down how the rank ended, for its launcher; False when another of its attempt has failed before it."""
     path = folder / f"rank-{end.rank:05d}.json"
@@ -132,6 +150,8 @@ def leave_end(folder: Path, end: RankEnd) -> bool:
             part.write_text(json.dumps(asdict(end)))
         if end.exit_code not in (0, SAVED):
             (folder / FAILED).touch(exist_ok=False)
+            if is_lost(end):
+                (folder / LOST).touch()
     except FileExistsError:
         return False
     except OSError:

@@ -63,6 +63,10 @@ class Launcher(ABC):
         """Whether it asks for GPUs; None: it takes what the node has."""
         return None
 
+    def started_by(self, given: Launch) -> Sequence[str]:
+        """Programs, besides Python's own packages, that this machine must have to start such a run."""
+        return ()
+
     @abstractmethod
     def words(self, start: Start) -> list[str]:
         """What it starts on this machine, as words of a shell."""

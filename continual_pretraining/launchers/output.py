@@ -16,9 +16,9 @@ from typing import BinaryIO
 from smolconv.continual_pretraining.watch.metrics import LIVE
 
 #: What libraries take for the wish to be coloured where there is no terminal.
-_COLOURED = ("FORCE_COLOR", "CLICOLOR_FORCE", LIVE)
-#: Colours and the cursor's moves (CSI), titles and links (OSC), and what has one letter: ECMA-48.
-_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])")
+_COLOURED = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", LIVE)
+#: Colours and the cursor's moves (CSI), titles and links (OSC), what has one letter, and one that is cut: ECMA-48.
+_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])|\x1b")
 
 
 class Shown:
@@ -59,11 +59,12 @@ def plain(line: bytes | bytearray) -> bytes:
 
 
 def drawing_environment(environment: Mapping[str, str], *, shown: bool) -> dict[str, str]:
-    """``environment``, and how a rank may draw: as on our terminal when it is ``shown`` there, else plainly."""
-    if not shown:
+    """``environment``, and how a rank may draw: as on our terminal when it is ``shown`` there, else plainly.
+
+    Also where we write to a file or a pipe, as a job's log: what is drawn on cannot be read there.
+    """
+    if not shown or not os.isatty(2):
         return {name: value for name, value in environment.items() if name not in _COLOURED}
-    if not os.isatty(2):
-        return dict(environment)
     drawing = {LIVE: "1"} | ({} if environment.get("NO_COLOR") else {"FORCE_COLOR": "1"})
     with suppress(OSError):
         if columns := os.get_terminal_size(2).columns:

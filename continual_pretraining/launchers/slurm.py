@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolconv import __version__
-from smolconv.continual_pretraining.launchers.ends import SAVED
+from smolconv.continual_pretraining.launchers.ends import LOST, SAVED
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
 from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
 from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.continual_pretraining.run.control import STOP, asked_folder
 from smolconv.errors import Interrupted, MachineError, NotInstalled, UsageError
 from smolconv.processes import BOOTSTRAP, module_words, script_words
 
@@ -36,6 +37,9 @@ class Slurm(Launcher):
 
     def asks_for_gpus(self, given: Launch) -> bool | None:
         return given.slurm.gpus_per_node != 0
+
+    def started_by(self, given: Launch) -> Sequence[str]:
+        return ("sbatch",)
 
     def words(self, start: Start) -> list[str]:
         """torchrun for one node's ranks, without the words that differ between nodes; they are in the script."""
@@ -62,6 +66,7 @@ class Slurm(Launcher):
             "# How the ranks of another job or an earlier start ended must not be taken for how these did.",
             'export ATTEMPT="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
             "",
+            f'before="$({_last_saved(run)})"',
             *_starting(start, self.words(start)),
             "# torchrun tells success from failure only. The ranks' own code: 0 done, "
             f"{SAVED} saved and stopped, else failed.",
@@ -84,7 +89,7 @@ def _options(start: Start) -> list[str]:
         gpus = start.placed.ranks_per_node
     options = [
         f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', start.recipe.name)}",
-        f"--nodes={start.placed.nodes}",
+        f"--nodes={_nodes(start)}",
         "--ntasks-per-node=1",
         f"--time={given.time}",
         *(f"--{name}={value}" for name, value in [
@@ -102,6 +107,11 @@ def _options(start: Start) -> list[str]:
         if "\n" in option:
             raise UsageError(f"launch.slurm: the option {option!r} has a line break; expected one option a line.")
     return options
+
+
+def _nodes(start: Start) -> str:
+    least = start.recipe.launch.least_nodes
+    return f"{least}-{start.placed.nodes}" if least and least < start.placed.nodes else str(start.placed.nodes)
 
 
 def _meeting(given: Launch) -> list[str]:
@@ -148,23 +158,35 @@ def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:
 
 
 def _queueing_again(run: Path) -> list[str]:
-    interrupted = Interrupted.exit_code
+    interrupted, saved = Interrupted.exit_code, _last_saved(run)
+    lost = f'{_join([str(run / "logs" / "ends")])}/"$ATTEMPT"/{LOST}'
     return [
         "",
         "# Saved before the walltime: back into the queue, to go on. "
         f"A signal in the start ({interrupted}) loses nothing and",
         "# does the same, but not twice in a row: a start that takes too long would be repeated for ever.",
+        "# A rank without a sign of life: its node may have died. Not a second time without a save in between.",
         "# Nothing else is queued again.",
         f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
-        f'if [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
+        f'asked={_join([str(asked_folder(run, ""))])}/"$ATTEMPT"/{STOP}',
+        'if [ -e "$asked" ]; then',
+        '    echo "Stopped by smolconv stop: not queued again." >&2',
+        f'elif [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
         '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
         f'elif [ "$status" -eq {interrupted} ] && touch "$started"; then',
         '    scontrol requeue "$SLURM_JOB_ID"',
         f'elif [ "$status" -eq {SAVED} ]; then',
         '    rm -f "$started"',
         '    scontrol requeue "$SLURM_JOB_ID"',
+        f'elif [ -e {lost} ] && {{ [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ] || [ "$before" != "$({saved})" ]; }}; then',
+        '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
     ]
+
+
+def _last_saved(run: Path) -> str:
+    """A command that says which checkpoint is the last, or nothing."""
+    return f"cat {shlex.quote(str(run / 'checkpoints' / 'latest'))} 2>/dev/null"
 
 
 def submit(script: str, run: Path) -> int:

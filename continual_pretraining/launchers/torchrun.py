@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 from smolconv.continual_pretraining.launchers.front_end import run_front_end
 from smolconv.continual_pretraining.launchers.launcher import Launcher, Placement, Start
+from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.continual_pretraining.run.checkpoints import latest
 from smolconv.errors import UsageError
 from smolconv.processes import module_words, script_words
 
@@ -27,18 +32,50 @@ class Torchrun(Launcher):
     def words(self, start: Start) -> list[str]:
         meeting = ["--standalone"]
         if start.placed.nodes > 1:
-            point = str(start.recipe.launch.rendezvous)
-            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", point, "--rdzv-id", start.recipe.name]
+            meeting = _meeting(start, 0)
         return [*node_words(start.placed), *meeting, *script_words(*start.beside_words)]
 
     def launch(self, start: Start) -> int:
-        # Each node has a launcher of its own: the ranks tell it what they have in common.
-        return run_front_end(start, self.words(start), variables=PATIENCE, one_of_several=start.placed.nodes > 1)
+        """Go on with the nodes that are left, as long as each loss of a rank comes after a save that was made since."""
+        several = start.placed.nodes > 1
+        least = start.recipe.launch.least_nodes if several else None
+        words, saved = self.words(start), latest(start.run) if least else None
+        for restart in itertools.count():
+            # Each node has a launcher of its own: the ranks tell it what they have in common.
+            outcome = run_front_end(start, words, variables=PATIENCE, one_of_several=several, restart=restart)
+            if not (outcome.lost and least):
+                break
+            before, saved = saved, latest(start.run)
+            if restart and saved == before:
+                tell("Nothing was saved since a rank was lost before: not started again.")
+                break
+            start = replace(start, resume="auto")
+            nodes = f"{least}:{start.placed.nodes}"
+            tell(f"goes on from the last checkpoint with the nodes that meet again, {nodes.replace(':', ' to ')}")
+            words = [
+                *node_words(start.placed, nodes),
+                *_meeting(start, restart + 1),
+                *script_words(*start.beside_words),
+            ]
+        return outcome.exit_code
 
 
-def node_words(placed: Placement) -> list[str]:
-    """What starts torchrun for one node's ranks, but for where they meet and what each of them is."""
-    words = module_words(ELASTIC, "--nnodes", str(placed.nodes))
+def _meeting(start: Start, restart: int) -> list[str]:
+    """Where nodes meet. Each restart has a port of its own: nobody meets a store of the start before."""
+    host, _, port = str(start.recipe.launch.rendezvous).rpartition(":")
+    point = f"{host}:{int(port) + restart}" if host and port.isdecimal() else str(start.recipe.launch.rendezvous)
+    # The ranks shall say that a node is gone, not torchrun, which notices after a minute.
+    patience = start.recipe.launch.silence_seconds + 60
+    words = ["--rdzv-backend", "c10d", "--rdzv-endpoint", point, "--rdzv-id", start.recipe.name]
+    return [*words, "--rdzv-conf", f"read_timeout={patience}"]
+
+
+def node_words(placed: Placement, nodes: str = "") -> list[str]:
+    """What starts torchrun for one node's ranks, but for where they meet and what each of them is.
+
+    ``nodes``: how many may meet, as LEAST:MOST, when not all have to.
+    """
+    words = module_words(ELASTIC, "--nnodes", nodes or str(placed.nodes))
     return [*words, "--nproc-per-node", str(placed.ranks_per_node), "--max-restarts", "0"]
 
 

@@ -42,6 +42,7 @@ class Model(Section):
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
     activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
+    tiled_mlp: Literal["auto", "on", "off"] = "auto"  #: auto: with checkpointing and over 16,384 tokens of a rank
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 
@@ -238,8 +239,16 @@ class Launch(Section):
     ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
     hostfile: str | None = None
     rendezvous: str | None = None  #: host:port, for torchrun over several nodes
+    least_nodes: Positive | None = None  #: go on with so many when others are lost; None: with all, or not at all
+    silence_seconds: Annotated[int, Field(ge=10)] = 60  #: a rank without a sign of life for so long ends the run
     environment: dict[Variable, str] = Field(default_factory=dict)
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _least(self) -> Launch:
+        if self.least_nodes is not None and self.least_nodes > self.nodes:
+            raise ValueError(f"launch.least_nodes {self.least_nodes} is more than launch.nodes {self.nodes}")
+        return self
 
 
 class Recipe(Section):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_deca
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
 from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
+from smolconv.files import open_file
 from smolconv.storage.atomic import appearing_whole
 
 RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
+RESTARTS = "SMOLCONV_RESTARTS"  #: in the environment: how often torchrun's launcher went on after a rank was lost
 START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
 #: What of them does not: whose name a source was recorded by before the run began, and what to do when files change.
 _UNDECIDING = re.compile(r"data\.(on_change|stages\.\d+\.sources\.\d+\.recorded_as)")
@@ -172,7 +175,7 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     path, text = run / RECIPE, dump_recipe(recipe).encode()
-    if path.is_file() and (path.stat().st_size != len(text) or path.read_bytes() != text) and _is_trained(run):
+    if path.is_file() and (path.stat().st_size != len(text) or path.read_bytes() != text) and is_trained(run):
         raise trained_elsewhere(run, ", by another recipe")
     with appearing_whole(path) as part:
         part.write_bytes(text)
@@ -183,8 +186,15 @@ def held_elsewhere(lock: int) -> bool:
 
     A file system without locks has nobody hold them.
     """
+    if not _held(lock, fcntl.LOCK_EX):
+        return False
+    time.sleep(0.1)  # who only looks whether it is held takes it for a moment
+    return _held(lock, fcntl.LOCK_EX)
+
+
+def _held(lock: int, kind: int) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     return False
@@ -198,28 +208,33 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
     )
 
 
+def is_restart() -> bool:
+    """Whether this start goes on after one whose node may have died, with the run's lock."""
+    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
+
+
 def refuse_trained(run: Path) -> None:
     """Raise ``OutputLocked`` where another process trains in the folder, before a start writes into its logs.
 
-    A job that Slurm has queued again is let through: its rank 0 waits for the lock of a node that has died.
+    A start after a loss is let through: its rank 0 waits for the lock of a node that has died.
     """
-    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0) and _is_trained(run):
+    if not is_restart() and is_trained(run):
         raise trained_elsewhere(run)
 
 
 def remove_start(run: Path) -> None:
     """Remove what a start converted, once its ranks have ended; nothing where another start's ranks train."""
-    if os.path.lexists(run / START) and not _is_trained(run):
+    if os.path.lexists(run / START) and not is_trained(run):
         shutil.rmtree(run / START, ignore_errors=True)
 
 
-def _is_trained(run: Path) -> bool:
-    try:
-        lock = os.open(run / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+def is_trained(run: Path) -> bool:
+    """Whether a process holds the run's lock; one on another machine is seen where the file system shows its locks."""
+    if not os.path.lexists(run / LOCK):
         return False
+    lock = open_file(run / LOCK, noted=False)
     try:
-        return held_elsewhere(lock)
+        return _held(lock, fcntl.LOCK_SH)  # shared: those who look do not see each other
     finally:
         os.close(lock)
 

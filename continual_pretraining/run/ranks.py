@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce
 from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
 from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 from smolconv.layouts.deepspeed.version import check_deepspeed
@@ -24,8 +25,8 @@ T = TypeVar("T")
 #: In the environment of a rank: which start of its run it belongs to. Its failure file repeats it, so that nobody takes
 #: another start's failure for this one's.
 ATTEMPT = "SMOLCONV_ATTEMPT"
-#: How long ranks wait for one that prepares or exports: a terabyte takes its time, and the launcher ends a run whose
-#: ranks have died.
+#: How long ranks wait for one that prepares or exports: a terabyte takes its time. A heartbeat ends a run of which a
+#: rank is gone.
 _PATIENCE = timedelta(hours=12)
 #: For everything else: a rank that hangs, but lives, must not hold the others' GPUs for longer. DeepSpeed makes groups
 #: of its own beside ours, with torch's default: 10 minutes for NCCL, 30 for gloo.
@@ -50,10 +51,16 @@ class Ranks:
     world_size: int
     device: torch.device
     patient: torch.distributed.ProcessGroup  #: all ranks, by gloo; to wait for one that takes hours
+    heartbeat: Heartbeat | None = None  #: None: a single rank has nobody to show it to
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def now_in(self, doing: str) -> None:
+        """Say what the ranks are at, for the message about one that is lost."""
+        if self.heartbeat is not None:
+            self.heartbeat.doing = doing
 
     def barrier(self) -> None:
         import torch.distributed
@@ -97,10 +104,18 @@ class Ranks:
         return found
 
 
-def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
+def join_ranks(
+    threads: int | None,
+    *,
+    gpus: bool | None = None,
+    silence_seconds: float = 60,
+    lost: Callable[[LostRank], object] | None = None,
+) -> Ranks:
     """Meet the other processes that the launcher started, as RANK, WORLD_SIZE and MASTER_ADDR say.
 
-    ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell.
+    ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell. ``lost``
+    ends this process: another thread calls it when a rank has given no sign of life for ``silence_seconds``. Without it
+    nobody looks.
 
     Raises ``NotInstalled`` without torch, transformers and a DeepSpeed that was tried; ``MachineError`` where a GPU is
     missing, when ranks see different devices, and when they do not meet.
@@ -116,7 +131,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
     local_rank, local_size = (int(os.environ.get(name, "0") or 0) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     cuda = torch.cuda.is_available()
     _check_gpu(gpus, local_rank, local_size)
-    store = _meet(cuda)
+    store, heartbeat = _meet(cuda, silence_seconds, lost)
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(threads or max(1, usable_cores() // max(1, local_size)))
@@ -143,6 +158,7 @@ def join_ranks(threads: int | None, *, gpus: bool | None = None) -> Ranks:
         world_size=torch.distributed.get_world_size(),
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         patient=patient,
+        heartbeat=heartbeat,
     )
 
 
@@ -184,15 +200,19 @@ def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
         )
 
 
-def _meet(cuda: bool) -> torch.distributed.Store:
+def _meet(
+    cuda: bool, silence_seconds: float, lost: Callable[[LostRank], object] | None
+) -> tuple[torch.distributed.Store, Heartbeat | None]:
     """Meet the others, and agree on the device before a backend is chosen: gloo and NCCL would wait for each other.
 
-    The store in which they met. Raises ``MachineError`` on all ranks when only some have GPUs.
+    The store in which they met, and the heartbeat, which has begun. Raises ``MachineError`` on all ranks when only some
+    have GPUs.
     """
     import torch.distributed
 
     try:
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=_TRAINING_PATIENCE))
+        announce(store, rank)
         store.set(f"smolconv/device/{rank}", f"{'with a GPU' if cuda else 'without'} on {socket.gethostname()}")
         if rank == 0:
             seen = Counter(store.get(f"smolconv/device/{other}").decode() for other in range(world_size))
@@ -200,6 +220,7 @@ def _meet(cuda: bool) -> torch.distributed.Store:
             told = ", ".join(f"{count} {text}" for text, count in seen.items())
             store.set("smolconv/devices", told if len(kinds) > 1 else "alike")
         found = store.get("smolconv/devices").decode()
+        own = store.clone()  # a connection that no other call keeps waiting
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise MachineError(
@@ -209,4 +230,6 @@ def _meet(cuda: bool) -> torch.distributed.Store:
     if found != "alike":
         message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
         raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
-    return store
+    if world_size == 1 or lost is None:
+        return store, None
+    return store, Heartbeat(own, rank, world_size, silence_seconds=silence_seconds, end=lost).start()

@@ -89,7 +89,8 @@ def prepare_start(
         forget(run)
         start = _fresh(recipe, run, world_size, device)
     else:
-        state, checkpoint = _checked(recipe, own)
+        state = RunState.read(own)
+        checkpoint = checked_own(recipe, own, state)
         place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
@@ -292,9 +293,8 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
     )  # fmt: skip
 
 
-def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
-    """A run's checkpoint, from which this recipe may go on."""
-    state = RunState.read(own)
+def checked_own(recipe: Recipe, own: Path, state: RunState) -> Checkpoint:
+    """A run's checkpoint, from which this recipe may go on. Raises ``UsageError`` where it may not."""
     check_steps(recipe, state.step, own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
@@ -311,26 +311,40 @@ def _checked(recipe: Recipe, own: Path) -> tuple[RunState, Checkpoint]:
     checkpoint = with_overrides(read_own(own), recipe)
     check_model(recipe, checkpoint.spec, str(own))
     _check_same_model(recipe, checkpoint)
-    return state, checkpoint
+    return checkpoint
+
+
+def plan_resumed(
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
+) -> ConversionPlan | None:
+    """What the ranks load in the place of a checkpoint of the run; None: the checkpoint itself.
+
+    Exports are planned, too. Raises as ``plan_start`` does.
+    """
+    given = recipe.parallelism
+    same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
+    if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
+        same = True  # one file for all ranks
+    if not same or held_at_zero(recipe, checkpoint) != checkpoint.frozen:
+        return plan_start(recipe, checkpoint, run, world_size, optimizer=True, uri=str(own))
+    if recipe.export is not None:
+        check_exports(recipe.export, checkpoint, run)
+    return None
 
 
 def _resumed(
     recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace
 ) -> StartPoint:
     given = recipe.parallelism
-    same = (state.zero_stage, state.world_size, state.dtype) == (given.zero_stage, world_size, recipe.model.dtype)
-    if given.zero_stage == 0 == state.zero_stage and state.dtype == recipe.model.dtype:
-        same = True  # one file for all ranks
-    if same and held_at_zero(recipe, checkpoint) == checkpoint.frozen:
-        if recipe.export is not None:
-            check_exports(recipe.export, checkpoint, run)
+    plan = plan_resumed(recipe, run, own, world_size, state, checkpoint)
+    if plan is None:
         start = StartPoint(
             folder=str(own.parent), tag=own.name, step=0, position=None, resumed=None, adam=True,
             config=hf_config(checkpoint, recipe.model.dtype), assets=_asset_bytes(checkpoint),
             frozen=checkpoint.frozen,
         )  # fmt: skip
     else:
-        start = _convert(plan_start(recipe, checkpoint, run, world_size, optimizer=True, uri=str(own)), adam=True)
+        start = _convert(plan, adam=True)
         start = replace(
             start,
             notes=(

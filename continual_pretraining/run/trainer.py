@@ -10,10 +10,11 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,23 +23,25 @@ from smolconv.continual_pretraining.data.folders import open_folders, open_held_
 from smolconv.continual_pretraining.data.position import stages_of
 from smolconv.continual_pretraining.data.stream import StepData, TrainingData, evaluation_batches
 from smolconv.continual_pretraining.engine.attention import move
-from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.config import TILE_TOKENS, engine_config, tiles_mlp
 from smolconv.continual_pretraining.engine.model import build_model, check_no_leak
 from smolconv.continual_pretraining.engine.optimizer import set_hyperparameters, set_learning_rate, torch_groups
 from smolconv.continual_pretraining.engine.sequence import join_sequence_ranks
+from smolconv.continual_pretraining.engine.tiling import tile_mlp
 from smolconv.continual_pretraining.estimate.flops import FORMULA, flops_per_token
 from smolconv.continual_pretraining.estimate.hardware import peak_flops
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState, latest
+from smolconv.continual_pretraining.run.control import Control
 from smolconv.continual_pretraining.run.gate import check_first_loss
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.saving import restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
 from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
-from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
+from smolconv.continual_pretraining.watch.metrics import EventKind, StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
-from smolconv.errors import MachineError, StoppedBySignal, TrainingStopped
+from smolconv.errors import MachineError, StoppedByRequest, StoppedBySignal, TrainingStopped, counted, first_line
 from smolconv.layouts.deepspeed import patches
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
@@ -56,11 +59,21 @@ class StepLoss:
     skipped: bool
 
 
-class Trainer:
-    """Lives from the engine's start to its end. All methods are called by all ranks."""
+class Asked(NamedTuple):
+    """What the ranks have agreed that they were asked for."""
 
-    def __init__(self, recipe: Recipe, run: Path, start: StartPoint, ranks: Ranks) -> None:
-        self.recipe, self.run, self.start, self.ranks = recipe, run, start, ranks
+    stop: bool = False
+    by_request: bool = False  #: not by a signal alone
+    save: bool = False
+
+
+class Trainer:
+    """Lives from the engine's start to its end. All methods are called by all ranks; rank 0 has a ``control``."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, start: StartPoint, ranks: Ranks, control: Control | None = None
+    ) -> None:
+        self.recipe, self.run, self.start, self.ranks, self.control = recipe, run, start, ranks, control
         self.spec: ModelSpec = spec_from_hf(dict(start.config))
         self.spikes = SpikeDetector(recipe.spikes)
         if start.spikes:
@@ -74,6 +87,8 @@ class Trainer:
         #: Among the groups that each share their micro-batches.
         self.data_rank, self.data_ranks = ranks.rank // size, ranks.world_size // size
         self.model = build_model(start.config, recipe.model, str(ranks.device), self.sequence)
+        if tiles_mlp(recipe):
+            patches.gather_whole(tile_mlp(self.model, TILE_TOKENS, compiled=recipe.model.compile))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in start.frozen)
         self.groups = groups_of(recipe, self.spec, start.frozen)
@@ -83,6 +98,7 @@ class Trainer:
         self.data: TrainingData | None = None
         self.held_out: Sequence[TokenFolder] = ()
         self.step_began = 0.0
+        self.trained_step = start.step  #: the last one that is over
 
     # --- the engine ---
 
@@ -175,17 +191,44 @@ class Trainer:
                 self.watch = self._watch(first)
             for text in filter(None, (*self.start.events, said)):
                 self._say(text)
-            _listen(self)
-            if recipe.evaluation is not None and self.start.resumed is None:
-                self._evaluate(self.start.step)  # what the run is to better
-            self.step_began = time.perf_counter()
-            for step in self.data.steps(first, recipe.schedule.train_steps):
-                self._step(step)
+            with self._end_told():
+                if self.control is None:
+                    _listen(self)
+                else:
+                    self.control.enter("training", lambda: _listen(self))
+                if recipe.evaluation is not None and self.start.resumed is None:
+                    self._evaluate(self.start.step)  # what the run is to better
+                self.step_began = time.perf_counter()
+                for step in self.data.steps(first, recipe.schedule.train_steps):
+                    self._step(step)
         finally:
             if self.data is not None:
                 self.data.close()
             if self.watch is not None:
                 self.watch.close()
+
+    @contextmanager
+    def _end_told(self) -> Iterator[None]:
+        """Inside, the run trains; how that ended is an event."""
+        began = time.perf_counter()
+
+        def tell(kind: EventKind, text: str, **more: Any) -> None:
+            steps, seconds = self.trained_step - self.start.step, time.perf_counter() - began
+            told = f"{text}; {counted(steps, 'step')} in {seconds:.1f} s"
+            self._say(told, step=self.trained_step, kind=kind, steps=steps, seconds=round(seconds, 3), **more)
+
+        try:
+            yield
+        except StoppedBySignal as error:
+            by = "request" if isinstance(error, StoppedByRequest) else "signal"
+            tell("stopped", f"stopped by a {by}, and saved", reason=by)
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {first_line(error)}"
+            with suppress(MachineError, OSError):  # the disk may be what failed
+                tell("stopped", f"stopped by an error: {told}", reason="error", error=told)
+            raise
+        tell("finished", f"finished all {counted(self.recipe.schedule.train_steps, 'step')}")
 
     def _open_data(self) -> tuple[Mapping[str, TokenFolder], Sequence[TokenFolder]]:
         recipe, vocab_size = self.recipe, self.spec.vocab_size
@@ -195,9 +238,11 @@ class Trainer:
 
     def _step(self, data: StepData) -> None:
         recipe, step = self.recipe, data.step
+        self.ranks.now_in(f"step {step}")
         lr = learning_rate(recipe.schedule, step - 1)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
-        found, stop = self._update(data)
+        found, asked = self._update(data)
+        self.trained_step = step
         if self.watch is not None:
             seconds = time.perf_counter() - self.step_began  # with what it waited for its data
             record = StepRecord(
@@ -207,17 +252,18 @@ class Trainer:
             )  # fmt: skip
             self.watch.step(record)
         evaluation = recipe.evaluation
-        if evaluation is not None and step % evaluation.every_steps == 0 and not stop:
-            stop = self._evaluate(step)
+        if evaluation is not None and step % evaluation.every_steps == 0 and not asked.stop:
+            asked = self._evaluate(step)._replace(save=asked.save)
         last = step == recipe.schedule.train_steps
-        if stop or last or step % recipe.checkpoints.every_steps == 0:
-            self._save(data, must=stop or last)
-        if stop:
-            raise StoppedBySignal(f"stopped by a signal after step {step}, which is saved. --resume auto goes on.")
+        if asked.stop or asked.save or last or step % recipe.checkpoints.every_steps == 0:
+            self._save(data, must=asked.stop or last)
+        if asked.stop:
+            error, by = (StoppedByRequest, "smolconv stop") if asked.by_request else (StoppedBySignal, "a signal")
+            raise error(f"stopped by {by} after step {step}, which is saved. --resume auto goes on.")
         self.step_began = time.perf_counter()
 
-    def _update(self, data: StepData) -> tuple[StepLoss, bool]:
-        """Forward, backward and the optimizer's step, and whether a rank was asked to stop."""
+    def _update(self, data: StepData) -> tuple[StepLoss, Asked]:
+        """Forward, backward and the optimizer's step, and what any rank was asked for."""
         by_tokens = self.recipe.loss.normalisation == "tokens"
         count = self.recipe.micro_batches_per_step
         scale = 1.0
@@ -226,7 +272,7 @@ class Trainer:
             # DeepSpeed takes the mean over micro-batches; this makes it the mean over the step's targets.
             scale = count / max(self.ranks.sums([own])[0] / self.sequence.size, 1.0)
         losses: list[torch.Tensor] = []
-        stop, skip, mean = False, False, math.nan
+        asked, skip, mean = Asked(), False, math.nan
         for index, batch in enumerate(data.micro_batches):
             loss_sum, _ = self._forward(batch)
             # Of the whole micro-batch, which several ranks may share: the parts of its mean are summed up.
@@ -234,7 +280,7 @@ class Trainer:
             losses.append(loss.detach())
             if index == len(data.micro_batches) - 1:
                 # Before the last backward, which may still be turned into nothing.
-                mean, stop = self._agree(data, losses, count)
+                mean, asked = self._agree(data, losses, count)
                 skip = self.spikes.is_spike(mean) and self.recipe.spikes.action == "skip"
                 if self.spikes.is_spike(mean) and self.watch is not None:
                     done = "skipped" if skip else "kept"
@@ -251,12 +297,13 @@ class Trainer:
                 f"the gradients of step {data.step} are not finite, though its loss is {mean:.4f}. Weights are those "
                 "before the step; nothing was saved after it. Look at this step's data, or lower the learning rate."
             )
-        return StepLoss(loss=mean, grad_norm=grad_norm, skipped=skip), stop
+        return StepLoss(loss=mean, grad_norm=grad_norm, skipped=skip), asked
 
-    def _agree(self, data: StepData, losses: Sequence[torch.Tensor], count: int) -> tuple[float, bool]:
-        """The step's loss over all ranks, and whether any was asked to stop, in one exchange."""
+    def _agree(self, data: StepData, losses: Sequence[torch.Tensor], count: int) -> tuple[float, Asked]:
+        """The step's loss over all ranks, and what any was asked for, in one exchange."""
         own = torch.stack(losses).double()
-        total, asked = self.ranks.sums([float(own.sum()), float(self.stop_asked > 0)])
+        saves = [] if self.control is None else self.control.take_saves()
+        total, save, *stop = self.ranks.sums([float(own.sum()), float(len(saves)), *self._stops()])
         if not math.isfinite(total):
             bad = [
                 f"micro-batch {index * self.data_ranks + self.data_rank}: " + "; ".join(self._named(batch))
@@ -270,7 +317,14 @@ class Trainer:
                 f"the loss of step {data.step} is not finite. It came from\n  " + "\n  ".join(named) + "\n"
                 "Nothing was changed by this step. Look at these documents, or lower the learning rate."
             )
-        return total / count, asked > 0
+        if self.control is not None:
+            self.control.answer(saves, data.step)
+        return total / count, Asked(stop[0] > 0, stop[1] > 0, save > 0)
+
+    def _stops(self) -> list[float]:
+        """Whether this rank was asked to stop, and whether by a request."""
+        requested = self.control is not None and self.control.stop_asked
+        return [float(self.stop_asked > 0), float(self.stop_asked > 0 and requested)]
 
     def _named(self, batch: Batch) -> list[str]:
         """Where a batch's rows and documents lie in the token files."""
@@ -295,7 +349,7 @@ class Trainer:
             engine.step()
         return norm
 
-    def _evaluate(self, step: int) -> bool:
+    def _evaluate(self, step: int) -> Asked:
         """Mean loss of every held-out source, and whether a rank was asked to stop meanwhile."""
         self.engine.eval()
         found: dict[str, float] = {}
@@ -305,15 +359,16 @@ class Trainer:
                 with torch.no_grad():
                     loss_sum, count = self._forward(batch)
                 total, targets = total + float(loss_sum), targets + int(count)
-                if self.ranks.sums([float(self.stop_asked > 0)])[0]:
+                stop, by_request = self.ranks.sums(self._stops())
+                if stop:
                     self.engine.train()
-                    return True
+                    return Asked(True, by_request > 0)
             total, counted = self.ranks.sums([total, targets])
             found[folder.name] = total / max(counted, 1.0)
         self.engine.train()
         if self.watch is not None:
             self.watch.evaluation(step, found)
-        return False
+        return Asked()
 
     def _batches_of(self, folder: TokenFolder) -> Iterator[Batch]:
         assert self.recipe.evaluation is not None
@@ -350,10 +405,18 @@ class Trainer:
         except MachineError as error:
             if must or self.recipe.checkpoints.on_full_disk == "stop":
                 raise
-            self._say(f"{error} Training goes on (checkpoints.on_full_disk: continue).", step=data.step)
+            text = f"{error} Training goes on (checkpoints.on_full_disk: continue)."
+            self._say(text, step=data.step, kind="save_failed")
             return
         self.saved_step = data.step
-        for text in (f"saved {folder} in {time.perf_counter() - started:.1f} s", *notes):
+        if self.watch is not None:
+            seconds = time.perf_counter() - started
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            self._say(
+                f"saved {folder} in {seconds:.1f} s", step=data.step, kind="saved",
+                stall_seconds=round(seconds, 3), write_seconds=round(seconds, 3), bytes=size,
+            )  # fmt: skip
+        for text in notes:
             self._say(text, step=data.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -370,10 +433,15 @@ class Trainer:
     # --- watching ---
 
     def _watch(self, first: int) -> Watch:
+        record = None if self.control is None else self.control.record
         return Watch(
             self.run, self.recipe, first_step=first,
             flops_per_token=flops_per_token(self.spec, self.recipe.data.sequence_length),
-            flops_formula=FORMULA, peak_flops=self._peak_flops(),
+            flops_formula=FORMULA, peak_flops=self._peak_flops(), resumed=self.start.resumed is not None,
+            began=None if record is None else {
+                "launcher": record.launcher, "job": record.job, "host": record.host, "ranks": record.ranks,
+                "nodes": record.nodes,
+            },
         )  # fmt: skip
 
     def _peak_flops(self) -> float | None:
@@ -381,9 +449,9 @@ class Trainer:
         one = peak_flops(name, self.recipe.logging.peak_tflops)
         return None if one is None else one * self.ranks.world_size
 
-    def _say(self, text: str, step: int | None = None) -> None:
+    def _say(self, text: str, step: int | None = None, kind: EventKind = "note", **more: Any) -> None:
         if self.watch is not None:
-            self.watch.event(self.start.step if step is None else step, text)
+            self.watch.event(self.start.step if step is None else step, text, kind=kind, **more)
 
 
 def _listen(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -14,14 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
-from smolconv.continual_pretraining.recipe.schema import Export
-from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, trained_elsewhere
+from smolconv.continual_pretraining.recipe.schema import Export, Recipe
+from smolconv.continual_pretraining.run.control import Control, controlled
+from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
+from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
-from smolconv.errors import SmolconvError, StoppedBySignal
+from smolconv.errors import SmolconvError, StoppedByRequest, StoppedBySignal
 
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.run.trainer import Trainer
@@ -29,19 +32,31 @@ if TYPE_CHECKING:
 #: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
 _LOCK_PATIENCE_SECONDS = 180.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_ENDING = threading.Lock()
 
 
 def run_rank(run: Path, resume: str) -> None:
     """Join the others, prepare, train, export."""
     recipe = load_recipe(run / RECIPE)
     asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
-    ranks = join_ranks(recipe.parallelism.threads, gpus=asked)
+    ranks = join_ranks(
+        recipe.parallelism.threads, gpus=asked, silence_seconds=recipe.launch.silence_seconds,
+        lost=lambda error: _end(run, error),
+    )  # fmt: skip
     from smolconv.continual_pretraining.engine.config import engine_config
-    from smolconv.continual_pretraining.run.resuming import find_origin
-    from smolconv.continual_pretraining.run.start import prepare_start
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
     lock = ranks.from_first(lambda: lock_run(run))
+    with controlled(run, recipe, ranks.world_size, first=ranks.first, exit_code_of=exit_code_of) as control:
+        _train_and_export(recipe, run, resume, ranks, control)
+    if ranks.first:
+        os.close(lock)
+
+
+def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, control: Control | None) -> None:
+    from smolconv.continual_pretraining.run.resuming import find_origin
+    from smolconv.continual_pretraining.run.start import prepare_start
+
     origin = find_origin(recipe, run, resume, ranks)
     start = ranks.from_first(
         lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
@@ -52,15 +67,16 @@ def run_rank(run: Path, resume: str) -> None:
         _say(ranks, *start.events, f"all {recipe.schedule.train_steps} steps are done")
     from smolconv.continual_pretraining.run.trainer import Trainer, newest_checkpoint
 
-    trainer = Trainer(recipe, run, start, ranks)
+    trainer = Trainer(recipe, run, start, ranks, control)
     if not done:
         trainer.train()
     if recipe.export is not None:
+        ranks.now_in("the export")
         own = Path(start.resumed) if done and start.resumed else newest_checkpoint(run)
         _export(recipe.export, run, trainer, own)
     ranks.barrier()
-    if ranks.first:
-        os.close(lock)
+    if ranks.heartbeat is not None:
+        ranks.heartbeat.stop()
 
 
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
@@ -74,14 +90,14 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
 
     def make() -> list[str]:
         try:
-            with _ended_by_signals():
+            with _ended_by_signals(trainer.control):
                 if trainer.stop_asked:  # after the last step had looked
                     raise KeyboardInterrupt
                 return export_run(export, run, checkpoint, weights)
         except KeyboardInterrupt:
-            raise StoppedBySignal(
-                "stopped by a signal in the export; all steps are saved. The next start exports again."
-            ) from None
+            requested = trainer.control is not None and trainer.control.stop_asked
+            error, by = (StoppedByRequest, "smolconv stop") if requested else (StoppedBySignal, "a signal")
+            raise error(f"stopped by {by} in the export; all steps are saved. The next start exports again.") from None
 
     if not trainer.ranks.first:
         _ignore_signals()
@@ -89,15 +105,21 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(control: Control | None) -> Iterator[None]:
     """SIGTERM and SIGUSR1 do what Ctrl-C does, once. They are ignored from then on: what is left is to close."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         _ignore_signals()
         raise KeyboardInterrupt
 
-    for number in _SIGNALS:
-        signal.signal(number, end)
+    def listen() -> None:
+        for number in _SIGNALS:
+            signal.signal(number, end)
+
+    if control is None:
+        listen()
+    else:
+        control.enter("exporting", listen)
     try:
         yield
     finally:
@@ -112,10 +134,10 @@ def _ignore_signals() -> None:
 def lock_run(run: Path) -> int:
     """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
 
-    A job that Slurm has queued again waits for three minutes: its earlier start may have died with its node.
+    A start after a loss, by Slurm or torchrun, waits for three minutes: the one before may have died with its node.
     Raises ``OutputLocked``. A file system without locks gives none.
     """
-    patience = _LOCK_PATIENCE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    patience = _LOCK_PATIENCE_SECONDS if is_restart() else 0.0
     deadline, told = time.monotonic() + patience, False
     descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     while held_elsewhere(descriptor):
@@ -142,24 +164,29 @@ def main() -> None:
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     given = parser.parse_args()
-    rank = int(os.environ.get("RANK", "0"))
-    code = 0
     # torch and DeepSpeed announce each other's changes; on every rank, between the lines about the run.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run_rank(given.run, given.resume)
-    except Elsewhere as error:
-        code = error.exit_code
     except BaseException as error:
-        code = exit_code_of(error)
+        _end(given.run, error)
+    _end(given.run)
+
+
+def _end(run: Path, error: BaseException | None = None) -> NoReturn:
+    """End this process, from any of its threads: gloo's and NCCL's may outlive an orderly end."""
+    _ENDING.acquire()  # for good: the first reason counts
+    error = error and (lost_connection(error) or error)
+    code = 0 if error is None else exit_code_of(error)
+    if error is not None and not isinstance(error, Elsewhere):
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
             print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)
         # The launcher says it once, when all ranks have ended, and adds it to the log.
-        if not (_record(given.run, rank, error, code) and os.environ.get(ATTEMPT)):
+        if not (_record(run, int(os.environ.get("RANK", "0")), error, code) and os.environ.get(ATTEMPT)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # gloo's and NCCL's threads may outlive an orderly end
+    os._exit(code)
 
 
 def exit_code_of(error: BaseException) -> int:

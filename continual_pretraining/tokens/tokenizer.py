@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.layouts.listing import newest_step
 from smolconv.parsing import read_tokenizer
 
 
 def find_tokenizer(name: str) -> Path:
-    """The tokenizer.json of a folder, itself, or that of ``owner/name``, downloaded to the Hub's cache."""
-    path = Path(name)
+    """The tokenizer.json of a folder or a run, itself, or that of ``owner/name``, downloaded to the Hub's cache."""
+    path = newest_step(Path(name))
     if os.path.isdir(path):
         path /= "tokenizer.json"
         if not os.path.lexists(path):

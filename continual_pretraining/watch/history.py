@@ -167,7 +167,8 @@ def _add_step(run: RunHistory, line: MetricsLine) -> None:
 
 
 def _add_event(run: RunHistory, line: EventLine) -> None:
-    if line.kind in run.marks:
-        run.marks[line.kind].append((line.step, line.text))
+    mark = "resume" if line.kind == "resumed" else line.kind  # early versions wrote "resume"
+    if mark in run.marks:
+        run.marks[mark].append((line.step, line.text))
     for source, loss in line.losses.items():
         run.evaluations.setdefault(source, Curve()).add(line.step, loss)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from smolconv.layouts.documents import is_count, is_number
@@ -14,6 +16,7 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 #: Of a line. That of a step names every source of the run.
 MOST_LINE_BYTES = 1 << 20
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+_BLOCK_BYTES = 1 << 20
 #: Steps beyond this are no longer told apart where they are drawn.
 _MOST_STEPS = 1 << 53
 #: Characters that neither XML nor a terminal takes.
@@ -29,6 +32,7 @@ class MetricsLine:
     values: Mapping[str, float]  #: by the names of ``CURVES``; none where it was not finite or not known
     seconds: float | None
     tokens: int | None  #: of the run so far
+    time: float | None  #: when the step was over, in seconds since the epoch; early versions wrote none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,16 @@ class EventLine:
     kind: str
     text: str
     losses: Mapping[str, float]  #: of an evaluation, by source; none where it was not finite
+
+
+def timestamp() -> str:
+    """Now, as lines and records have it: ISO 8601 in UTC with milliseconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def seconds_of(text: str) -> float:
+    """A ``timestamp()`` in seconds since the epoch. Raises ``ValueError``."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
 def step_of(data: bytes) -> int:
@@ -56,6 +70,7 @@ def metrics_line(data: bytes) -> MetricsLine:
         values={name: value for name, value in values.items() if value is not None},
         seconds=_take(found, "seconds", "a number from 0 on", lambda value: is_number(value) and value >= 0),
         tokens=_take(found, "tokens", "a count", is_count),
+        time=None if (time := _take(found, "time", "a time", is_timestamp)) is None else seconds_of(time),
     )
 
 
@@ -70,6 +85,28 @@ def event_line(data: bytes) -> EventLine:
         text=visible(_take(found, "text", "text", _is_text) or ""),
         losses={source: loss for source, loss in named.items() if loss is not None},
     )
+
+
+def lines_backwards(file: int, *, most_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Where each whole line ends, and the line, from the last to the first. Of one that is too long, its beginning.
+
+    ``most_bytes``: how far back from the end to look.
+    """
+    start = os.fstat(file).st_size
+    least = 0 if most_bytes is None else max(0, start - most_bytes)
+    tail, end = b"", None  # of the line that is being found; where it ends, once its line feed was seen
+    while start > least:
+        size = min(_BLOCK_BYTES, start - least)
+        start -= size
+        block = os.pread(file, size, start)
+        stop = size
+        while (cut := block.rfind(b"\n", 0, stop)) >= 0:
+            if end is not None:
+                yield end, block[cut + 1 : stop] + tail
+            end, stop, tail = start + cut + 1, cut, b"\n"
+        tail = (block[:stop] + tail)[:MOST_LINE_BYTES]
+    if end is not None and start == 0:
+        yield end, tail
 
 
 def visible(text: str) -> str:
@@ -95,6 +132,13 @@ def _take(
 
 def _is_step(value: object) -> bool:
     return is_count(value) and value <= _MOST_STEPS  # type: ignore[operator]
+
+
+def is_timestamp(value: object) -> bool:
+    try:
+        return isinstance(value, str) and seconds_of(value) >= 0
+    except (ValueError, OverflowError):
+        return False
 
 
 def _is_text(value: object) -> bool:

@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.watch.lines import EVENTS, METRICS, MOST_LINE_BYTES, step_of
+from smolconv.continual_pretraining.watch.lines import EVENTS, METRICS, lines_backwards, step_of, timestamp
 from smolconv.errors import BadCheckpoint, MachineError, NotInstalled, first_line
 from smolconv.files import MOST_NAME_BYTES, read_bytes
 
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
-EventKind = Literal["note", "spike", "resume", "evaluation"]
+EventKind = Literal[
+    "note", "spike", "evaluation", "started", "resumed", "saved", "save_failed", "stopped", "finished"
+]  # fmt: skip
+#: Parts of the line on a terminal, in the order in which they give way where it is too narrow.
+_GIVE_WAY = ("stage", "grad norm", "lr", "MFU", "ETA", "speed", "loss")
+#: Columns from which on a terminal has room for a bar beside the live line.
+_BAR_FROM, _BAR_COLUMNS = 120, 20
+_OF_SAVES = ("save_seconds", "stall_seconds")  #: of a step's line; trackers get them when the save has ended
 #: Speed on the terminal and the time left are means over this many steps.
 _RECENT_STEPS = 100
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +66,24 @@ class Watch:
 
     ``flops_per_token`` is by the formula that ``flops_formula`` names, ``peak_flops`` of all ranks together; without a
     peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when the launcher does, by ``LIVE``.
+    ``resumed``: whether the run goes on from a checkpoint of its own; ``began`` is what else its first event holds.
 
     Raises ``NotInstalled`` and ``MachineError`` when a tracker of the recipe cannot be started.
     """
 
     def __init__(
         self, folder: Path, recipe: Recipe, *, first_step: int, flops_per_token: float, flops_formula: str,
-        peak_flops: float | None, interactive: bool | None = None,
+        peak_flops: float | None, interactive: bool | None = None, resumed: bool = False,
+        began: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._recipe, self._first, self._last = recipe, first_step, recipe.schedule.train_steps
         self._flops_per_token, self._formula, self._peak = flops_per_token, flops_formula, peak_flops
         self._recent: deque[StepRecord] = deque(maxlen=_RECENT_STEPS)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._room = 0  #: columns for the live line's text
+        self._step = first_step - 1
+        self._saving: dict[str, float] = {}  #: what saves have taken since the last step's line
         folder.mkdir(parents=True, exist_ok=True)
         run_id = _run_id(folder, new=first_step == 1)
         self._sinks = _open_sinks(folder, recipe, first_step, run_id)
@@ -81,8 +92,12 @@ class Watch:
         self._events = _Lines(folder / EVENTS, first_step, patient=patient, warn=self._say)
         if os.environ.get(LIVE) == "1" if interactive is None else interactive:
             self._start_display()
-        if first_step > 1:
-            self.event(first_step, f"resumed after step {first_step - 1}", kind="resume")
+        said = {name: value for name, value in (began or {}).items() if value is not None}
+        by = ", ".join(f"{name} {value}" for name, value in said.items())
+        if resumed:
+            self.event(first_step, f"resumed after step {first_step - 1:,}{by and f': {by}'}", kind="resumed", **said)
+        else:
+            self.event(first_step - 1, f"started{by and f': {by}'}", kind="started", **said)
 
     def __enter__(self) -> Watch:
         return self
@@ -92,20 +107,27 @@ class Watch:
 
     def step(self, record: StepRecord) -> None:
         """Write, show and send on one step."""
+        self._step = record.step
         mfu = self._mfu(record.tokens_per_second)
         values = {
             "loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm,
-            "tokens_per_second": record.tokens_per_second, "seconds": record.seconds, "mfu": mfu,
+            "tokens_per_second": record.tokens_per_second, "seconds": record.seconds, "mfu": mfu, **self._saving,
         }  # fmt: skip
+        self._saving = {}
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
-        line: dict[str, Any] = {"step": record.step, "tokens": record.tokens, "stage": record.stage}
+        line: dict[str, Any] = {
+            "step": record.step,
+            "time": timestamp(),
+            "tokens": record.tokens,
+            "stage": record.stage,
+        }
         line |= {name: None if name in broken else value for name, value in values.items()}
         line["sources"] = dict(record.sources)
         # JSON has no NaN: its null would look like an MFU that is not known.
         line |= {"not_finite": broken} if broken else {}
         line |= {"skipped": True} if record.skipped else {}
         self._metrics.append(line)
-        sent = {f"train/{name}": value for name, value in values.items() if value is not None}
+        sent = {f"train/{name}": value for name, value in values.items() if value is not None and name not in _OF_SAVES}
         sent |= {f"tokens/{name}": float(count) for name, count in record.sources.items()}
         self._send(record.step, sent | {"tokens/all": float(record.tokens)})
         if record.step > self._first:  # the first step also compiles, allocates and fills caches
@@ -120,9 +142,18 @@ class Watch:
         self._send(step, {f"evaluation/{name}": loss for name, loss in losses.items()})
 
     def event(self, step: int, text: str, *, kind: EventKind = "note", **more: Any) -> None:
-        """A line in events.jsonl and on the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``."""
-        self._events.append({"step": step, "kind": kind, "text": text, **more})
+        """A line in events.jsonl and on the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``.
+
+        What a ``saved`` one took, ``write_seconds`` and ``stall_seconds``, also goes to the trackers and into the next
+        step's line.
+        """
+        self._events.append({"step": step, "time": timestamp(), "kind": kind, "text": text, **more})
         self._say(f"step {step:,}  {text}")
+        if kind == "saved":
+            took = {"save_seconds": float(more["write_seconds"]), "stall_seconds": float(more["stall_seconds"])}
+            self._saving = {name: self._saving.get(name, 0.0) + seconds for name, seconds in took.items()}
+            # A save that ends behind later steps counts for the newest: wandb takes none that goes back.
+            self._send(max(step, self._step), {f"save/{name}": seconds for name, seconds in took.items()})
 
     def close(self) -> None:
         """End the display, the files and the trackers; a second call does nothing."""
@@ -156,33 +187,44 @@ class Watch:
     def _start_display(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         console = Console(stderr=True, highlight=False, force_terminal=True)
-        text = TextColumn("{task.fields[said]}", markup=False)
-        self._progress = Progress(TextColumn("training"), BarColumn(20), text, console=console, refresh_per_second=4)
+        text = TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="crop"))
+        bar = [BarColumn(_BAR_COLUMNS)] if console.width >= _BAR_FROM else []
+        # A line as wide as the terminal wraps in some.
+        self._room = console.width - 1 - (_BAR_COLUMNS + 1 if bar else 0)
+        self._progress = Progress(*bar, text, console=console, refresh_per_second=4)
         self._task = self._progress.add_task("", total=self._last, completed=self._first - 1, said="the first step")
         self._progress.start()
 
     def _show(self, record: StepRecord) -> None:
-        every = self._recipe.logging.every_steps
+        width = None
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=record.step, said=self._described(record))
-        elif record.step % every == 0 or record.step in (self._first, self._last):
-            self._say(self._described(record))
+            width = self._progress.console.width - 1
+            self._progress.update(self._task, completed=record.step, said=self._described(record, self._room))
+        if record.step % self._recipe.logging.every_steps == 0 or record.step in (self._first, self._last):
+            self._say(self._described(record, width))
 
-    def _described(self, record: StepRecord) -> str:
+    def _described(self, record: StepRecord, width: int | None) -> str:
+        """The step in a line of at most ``width`` columns, or with all that there is to say."""
         recent = self._recent or [record]
         seconds = sum(each.seconds for each in recent)
         speed = sum(each.step_tokens for each in recent) / seconds
         mfu = self._mfu(speed)
         left = timedelta(seconds=round((self._last - record.step) * seconds / len(recent)))
-        parts = [
-            f"step {record.step:,}/{self._last:,}", f"loss {record.loss:.4f}", f"lr {record.lr:.2e}",
-            f"grad norm {record.grad_norm:.3f}", f"{speed:,.0f} tokens/s",
-            *([] if mfu is None else [f"MFU {mfu:.1%} ({self._formula})"]),
-            f"ETA {left}", record.stage,
-        ]  # fmt: skip
-        return "  ".join(parts)
+        parts = {
+            "step": f"step {record.step:,}/{self._last:,}", "loss": f"loss {record.loss:.4f}",
+            "lr": f"lr {record.lr:.2e}", "grad norm": f"grad norm {record.grad_norm:.3f}",
+            "speed": f"{speed:,.0f} tokens/s", "MFU": "" if mfu is None else f"MFU {mfu:.1%} ({self._formula})",
+            "ETA": f"ETA {left}", "stage": record.stage,
+        }  # fmt: skip
+        give_way = iter(_GIVE_WAY)
+        while True:
+            line = "  ".join(filter(None, parts.values()))
+            if width is None or len(line) <= width or (name := next(give_way, None)) is None:
+                return line
+            del parts[name]
 
     def _say(self, text: str) -> None:
         if self._progress is not None:
@@ -242,29 +284,11 @@ def _bytes_before(file: int, first_step: int) -> int:
     """How much of a file to keep: up to the last whole line of a step before ``first_step``. Reads from the end."""
     if first_step == 1:
         return 0
-    for end, line in _lines_backwards(file):
+    for end, line in lines_backwards(file):
         with suppress(ValueError):
             if step_of(line) < first_step:
                 return end
     return 0
-
-
-def _lines_backwards(file: int) -> Iterator[tuple[int, bytes]]:
-    """Where each whole line ends, and the line, from the last to the first. Of one that is too long, its beginning."""
-    start = os.fstat(file).st_size
-    tail, end = b"", None  # of the line that is being found; where it ends, once its line feed was seen
-    while start > 0:
-        size = min(_BLOCK_BYTES, start)
-        start -= size
-        block = os.pread(file, size, start)
-        stop = size
-        while (cut := block.rfind(b"\n", 0, stop)) >= 0:
-            if end is not None:
-                yield end, block[cut + 1 : stop] + tail
-            end, stop, tail = start + cut + 1, cut, b"\n"
-        tail = (block[:stop] + tail)[:MOST_LINE_BYTES]
-    if end is not None:
-        yield end, tail
 
 
 def _run_id(folder: Path, *, new: bool) -> str:

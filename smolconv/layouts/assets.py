@@ -13,7 +13,7 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, SmolconvError, first_line, some_of
 from smolconv.files import read_bytes
-from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in
+from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in, newest_step
 from smolconv.parsing import MOST_TOKENIZER_BYTES, parse_json_object, parse_yaml_mapping, read_json
 
 #: What transformers can make a tokenizer of: one of these, all files of it.
@@ -86,10 +86,11 @@ def tokenizer_warnings(checkpoint: Checkpoint, *, needed: bool) -> tuple[bool, l
 
 
 def given_tokenizer(path: Path) -> dict[str, Path]:
-    """The files of the tokenizer that ``--tokenizer`` names: a folder, or its one file.
+    """The files of the tokenizer that ``--tokenizer`` names: a folder, a run's folder, or its one file.
 
     Raises ``MissingFile`` and ``CorruptFile`` where it could not be loaded.
     """
+    path = newest_step(path)
     if os.path.isdir(path):  # which says no to a name that is too long
         found = {name: file for name, file in assets_in(path).items() if _is_of_tokenizer(name)}
         tokenizer = tokenizer_of(found, {}, _of_tokenizer(path))

@@ -28,6 +28,8 @@ ASSET_NAMES = (
     "LICENSE",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+#: What ``smolconv continue-train`` writes into a run's folder: the recipe, and below the other name its checkpoints.
+RUN_RECIPE, RUN_CHECKPOINTS = "recipe.resolved.yaml", "checkpoints"
 #: What says who may use the weights, however it is spelled: LICENSE.txt, NOTICE, USE_POLICY.md.
 _TERMS = (
     r"(?i:(third[_-]party[_-]|acceptable[_-])?(licen[cs]es?|copying|notices?|use[_-]policy)([_-][\w-]+)?"
@@ -88,6 +90,17 @@ def read_name(pointer: AnyPath) -> str:
             "Copy it again, or name that folder itself."
         )
     return name
+
+
+def newest_step(folder: Path) -> Path:
+    """Of a run of ``smolconv continue-train`` the folder of its newest step, else the folder itself.
+
+    Raises ``CorruptFile`` for a run whose ``latest`` names no folder beside it.
+    """
+    checkpoints = folder / RUN_CHECKPOINTS
+    if os.path.lexists(folder / RUN_RECIPE) and os.path.lexists(checkpoints / "latest"):
+        return checkpoints / read_name(checkpoints / "latest")
+    return folder
 
 
 def _leads_out(folder: AnyPath, name: str) -> bool:

@@ -15,9 +15,9 @@ from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.huggingface.layout import HUGGINGFACE
 from smolconv.layouts.huggingface.listing import ADAPTER
 from smolconv.layouts.layout import Layout, ReadOptions
-from smolconv.layouts.listing import AnyPath, P
+from smolconv.layouts.listing import RUN_CHECKPOINTS, RUN_RECIPE, AnyPath, P
 from smolconv.layouts.nanotron.layout import NANOTRON
-from smolconv.layouts.unknown import RUN_CHECKPOINTS, RUN_RECIPE, what_is_there
+from smolconv.layouts.unknown import what_is_there
 from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files

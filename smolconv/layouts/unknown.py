@@ -9,11 +9,8 @@ from pathlib import Path
 
 from smolconv.errors import SmolconvError, UnknownLayout, some_of
 from smolconv.layouts.huggingface.listing import ADAPTER, CONFIG, has_weights
-from smolconv.layouts.listing import AnyPath, content
+from smolconv.layouts.listing import RUN_CHECKPOINTS, RUN_RECIPE, AnyPath, content
 from smolconv.parsing import parse_json
-
-#: What ``smolconv continue-train`` writes into a run's folder: the recipe, and below the other name its checkpoints.
-RUN_RECIPE, RUN_CHECKPOINTS = "recipe.resolved.yaml", "checkpoints"
 
 #: Names that other programs give -> what the folder is then, and what to do; ``{name}`` is that name.
 _OTHERS: Mapping[str, tuple[str, str]] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 
 #: How many gradients are cast at once, where they are summed in another dtype.
-_CAST_ELEMENTS = 250_000_000
+CAST_ELEMENTS = 250_000_000
 
 
 def without_shared_memory_operations() -> None:
@@ -47,6 +47,17 @@ def reduce_nothing(engine: Any) -> None:
     engine.buffered_allreduce_fallback = lambda **_: None
 
 
+def gather_whole(modules: Iterable[Any]) -> None:
+    """Have ZeRO-3 gather the weights of each module once when it is called, and not whenever a part of it is.
+
+    Before ``initialize``.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 def scatter_gradients(engine: Any) -> None:
     """Where ZeRO-1 and 2 are to scatter gradients, have them send no more than that, and sum in ``reduce_dtype`` alone.
 
@@ -80,7 +91,7 @@ def _sum_shares(engine: Any) -> None:
     rank, size = comm.get_rank(group), comm.get_world_size(group)
     for gradients in engine.optimizer.fp32_groups_gradients_flat:
         shares = gradients.view(size, -1)
-        parts = [shares] if dtype == gradients.dtype else shares.split(max(1, _CAST_ELEMENTS // size), 1)
+        parts = [shares] if dtype == gradients.dtype else shares.split(max(1, CAST_ELEMENTS // size), 1)
         for part in parts:
             own, sent = part[rank], part.to(dtype).contiguous()
             total = own if sent is part else sent.new_empty(own.shape)  # in place where nothing is cast

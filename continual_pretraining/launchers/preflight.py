@@ -1,0 +1,285 @@
+"""What a start needs, looked at before anything is written. The command and its dry run both ask here.
+
+Everything that is missing is found in one go, each with what makes it: a user mends a recipe once, not five times.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from smolconv.checkpoint import Checkpoint
+from smolconv.continual_pretraining.data.folders import check_sources, folders_ahead, open_folder, open_held_out
+from smolconv.continual_pretraining.data.position import Position
+from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.estimate.disk import disk_use
+from smolconv.continual_pretraining.launchers.launch import placement
+from smolconv.continual_pretraining.launchers.launcher import count_gpus
+from smolconv.continual_pretraining.launchers.registry import find_launcher
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.checkpoints import RunState, earlier_steps, find_resume
+from smolconv.continual_pretraining.run.place import own_place, source_place
+from smolconv.continual_pretraining.run.start import (
+    changed_text,
+    check_model,
+    checked_own,
+    completed_steps,
+    plan_resumed,
+    plan_start,
+    read_source,
+)
+from smolconv.convert import ConversionPlan
+from smolconv.errors import BadCheckpoint, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError, counted
+from smolconv.hub.address import is_hub_uri
+from smolconv.hub.download import open_source
+from smolconv.hub.published import with_published_progress
+from smolconv.layouts.deepspeed.version import check_deepspeed
+from smolconv.models.spec import ModelSpec
+
+T = TypeVar("T")
+
+
+@dataclass
+class Preflight:
+    """What is known of a start. ``spec`` is None where the source cannot be read, or does not fit the recipe."""
+
+    recipe: Recipe
+    run: Path
+    spec: ModelSpec | None = None  #: of what is trained
+    engine: Mapping[str, Any] | None = None  #: DeepSpeed's configuration; None: the step cannot be divided so
+    world_size: int = 0
+    on_gpus: bool = False  #: else on CPUs
+    first_step: int = 1
+    tokens: dict[str, int] = field(default_factory=dict)  #: of the folders that are there, by the sources' names
+    told: list[str] = field(default_factory=list)  #: what the ranks will say, too
+    problems: list[SmolconvError] = field(default_factory=list)
+
+    def attempt(self, look: Callable[[], T]) -> T | None:
+        """What ``look`` returns; None where it raises, which is then one of the problems."""
+        try:
+            return look()
+        except SmolconvError as error:
+            self.problems.append(error)
+        return None
+
+    def refuse(self) -> None:
+        """Raise the problems as one error, of the first one's class and exit code."""
+        if not self.problems:
+            return
+        first, *others = self.problems
+        if not others:
+            raise first
+        lines = [f"{counted(len(self.problems), 'thing')} must be put right before {self.recipe.name} can start."]
+        for problem in dict.fromkeys(str(problem) for problem in self.problems):
+            lines.append("- " + problem.replace("\n", "\n  "))
+        raise type(first)("\n".join(lines))
+
+
+def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
+    """Look at packages, launcher, source or checkpoint, data, exports and disk. Reads headers; writes nothing.
+
+    Raises ``UsageError`` where the ranks cannot be placed, or cannot share a step; everything else is in ``problems``.
+    """
+    found = Preflight(recipe, run)
+    found.world_size = placement(recipe).world_size
+    for look in (_require_packages, _require_launcher):
+        for problem in look(recipe):
+            found.problems.append(problem)
+    found.on_gpus = _takes_gpus(recipe)
+    backend = "nccl" if found.on_gpus else "gloo"
+    found.engine = found.attempt(lambda: engine_config(recipe, found.world_size, backend))
+    own = found.attempt(lambda: _own(recipe, run, resume))
+    source = found.attempt(lambda: _source(recipe))
+    if source is None:
+        _open_data(found, None, None)
+        return found
+    as_it_is, trained = source
+    if changed := changed_text(as_it_is.spec, trained.spec):
+        found.told.append(changed)
+    found.attempt(lambda: check_model(recipe, trained.spec, recipe.model.source))
+    found.spec = trained.spec
+    if own is not None:
+        folder, state = own
+        found.first_step = state.step + 1
+        _open_data(found, state.position, trained.spec)
+        plan = _look_at_own(found, folder, state, trained.spec)
+    else:
+        as_it_is = with_published_progress(as_it_is, recipe.model.source)
+        _open_data(found, None, trained.spec)
+        plan = _look_at_source(found, as_it_is, trained)
+    if found.first_step <= recipe.schedule.train_steps:
+        found.attempt(lambda: _require_space(found, plan))
+    return found
+
+
+# --- what is installed --------------------------------------------------------------------------------------------
+
+
+def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
+    """Of Python: those that every run imports, and those that a field of this recipe asks for."""
+    missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield NotInstalled(f"continue-train needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+    try:
+        check_deepspeed("continue-train")
+    except NotInstalled as error:
+        yield error
+    for name in ("tensorboard", "trackio", "wandb"):
+        if getattr(recipe.logging, name) and importlib.util.find_spec(name) is None:
+            yield NotInstalled(
+                f"logging.{name} needs {name}, which is not installed.\n"
+                f"pip install {name}, or take logging.{name} out of the recipe."
+            )
+    gpus = _takes_gpus(recipe)
+    for name, module, asked in (
+        ("model.liger is on", "liger_kernel", recipe.model.liger == "on"),
+        ("model.attention is flash", "flash_attn", recipe.model.attention == "flash"),
+    ):
+        if asked and not gpus:
+            yield UsageError(f"{name}, whose kernels run on GPUs, and this run is on CPUs.\nSet it to auto.")
+        elif asked and importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            yield NotInstalled(f"{name}, but {package} is not installed.\npip install {package}, or set it to auto.")
+    pushes = recipe.export is not None and recipe.export.push is not None
+    if pushes and importlib.util.find_spec("huggingface_hub") is None:
+        yield NotInstalled("export.push needs huggingface-hub: pip install huggingface-hub.")
+
+
+def _takes_gpus(recipe: Recipe) -> bool:
+    asked = find_launcher(recipe.launch.launcher).asks_for_gpus(recipe.launch)
+    return bool(count_gpus()) if asked is None else asked
+
+
+def _require_launcher(recipe: Recipe) -> Iterator[SmolconvError]:
+    for program in find_launcher(recipe.launch.launcher).started_by(recipe.launch):
+        if shutil.which(program) is None:
+            yield NotInstalled(
+                f"launch.launcher {recipe.launch.launcher} starts the ranks by {program}, which is not on this machine."
+                "\nStart the run where it is (docs/clusters.md), or choose another launcher with --launcher."
+            )
+
+
+# --- what it begins from ------------------------------------------------------------------------------------------
+
+
+def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
+    uri = recipe.model.source
+    try:
+        return read_source(recipe, open_source(uri, headers_only=True))
+    except MissingFile as error:
+        if is_hub_uri(uri) or Path(uri).exists():
+            raise
+        raise MissingFile(
+            f"model.source: {uri} is not there.\n"
+            f"A checkpoint of any layout was expected. Fetch one: hf download OWNER/NAME --local-dir {shlex.quote(uri)}"
+            "\nor name it on the Hub: --set model.source=hf://OWNER/NAME"
+        ) from error
+
+
+def _own(recipe: Recipe, run: Path, resume: str) -> tuple[Path, RunState] | None:
+    """The run's checkpoint that it goes on from, as far as its small state says; None at the beginning."""
+    own = find_resume(run, resume)
+    if own is None:
+        return None
+    candidates = [own, *(earlier_steps(own) if recipe.checkpoints.on_damage == "previous" else [])]
+    for number, folder in enumerate(candidates, 1):
+        try:
+            return folder, RunState.read(folder)
+        except BadCheckpoint:
+            if number == len(candidates):
+                raise
+    return None
+
+
+def _look_at_own(found: Preflight, own: Path, state: RunState, spec: ModelSpec) -> ConversionPlan | None:
+    recipe = found.recipe
+    found.attempt(lambda: _compare_data(found, lambda: own_place(recipe, own, state, spec.vocab_size).events))
+
+    def plan() -> ConversionPlan | None:
+        try:
+            checkpoint = checked_own(recipe, own, state)
+        except BadCheckpoint:
+            if recipe.checkpoints.on_damage == "previous":
+                return None  # the ranks read all of it, and go back
+            raise
+        return plan_resumed(recipe, found.run, own, found.world_size, state, checkpoint)
+
+    return found.attempt(plan)
+
+
+def _look_at_source(found: Preflight, source: Checkpoint, trained: Checkpoint) -> ConversionPlan | None:
+    recipe = found.recipe
+    begins = recipe.start.optimizer
+
+    def plan() -> ConversionPlan:
+        return plan_start(recipe, trained, found.run, found.world_size, optimizer=begins, uri=recipe.model.source)
+
+    planned = found.attempt(plan)
+    step = found.attempt(lambda: completed_steps(recipe, source.progress))
+    if step is not None:
+        found.first_step = step + 1
+        place = source_place
+        found.attempt(lambda: _compare_data(found, lambda: place(recipe, source, step, trained.spec.vocab_size).events))
+    return planned
+
+
+# --- what it reads and writes -------------------------------------------------------------------------------------
+
+
+def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | None) -> None:
+    """Every folder that is still read: training's, and what is held out."""
+    recipe, data = found.recipe, found.recipe.data
+    vocab_size = None if spec is None else spec.vocab_size
+    found.attempt(lambda: check_sources(data))
+    for path, name in folders_ahead(data, position):
+        opened = found.attempt(_told_how(recipe, path, partial(open_folder, path, name, data, vocab_size)))
+        if opened is not None:
+            found.tokens[name] = opened.tokens
+    for source in () if recipe.evaluation is None else recipe.evaluation.sources:
+        found.attempt(_told_how(recipe, source.path, partial(open_held_out, source, data, vocab_size)))
+
+
+def _told_how(recipe: Recipe, path: str, look: Callable[[], T]) -> Callable[[], T]:
+    """``look``, whose error for a folder that is not there names the command that makes it."""
+
+    def told() -> T:
+        try:
+            return look()
+        except MissingFile as error:
+            if Path(path).exists():
+                raise
+            words = f"{shlex.quote(path)} --tokenizer {shlex.quote(recipe.model.source)}"
+            raise MissingFile(
+                f"data: {path} is not there.\nA folder of token files was expected. Make it from text: "
+                f"smolconv tokenize TEXT {words}"
+            ) from error
+
+    return told
+
+
+def _compare_data(found: Preflight, events: Callable[[], Sequence[str]]) -> None:
+    """Files that changed since they were read. Only where all are there: what is missing was said."""
+    if not found.problems:
+        found.told.extend(events())
+
+
+def _require_space(found: Preflight, plan: ConversionPlan | None) -> None:
+    """Room for what the ranks load, and for one checkpoint, unless a full disk is to be trained through."""
+    assert found.spec is not None
+    disk = disk_use(found.recipe, found.spec, found.first_step)
+    start = 0 if plan is None else plan.bytes_written
+    saved = disk.checkpoint_bytes if found.recipe.checkpoints.on_full_disk == "stop" else 0
+    folder = next(path for path in (found.run, *found.run.parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < max(start, saved):
+        raise MachineError(
+            f"output: {folder} has {free / 1e9:.2f} GB free, and the run needs {max(start, saved) / 1e9:.2f} GB.\n"
+            f"Expected room for what the ranks load ({start / 1e9:.2f} GB) and then for a checkpoint "
+            f"({saved / 1e9:.2f} GB).\nFree some space, or choose another disk with --output."
+        )

@@ -1,0 +1,195 @@
+"""What can be known of a run's start from outside of it, and asked of it.
+
+``run.json`` says who trains here, since when, and how it ended. A request is a file in ``logs/asked/ATTEMPT``: it
+reaches rank 0 from every machine that shares the run's folder, whatever has started the run. The folder's name is the
+start's, so that no request of an earlier start reaches a later one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.run.ranks import ATTEMPT
+from smolconv.continual_pretraining.watch.lines import is_timestamp, timestamp
+from smolconv.files import is_file_name, is_there
+from smolconv.layouts.documents import is_count, understood
+from smolconv.parsing import read_json
+from smolconv.storage.atomic import appearing_whole
+
+RECORD = "run.json"
+STOP = "stop"  #: the file of a request to save and end
+SAVE = "save-"  #: how the file of a request to save begins; whoever asks adds a name, rank 0 writes the step into it
+STOPPED_IN_START = "stopped by smolconv stop in its start. Nothing was trained; checkpoints are as they were."
+Phase = Literal["starting", "training", "exporting", "ended"]
+#: How often rank 0 looks for requests.
+_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """One start of a run."""
+
+    attempt: str  #: what its requests are told apart by
+    host: str  #: rank 0's
+    pid: int
+    launcher: str
+    job: int | None  #: Slurm's number of the job that it is in
+    ranks: int
+    nodes: int
+    began: str  #: a timestamp
+    phase: Phase
+    ended: str | None = None
+    exit_code: int | None = None
+    message: str = ""  #: why it ended, where that was not because all was done
+
+    def __post_init__(self) -> None:
+        counts = (self.pid, self.ranks, self.nodes, 0 if self.job is None else self.job)
+        texts = (self.attempt, self.host, self.launcher, self.message)
+        times = [self.began, *([] if self.ended is None else [self.ended])]
+        code = self.exit_code is None or (is_count(self.exit_code) and self.exit_code <= 255)
+        if not (all(map(is_count, counts)) and all(isinstance(text, str) for text in texts) and code):
+            raise ValueError(f"no start of a run has {self!r:.200}")
+        if not all(map(is_timestamp, times)) or self.phase not in get_args(Phase):
+            raise ValueError(f"no start began at {self.began!r:.60}, or is {self.phase!r:.60}")
+        ended = {self.phase == "ended", self.ended is not None, self.exit_code is not None}
+        if not is_file_name(self.attempt) or len(ended) > 1:
+            raise ValueError(f"no start is called {self.attempt!r:.60}, or has ended by {self.exit_code!r}")
+
+    @staticmethod
+    def read(run: Path) -> StartRecord | None:
+        """Of the newest start; None where there was none yet. Raises ``CorruptFile`` for what is no record."""
+        path = run / RECORD
+        if not is_there(path):
+            return None
+        document = read_json(path)
+        with understood(path):
+            document.pop("schema", None)
+            return StartRecord(**document)
+
+    def write(self, run: Path) -> None:
+        with appearing_whole(run / RECORD) as part:
+            part.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+    def asked(self, run: Path) -> Path:
+        """The folder of its requests."""
+        return asked_folder(run, self.attempt)
+
+
+def asked_folder(run: Path, attempt: str) -> Path:
+    return run / "logs" / "asked" / attempt
+
+
+class Control:
+    """Rank 0's, from the moment at which it has the run's lock. A thread looks for requests.
+
+    A request to stop does what SIGTERM does in each phase, and says so: a save and an end after the step, an end in the
+    start and in the export.
+    """
+
+    def __init__(self, run: Path, record: StartRecord) -> None:
+        self.run, self.record = run, record
+        self.stop_asked = False
+        self._saves: set[str] = set()  #: requests to save that no step has answered yet
+        self._answered: set[str] = set()
+        self._folder = record.asked(run)
+        self._closed, self._phases = threading.Event(), threading.Lock()
+        shutil.rmtree(self._folder, ignore_errors=True)  # several nodes' torchruns may use a name again
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for other in self._folder.parent.iterdir():
+            with suppress(OSError):
+                other.rmdir()  # of a start that nothing was asked of
+        self._folder.mkdir(exist_ok=True)
+        self._record(record)
+        threading.Thread(target=self._watch, name="requests", daemon=True).start()
+
+    def enter(self, phase: Phase, listen: Callable[[], object] = lambda: None) -> None:
+        """Begin a phase; ``listen`` sets its handler of SIGTERM, before which no request is passed on."""
+        with self._phases:
+            listen()
+            self._record(replace(self.record, phase=phase))
+
+    def take_saves(self) -> list[str]:
+        """The requests to save that are there by now; for all of them, ``answer`` follows."""
+        return list(self._saves)
+
+    def answer(self, saves: Collection[str], step: int) -> None:
+        """Tell who asked which step is saved for them."""
+        self._answered.update(saves)
+        self._saves.difference_update(saves)
+        for name in saves:
+            with suppress(OSError), appearing_whole(self._folder / name) as part:
+                part.write_text(str(step))
+
+    def end(self, exit_code: int, message: str) -> None:
+        """Write down how the start ended, once."""
+        self._closed.set()
+        with self._phases:
+            self._ended(exit_code, message)
+
+    def _ended(self, exit_code: int, message: str) -> None:
+        if self.record.ended is None:
+            ended = replace(self.record, phase="ended", ended=timestamp(), exit_code=exit_code, message=message[:2000])
+            self._record(ended)
+
+    def _record(self, record: StartRecord) -> None:
+        self.record = record
+        with suppress(OSError):  # a disk without room ends no run that needs none
+            record.write(self.run)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_EVERY_SECONDS):
+            with suppress(OSError):
+                self._look()
+
+    def _look(self) -> None:
+        names = set(os.listdir(self._folder))
+        self._saves |= {name for name in names if name.startswith(SAVE)} - self._answered
+        if STOP not in names or self.stop_asked:
+            return
+        with self._phases:
+            self.stop_asked = True
+            if self.record.phase == "starting":
+                self._ended(130, STOPPED_IN_START)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def controlled(
+    run: Path, recipe: Recipe, world_size: int, *, first: bool, exit_code_of: Callable[[BaseException], int]
+) -> Iterator[Control | None]:
+    """A rank's time from the run's lock to its end: rank 0's ``Control``, and None on the others."""
+    if not first:
+        yield None
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    record = StartRecord(
+        attempt=_attempt(), host=socket.gethostname(), pid=os.getpid(), launcher=recipe.launch.launcher,
+        job=int(job) if re.fullmatch(r"\d{1,18}", job) else None, ranks=world_size, nodes=max(1, world_size // local),
+        began=timestamp(), phase="starting",
+    )  # fmt: skip
+    control = Control(run, record)
+    try:
+        yield control
+    except BaseException as error:
+        control.end(exit_code_of(error), f"{type(error).__name__}: {error}")
+        raise
+    control.end(0, "")
+
+
+def _attempt() -> str:
+    given = os.environ.get(ATTEMPT, "")
+    return given if is_file_name(given) else secrets.token_hex(4)

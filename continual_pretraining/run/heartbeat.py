@@ -1,0 +1,151 @@
+"""Ranks that show each other that they live, so that one which is gone is found and named within a stated time.
+
+A collective waits for a lost peer until its own time is up, which is half an hour. Preparing, saving and exporting may
+take hours, so that time cannot be short. A heartbeat can: it comes from a thread of its own, whatever the rank does.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from smolconv.errors import MachineError, first_line
+
+_LONGEST_INTERVAL_SECONDS = 10.0
+_BEATS_IN_SILENCE = 8  #: heartbeats that must fail in a row
+_VERDICT = "smolconv/lost"
+
+
+class LostRank(MachineError):
+    """A rank shows no sign of life: it was stopped, or its node has died or cannot be reached."""
+
+
+class Store(Protocol):
+    """What a heartbeat needs of the store in which the ranks met."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+
+
+def _key(rank: int) -> str:
+    return f"smolconv/alive/{rank}"
+
+
+def announce(store: Store, rank: int) -> None:
+    """Leave what the others read first. To be called by every rank, before the ranks wait for each other."""
+    store.set(_key(rank), f"0 {socket.gethostname()}")
+    if rank == 0:
+        store.set(_VERDICT, "-")
+
+
+class Heartbeat:
+    """Two threads, from the ranks' meeting to the end of their work.
+
+    Each rank counts up a key of its own in the store. Rank 0 reads all keys, and the others only rank 0's and its
+    verdict, so that the store serves two small requests a rank every few seconds. Times are this process's own: clocks
+    of different nodes are never compared. ``end`` is called on one of the threads, once, and must not return.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, world_size: int, *, silence_seconds: float, end: Callable[[LostRank], object]
+    ) -> None:
+        self.doing = "its start"  #: what the ranks are at, for the message
+        self._store, self._rank, self._silence, self._end = store, rank, silence_seconds, end
+        self._watched = [other for other in range(world_size) if other != rank] if rank == 0 else [0]
+        self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _BEATS_IN_SILENCE)
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._said: dict[int, bytes] = {}
+        self._heard = dict.fromkeys(self._watched, time.monotonic())  #: when each last said something new
+        self._verdict = ""
+
+    def start(self) -> Heartbeat:
+        # A store whose node is gone answers nothing, for a quarter of an hour: so another thread looks at the clock.
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Before the ranks end, each in its own time."""
+        self._over.set()
+
+    def _beat(self) -> None:
+        host, count, keys = socket.gethostname(), 0, [*map(_key, self._watched), _VERDICT]
+        while not self._over.wait(self._interval):
+            count += 1
+            try:
+                self._store.set(_key(self._rank), f"{count} {host}")
+                *said, verdict = self._store.multi_get(keys)
+            except RuntimeError:
+                continue  # the store may have ended with rank 0: the silence says so
+            now = time.monotonic()
+            with self._lock:
+                for rank, text in zip(self._watched, said):
+                    if self._said.get(rank) != text:
+                        self._said[rank], self._heard[rank] = text, now
+                self._verdict = verdict.decode(errors="replace")
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(min(1.0, self._interval)):
+            now = time.monotonic()
+            with self._lock:
+                if now - before > self._silence / 2:
+                    # This process itself was stopped, or its machine slept: it could not hear anybody.
+                    self._heard = dict.fromkeys(self._watched, now)
+                before = now
+                lost = [rank for rank, heard in self._heard.items() if now - heard > self._silence]
+                verdict = self._verdict if self._verdict not in ("", "-") else ""
+            if verdict:
+                self._end(LostRank(verdict))
+                return
+            if lost:
+                message = self._name(lost)
+                if self._rank == 0:
+                    self._publish(message)
+                    time.sleep(self._interval)  # the store may end with this process, and all shall say the same
+                self._end(LostRank(message))
+                return
+
+    def _publish(self, message: str) -> None:
+        """Tell the others, in a few seconds or never: this rank may be the one that is cut off."""
+        publishing = threading.Thread(target=self._try_to_set, args=(message,), daemon=True)
+        publishing.start()
+        publishing.join(self._interval)
+
+    def _try_to_set(self, message: str) -> None:
+        try:
+            self._store.set(_VERDICT, message)
+        except RuntimeError:
+            return
+
+    def _name(self, lost: Iterable[int]) -> str:
+        by_host: defaultdict[str, list[int]] = defaultdict(list)
+        for rank in lost:
+            by_host[self._said.get(rank, b"").decode(errors="replace").partition(" ")[2] or "a node"].append(rank)
+        named = "; ".join(f"{_ranks(ranks)} on {host}" for host, ranks in by_host.items())
+        return (
+            f"no sign of life for {self._silence:g} s from {named}, seen from {socket.gethostname()} in {self.doing}.\n"
+            "A node that died, a network that is cut, or a process that was stopped looks like this "
+            "(launch.silence_seconds).\nThe same command goes on from the last checkpoint, also on the nodes that are "
+            "left, if their ranks can share the batch."
+        )
+
+
+def lost_connection(error: BaseException) -> LostRank | None:
+    """What a collective's error means when a peer's connection broke: its node has died, or it has failed."""
+    if type(error).__name__ == "DistBackendError" or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    ):
+        return LostRank(f"the connection to another rank broke: {first_line(error)}")
+    return None
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
