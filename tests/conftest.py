@@ -24,7 +24,8 @@ _LONG = (
     "torch_archive", "training_resume", "processes", "sequence_parallel", "training_model", "training_losses",
     "bad_input", "deepspeed_bad_input", "programs", "tokenize", "nothing_executes", "directions", "communication",
     "training_export", "doctor", "resume_damage", "engines", "gpu_check", "estimate", "fuzz", "token_record",
-    "continue_train", "run_checkpoints", "verify_report", "packaging",
+    "continue_train", "run_checkpoints", "node_failure", "runs", "deepspeed_names", "training_frozen",
+    "training_bad_input", "verify_report", "packaging",
 )  # fmt: skip
 
 
