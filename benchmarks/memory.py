@@ -317,8 +317,8 @@ Written by `python benchmarks/memory.py{"" if layers is None else f" --layers {l
 
 ## Fake tensors
 
-torch's `MemTracker` over the training model's own forward and backward pass, {which}, bfloat16, on fake
-tensors of the CPU. Products, the number of logits and what attention keeps and makes are those of a GPU: see the
+torch's `MemTracker` over the training model's own forward and backward pass, on fake tensors of the CPU in bfloat16:
+{which}. Products, the number of logits and what attention keeps and makes are those of a GPU: see the
 script's first lines. Activations are all that is neither a weight nor its gradient, at the fullest moment; the peak is
 with both. GB are 1e9 bytes; a ratio is the estimate by the tracker, and has to be within {LIMIT:.0%}. The last column
 is the largest part of the estimate.

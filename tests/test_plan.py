@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import Finished, run_cli
 from test_cli import modules_after
-from training import recipe_document
+from training import recipe_document, token_folder
 
 from smolconv.continual_pretraining.engine.config import accumulation_steps, engine_config
 from smolconv.continual_pretraining.estimate import speed
@@ -156,7 +156,7 @@ def test_every_gpu_is_found_by_its_name_and_by_torchs():
 def recipe_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     source = hf_models.saved(hf_models.llama(), folder / "source")
-    document = recipe_document(source, folder / "no-tokens-yet", model={"dtype": "bfloat16"})
+    document = recipe_document(source, token_folder(folder / "tokens"), model={"dtype": "bfloat16"})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
     return folder / "recipe.yaml"
 
