@@ -4,14 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 V4 := .venv-transformers4
+EVAL := .venv-evaluate
+LIGHTEVAL := .venv-lighteval
 LIGER := .venv-liger
 # Four of our test processes would otherwise start a BLAS thread per core each.
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
+# A file's fixtures are made by one process; which files are long is in tests/conftest.py. (--dist loadgroup groups nothing
+# with pytest 9.2 and pytest-xdist 3.8.)
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test tests test-slow test-matrix test-slurm test-liger test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
+.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -19,6 +24,7 @@ help:
 	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
 	@echo "make test-slow           the tests that take minutes"
 	@echo "make test-matrix         training losses at every ZeRO stage and every division over ranks"
+	@echo "make test-evaluate       accuracies of lm-eval and lighteval, in environments that have them (700 MB more)"
 	@echo "make test-slurm          training over two nodes of a real Slurm on this machine (needs slurm-wlm, munge, root)"
 	@echo "make test-liger          Liger's kernels in Triton's interpreter, in an environment of their own"
 	@echo "make fuzz                damaged inputs of every reader for FUZZ_MINUTES=10 from FUZZ_SEED=0; new failures go to fixtures/fuzz"
@@ -54,13 +60,24 @@ test: $(VENV)/installed
 	@$(MAKE) --no-print-directory --jobs 2 lint tests
 
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not matrix and not slurm and not evaluate"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-matrix: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m matrix
+	$(BIN)/python -m pytest $(PARALLEL) -m matrix
+
+# lighteval needs an older xxhash than ours: it has an environment of its own.
+$(EVAL)/installed: pyproject.toml constraints.txt
+	$(call install,$(EVAL),constraints.txt)
+	$(EVAL)/bin/pip install --quiet --constraint constraints.txt lm-eval==0.4.13
+	$(PYTHON) -m venv $(LIGHTEVAL)
+	$(LIGHTEVAL)/bin/pip install --quiet torch==2.13.0
+	$(LIGHTEVAL)/bin/pip install --quiet transformers==5.23.0 lighteval==0.13.0 "xxhash<4"
+
+test-evaluate: $(EVAL)/installed
+	SMOLCONV_LIGHTEVAL_PYTHON=$(CURDIR)/$(LIGHTEVAL)/bin/python $(EVAL)/bin/python -m pytest -m evaluate
 
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
@@ -90,7 +107,7 @@ gpu-check:
 	@env -u OMP_NUM_THREADS PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(GPU_CHECK)
 
 test-transformers4: $(V4)/installed
-	$(V4)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not slow and not matrix and not slurm" \
+	$(V4)/bin/python -m pytest $(PARALLEL) -m "not slow and not matrix and not slurm and not evaluate" \
 		tests/test_spec.py tests/test_nanotron.py tests/test_round_trips.py tests/test_verify.py \
 		tests/test_verify_forward.py tests/test_false_alarms.py tests/test_gguf.py tests/test_hub.py \
 		tests/test_tokenize.py tests/test_training_model.py tests/test_training_losses.py \
@@ -115,6 +132,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/saves.py
 
 clean:
-	rm -rf $(VENV) $(V4) $(LIGER) gpu-wheels demo build dist *.egg-info
+	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) gpu-wheels demo build dist *.egg-info

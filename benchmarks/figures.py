@@ -56,6 +56,7 @@ TOPICS = (
         tests={
             "test_training_resume.py": "killed|full_disk|signal",
             "test_run_checkpoints.py": "kill|dies|full|interrupted",
+            "test_asynchronous_saves.py": "kill|full|stops_itself|no_memory",
         },
     ),
     Topic(
@@ -107,7 +108,7 @@ def run_tests(folder: Path) -> Iterator[tuple[str, str, str, int]]:
     """(file, name, outcome, tried) of each test."""
     report = folder / "report.xml"
     files = sorted({f"tests/{name}" for topic in TOPICS for name in topic.tests})
-    words = [sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadgroup",
+    words = [sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile",
              "-m", "not slow and not matrix and not slurm", f"--junitxml={report}", *files]  # fmt: skip
     subprocess.run(words, cwd=REPOSITORY, check=False)
     for case in ElementTree.parse(report).iter("testcase"):

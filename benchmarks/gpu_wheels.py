@@ -78,7 +78,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".gpu-wheels-", dir=output.absolute().parent) as work:
         made = Path(work) / output.name
         made.mkdir()
-        fetch(made, given.python)
+        try:
+            fetch(made, given.python)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"pip, above, could not get all wheels (exit code {error.returncode}); {output} is as it was.")
         wheels = checked(made)
         if output.exists():
             if not (output / CHECKSUMS).is_file() and any(output.iterdir()):

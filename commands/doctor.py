@@ -24,13 +24,21 @@ _EPILOG = """
 """
 
 
-_Command = Literal["convert", "hub", "verify", "continue-train", "tokenize", "import-gguf"]  # of doctor.EXTRAS
+_Command = Literal[
+    "convert", "hub", "verify", "continue-train", "tokenize", "import-gguf", "evaluate"
+]  # of doctor.EXTRAS
 
 
 @app.command(epilog=_EPILOG)
 def doctor(
     command: Annotated[
-        _Command | None, typer.Option("--for", help="End with 5 when this command cannot run here.")
+        _Command | None,
+        typer.Option(
+            "--for",
+            metavar="COMMAND",
+            help="End with 5 when it cannot run here: convert, hub, verify, continue-train, tokenize, import-gguf or "
+            "evaluate.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:

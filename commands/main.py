@@ -21,6 +21,7 @@ from smolconv.commands import (  # noqa: F401  (they register themselves)
     data,
     diff,
     doctor,
+    evaluate,
     import_gguf,
     inspect,
     plan,
@@ -90,7 +91,7 @@ def _listen() -> None:
 def _left(words: list[str]) -> str:
     """What is left of a command that wrote no folder of its own at that moment."""
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in ("verify", "inspect", "diff", "doctor", "runs"):
+    if command in ("verify", "inspect", "diff", "doctor", "runs", "evaluate"):
         return "Nothing was written. Repeat the command to begin again."
     return "What was finished stays as it is. Repeat the command to go on."
 

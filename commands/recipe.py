@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,9 +31,16 @@ _SHOW = """
     smolconv recipe show smollm3-3b-decay
 """
 _INIT = """
-**Example**
+**Examples**
+
+    smolconv recipe init my.yaml
+
+    smolconv recipe init my.yaml --source hf://HuggingFaceTB/SmolLM2-135M --data tokens/mine --gpus 8
 
     smolconv recipe init try-out my.yaml
+
+The token files are made by `smolconv tokenize`. On a terminal it asks for what is not given. Batch, ZeRO stage and
+checkpointing are chosen so that the model fits; every figure can be edited.
 """
 _VALIDATE = """
 **Examples**
@@ -89,16 +97,107 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 
 @recipe_app.command(epilog=_INIT)
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME] [OUT]", help="A shipped recipe, or a file, to copy; and the file to write."),
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Checkpoint of any layout, or hf://owner/name.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Token files to train on. Repeatable.")
+    ] = None,
+    held_out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Token files to evaluate on.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="How many GPUs; 0: train on CPUs.")] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="What they are, as smolconv plan names them.")] = "h100",
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: once over the data, at most 1,000.")] = None,
+    eos: Annotated[int | None, typer.Option(min=0, help="Token that ends a document. Default: the data's.")] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Copy a recipe to a file of your own, to be edited."""
+    """Write a recipe that starts, from a few answers; or copy one (NAME OUT) to be edited."""
     from smolconv.continual_pretraining.recipe.files import read_recipe
     from smolconv.continual_pretraining.recipe.json_schema import with_modeline
+    from smolconv.errors import UsageError
 
-    _write(out, with_modeline(read_recipe(name)), overwrite)
+    given = names or []
+    answers = {"--source": source, "--data": data, "--held-out": held_out, "--gpus": gpus, "--steps": steps}
+    if len(given) > 2:
+        raise UsageError(f"{len(given)} names were given; expected NAME OUT to copy a recipe, or OUT alone.")
+    if len(given) == 2:
+        if asked := [name for name, value in answers.items() if value]:
+            raise UsageError(f"{asked[0]} is for a new recipe, and NAME OUT copies one. Leave one of both out.")
+        out, text = Path(given[1]), with_modeline(read_recipe(given[0]))
+    else:
+        out = Path(given[0] if given else "recipe.yaml")
+        _refuse_shipped(out)
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} exists. Choose another name, or replace it with --overwrite.")
+        text = _composed(out, source, data, held_out, gpus=gpus, gpu=gpu, steps=steps, eos=eos)
+    _write(out, text, overwrite)
     console.line(str(out))
+
+
+def _refuse_shipped(out: Path) -> None:
+    """``init try-out`` lacks its second word."""
+    from smolconv.continual_pretraining.recipe.files import shipped_recipes
+    from smolconv.errors import UsageError
+
+    if str(out) in shipped_recipes():
+        raise UsageError(f"recipe init {out}: expected the file to write, too: smolconv recipe init {out} {out}.yaml")
+
+
+def _composed(
+    out: Path, source: str | None, data: list[Path] | None, held_out: Path | None, *, gpus: int | None, gpu: str,
+    steps: int | None, eos: int | None,
+) -> str:  # fmt: skip
+    """A new recipe's text; what is not given is asked for on a terminal."""
+    from smolconv.continual_pretraining.estimate.first_recipe import Answers, Data, first_recipe, recipe_name
+    from smolconv.continual_pretraining.estimate.hardware import find_gpu
+    from smolconv.continual_pretraining.launchers.launcher import count_gpus
+    from smolconv.continual_pretraining.tokens.files import TokenFolder
+    from smolconv.doctor import machine_memory_bytes
+    from smolconv.errors import UsageError
+    from smolconv.hub.download import open_source
+    from smolconv.layouts.registry import read_checkpoint
+    from smolconv.processes import usable_cores
+
+    source = source or _asked("--source", "Checkpoint to start from (a folder, or hf://owner/name)")
+    checkpoint = read_checkpoint(open_source(source, headers_only=True))
+    data = data or [Path(word) for word in _asked("--data", "Folder of token files to train on").split()]
+    folders = [TokenFolder.open(path, 1, vocab_size=checkpoint.spec.vocab_size) for path in data]
+    if held_out is None and sys.stdin.isatty():
+        held_out = Path(word) if (word := typer.prompt("Folder of held-out token files (empty: none)", "")) else None
+    if held_out is not None:
+        folders.append(TokenFolder.open(held_out, 1, vocab_size=checkpoint.spec.vocab_size))
+    if gpus is None:
+        found = count_gpus()
+        gpus = typer.prompt("GPUs (0: CPUs)", default=found, type=int) if sys.stdin.isatty() else found
+    ends = {folder.ends_in() for folder in folders} if eos is None else {eos}
+    known = ends - {None}
+    if len(known) != 1:
+        shown = ", ".join(str(end) for end in sorted(known, key=str)) or "nothing that is known"
+        raise UsageError(
+            f"the documents of {', '.join(str(folder.path) for folder in folders)} end in {shown}.\n"
+            "One token was expected that ends every document. Give it with --eos ID."
+        )
+    answers = Answers(
+        name=recipe_name(out), source=source, held_out=None if held_out is None else str(held_out),
+        data=[Data(path=str(folder.path), tokens=folder.tokens) for folder in folders[: len(data)]],
+        eos_token_id=int(known.pop() or 0), gpus=gpus, gpu=find_gpu(gpu), processes=min(2, usable_cores()),
+        memory_bytes=machine_memory_bytes(), steps=steps,
+    )  # fmt: skip
+    return first_recipe(answers, checkpoint.spec)
+
+
+def _asked(option: str, question: str) -> str:
+    """The answer of whoever sits at the terminal. Raises ``UsageError`` where nobody does."""
+    from smolconv.errors import UsageError
+
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"recipe init needs {option}, and there is no terminal to ask on.\n"
+            "For example: smolconv recipe init my.yaml --source hf://HuggingFaceTB/SmolLM2-135M --data tokens/mine"
+        )
+    answer: str = typer.prompt(question)
+    return answer
 
 
 @recipe_app.command(epilog=_VALIDATE)

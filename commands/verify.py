@@ -80,7 +80,7 @@ def verify(
     logits = logits and not tensors_only
     if logits and device != "cpu":
         require_torch()
-        _require_device(device)
+        require_device(device)
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--report {html}: the folder {html.absolute().parent} is not there.")
     if logits:
@@ -116,7 +116,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Raise ``UsageError`` where torch cannot compute on it."""
     import torch
 
     from smolconv.errors import UsageError

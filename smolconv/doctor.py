@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smolconv import __version__
+from smolconv.continual_pretraining.evaluation.lighteval_engine import LIGHTEVAL_PYTHON, lacking_lighteval
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.run.ranks import NVIDIA
 from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
@@ -35,6 +36,7 @@ EXTRAS: Mapping[str, str | None] = {
     "continue-train": "train",
     "tokenize": "data",
     "import-gguf": "gguf",
+    "evaluate": "evaluate",  # tasks by lm-eval; lighteval has an environment of its own
 }
 #: Taken when they are there, on a GPU: no command waits for them.
 _FASTER = ("flash-attn", "liger-kernel")
@@ -207,14 +209,15 @@ def _machine() -> Machine:
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         python=platform.python_version(),
         cores=usable_cores(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=machine_memory_bytes(),
         shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         disk_free_bytes=shutil.disk_usage(".").free,
     )
 
 
-def _memory_bytes() -> int | None:
+def machine_memory_bytes() -> int | None:
+    """Of the machine, or of the container where that is less; None: not known."""
     found = []
     with contextlib.suppress(ValueError, OSError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -240,6 +243,8 @@ def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str,
             "this machine has an NVIDIA GPU, but torch sees none. Look at nvidia-smi and CUDA_VISIBLE_DEVICES; the "
             "driver may be too old for this torch."
         )
+    if (python := os.environ.get(LIGHTEVAL_PYTHON)) and (reason := lacking_lighteval(python)) is not None:
+        found.append(f"{LIGHTEVAL_PYTHON}: {reason}. smolconv evaluate --engine lighteval says how to make one.")
     for lock in _stale_locks():
         found.append(
             f"{lock}: an extension of DeepSpeed is being compiled, or was when its process was killed. Every start "

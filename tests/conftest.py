@@ -18,6 +18,20 @@ from smolconv.convert import ConversionResult, ConvertOptions, plan_conversion, 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 #: Keywords of ``convert`` that say how to write, not what.
 _RUN_OPTIONS = ("resume", "overwrite", "workers", "max_memory_bytes", "progress", "verifier")
+#: Files that take longest, which begin first, so that no process is left with one at the end. The rest is as it is found.
+_LONG = (
+    "launch", "interruption", "training_parts", "deepspeed_engine", "verify", "false_alarms", "verify_forward", "gguf",
+    "torch_archive", "training_resume", "processes", "sequence_parallel", "training_model", "training_losses",
+    "bad_input", "deepspeed_bad_input", "programs", "tokenize", "nothing_executes", "directions", "communication",
+    "training_export", "doctor", "resume_damage", "engines", "gpu_check", "estimate", "fuzz", "token_record",
+    "continue_train", "run_checkpoints", "node_failure", "runs", "deepspeed_names", "training_frozen",
+    "training_bad_input", "verify_report", "packaging",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(_LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 class Finished(NamedTuple):

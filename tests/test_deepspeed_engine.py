@@ -34,8 +34,6 @@ from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")
-#: In one test process: each would start DeepSpeed's anew.
-pytestmark = pytest.mark.xdist_group("deepspeed engine")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 NANOTRON_BF16 = FIXTURES / "nanotron" / "smollm3-tiny-bf16" / "tp2-pp1-dp1-zero0"

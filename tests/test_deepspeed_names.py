@@ -28,8 +28,6 @@ from smolconv.errors import BadCheckpoint, UnsupportedModel
 from smolconv.layouts.registry import read_checkpoint
 
 pytest.importorskip("deepspeed")
-#: In one test process: each would start DeepSpeed's anew.
-pytestmark = pytest.mark.xdist_group("deepspeed engine")
 
 CONFIG = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf" / "config.json"
 NANOTRON = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp1-dp2-zero1"

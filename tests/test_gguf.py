@@ -267,8 +267,9 @@ def test_reading_never_dequantises_more_than_a_step(tiny_gguf: Path, monkeypatch
     assert max(sizes) == 256
 
 
-@pytest.mark.parametrize("which", ["tiny_gguf", "real_gguf"])
+@pytest.mark.parametrize("which", ["tiny_gguf", pytest.param("real_gguf", marks=pytest.mark.slow)])
 def test_the_header_is_read_as_gguf_itself_reads_it(request: pytest.FixtureRequest, which: str) -> None:
+    """Of the real one, whose tokens gguf takes 13 seconds to read, the tests of its weights and tokenizer say as much."""
     path = request.getfixturevalue(which)
     metadata, entries = read_header(path, gguf)
     reader = gguf.GGUFReader(path)

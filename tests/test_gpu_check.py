@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,15 @@ def test_what_is_not_as_claimed_is_not_met(place, monkeypatch, run, change, clai
     assert speed_verdicts(canned(with_liger, monkeypatch, **{run: change}))[claim] == "not met"
 
 
+@pytest.mark.parametrize(("change", "expected"), [({}, "met"), ({"allocated": 10**9}, "not met")])
+def test_tiles_that_save_no_memory_are_noticed(place, monkeypatch, change, expected):
+    given = canned(place, monkeypatch, long=change)
+    monkeypatch.setattr(check.Model, "model_fields", {"tiled_mlp": None})
+    found = verdicts(check.long_context(given, check.Speeds(given)))
+    assert found["long: peak memory with the MLP by tiles"] == expected
+    assert found["long: peak memory with the MLP by tiles: losses of the steps"] == "met"
+
+
 def test_an_estimate_that_is_wrong_is_noticed(place, monkeypatch):
     honest = canned(place, monkeypatch)
     parts = check.memory_parts
@@ -555,6 +565,38 @@ def test_a_wheel_that_was_damaged_on_the_way_is_not_installed(tmp_path):
     )  # fmt: skip
     assert said.returncode == 1 and "not as make gpu-wheels wrote it" in said.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_is_ended_ends_its_check_and_removes_what_it_installed(tmp_path):
+    """``python`` stands in: it installs nothing, and as the check it waits."""
+    folder, python, temporary = tmp_path / "w", tmp_path / "python", tmp_path / "temporary"
+    wheels(folder, "deepspeed-0.19.8-py3-none-any.whl")
+    gpu_wheels.checked(folder)
+    temporary.mkdir()
+    python.write_text(f'#!/bin/sh\ncase "$1" in -m) exit 0;; esac\necho $$ > {tmp_path}/process\nexec sleep 600\n')
+    python.chmod(0o755)
+    command = subprocess.Popen(
+        ["bash", str(BENCHMARKS / "gpu_check.sh")], stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "GPU_WHEELS": str(folder), "PYTHON": str(python), "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "process").is_file() or not (tmp_path / "process").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert list(temporary.iterdir())
+    command.terminate()
+    assert command.wait(60) == 143
+    assert not Path("/proc", (tmp_path / "process").read_text().strip()).exists()
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("seconds", ["0", "8m", "-5"])
+def test_a_time_that_is_none_is_refused(tmp_path, seconds):
+    said = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu_check.sh")], check=False, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "GPU_CHECK_SECONDS": seconds, "PYTHON": "false"},
+    )  # fmt: skip
+    assert said.returncode == 2 and "GPU_CHECK_SECONDS" in said.stderr
 
 
 def test_without_a_gpu_one_line_is_said_and_nothing_written(tmp_path):

@@ -35,8 +35,6 @@ from smolconv.verify.engines.start import engine_logits
 from smolconv.verify.inputs import choose_rows
 
 deepspeed = pytest.importorskip("deepspeed")
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 ZERO1 = FIXTURES / "deepspeed" / "zero1-untied-ws2"

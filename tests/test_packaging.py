@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pytest
 from conftest import FIXTURES, environment, files_below
 
-pytestmark = pytest.mark.xdist_group("packaging")  # all is built once, by one process
 ROOT = Path(__file__).parent.parent
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
 #: Where our packages lie in the repository and, in a wheel, within smolconv.

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import pytest
 import yaml
 from conftest import FIXTURES, run_cli
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from training import EOS, token_folder
 
 from smolconv.continual_pretraining.recipe import schema
 from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe, notes, parse_recipe, shipped_recipes
@@ -768,3 +770,65 @@ if __name__ == "__main__":
 )
 def test_what_would_fail_only_in_training_is_told_with_the_recipe(override, said):
     assert said in mistakes(SMALL, override)
+
+
+# --- a first recipe ---------------------------------------------------------------------------------------------------
+
+TINY_SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
+
+
+def test_init_writes_a_recipe_that_a_dry_run_lets_start(tmp_path):
+    tokens, held_out = token_folder(tmp_path / "tokens"), token_folder(tmp_path / "held-out", seed=1)
+    out = tmp_path / "mine.yaml"
+    words = ("--source", TINY_SOURCE, "--data", tokens, "--held-out", held_out, "--gpus", 0)
+    done = run_cli("recipe", "init", out, *words, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    made = load_recipe(out)
+    assert (made.name, made.data.eos_token_id, made.evaluation is not None) == ("mine", EOS, True)
+    assert made.export is not None and made.model.dtype == "float32"
+    checked = run_cli("continue-train", out, "--dry-run", cwd=tmp_path)
+    assert checked.code == 0, checked.stderr
+    again = run_cli("recipe", "init", out, *words, cwd=tmp_path)
+    assert again.code == 2 and "--overwrite" in again.stderr  # nothing is written over
+
+
+def test_init_for_gpus_takes_what_the_plan_takes_first(tmp_path):
+    tokens, out = token_folder(tmp_path / "tokens"), tmp_path / "mine.yaml"
+    words = ("--source", TINY_SOURCE, "--data", tokens, "--gpus", 16, "--gpu", "a100-40gb", "--steps", 500)
+    assert run_cli("recipe", "init", out, *words).code == 0
+    made = load_recipe(out)
+    assert (made.model.dtype, made.launch.nodes, made.launch.launcher) == ("bfloat16", 2, "slurm")
+    assert made.schedule.train_steps == 500 and made.schedule.decay == "linear"
+    planned = json.loads(run_cli("plan", out, "--gpus", 16, "--gpu", "a100-40gb", "--json").stdout)
+    best = planned["plans"][0]["options"][0]
+    assert best["micro_batch_sequences"] == made.parallelism.micro_batch_sequences
+    assert best["zero_stage"] == made.parallelism.zero_stage
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 2, "--source"),
+        (("try-out",), 2, "smolconv recipe init try-out try-out.yaml"),
+        (("a.yaml", "--source", "no/where"), 3, "no/where"),
+        (("a.yaml", "--source", TINY_SOURCE, "--data", "no/where", "--gpus", "0"), 3, "no/where"),
+        (("a.yaml", "--source", TINY_SOURCE), 2, "--data"),
+        (("try-out", "a.yaml", "--gpus", "2"), 2, "--gpus is for a new recipe"),
+        (("a", "b", "c"), 2, "3 names"),
+    ],
+)
+def test_init_says_what_it_lacks_where_nobody_can_be_asked(tmp_path, words, code, says):
+    done = run_cli("recipe", "init", *words, cwd=tmp_path)
+    assert done.code == code and says in done.stderr, done.stderr
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_init_does_not_guess_which_token_ends_a_document(tmp_path):
+    tokens, other = token_folder(tmp_path / "tokens"), token_folder(tmp_path / "other", seed=1)
+    ids = np.fromfile(other / "00000_unshuffled.ds", "<u2")
+    np.where(ids == EOS, 7, ids).astype("<u2").tofile(other / "00000_unshuffled.ds")
+    words = ("--source", TINY_SOURCE, "--data", tokens, "--data", other, "--gpus", 0)
+    refused = run_cli("recipe", "init", tmp_path / "a.yaml", *words)
+    assert refused.code == 2 and "end in 0, 7" in refused.stderr
+    assert run_cli("recipe", "init", tmp_path / "a.yaml", *words, "--eos", 7).code == 0
+    assert load_recipe(tmp_path / "a.yaml").data.eos_token_id == 7

@@ -23,8 +23,6 @@ from smolconv.errors import BadCheckpoint, DigestMismatch, MixedCheckpoint
 from smolconv.storage.torch_archive.archive import read_torch_archive
 
 pytest.importorskip("deepspeed")
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 MODEL, MANIFEST = "mp_rank_00_model_states.pt", "smolconv_manifest.json"

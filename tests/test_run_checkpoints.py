@@ -36,8 +36,6 @@ from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.errors import MissingFile, UsageError
 
 pytest.importorskip("deepspeed")
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 STEPS = 4
@@ -384,7 +382,7 @@ def test_the_tokenizer_outlives_the_checkpoint_that_was_resumed(tokens, tmp_path
     }
     for name, content in assets.items():
         (source / name).write_bytes(content)
-    made = document(tokens, source, checkpoints={"keep": 1}, export={"formats": ["hf"]})
+    made = document(tokens, source, checkpoints={"keep": 1, "asynchronous": False}, export={"formats": ["hf"]})
     dies = DIES_BEFORE_A_SAVE.replace(
         "lambda *_, **__: os._exit(9)",
         "lambda self, data, save=trainer.Trainer._save, **k: save(self, data, **k) if data.step == 1 else os._exit(9)",

@@ -31,7 +31,7 @@ from smolconv.continual_pretraining.control.status import RunStatus, list_runs, 
 from smolconv.continual_pretraining.recipe.files import dump_recipe
 from smolconv.continual_pretraining.run import control
 from smolconv.continual_pretraining.run.checkpoints import latest, saved_steps
-from smolconv.continual_pretraining.run.control import RECORD, SAVE, STOP, Control, StartRecord
+from smolconv.continual_pretraining.run.control import RECORD, SAVE, STOP, Control, StartRecord, record_end
 from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer
 from smolconv.continual_pretraining.watch.lines import seconds_of, timestamp
 from smolconv.errors import BadCheckpoint, MachineError, NotInstalled, SmolconvError, UsageError
@@ -122,7 +122,7 @@ def stopped(tokens, tmp_path_factory):
         "import time\n"
         "from smolconv.continual_pretraining.run import control, trainer\n"
         "control._EVERY_SECONDS, real = 0.01, trainer.Trainer._update\n"
-        "trainer.Trainer._update = lambda self, data: (time.sleep(0.15), real(self, data))[1]\n"
+        "trainer.Trainer._update = lambda self, data: (time.sleep(0.1), real(self, data))[1]\n"
     )
 
     def meanwhile(pids: list[int]) -> None:
@@ -490,7 +490,7 @@ def signals(monkeypatch):
 
 
 def begin(run: Path, **changes: Any) -> Control:
-    return Control(run, start(began=timestamp(), phase="starting", **changes))
+    return Control(run, start(**{"began": timestamp(), "phase": "starting", "pid": os.getpid(), **changes}))
 
 
 def test_a_request_reaches_the_start_that_it_was_made_to_and_no_later_one(tmp_path, held, signals):
@@ -501,13 +501,15 @@ def test_a_request_reaches_the_start_that_it_was_made_to_and_no_later_one(tmp_pa
     assert stop_run(run, wait=False, timeout=1, say=quiet).result == "asked"
     until(lambda: signals == [signal.SIGTERM])
     assert first.stop_asked and first.record.ended is None
-    first.end(75, "StoppedByRequest: stopped")
+    first.close()
+    record_end(run, 75, "StoppedByRequest: stopped")
     for attempt in ("second", "first"):  # several nodes' torchruns use a name again
         later = begin(run, attempt=attempt)
         later.enter("training")
         time.sleep(0.1)
         assert not later.stop_asked and signals == [signal.SIGTERM]
-        later.end(0, "")
+        later.close()
+        record_end(run, 0, "")
 
 
 def test_a_save_is_answered_with_its_step_and_its_event(tmp_path, held, signals, monkeypatch):
@@ -533,7 +535,8 @@ def test_a_save_is_answered_with_its_step_and_its_event(tmp_path, held, signals,
     with pytest.raises(MachineError, match="could not save step 9: no space left"):
         save_run(run, wait=True, timeout=5, say=quiet)
     assert os.listdir(running.record.asked(run)) == [], "who asked takes the request back"
-    running.end(0, "")
+    running.close()
+    record_end(run, 0, "")
 
 
 def test_who_waits_is_told_of_a_run_that_dies_hangs_or_is_started_anew(tmp_path, monkeypatch):
@@ -586,8 +589,13 @@ def test_a_record_survives_a_round_trip_and_a_disk_without_room_ends_no_run(tmp_
 
     monkeypatch.setattr(StartRecord, "write", full)
     running.enter("training")
-    running.end(0, "")
-    assert replace(running.record, ended=None, exit_code=None, phase="starting") == StartRecord.read(run)
+    running.close()
+    record_end(run, 0, "")
+    assert replace(running.record, phase="starting") == StartRecord.read(run)
+    monkeypatch.undo()
+    begin(run, pid=os.getpid() + 1).close()
+    record_end(run, 0, "")
+    assert StartRecord.read(run).ended is None, "another process's start"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -658,7 +666,7 @@ def test_a_runs_folder_is_a_source_wherever_a_checkpoint_is(brought, tokens, tmp
     assert bare.code == 0 and (tmp_path / "bare" / "tokenizer.json").is_file()
     assert find_tokenizer(str(brought)) == step / "tokenizer.json"
     begun = recipe_document(
-        brought, tokens, schedule={"train_steps": STEPS + 2}, start=dict.fromkeys(("optimizer", "learning_rate", "data"), True)
+        brought, tokens, schedule={"train_steps": described["progress"]["step"] + 2}, start=dict.fromkeys(("optimizer", "learning_rate", "data"), True)
     )  # fmt: skip
     train(begun, tmp_path / "branch")
     assert metrics(tmp_path / "branch")[0]["step"] == described["progress"]["step"] + 1

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import training
 import yaml
 from conftest import FIXTURES, command, environment
-from slurm_cluster import SlurmCluster, missing, slurm_cluster
+from slurm_cluster import NODES, SlurmCluster, missing, slurm_cluster
 from test_launch import LAUNCHER, TESTS, recipe, starts_slowly, wait_until
 from training import recipe_document, token_folder
 
@@ -313,6 +316,54 @@ def test_a_rank_that_is_killed_ends_the_job(cluster, tmp_path):
     job = Job(cluster, tmp_path / "run", slurm_recipe(steps=100_000, rank=2, do="kill", nap=0.01))
     assert job.end() == ("FAILED", "4:0"), job.log()
     assert "rank 2 of 4 failed first: MachineError: killed by SIGKILL" in job.log()
+
+
+def processes_of(run: Path) -> dict[int, int]:
+    """The ranks' process ids by rank, of a real worker."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"run.worker\0{run}\0".encode() in (folder / "cmdline").read_bytes():
+                variables = dict(word.partition("=")[::2] for word in (folder / "environ").read_text().split("\0"))
+                found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slurm
+def test_a_job_whose_node_is_lost_goes_on_with_the_one_that_is_left(cluster, tmp_path):
+    """All processes of one node's rank are stopped, as if it were gone; then that node takes no more jobs."""
+    run = tmp_path / "run"
+    given = training.recipe(
+        FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0", token_folder(tmp_path / "tokens"),
+        schedule={"train_steps": 100}, checkpoints={"every_steps": 10},
+        launch={
+            "launcher": "slurm", "nodes": 2, "least_nodes": 1, "ranks_per_node": 1, "silence_seconds": 10,
+            "slurm": {"gpus_per_node": 0}, "environment": {"PYTHONPATH": str(TESTS.parent)},
+        },
+    )  # fmt: skip
+    run.mkdir()
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(given))
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER.replace(', worker="fake_worker"', ""), str(run), "auto"], check=False,
+        env={**cluster.environment, "PYTHONPATH": str(TESTS.parent)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    number = int(done.stdout.split()[-1])
+    wait_until((run / "checkpoints" / "step-10").is_dir, seconds=400)
+    os.kill(processes_of(run)[1], signal.SIGSTOP)
+    wait_until(lambda: cluster.job(number)["Restarts"] == "1")
+    log = (run / "logs" / f"slurm-{number}.log").read_text()
+    assert log.count("LostRank: no sign of life for 10 s from rank 1 on ") == 1, log
+    cluster.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DRAIN", "Reason=lost")
+    try:
+        cluster.wait(number, "PENDING", "RUNNING")
+        cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+5")
+        assert cluster.wait(number, "COMPLETED", "FAILED", seconds=400) == "COMPLETED", (run / "logs").glob("*")
+    finally:
+        cluster.run("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
+    assert cluster.job(number)["NumNodes"] == "1" and "\n" in (run / "logs" / "rank-00001.log").read_text()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 101))
 
 
 @pytest.mark.slurm

@@ -36,6 +36,10 @@ ACCOUNTED = {
         "torch.load",
     ): "weights_only=True, after our reader has read all of it",
     ("smolconv/verify/hf.py", "transformers.AutoConfig.from_pretrained"): "trust_remote_code=False, a local folder",
+    (
+        "continual_pretraining/evaluation/models.py",
+        "transformers.AutoTokenizer.from_pretrained",
+    ): "trust_remote_code=False, copies of its files",
     ("smolconv/verify/inputs.py", "np.load"): "allow_pickle=False",
     ("smolconv/verify/engines/start.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
     ("smolconv/verify/engines/deepspeed.py", "np.load"): "allow_pickle=False; what a process of ours wrote",
@@ -63,6 +67,7 @@ NEEDED = {
     "torch.load": ("weights_only", "True"),
     "np.load": ("allow_pickle", "False"),
     "transformers.AutoConfig.from_pretrained": ("trust_remote_code", "False"),
+    "transformers.AutoTokenizer.from_pretrained": ("trust_remote_code", "False"),
 }
 
 
@@ -174,6 +179,7 @@ def test_no_process_of_ours_is_started_by_python_m_or_c_in_the_users_folder():
     """``sys.executable`` begins the words of ``smolconv.processes``, and of a script that lies in a folder of its own."""
     allowed = {
         "smolconv/processes.py": "the bootstrap",
+        "continual_pretraining/evaluation/lighteval_engine.py": "works in the bootstrap's empty folder",
         "smolconv/doctor.py": "works in the bootstrap's empty folder",
         "continual_pretraining/tokens/tokenize.py": "only the folder that it lies in, for PATH",
     }

@@ -29,8 +29,6 @@ from smolconv.errors import UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 SOURCE = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"
 LENGTH, BATCH = 32, 4
 #: Windows of each file that ``written`` writes.

@@ -488,7 +488,7 @@ def scratch(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(obj=objects)
 def test_any_nesting_that_we_write_is_the_same_to_torch_and_to_us(scratch, obj):
     path = scratch / "written.pt"
@@ -497,7 +497,7 @@ def test_any_nesting_that_we_write_is_the_same_to_torch_and_to_us(scratch, obj):
     assert_same(read_torch_archive(path), obj)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(obj=objects)
 def test_any_nesting_that_torch_writes_is_the_same_to_us(scratch, obj):
     path = save_with_torch(scratch / "saved.pt", obj)
@@ -954,7 +954,7 @@ def saved_pickle(saved_bytes) -> bytes:
         return archive.read("archive/data.pkl")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_anywhere_raise_only_our_errors(scratch, saved_bytes, flips):
     damaged = bytearray(saved_bytes)
@@ -964,7 +964,7 @@ def test_flipped_bytes_anywhere_raise_only_our_errors(scratch, saved_bytes, flip
     read_or_refuse(scratch / "flipped.pt")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(back=st.integers(1, 900), bits=st.integers(1, 255))
 def test_flipped_bytes_in_the_directory_raise_only_our_errors(scratch, saved_bytes, back, bits):
     damaged = bytearray(saved_bytes)
@@ -981,7 +981,7 @@ edits = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(changes=st.lists(edits, min_size=1, max_size=4))
 def test_edited_pickles_with_right_checksums_raise_only_our_errors(scratch, saved_pickle, changes):
     edited = bytearray(saved_pickle)
@@ -992,7 +992,7 @@ def test_edited_pickles_with_right_checksums_raise_only_our_errors(scratch, save
     read_or_refuse(archive_of(scratch / "edited.pt", bytes(edited), records))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(instructions=st.lists(st.sampled_from(OPCODES) | st.integers(0, 255), max_size=40).map(bytes))
 def test_random_pickles_raise_only_our_errors(scratch, instructions):
     read_or_refuse(archive_of(scratch / "random.pt", b"\x80\x04" + instructions + b"."))

@@ -24,7 +24,6 @@ from forked_worker import Ended, work
 from training import metrics, recipe_document, token_folder
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 SMOLLM3 = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 LLAMA = FIXTURES / "nanotron" / "smollm2-tiny" / "tp1-pp1-dp1-zero0"

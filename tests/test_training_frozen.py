@@ -22,7 +22,6 @@ from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 BIASES = tuple(f"model.layers.{i}.self_attn.o_proj.bias" for i in range(4))
 BOTH = {"formats": ["nanotron", "hf"], "optimizer": True}

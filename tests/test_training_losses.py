@@ -24,9 +24,6 @@ from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.verify.forward import to_torch
 
-#: In one test process: each would train the reference anew.
-pytestmark = pytest.mark.xdist_group("training losses")
-
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 LLAMA = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp2-dp1-zero0"
 STEPS = 20

@@ -44,8 +44,6 @@ from smolconv.verify.compare import AsStored, VerifyOptions, side_of
 from smolconv.verify.forward import to_torch
 
 pytest.importorskip("deepspeed")
-#: One process of pytest, and so one server of forked workers.
-pytestmark = pytest.mark.xdist_group("forked worker")
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 LLAMA = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp2-dp1-zero0"
@@ -406,9 +404,11 @@ THIRD = """
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
 SpikeDetector.is_spike = lambda self, loss: len(self._window) == 2 and not self._above
 """
+#: One of each way in which DeepSpeed steps, with and without other ranks; stages 1 and 2 have the same optimizer.
 SKIPPING = [
-    *((stage, "float32", 1) for stage in (0, 1, 2, 3)), *((stage, "bfloat16", 1) for stage in (0, 1, 2, 3)),
-    (0, "float32", 2), (3, "bfloat16", 2),
+    (1, "float32", 1), (0, "float32", 2), (0, "bfloat16", 1), (2, "bfloat16", 1), (3, "bfloat16", 2),
+    *(pytest.param(stage, "float32", 1, marks=pytest.mark.matrix) for stage in (0, 2, 3)),
+    *(pytest.param(stage, "bfloat16", 1, marks=pytest.mark.matrix) for stage in (1, 3)),
 ]  # fmt: skip
 
 

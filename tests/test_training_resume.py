@@ -30,9 +30,6 @@ from smolconv.continual_pretraining.run.checkpoints import (
 )
 from smolconv.errors import MissingFile
 
-#: In one test process: each would train the uninterrupted run anew.
-pytestmark = pytest.mark.xdist_group("training resume")
-
 SOURCE = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 STEPS = 12
 
@@ -214,7 +211,9 @@ def test_a_full_disk_during_a_save_loses_nothing(policy, tokens, tmp_path):
         assert not list((run / "checkpoints").glob("*.partial"))
         assert ended.code == 4, ended.log  # the last step must be saved, whatever the policy
         assert "untouched" in ended.message
-        assert len(metrics(run)) == (STEPS if policy == "continue" else steps[-1] + 3)
+        least = STEPS if policy == "continue" else steps[-1] + 3
+        # Training learns of it behind the step, before it would save again.
+        assert least <= len(metrics(run)) <= min(STEPS, least + 3)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 

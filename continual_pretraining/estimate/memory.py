@@ -62,6 +62,7 @@ def memory_parts(
         *_optimizer_parts(engine),
         _reduction_part(engine),
         *_activation_parts(recipe, spec, MAX_LOGITS[device]),
+        *_save_parts(recipe, engine),
     ]
     if device == "cpu":
         parts = [replace(part, where="host") for part in parts]
@@ -332,6 +333,16 @@ def _loss_bytes(b: int, logits: int, head: int, *, several: bool) -> tuple[int, 
     early = (2 * FP32 + b) * logits, FP32 * head if several else 0
     late = (FP32 + b) * logits, (FP32 + b if several else b) * head
     return max(early, late, key=sum)
+
+
+def _save_parts(recipe: Recipe, given: _Engine) -> Iterator[Part]:
+    """What rank 0 copies before it writes: its checkpoint files. The other ranks' hold no weights."""
+    if recipe.checkpoints.asynchronous:
+        b, over = given.b, "N/W" if given.stage else "N"
+        weights = b * given.n if given.stage < 3 else 0
+        state = (3 if given.stage or given.mixed else 2) * FP32  # in fp32 ZeRO-0 the weights are the masters
+        formula = f"{b}·N + {state}·{over}" if weights else f"{state}·{over}"
+        yield _host("copy for the save under way", weights + state * given.share, formula)
 
 
 def weight_bytes(recipe: Recipe) -> int:

@@ -89,8 +89,7 @@ def _options(start: Start) -> list[str]:
         gpus = start.placed.ranks_per_node
     options = [
         f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', start.recipe.name)}",
-        f"--nodes={_nodes(start)}",
-        "--ntasks-per-node=1",
+        *_nodes(start),
         f"--time={given.time}",
         *(f"--{name}={value}" for name, value in [
             ("partition", given.partition), ("account", given.account), ("qos", given.qos),
@@ -109,9 +108,10 @@ def _options(start: Start) -> list[str]:
     return options
 
 
-def _nodes(start: Start) -> str:
-    least = start.recipe.launch.least_nodes
-    return f"{least}-{start.placed.nodes}" if least and least < start.placed.nodes else str(start.placed.nodes)
+def _nodes(start: Start) -> list[str]:
+    """How many, with a task on each. Of a range Slurm gives no more nodes than there are tasks: srun says it then."""
+    least, nodes = start.recipe.launch.least_nodes, start.placed.nodes
+    return [f"--nodes={least}-{nodes}"] if least else [f"--nodes={nodes}", "--ntasks-per-node=1"]
 
 
 def _meeting(given: Launch) -> list[str]:
@@ -144,14 +144,16 @@ def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:
     trap "" USR1
     {_lines([*words[: nodes + 1], *where, *words[nodes + 1 :], "--attempt", '"$ATTEMPT"'])}
 """
-    cpus = ' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if start.recipe.launch.slurm.cpus_per_task else ""
+    options = ' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if start.recipe.launch.slurm.cpus_per_task else ""
+    if start.recipe.launch.least_nodes:
+        options += ' --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1'
     return [
         "# One task a node. Its script is in single quotes: the number of a node is known only to the task on it.",
         "# USR1 is for the ranks. torchrun would end by it, and inherits from the task that it is ignored.",
         "# torchrun's own patience with ranks that save before they stop is 30 seconds.",
         *(f"export {name}={value}" for name, value in PATIENCE.items()),
         "# SBATCH_EXPORT=NONE would otherwise be for the tasks too, which need what is exported above.",
-        f"srun --export=ALL{cpus} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
+        f"srun --export=ALL{options} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
         "status=$?",
         "",
     ]

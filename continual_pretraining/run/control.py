@@ -24,6 +24,7 @@ from typing import Literal, get_args
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.continual_pretraining.watch.lines import is_timestamp, timestamp
+from smolconv.errors import SmolconvError
 from smolconv.files import is_file_name, is_there
 from smolconv.layouts.documents import is_count, understood
 from smolconv.parsing import read_json
@@ -36,6 +37,7 @@ STOPPED_IN_START = "stopped by smolconv stop in its start. Nothing was trained; 
 Phase = Literal["starting", "training", "exporting", "ended"]
 #: How often rank 0 looks for requests.
 _EVERY_SECONDS = 0.5
+_MOST_MESSAGE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +135,10 @@ class Control:
             with suppress(OSError), appearing_whole(self._folder / name) as part:
                 part.write_text(str(step))
 
-    def end(self, exit_code: int, message: str) -> None:
-        """Write down how the start ended, once."""
-        self._closed.set()
+    def close(self) -> None:
+        """Listen no longer."""
         with self._phases:
-            self._ended(exit_code, message)
-
-    def _ended(self, exit_code: int, message: str) -> None:
-        if self.record.ended is None:
-            ended = replace(self.record, phase="ended", ended=timestamp(), exit_code=exit_code, message=message[:2000])
-            self._record(ended)
+            self._closed.set()
 
     def _record(self, record: StartRecord) -> None:
         self.record = record
@@ -160,16 +156,16 @@ class Control:
         if STOP not in names or self.stop_asked:
             return
         with self._phases:
+            if self._closed.is_set():
+                return
             self.stop_asked = True
             if self.record.phase == "starting":
-                self._ended(130, STOPPED_IN_START)
+                record_end(self.run, 130, STOPPED_IN_START)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def controlled(
-    run: Path, recipe: Recipe, world_size: int, *, first: bool, exit_code_of: Callable[[BaseException], int]
-) -> Iterator[Control | None]:
+def controlled(run: Path, recipe: Recipe, world_size: int, *, first: bool) -> Iterator[Control | None]:
     """A rank's time from the run's lock to its end: rank 0's ``Control``, and None on the others."""
     if not first:
         yield None
@@ -184,10 +180,19 @@ def controlled(
     control = Control(run, record)
     try:
         yield control
-    except BaseException as error:
-        control.end(exit_code_of(error), f"{type(error).__name__}: {error}")
-        raise
-    control.end(0, "")
+    finally:
+        control.close()
+
+
+def record_end(run: Path, exit_code: int, message: str) -> None:
+    """Write down how the start ended whose rank 0 this process is; nothing on other ranks. The first reason counts."""
+    with suppress(SmolconvError, OSError):
+        record = StartRecord.read(run)
+        if record and record.ended is None and (record.pid, record.host) == (os.getpid(), socket.gethostname()):
+            ended = replace(
+                record, phase="ended", ended=timestamp(), exit_code=exit_code, message=message[:_MOST_MESSAGE]
+            )  # fmt: skip
+            ended.write(run)
 
 
 def _attempt() -> str:

@@ -1,14 +1,20 @@
-"""Save the engine so that a failed or interrupted save loses nothing, and no rank waits for one that failed."""
+"""Save the engine so that a failed or interrupted save loses nothing, and no rank waits for one that failed.
+
+With ``checkpoints.asynchronous`` training stops only while its state is copied. The rest happens in a thread of each
+rank, which never talks to other ranks: they tell each other at the end of a step how far they are.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv import __version__
 from smolconv.checkpoint import TrainingProgress
@@ -30,12 +36,58 @@ from smolconv.continual_pretraining.run.start import StartPoint
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, first_line
 from smolconv.layouts.deepspeed.checkpoint_engine import (
     FileDigest,
+    HostMemory,
     digest_file,
     load_torch_archive,
     save_torch_archive,
 )
 from smolconv.layouts.deepspeed.patches import saving_by
 from smolconv.storage.atomic import sync_folder, write_synced
+from smolconv.storage.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is published, and what there is to tell the user."""
+
+    folder: Path
+    nbytes: int
+    seconds: float  #: since the save began
+    notes: Sequence[str]
+
+
+#: Why a checkpoint could not be published, or what it is.
+_Published = tuple[str | None, Saved | None]
+
+
+class Background:
+    """What a rank writes its saves with while it trains: one thread, and memory for the copy."""
+
+    def __init__(self) -> None:
+        self.memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, "save")
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        return self._thread.submit(work)
+
+    def close(self) -> None:
+        """No save is under way any more."""
+        self._thread.shutdown()
+        self.memory.close()
+
+
+def _done(work: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 class _SavingEngine:
@@ -43,13 +95,15 @@ class _SavingEngine:
 
     DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
     all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name. Its
-    digest is taken on the way.
+    digest is taken on the way. With ``memory`` DeepSpeed's files are copied there, and ``write_copies`` writes them.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.inner = engine
+    def __init__(self, engine: Any, memory: HostMemory | None) -> None:
+        self.inner, self.memory = engine, memory
         self.error: Exception | None = None
         self.files: dict[str, FileDigest] = {}  #: what this rank wrote, by name
+        self.notes: list[str] = []
+        self._copies: list[tuple[Any, str]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -59,12 +113,27 @@ class _SavingEngine:
             return
         try:
             write()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full disk as RuntimeError
             self.error = error
 
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        if self.memory is not None:
+            try:
+                self._copies.append((self.memory.snapshot(state_dict), path))
+                return
+            except (OSError, RuntimeError, MemoryError) as error:
+                why = f"training waited for {Path(path).name} to be written: no memory for a copy ({first_line(error)})"
+                self.notes.append(why)
+        self._write(state_dict, path)
+
+    def write_copies(self) -> None:
+        for content, path in self._copies:
+            self._write(content, path)
+        self._copies.clear()
+
+    def _write(self, content: Any, path: str) -> None:
         def write() -> None:
-            self.files[Path(path).name] = self.inner.save(state_dict, path)
+            self.files[Path(path).name] = self.inner.save(content, path)
 
         self.attempt(write)
 
@@ -72,15 +141,96 @@ class _SavingEngine:
         self.attempt(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
 
 
+class Save:
+    """A save that has begun: first each rank writes its files, then rank 0 publishes and cleans up.
+
+    Both happen in ``background``, or at once without one. No rank goes on to the second before all are through with the
+    first. All ranks make the same calls, but for ``part_ended``.
+    """
+
+    def __init__(
+        self, ranks: Ranks, recipe: Recipe, run: Path, step: int, after: int, write: Callable[[], _SavingEngine],
+        background: Background | None, began: float,
+    ) -> None:  # fmt: skip
+        self.step, self._began = step, began
+        self._ranks, self._recipe, self._run, self._after = ranks, recipe, run, after
+        self._start: Callable[[Callable[[], Any]], Future[Any]] = _done if background is None else background.start
+        self._writing: Future[_SavingEngine] = self._start(write)
+        self._publishing: Future[_Published] | None = None  # on rank 0
+        self._notes: list[str] = []
+        self._is_written = False
+        self.stall_seconds = time.perf_counter() - began  #: what training has waited so far
+
+    def part_ended(self) -> bool:
+        """Whether this rank has nothing more to do for what all ranks are at."""
+        part = self._part()
+        return part is None or part.done()
+
+    def _part(self) -> Future[Any] | None:
+        return self._publishing if self._is_written else self._writing
+
+    def finish(self) -> Saved:
+        """Wait for the end. Raises as ``advance``."""
+        while True:
+            if (part := self._part()) is not None:
+                wait([part])
+            self._ranks.barrier()  # of more patience than what follows: a rank may write for long
+            if (saved := self.advance()) is not None:
+                return saved
+
+    def advance(self) -> Saved | None:
+        """Go on when the parts of all ranks have ended; None until the checkpoint is published.
+
+        Raises ``MachineError`` on all ranks when any could not write; what was there before is untouched.
+        """
+        ranks = self._ranks
+        if not self._is_written:
+            own = self._writing.result()
+            failed = None if own.error is None else first_line(own.error)
+            ended = ranks.everyone((failed, own.files, own.notes))
+            self._is_written = True
+            self._notes += [note for _, _, notes in ended for note in notes]
+            self._refuse(next((text for text, _, _ in ended if text), None))
+            files = {name: digest for _, written, _ in ended for name, digest in written.items()}
+            if ranks.first:
+                self._publishing = self._start(lambda: self._publish(files))
+            return None
+        publishing = self._publishing
+        failure, saved = ranks.from_first(lambda: publishing.result() if publishing else (None, None))
+        self._refuse(failure)
+        return saved
+
+    def _publish(self, files: Mapping[str, FileDigest]) -> _Published:
+        failure, notes = _publish_and_clean(self._recipe, self._run, self.step, self._after, files)
+        if failure is not None:
+            return failure, None
+        folder = step_folder(self._run, self.step)
+        size = sum(file.nbytes for file in files.values()) + (folder / MANIFEST).stat().st_size
+        seconds = time.perf_counter() - self._began
+        return None, Saved(folder=folder, nbytes=size, seconds=seconds, notes=(*self._notes, *notes))
+
+    def _refuse(self, failure: str | None) -> None:
+        if failure is None:
+            return
+        if self._ranks.first:
+            remove_partial(self._run)
+        self._ranks.barrier()
+        raise MachineError(
+            f"step {self.step} could not be saved below {step_folder(self._run, self.step).parent}: {failure}.\n"
+            "The checkpoints that were there are untouched. Free some space, then go on with --resume auto."
+        )
+
+
 def save_run(
     engine: Any, ranks: Ranks, recipe: Recipe, run: Path, start: StartPoint, state: RunState,
-    progress: TrainingProgress, after: int,
-) -> tuple[Path, Sequence[str]]:  # fmt: skip
-    """Save everything the run needs to go on from ``state.step``, and what to tell the user. All ranks call this.
+    progress: TrainingProgress, after: int, background: Background | None = None,
+) -> Save:  # fmt: skip
+    """Begin to save everything the run needs to go on from ``state.step``. All ranks call this; none is under way.
 
     ``after`` is the step that this run saved or resumed last; steps beyond it belong to a branch that it has left.
-    Raises ``MachineError`` on all ranks when any could not write; what was there before is untouched.
+    With ``background`` what it returns may still be writing; training may change the engine.
     """
+    began = time.perf_counter()
     final = step_folder(run, state.step)
     partial = final.with_name(final.name + ".partial")
     own = {
@@ -89,42 +239,37 @@ def save_run(
         "config": dict(start.config),
         "weights_only": False,
     }
-    writer = _SavingEngine(engine.checkpoint_engine)
+    if background is not None:
+        background.memory.reuse()
+    writer = _SavingEngine(engine.checkpoint_engine, None if background is None else background.memory)
     if ranks.first and partial.exists():
         # It could not be deleted before. The other ranks write into it only after DeepSpeed's first barrier.
         writer.attempt(lambda: shutil.rmtree(partial))
     with saving_by(engine, writer):
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
-    writer.attempt(lambda: writer.files.update(_write_random(partial, ranks)))
-    if ranks.first:
-        writer.attempt(lambda: writer.files.update(_write_own_files(partial, start, state)))
-    ended = ranks.everyone((None if writer.error is None else first_line(writer.error), writer.files))
-    failures = [text for text, _ in ended if text]
-    failure, notes = failures[0] if failures else None, list[str]()
-    if failure is None:
-        files = {name: digest for _, written in ended for name, digest in written.items()}
-        failure, notes = ranks.from_first(lambda: _publish_and_clean(recipe, run, partial, state.step, after, files))
-    if failure is not None:
+    random = _random_state(ranks)
+
+    def write() -> _SavingEngine:
+        writer.write_copies()
+        writer.attempt(lambda: writer.files.update(_write_random(partial, ranks, random)))
         if ranks.first:
-            remove_partial(run)
-        ranks.barrier()
-        raise MachineError(
-            f"step {state.step} could not be saved below {final.parent}: {failure}.\n"
-            "The checkpoints that were there are untouched. Free some space, then go on with --resume auto."
-        )
-    return final, notes
+            writer.attempt(lambda: writer.files.update(_write_own_files(partial, start, state)))
+        return writer
+
+    return Save(ranks, recipe, run, state.step, after, write, background, began)
 
 
 def _publish_and_clean(
-    recipe: Recipe, run: Path, partial: Path, step: int, after: int, files: Mapping[str, FileDigest]
+    recipe: Recipe, run: Path, step: int, after: int, files: Mapping[str, FileDigest]
 ) -> tuple[str | None, list[str]]:
     """Why the checkpoint could not be published, and what to tell the user. Its errors are all ranks' to know.
 
     Once it is published the checkpoint is good, so that what fails after it is only told.
     """
+    final = step_folder(run, step)
     try:
         before = left_behind(run)
-        write_manifest(partial, step, recipe.model.source, files)
+        write_manifest(final.with_name(final.name + ".partial"), step, recipe.model.source, files)
         publish(run, step)
     except OSError as error:
         return first_line(error), []
@@ -149,13 +294,17 @@ def _write_own_files(folder: Path, start: StartPoint, state: RunState) -> dict[s
     return {name: digest_file(folder / name) for name in (STATE, CONFIG, *start.assets)}
 
 
-def _write_random(partial: Path, ranks: Ranks) -> dict[str, FileDigest]:
+def _random_state(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Nothing in these models draws random numbers while it trains; whoever adds dropout finds them here."""
     import torch
 
     random = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
+    return random
+
+
+def _write_random(partial: Path, ranks: Ranks, random: Mapping[str, torch.Tensor]) -> dict[str, FileDigest]:
     name = random_file(ranks.rank)
     path = partial / name
     path.parent.mkdir(exist_ok=True)

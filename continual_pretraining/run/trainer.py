@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from smolconv.continual_pretraining.run.checkpoints import RunState, latest
 from smolconv.continual_pretraining.run.control import Control
 from smolconv.continual_pretraining.run.gate import check_first_loss
 from smolconv.continual_pretraining.run.ranks import Ranks
-from smolconv.continual_pretraining.run.saving import restore_random, save_run
+from smolconv.continual_pretraining.run.saving import Background, Save, Saved, restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
 from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import EventKind, StepRecord, Watch
@@ -48,6 +48,8 @@ from smolconv.models.spec import ModelSpec
 
 #: How many micro-batches without a finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8
+#: A shorter wait for the save before is not worth a line.
+_TOLD_WAIT_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,10 @@ class Trainer:
             self.spikes.restore(start.spikes)
         self.skipped_steps = start.skipped_steps
         self.stop_asked = 0
-        self.saved_step: int | None = start.step if start.resumed else None
+        self.saved_step: int | None = start.step if start.resumed else None  #: published
+        self.background = Background() if recipe.checkpoints.asynchronous else None
+        self.under_way: Save | None = None
+        self.parts_ended = False  #: of the save under way, on all ranks, as the last step has found
         torch.manual_seed(recipe.seed)
         size = recipe.parallelism.sequence_ranks
         self.sequence = join_sequence_ranks(ranks.rank, ranks.world_size, size)
@@ -199,8 +204,7 @@ class Trainer:
                 if recipe.evaluation is not None and self.start.resumed is None:
                     self._evaluate(self.start.step)  # what the run is to better
                 self.step_began = time.perf_counter()
-                for step in self.data.steps(first, recipe.schedule.train_steps):
-                    self._step(step)
+                self._steps(first)
         finally:
             if self.data is not None:
                 self.data.close()
@@ -236,6 +240,21 @@ class Trainer:
         held_out = [open_held_out(source, recipe.data, vocab_size) for source in sources]
         return open_folders(recipe.data, self.start.position, vocab_size), held_out
 
+    def _steps(self, first: int) -> None:
+        assert self.data is not None
+        try:
+            for step in self.data.steps(first, self.recipe.schedule.train_steps):
+                self._step(step)
+        except TrainingStopped:
+            # On all ranks. What is being written is of a good step, and the newest.
+            try:
+                self.wait_for_save()
+            except MachineError as error:
+                self._say(str(error))
+            raise
+        if self.background is not None:
+            self.background.close()
+
     def _step(self, data: StepData) -> None:
         recipe, step = self.recipe, data.step
         self.ranks.now_in(f"step {step}")
@@ -251,6 +270,8 @@ class Trainer:
                 skipped=found.skipped,
             )  # fmt: skip
             self.watch.step(record)
+        if self.under_way is not None and self.parts_ended:
+            self._go_on_saving(self.under_way, self.under_way.advance)
         evaluation = recipe.evaluation
         if evaluation is not None and step % evaluation.every_steps == 0 and not asked.stop:
             asked = self._evaluate(step)._replace(save=asked.save)
@@ -300,10 +321,17 @@ class Trainer:
         return StepLoss(loss=mean, grad_norm=grad_norm, skipped=skip), asked
 
     def _agree(self, data: StepData, losses: Sequence[torch.Tensor], count: int) -> tuple[float, Asked]:
-        """The step's loss over all ranks, and what any was asked for, in one exchange."""
+        """The step's loss over all ranks, and what any was asked for, in one exchange.
+
+        ``parts_ended`` is agreed on with them.
+        """
         own = torch.stack(losses).double()
         saves = [] if self.control is None else self.control.take_saves()
-        total, save, *stop = self.ranks.sums([float(own.sum()), float(len(saves)), *self._stops()])
+        writes = self.under_way is not None and not self.under_way.part_ended()
+        total, save, writing, *stop = self.ranks.sums(
+            [float(own.sum()), float(len(saves)), float(writes), *self._stops()]
+        )
+        self.parts_ended = not writing
         if not math.isfinite(total):
             bad = [
                 f"micro-batch {index * self.data_ranks + self.data_rank}: " + "; ".join(self._named(batch))
@@ -380,6 +408,8 @@ class Trainer:
     # --- saving ---
 
     def _save(self, data: StepData, *, must: bool) -> None:
+        """Save the step; ``must``: as a whole, before this returns, and whatever the recipe says of a full disk."""
+        self._wait_for_turn(data.step)
         given = self.recipe.parallelism
         state = RunState(
             step=data.step, position=data.position, zero_stage=given.zero_stage, world_size=self.ranks.world_size,
@@ -396,28 +426,54 @@ class Trainer:
             stages=stages,
             last_stage_index=len(stages) - 1 if stages else None,
         )
-        started = time.perf_counter()
         after = self.start.step if self.saved_step is None else self.saved_step
         # Its own count of samples takes every rank for one with a micro-batch of its own.
         patches.set_progress(self.engine, data.step, self.recipe.global_batch_sequences)
+        self.under_way = save_run(
+            self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after, self.background
+        )
+        if must or self.background is None:
+            self.wait_for_save(must=must)
+
+    def wait_for_save(self, *, must: bool = False) -> None:
+        """Wait until no save is under way. Raises ``MachineError`` when it failed, unless the run shall go on."""
+        if self.under_way is not None:
+            self._go_on_saving(self.under_way, self.under_way.finish, must=must)
+
+    def _wait_for_turn(self, step: int) -> None:
+        """One save is under way at most."""
+        if (earlier := self.under_way) is None:
+            return
+        began = time.perf_counter()
+        self.wait_for_save()
+        if (seconds := time.perf_counter() - began) > _TOLD_WAIT_SECONDS:
+            self._say(f"waited {seconds:.1f} s: step {earlier.step} was still being written", step=step)
+
+    def _go_on_saving(self, save: Save, go_on: Callable[[], Saved | None], *, must: bool = False) -> None:
+        began = time.perf_counter()
         try:
-            folder, notes = save_run(self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after)
+            saved = go_on()
         except MachineError as error:
+            self.under_way = None
             if must or self.recipe.checkpoints.on_full_disk == "stop":
                 raise
             text = f"{error} Training goes on (checkpoints.on_full_disk: continue)."
-            self._say(text, step=data.step, kind="save_failed")
+            self._say(text, step=save.step, kind="save_failed")
             return
-        self.saved_step = data.step
-        if self.watch is not None:
-            seconds = time.perf_counter() - started
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            self._say(
-                f"saved {folder} in {seconds:.1f} s", step=data.step, kind="saved",
-                stall_seconds=round(seconds, 3), write_seconds=round(seconds, 3), bytes=size,
-            )  # fmt: skip
-        for text in notes:
-            self._say(text, step=data.step)
+        save.stall_seconds += time.perf_counter() - began
+        if saved is None:
+            return
+        self.under_way, self.saved_step = None, save.step
+        stall = save.stall_seconds
+        seconds = max(saved.seconds, stall)  # the ranks also have to tell each other
+        told = f"saved {saved.folder} in {seconds:.1f} s"
+        told += "" if self.background is None else f"; training stopped for {stall:.2f} s"
+        self._say(
+            told, step=save.step, kind="saved", stall_seconds=round(stall, 3), write_seconds=round(seconds, 3),
+            bytes=saved.nbytes,
+        )  # fmt: skip
+        for text in saved.notes:
+            self._say(text, step=save.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The weights of the forward pass, whole, on rank 0's CPU; the other ranks take part and get none."""

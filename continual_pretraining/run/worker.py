@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export, Recipe
-from smolconv.continual_pretraining.run.control import Control, controlled
+from smolconv.continual_pretraining.run.control import Control, controlled, record_end
 from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
 from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
@@ -46,11 +46,9 @@ def run_rank(run: Path, resume: str) -> None:
     from smolconv.continual_pretraining.engine.config import engine_config
 
     engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
-    lock = ranks.from_first(lambda: lock_run(run))
-    with controlled(run, recipe, ranks.world_size, first=ranks.first, exit_code_of=exit_code_of) as control:
+    ranks.from_first(lambda: lock_run(run))  # until this process ends
+    with controlled(run, recipe, ranks.world_size, first=ranks.first) as control:
         _train_and_export(recipe, run, resume, ranks, control)
-    if ranks.first:
-        os.close(lock)
 
 
 def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, control: Control | None) -> None:
@@ -178,6 +176,7 @@ def _end(run: Path, error: BaseException | None = None) -> NoReturn:
     _ENDING.acquire()  # for good: the first reason counts
     error = error and (lost_connection(error) or error)
     code = 0 if error is None else exit_code_of(error)
+    record_end(run, code, "" if error is None else f"{type(error).__name__}: {error}")
     if error is not None and not isinstance(error, Elsewhere):
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
             print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)

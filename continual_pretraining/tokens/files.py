@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -200,6 +201,17 @@ class TokenFolder:
             return text
         first, end = file.ends.searchsorted(np.array((start, last), dtype=file.ends.dtype), side="right")
         return f"{text}, documents {first} to {end}"
+
+    def ends_in(self) -> int | None:
+        """The token that documents end in, by the beginnings of files; None: without an index, or no single one."""
+        counts: Counter[int] = Counter()
+        for file in self.files[:_SAMPLED_FILES]:
+            if file.documents is None:
+                return None
+            ends = file.ends[:_SAMPLED_DOCUMENTS].astype(np.int64)
+            counts.update(file.ids[ends[np.diff(ends, prepend=0) > 0] - 1].tolist())
+        token, count = next(iter(counts.most_common(1)), (None, 0))
+        return token if ends_documents(count, sum(counts.values())) else None
 
     def _check_sample(self, vocab_size: int | None, eos_token_id: int | None) -> None:
         filled = [file for file in self.files if file.tokens]

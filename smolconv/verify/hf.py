@@ -199,6 +199,43 @@ class _Reached(Exception):
         self.arguments = arguments
 
 
+def _empty_model(weights: Weights, attention: str, device: str) -> Any:
+    import torch
+    import transformers
+
+    config = weights.config()
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Rotary frequencies are a buffer that no checkpoint stores; on the meta device they were never computed.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model
+
+
+def whole_model(weights: Weights, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """transformers' model with all of its weights in memory, for programs that take a ``PreTrainedModel``.
+
+    Raises ``BadCheckpoint`` for a tensor of another shape.
+    """
+    model = _empty_model(weights, "sdpa", device)
+    tied = model.config.tie_word_embeddings
+    state = {}
+    for name, empty in model.state_dict().items():
+        if not (tied and name == _HEAD):
+            state[name] = _of_shape(weights.whole(name), name, empty).to(dtype).to(device)
+    if tied:
+        state[_HEAD] = state[_EMBEDDING]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+def _of_shape(tensor: torch.Tensor, name: str, empty: torch.Tensor) -> torch.Tensor:
+    if tensor.shape != empty.shape:
+        raise BadCheckpoint(f"{name} is {list(tensor.shape)}; transformers expects {list(empty.shape)}.")
+    return tensor
+
+
 class TransformersSide:
     """A ``Side``: transformers' modules, made on the meta device and filled one at a time."""
 
@@ -217,16 +254,7 @@ class TransformersSide:
 
     def _model(self, attention: str) -> Any:
         if attention not in self._models:
-            import torch
-            import transformers
-
-            config = self.weights.config()
-            config._attn_implementation = attention
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config).eval()
-            # Rotary frequencies are a buffer that no checkpoint stores; on the meta device they were never computed.
-            model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(self.device)
-            self._models[attention] = model
+            self._models[attention] = _empty_model(self.weights, attention, self.device)
         return self._models[attention]
 
     def begin(self, runs: Sequence[ForwardPass]) -> None:
@@ -270,10 +298,7 @@ class TransformersSide:
             block.to("meta")
 
     def _loaded(self, name: str, empty: torch.Tensor) -> torch.Tensor:
-        tensor = self.weights.whole(name)
-        if tensor.shape != empty.shape:
-            raise BadCheckpoint(f"{name} is {list(tensor.shape)}; transformers expects {list(empty.shape)}.")
-        return tensor.to(self.dtype).to(self.device)
+        return _of_shape(self.weights.whole(name), name, empty).to(self.dtype).to(self.device)
 
     def _watch(self, block: Any, prefix: str, run: ForwardPass) -> Any:
         def report(name: str) -> Callable[..., None]:

@@ -7,9 +7,13 @@ the reader that has looked at them before, so that both see the same bytes; torc
 
 from __future__ import annotations
 
+import copy
+import mmap
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +203,105 @@ def save_torch_archive(content: Any, path: Path) -> FileDigest:
         return file.finish()
     finally:
         file.file.close()
+
+
+class HostMemory:
+    """Where a save's tensors are copied to, so that training may change them while the copies are written.
+
+    Kept from one save to the next: to get gigabytes from the kernel takes as long as to copy them.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._used: list[torch.Tensor] = []
+        self._pinned: list[torch.Tensor] = []
+
+    def reuse(self) -> None:
+        """Give up all copies: what was copied last is on the disk."""
+        self._free, self._used = self._free + self._used, []
+
+    def snapshot(self, content: Any) -> Any:
+        """A copy that ``torch.save`` writes as it would have written ``content``; other threads may change that then.
+
+        Every storage is copied once and whole, as it is saved, so that tensors which share one still do.
+        """
+        import torch
+
+        tensors = list(_torch_tensors(content, set()))
+        storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in storages:
+                storages[storage._cdata] = self._copied(storage)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.synchronize()
+        copies: dict[int, Any] = {}  # by the id of the original, as deepcopy looks them up
+        for tensor in tensors:
+            view = torch.empty(0, dtype=tensor.dtype)
+            view.set_(storages[tensor.untyped_storage()._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
+            parameter = isinstance(tensor, torch.nn.Parameter)
+            copies[id(tensor)] = (
+                torch.nn.Parameter(view, tensor.requires_grad)
+                if parameter
+                else view.requires_grad_(tensor.requires_grad)
+            )
+        made = dict(copies)
+        for tensor in tensors:
+            vars(made[id(tensor)]).update(copy.deepcopy(vars(tensor), copies))
+        return copy.deepcopy(content, copies)
+
+    def _copied(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        import torch
+
+        size = storage.nbytes()
+        if not size:
+            return torch.UntypedStorage(0)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        place = self._taken(size, pinned=whole.is_cuda)
+        place.copy_(whole, non_blocking=True)
+        return place.untyped_storage()
+
+    def _taken(self, size: int, *, pinned: bool) -> torch.Tensor:
+        for index, place in enumerate(self._free):
+            if place.numel() == size:
+                del self._free[index]
+                break
+        else:
+            place = self._new(size, pinned=pinned)
+        self._used.append(place)
+        return place
+
+    def _new(self, size: int, *, pinned: bool) -> torch.Tensor:
+        import torch
+
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place = torch.frombuffer(pages, dtype=torch.uint8)
+        # torch's own pinned memory is rounded up to a power of two. Where it cannot be pinned, copying takes longer.
+        if pinned and int(torch.cuda.cudart().cudaHostRegister(place.data_ptr(), size, 0)) == 0:
+            self._pinned.append(place)
+        return place
+
+    def close(self) -> None:
+        """Give the memory back."""
+        import torch
+
+        for place in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(place.data_ptr())
+        self._free, self._used, self._pinned = [], [], []
+
+
+def _torch_tensors(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor that is saved with ``value``, once."""
+    import torch
+
+    atomic = isinstance(value, (str, int, float, type, types.FunctionType, types.ModuleType, Enum))
+    if atomic or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    for part in _parts(value):
+        yield from _torch_tensors(part, seen)
 
 
 def digest_file(path: Path) -> FileDigest:
