@@ -188,7 +188,7 @@ def _warnings(
     for name in dict.fromkeys(use.source for use in sources):
         epochs = sum(use.epochs or 0 for use in sources if use.source == name)
         if epochs > MAX_EPOCHS:
-            yield f"source {name} is read {epochs:.1f} times; beyond {MAX_EPOCHS:g} passes its tokens teach little."
+            yield f"source {name} is read {epochs:.1f} times; epochs beyond {MAX_EPOCHS:g} improve a model little."
         if 0 < tokens_per_source.get(name, 0) <= recipe.data.sequence_length:
             yield f"source {name} has {tokens_per_source[name]} tokens, less than one window of sequence_length + 1."
     if save_seconds is not None and save_seconds > MAX_SAVE_SECONDS:

@@ -115,8 +115,9 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
             "\n".join(
                 [f"{checkpoint} was trained by another recipe ({of_run / RECIPE}):", *(f"  {c}" for c in deciding)]
             )
-            + "\nThe rest of this run would not be what either says. Take these back, or start a new run from it:\n"
-            f"another --output, model.source={checkpoint}, and what start.* shall carry over.\n"
+            + "\nExpected the values that the run was trained with: a resume cannot change them.\n"
+            "Restore them in the recipe, or start a new run from this checkpoint with another --output,\n"
+            f"model.source={checkpoint}, and the start.* fields that say what it carries over.\n"
             f"If only a path has moved, change it in {of_run / RECIPE} too."
         )
     return [*notes, *(f"changed since its last start: {change}" for change in changes(old, recipe))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import CorruptFile
-from smolconv.layouts.documents import is_count, understood
+from smolconv.layouts.documents import corrupt_if_malformed, is_count
 
 #: Of a stage that no document describes, and the folder of tokens of which nobody says where they came from.
 IMPORTED = "imported"
@@ -79,7 +79,7 @@ def _stage(name: str, start: int, length: int | None, samples: int, folders: Map
 
 def _planned(config: Mapping[str, Any], where: str) -> tuple[list[Stage], list[list[str]], int | None]:
     """A training config's stages in nanotron's order, their folders, and its sequence length."""
-    with understood(where):
+    with corrupt_if_malformed(where):
         length = (config.get("tokens") or {}).get("sequence_length")
         found = []
         for entry in config.get("data_stages") or []:
