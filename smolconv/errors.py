@@ -108,7 +108,7 @@ class TrainingStopped(SmolconvError):
 
 
 class StoppedBySignal(SmolconvError):
-    """Training was stopped by a signal, and has saved: the same command goes on from there."""
+    """Training was stopped by a signal, and has saved: the same command resumes from there."""
 
     exit_code = 75
 
@@ -132,7 +132,7 @@ class Interrupted(SmolconvError):
 class SignalReceived(BaseException):
     """Raised by a signal's handler, wherever the command is at that moment; ``args[0]`` is the signal's name.
 
-    No ``SmolconvError``: whoever expects an error and goes on must not go on after this.
+    No ``SmolconvError``: whoever expects an error and continues must not go on after this.
     """
 
 

@@ -133,7 +133,7 @@ def test_a_start_that_dies_before_its_first_save_goes_on_from_the_other_run_it_w
     assert latest(run) is None
     ended = work(document(tokens), run)
     succeeded(ended)
-    assert "goes on from" in ended.log and "step-2" in ended.log
+    assert "continues from" in ended.log and "step-2" in ended.log
     assert [line["step"] for line in metrics(run)] == [3, 4]
     assert losses(run) == losses(trained)[2:]
 

@@ -49,7 +49,7 @@ class Estimate:
     tokens_per_step: int
     accumulation_steps: int
     sequence_ranks: int  #: that share each micro-batch
-    first_step: int  #: later than 1 where a run, or the source's schedule, goes on
+    first_step: int  #: later than 1 where a run, or the source's schedule, continues
     train_steps: int  #: the last step
     tokens: int  #: from the first step to the last
     flops_per_token: Mapping[str, float]  #: by formula

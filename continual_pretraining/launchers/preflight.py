@@ -189,7 +189,7 @@ def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _own(recipe: Recipe, run: Path, resume: str) -> tuple[Path, RunState] | None:
-    """The run's checkpoint that it goes on from, as far as its small state says; None at the beginning."""
+    """The run's checkpoint that it continues from, as far as its small state says; None at the beginning."""
     own = find_resume(run, resume)
     if own is None:
         return None

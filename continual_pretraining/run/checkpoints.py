@@ -230,7 +230,7 @@ def publish(run: Path, step: int) -> Path:
 def set_aside(run: Path, *, after: int, saved: int) -> None:
     """Rename the steps that follow ``after``, but for ``saved``: they belong to the branch that the run has left.
 
-    ``after`` is the step that ``saved`` goes on from.
+    ``after`` is the step that ``saved`` continues from.
     """
     for step in saved_steps(run):
         if step > after and step != saved:

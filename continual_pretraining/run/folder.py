@@ -49,7 +49,7 @@ class Change:
 
 
 def as_it_began(recipe: Recipe, run: Path, resume: str) -> Recipe:
-    """The recipe, whose fields that it leaves to the model's family stay what the run that goes on has them at."""
+    """The recipe, whose fields that it leaves to the model's family stay what the run that continues has them at."""
     checkpoint = None if resume == "never" else find_resume(run, resume)
     path = None if checkpoint is None else _run_of(checkpoint, run) / RECIPE
     if path is None or not os.path.lexists(path):
@@ -84,7 +84,7 @@ def _decides(field: str) -> bool:
 
 
 def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
-    """What the user should know before the run goes on, or begins. Writes nothing.
+    """What the user should know before the run continues, or begins. Writes nothing.
 
     Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
 
@@ -101,7 +101,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     if checkpoint is None:
         return []
     of_run = _run_of(checkpoint, run)
-    notes, state = [f"goes on from {checkpoint}"], _state(checkpoint)
+    notes, state = [f"continues from {checkpoint}"], _state(checkpoint)
     step = None if state is None else state.step
     old = load_recipe(of_run / RECIPE) if os.path.lexists(of_run / RECIPE) else None
     if state is not None:
@@ -131,7 +131,7 @@ def check_steps(recipe: Recipe, step: int, checkpoint: Path) -> None:
     earlier = _newest_until(checkpoint, last)
     raise UsageError(
         f"{checkpoint.name} has made {counted(step, 'step')}, but schedule.train_steps is {last:,}.\n"
-        f"A run goes on from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
+        f"A run continues from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
         f"Set schedule.train_steps to {step} or more"
         + (f", or go back with --resume {earlier}." if earlier else f"; no checkpoint until step {last:,} is left.")
     )
@@ -210,7 +210,7 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
 
 
 def is_restart() -> bool:
-    """Whether this start goes on after one whose node may have died, with the run's lock."""
+    """Whether this start continues after one whose node may have died, with the run's lock."""
     return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
 
 

@@ -53,7 +53,7 @@ class StartPoint:
     step: int  #: completed before the first
     position: Mapping[str, Any] | None  #: of the data; None: its beginning
     config: Mapping[str, Any]  #: the model's, as an HF config.json
-    resumed: str | None  #: the checkpoint of the run that it goes on from
+    resumed: str | None  #: the checkpoint of the run that it continues from
     adam: bool  #: whether Adam's state is there
     spikes: Mapping[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
@@ -95,7 +95,7 @@ def prepare_start(
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
-            notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
+            notes.append(f"continues from {own}, as an earlier start was told; nothing was saved since")
         start = _resumed(recipe, run, own, world_size, state, checkpoint, place)
     events = (origin.went_back, *start.events) if origin.went_back else start.events
     return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
@@ -362,7 +362,7 @@ def _resumed(
 def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
     """Raise ``UsageError`` when a run's checkpoint is another model than the recipe's source.
 
-    A source that is on the Hub, or that cannot be read any more, is not asked: a run goes on without it.
+    A source that is on the Hub, or that cannot be read any more, is not asked: a run continues without it.
     """
     if is_hub_uri(recipe.model.source):
         return
