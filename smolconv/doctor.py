@@ -26,6 +26,7 @@ from smolconv import __version__
 from smolconv.continual_pretraining.evaluation.lighteval_engine import LIGHTEVAL_PYTHON, lacking_lighteval
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.run.ranks import NVIDIA
+from smolconv.errors import pip_install
 from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
 
 #: The extra that each command needs besides the base installation; None: nothing.
@@ -118,7 +119,8 @@ def diagnose() -> Diagnosis:
     for command, needs in wanted.items():
         found = [packages[name] for name in needs]
         ready = all(package.version is not None and package.problem is None for package in found)
-        install = None if ready else f'pip install "smolconv[{EXTRAS[command]}]"'
+        unusable = (package.name for package in found if package.version is None or package.problem is not None)
+        install = None if ready else pip_install(unusable)
         commands[command] = CommandState(ready=ready, install=install, packages=found)
     machine, torch = _machine(), None
     if packages["torch"].version is not None and packages["torch"].problem is None and commands["verify"].ready:

@@ -263,7 +263,7 @@ def test_what_an_input_needs_and_is_not_there_is_named(name, package, tokenizer,
     (tmp_path / name).write_bytes(b"PAR1")
     found = importlib.util.find_spec
     monkeypatch.setattr(tokenization, "find_spec", lambda wanted: None if wanted == package else found(wanted))
-    with pytest.raises(NotInstalled, match=rf"{package}. Install it: pip install 'smolconv\[data\]'"):
+    with pytest.raises(NotInstalled, match=rf"{package}. Install it: pip install '{package}>="):
         tokenized(tmp_path / name, tmp_path / "out", tokenizer)
 
 
@@ -597,7 +597,7 @@ def test_a_dry_run_needs_no_datatrove_and_writes_nothing(
     assert files_below(tmp_path) == before
     missing = smolconv(*words, before=WITHOUT_DATATROVE)
     assert missing.code == 5
-    assert "pip install 'smolconv[data]'" in missing.stderr
+    assert "pip install 'datatrove>=0.9'" in missing.stderr
     assert files_below(tmp_path) == before
 
 

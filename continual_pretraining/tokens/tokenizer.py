@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError, pip_install
 from smolconv.layouts.listing import newest_step
 from smolconv.parsing import read_tokenizer
 
@@ -28,7 +28,8 @@ def find_tokenizer(name: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise NotInstalled(f'fetching {name} needs huggingface_hub. Install it: pip install "smolconv[hub]"') from None
+        needed = "huggingface_hub"
+        raise NotInstalled(f"fetching {name} needs {needed}. Install it: {pip_install([needed])}") from None
     repo = name.removeprefix("hf://")
     try:
         path = Path(hf_hub_download(repo, "tokenizer.json"))
@@ -51,4 +52,4 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def tokenizing_needs(missing: list[str]) -> NotInstalled:
-    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: pip install 'smolconv[data]'")
+    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: {pip_install(missing)}")

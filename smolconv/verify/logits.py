@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import NotInstalled
+from smolconv.errors import NotInstalled, pip_install
 from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
 from smolconv.verify.inputs import Rows
 from smolconv.verify.metrics import Distances, Walk
@@ -77,7 +77,7 @@ def require_torch() -> None:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise NotInstalled(
-            f"comparing logits needs {' and '.join(missing)}: pip install 'smolconv[verify]'.\n"
+            f"comparing logits needs {' and '.join(missing)}: {pip_install(missing)}.\n"
             "Without them, smolconv verify --tensors-only compares specs and tensors."
         )
 
