@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError, pip_install
+from smolconv.hub.download import open_source
+from smolconv.layouts.assets import tokenizer_warnings
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.listing import newest_step
+from smolconv.layouts.registry import read_checkpoint
 from smolconv.parsing import read_tokenizer
 
 
@@ -41,6 +45,23 @@ def find_tokenizer(name: str) -> Path:
             "Check the name and the network, or give a local folder."
         ) from None
     return path
+
+
+def tokenizer_of_model(source: str) -> tuple[Path, int]:
+    """The tokenizer.json beside a checkpoint of any layout, or of one on the Hub; and its embedding's rows.
+
+    Raises ``MissingFile`` where none lies there, with the name that a nanotron run gives; and what reading a checkpoint
+    raises.
+    """
+    checkpoint = read_checkpoint(open_source(source, headers_only=True, optimizer=False), ReadOptions(optimizer=False))
+    path = checkpoint.assets.get("tokenizer.json")
+    if path is None:
+        _, said = tokenizer_warnings(checkpoint, needed=True)
+        raise MissingFile(
+            f"--model {source} holds no tokenizer.json of the tokenizers library.\n"
+            f"{''.join(f'{each[0].upper()}{each[1:]}' for each in said[:1]) or 'Give one with --tokenizer.'}"
+        )
+    return path.absolute(), checkpoint.spec.vocab_size
 
 
 def load_tokenizer(path: Path) -> Any:
