@@ -45,7 +45,7 @@ def doctor(
     """Say what this machine has for each command: packages that really import, GPUs, launchers, and what would hang."""
     from smolconv.doctor import diagnose
 
-    found = diagnose()
+    found = diagnose(console.progress_bar)
     if as_json:
         console.print_json(found.to_json())
     else:
