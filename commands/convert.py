@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -234,8 +235,15 @@ def convert(
         else:
             _show_plan(plan)
         return
-    verifier = _verifier if verify or push else None
-    with console.byte_progress(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written) as progress:
+    with ExitStack() as shown:
+
+        def verified(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
+            shown.close()  # the bar of the conversion: verifying has its own
+            return _verifier(plan, folder)
+
+        verifier = verified if verify or push else None
+        title = f"{plan.source.layout} -> {plan.layout}"
+        progress = shown.enter_context(console.byte_progress(title, plan.bytes_written))
         result = run_conversion(
             plan, resume=resume, overwrite=overwrite, workers=workers, max_memory_bytes=memory, progress=progress,
             verifier=verifier, check_source=check_source,
@@ -307,7 +315,9 @@ def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
         config=options.config, step=options.step, architecture=options.architecture, layout=options.source_layout
     )  # fmt: skip
     source = AsStored(folder=plan.source.root, options=read)
-    return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
+    return verify_conversion(
+        plan.prepared, folder, source=source if as_stored else None, bar=console.progress_bar
+    ).to_json()
 
 
 def _show_plan(plan: ConversionPlan) -> None:

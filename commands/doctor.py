@@ -45,7 +45,7 @@ def doctor(
     """Check what each command needs on this machine: packages that really import, GPUs, launchers, what would hang."""
     from smolconv.doctor import diagnose
 
-    found = diagnose()
+    found = diagnose(console.progress_bar)
     if as_json:
         console.print_json(found.to_json())
     else:

@@ -101,7 +101,7 @@ def verify(
         documents=documents, compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
-    report = verify_checkpoints(left, right, options, stored=(at_a, at_b))
+    report = verify_checkpoints(left, right, options, stored=(at_a, at_b), bar=console.progress_bar)
     if html is not None:
         from smolconv.verify.report import render_html
 

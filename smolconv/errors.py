@@ -5,7 +5,8 @@ A message has three parts: what was found and where, what was expected, what to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 
 def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
@@ -17,6 +18,19 @@ def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 file", "1,024 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def pip_install(packages: Iterable[str]) -> str:
+    """The command that installs these packages, in versions that smolconv works with; it needs no smolconv on PyPI."""
+    from importlib import metadata
+
+    try:
+        wanted = [re.split(r"[\s;]", line)[0] for line in metadata.requires("smolconv") or ()]
+    except metadata.PackageNotFoundError:  # a clone that was never installed
+        wanted = []
+    bounds = {re.split(r"[<>=!~(\[]", each)[0]: each for each in wanted}
+    names = [name.replace("_", "-") for name in packages]
+    return " ".join(["pip install", *(f"'{bounds[name]}'" if name in bounds else name for name in names)])
 
 
 class SmolconvError(Exception):

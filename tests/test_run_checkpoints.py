@@ -197,7 +197,13 @@ def test_resume_never_forgets_the_path_of_an_earlier_start(trained, tokens, tmp_
     run, made = tmp_path / "run", recipe(NANOTRON, tokens, **document(tokens))
     assert prepare_start(made, run, 1, str(step_folder(trained, 2))).step == 2
     assert prepare_start(made, run, 1, "auto").step == 2
-    assert prepare_start(made, run, 1, "never").step == 0
+    said = list[str]()
+    assert prepare_start(made, run, 1, "never", say=said.append).step == 0
+    assert (
+        len(said) == 2
+        and said[0].startswith("start gate: ")
+        and said[1].startswith(f"converting {NANOTRON} for 1 rank")
+    )
     assert prepare_start(made, run, 1, "auto").step == 0
 
 

@@ -35,7 +35,16 @@ from smolconv.continual_pretraining.run.start import (
     read_source,
 )
 from smolconv.convert import ConversionPlan
-from smolconv.errors import BadCheckpoint, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError, counted
+from smolconv.errors import (
+    BadCheckpoint,
+    MachineError,
+    MissingFile,
+    NotInstalled,
+    SmolconvError,
+    UsageError,
+    counted,
+    pip_install,
+)
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
@@ -131,7 +140,7 @@ def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
     """Of Python: those that every run imports, and those that a field of this recipe asks for."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
-        yield NotInstalled(f"continue-train needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+        yield NotInstalled(f"continue-train needs {', '.join(missing)}: {pip_install(missing)}.")
     try:
         check_deepspeed("continue-train")
     except NotInstalled as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce
-from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
+from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line, pip_install
 from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.processes import usable_cores
@@ -124,7 +124,7 @@ def join_ranks(
 
     missing = [name for name in ("torch", "transformers", "deepspeed") if find_spec(name) is None]
     if missing:
-        raise NotInstalled(f"training needs {' and '.join(missing)}: pip install 'smolconv[train]'.")
+        raise NotInstalled(f"training needs {' and '.join(missing)}: {pip_install(missing)}.")
     check_deepspeed("training")
     import torch
 

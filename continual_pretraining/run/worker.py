@@ -57,7 +57,9 @@ def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, cont
 
     origin = find_origin(recipe, run, resume, ranks)
     start = ranks.from_first(
-        lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
+        lambda: prepare_start(
+            recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin, say=lambda text: _say(ranks, text)
+        )
     )
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
