@@ -156,7 +156,7 @@ def test_every_gpu_is_found_by_its_name_and_by_torchs():
 def recipe_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     source = hf_models.saved(hf_models.llama(), folder / "source")
-    document = recipe_document(source, token_folder(folder / "tokens"), model={"dtype": "bfloat16"})
+    document = recipe_document(source, token_folder(folder / "tokens", vocabulary=64), model={"dtype": "bfloat16"})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
     return folder / "recipe.yaml"
 

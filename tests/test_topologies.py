@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import forked_cli
+import numpy as np
 import pytest
 from conftest import Finished
 from test_estimate import N_SMOLLM3, SMOLLM3
-from training import token_folder
 
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.models.huggingface import parameter_shapes, spec_to_hf
@@ -42,6 +42,17 @@ def sparse_checkpoint(folder: Path, **changes: Any) -> None:
         file.truncate(8 + len(text) + end)
 
 
+def long_documents(folder: Path) -> Path:
+    """Three of 30,000 tokens, in the 4 bytes that the vocabulary needs; each ends in the recipes' EOS."""
+    tokens = np.random.default_rng(0).integers(1, 128_000, (3, 30_000))
+    tokens[:, -1] = 128_001
+    folder.mkdir()
+    tokens.astype("<u4").tofile(folder / "00000_unshuffled.ds")
+    np.arange(30_000, 90_001, 30_000).astype("<u8").tofile(folder / "00000_unshuffled.ds.index")
+    (folder / "00000_unshuffled.ds.metadata").write_text("tests/random|4\n90000\n90 KT")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working folder with what the recipes name: two sources, and all folders of tokens, which are one."""
@@ -49,7 +60,7 @@ def place(tmp_path_factory):
     sparse_checkpoint(top / LONG, rope_theta=2e6, max_positions=32768)  # the end of the 32k stage
     sparse_checkpoint(top / SHORT, rope_theta=5e4, max_positions=4096)
     assert (top / LONG / "model.safetensors").stat().st_blocks * 512 < 1e6
-    tokens = token_folder(top / "tokens", documents=3, vocabulary=60_000, lengths=(30_000, 30_001))
+    tokens = long_documents(top / "tokens")
     for name in (LONG, SHORT):
         for source in {source.path for stage in load_recipe(name).data.stages for source in stage.sources}:
             (top / source).parent.mkdir(exist_ok=True)
@@ -95,7 +106,7 @@ def test_a_long_row_that_a_rank_has_alone_is_tiled(place):
     code, stdout, stderr = dry_run(place, LONG, 9, "--nproc-per-node", "4", "--set", "parallelism.sequence_ranks=1")
     assert code == 0, stderr
     parts = {part["name"]: part["bytes"] for part in json.loads(stdout)["estimate"]["memory"]}
-    assert parts["a tile of the MLP"] == 8192 * 2 * (4 + 3) * SMOLLM3.intermediate_size
+    assert parts["a tile of the MLP"] == 8192 * 2 * (4 + 2) * SMOLLM3.intermediate_size
 
 
 def test_a_division_that_fails_proposes_the_nearest_that_work(place):

@@ -14,7 +14,7 @@ _BUCKET_ELEMENTS = 50_000_000
 #: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
 #: given more rows, since every round adds to a gradient of [V, E].
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-#: Of a tile of the MLP. SmolLM3-3B's widest tensors and their gradients are then 1.3 GB, and the products as large as
+#: Of a tile of the MLP. SmolLM3-3B's widest tensors and their gradients are then 1.1 GB, and the products as large as
 #: those of two rows of 4k.
 TILE_TOKENS = 8192
 

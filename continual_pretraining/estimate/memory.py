@@ -316,7 +316,7 @@ def layer_bytes(recipe: Recipe, spec: ModelSpec) -> Layer:
     return Layer(
         b=b, positions=positions, hidden=b * hidden, norm=norm, attention=attention, attention_back=attention_back,
         made=2 * norm + attention + mlp,
-        mlp=0 if tiled else mlp, mlp_back=b * hidden if tiled else mlp_back,
+        mlp=0 if tiled else mlp, mlp_back=2 * b * hidden if tiled else mlp_back,
         tile=min(positions, TILE_TOKENS) * (mlp + mlp_back) if tiled else 0,
         tile_sums=(FP32 + b) * 3 * hidden * inner if tiled else 0,
     )  # fmt: skip

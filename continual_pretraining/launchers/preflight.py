@@ -87,7 +87,13 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
     Raises ``UsageError`` where the ranks cannot be placed, or cannot share a step; everything else is in ``problems``.
     """
     found = Preflight(recipe, run)
-    found.world_size = placement(recipe).world_size
+    try:
+        found.world_size = placement(recipe).world_size
+    except UsageError:
+        source = found.attempt(lambda: _source(recipe))
+        if source is not None:
+            placement(recipe, source[1].spec.num_heads)  # the same, with the sizes of groups that divide its heads
+        raise
     for look in (_require_packages, _require_launcher):
         for problem in look(recipe):
             found.problems.append(problem)
