@@ -22,7 +22,7 @@ _WRITERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {".png": ("svg2png", {"s
 SUFFIXES = (".html", ".svg", *_WRITERS)
 _MOST_SECONDS = 1e12  #: that Python can say as days
 #: Facts that stand below an SVG; a page has them all.
-_SHORT = ("steps", "tokens", "trained by", "last checkpoint", "loss", "time of steps")
+_SHORT = ("steps", "tokens", "last checkpoint", "loss", "time of steps")
 _LEGEND = (
     "Every point is drawn up to 1,000 steps; beyond, the lowest and the highest of each bin. "
     "Bold: the mean of a fiftieth of the run to either side."
