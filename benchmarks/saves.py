@@ -39,10 +39,9 @@ def train(work: Path, rounds: int) -> None:
     """Train as ``continue-train`` does; ``found.json`` in ``work`` has what was measured."""
     from train_peers import _alone
 
-    from smolconv.continual_pretraining.recipe.files import dump_recipe
+    from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe
     from smolconv.continual_pretraining.recipe.schema import Recipe
     from smolconv.continual_pretraining.run import trainer, worker
-    from smolconv.continual_pretraining.run.folder import RECIPE
 
     document = {
         "name": "saves", "output": str(work / "run"), "model": {"source": str(work / "model"), "dtype": "float32"},

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smolconv.continual_pretraining.control.queue import RUNNING, WAITING, job_states
-from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, LATEST, latest, step_of
 from smolconv.continual_pretraining.run.control import StartRecord
-from smolconv.continual_pretraining.run.folder import RECIPE, is_trained
+from smolconv.continual_pretraining.run.folder import is_trained
 from smolconv.continual_pretraining.watch.lines import METRICS, MetricsLine, lines_backwards, metrics_line, seconds_of
 from smolconv.errors import MissingFile, SmolconvError, StoppedBySignal, first_line
 from smolconv.files import open_file, reading

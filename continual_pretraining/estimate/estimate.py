@@ -12,7 +12,7 @@ from typing import Any
 from smolconv.continual_pretraining.engine.config import accumulation_steps
 from smolconv.continual_pretraining.estimate.disk import Disk, disk_use
 from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
-from smolconv.continual_pretraining.estimate.hardware import GPU_MEMORY_BYTES, H100_TFLOPS
+from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU, GPU_MEMORY_BYTES, H100_TFLOPS
 from smolconv.continual_pretraining.estimate.memory import Part, memory_parts
 from smolconv.continual_pretraining.recipe.schedules import Schedule, learning_rate, notes, turning_steps
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -95,7 +95,7 @@ class Estimate:
 
 def estimate(
     recipe: Recipe, spec: ModelSpec, world_size: int, *, first_step: int = 1,
-    tokens_per_source: Mapping[str, int] | None = None, mfu: float = 0.3, on_gpus: bool = True,
+    tokens_per_source: Mapping[str, int] | None = None, mfu: float = ASSUMED_MFU, on_gpus: bool = True,
 ) -> Estimate:  # fmt: skip
     """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
 

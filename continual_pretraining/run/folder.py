@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_decay
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
@@ -21,7 +21,6 @@ from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
 from smolconv.files import open_file
 from smolconv.storage.atomic import appearing_whole
 
-RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
 RESTARTS = "SMOLCONV_RESTARTS"  #: in the environment: how often torchrun's launcher went on after a rank was lost
 START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved

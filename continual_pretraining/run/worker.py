@@ -18,10 +18,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from smolconv.continual_pretraining.launchers.registry import find_launcher
-from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export, Recipe
 from smolconv.continual_pretraining.run.control import Control, controlled, record_end
-from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
+from smolconv.continual_pretraining.run.folder import LOCK, held_elsewhere, is_restart, trained_elsewhere
 from smolconv.continual_pretraining.run.heartbeat import lost_connection
 from smolconv.continual_pretraining.run.ranks import ATTEMPT, FailedOnAnotherRank, Ranks, join_ranks
 from smolconv.errors import SmolconvError, StoppedByRequest, StoppedBySignal
