@@ -187,7 +187,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_code_and_last_lines(tmp_path, d
 
 
 def test_a_refusal_by_all_ranks_is_printed_once_and_is_in_each_log(tmp_path):
-    launched = Launched(recipe(rank="all", do="fail", step=1), tmp_path / "run")
+    launched = Launched(recipe(files=True, rank="all", do="fail", step=1), tmp_path / "run")
     code, stderr = launched.end()
     assert code == 6 and stderr.count("the loss is nan") == 1, stderr
     assert [launched.log(rank).count("TrainingStopped: the loss is nan") for rank in (0, 1)] == [1, 1]
