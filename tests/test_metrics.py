@@ -276,6 +276,22 @@ def test_what_saves_took_is_in_the_next_steps_line_and_goes_to_trackers_once(tmp
     assert not any("stall" in name for _, sent in fake.logged[2:] for name in sent)
 
 
+def test_tasks_on_an_earlier_checkpoint_go_to_trackers_under_the_newest_step(tmp_path, monkeypatch):
+    fake = FakeTracker()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fake.init))
+    with watch(tmp_path, recipe(logging={"wandb": "smol"})) as watched:
+        watched.step(record(1))
+        watched.step(record(2))
+        watched.tasks(1, {"cloze": {"acc": 0.5}})
+    event = next(each for each in lines(tmp_path, "events.jsonl") if each["kind"] == "evaluation")
+    assert (event["step"], event["tasks"], event["text"]) == (
+        1,
+        {"cloze": {"acc": 0.5}},
+        "evaluation: cloze acc 0.5000",
+    )
+    assert fake.logged[-1] == (2, {"evaluation/cloze/acc": 0.5, "evaluation/checkpoint_step": 1.0})
+
+
 # --- trackers --------------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     found = {}
     for full, details in run.get_details().items():
         name = full.rpartition("|")[0] if full.endswith("|0") else full
-        values = _numbers(results.get(full, {}))
+        values = _numbers(results[full.replace("|", ":")])  # results and details spell names in two ways
         by_sample: dict[str, dict[str, float]] = {}
         for number, detail in enumerate(details):
             for metric, value in _numbers(detail.metric).items():

@@ -6,8 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ _MISSING = (
     "Expected lm-eval 0.4.9 or later beside torch and transformers; --held-out works without it.\n"
     'Install it: pip install "lm-eval>=0.4.9"'
 )
+#: Names of tasks, groups and tags in a task file.
+_NAMES = re.compile(r"^(?:task|group|tag): *[\"']?([\w.:-]+)", re.M)
 
 
 def require_lm_eval() -> None:
@@ -48,13 +51,15 @@ class LmEval:
             from lm_eval.tasks import TaskManager
 
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            defaults = any(name not in local for name in names)
-            self._manager = TaskManager(
-                include_path=None if include is None else str(include), include_defaults=defaults
-            )
-        known = set(self._manager.all_tasks)
-        for name in names:
-            if name not in local and name not in known:
+            folder = None if include is None else str(include)
+            self._manager = TaskManager(include_path=folder, include_defaults=False)
+            known = set(self._manager.all_tasks) | set(local)
+            if others := [name for name in names if name not in known]:
+                _require_mentioned(others, known)
+                self._manager = TaskManager(include_path=folder)  # reads all of lm-eval's own, for a minute
+                known |= set(self._manager.all_tasks)
+        for name in others:
+            if name not in known:
                 raise unknown_task(name, {*known, "smolconv_cloze"}, "lm-eval")
         self._tasks = [local.get(name, name) for name in names]
 
@@ -95,6 +100,18 @@ class LmEval:
             for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(found, method, partial(getattr(found, method), disable_tqdm=True))
         return found
+
+
+def _require_mentioned(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raise ``UsageError`` for a name that stands nowhere in lm-eval's own task files: to parse them takes a minute."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*.yaml")]
+    for name in names:
+        if not any(name in text for text in texts):
+            own = {found for text in texts for found in _NAMES.findall(text)}
+            raise unknown_task(name, {*own, *known, "smolconv_cloze"}, "lm-eval")
 
 
 def _name(task: Any) -> str:

@@ -65,11 +65,11 @@ def plain_task(name: str, include: Path | None) -> dict[str, Any] | None:
     return None
 
 
-def check_include(include: Path | None) -> None:
-    """Raise ``MissingFile`` where ``--include-path`` is no folder."""
+def check_include(include: Path | None, asked_by: str = "--include-path") -> None:
+    """Raise ``MissingFile`` where what ``asked_by`` names is no folder."""
     if include is not None and not include.is_dir():
         raise MissingFile(
-            f"--include-path {include}: no such folder.\nExpected a folder of lm-eval's task files (*.yaml).\n"
+            f"{asked_by} {include}: no such folder.\nExpected a folder of lm-eval's task files (*.yaml).\n"
             "Check the path."
         )
 

@@ -19,6 +19,8 @@ from smolconv.continual_pretraining.data.folders import check_sources, folders_a
 from smolconv.continual_pretraining.data.position import Position
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.estimate.disk import disk_use
+from smolconv.continual_pretraining.evaluation.lm_eval_engine import require_lm_eval
+from smolconv.continual_pretraining.evaluation.tasks import check_include
 from smolconv.continual_pretraining.launchers.launch import placement
 from smolconv.continual_pretraining.launchers.launcher import count_gpus
 from smolconv.continual_pretraining.launchers.registry import find_launcher
@@ -161,6 +163,16 @@ def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
         elif asked and importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
             yield NotInstalled(f"{name}, but {package} is not installed.\npip install {package}, or set it to auto.")
+    if recipe.evaluation is not None and recipe.evaluation.tasks:
+        try:
+            require_lm_eval()
+        except NotInstalled as error:
+            yield error
+        if recipe.evaluation.tasks_as == "slurm" and shutil.which("sbatch") is None:
+            yield NotInstalled(
+                "evaluation.tasks_as is slurm, but sbatch is not on this machine.\n"
+                "Start the run on the cluster, or set evaluation.tasks_as: process."
+            )
     pushes = recipe.export is not None and recipe.export.push is not None
     if pushes and importlib.util.find_spec("huggingface_hub") is None:
         yield NotInstalled("export.push needs huggingface-hub: pip install huggingface-hub.")
@@ -256,7 +268,10 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
         opened = found.attempt(_told_how(recipe, path, partial(open_folder, path, name, data, vocab_size)))
         if opened is not None:
             found.tokens[name] = opened.tokens
-    for source in () if recipe.evaluation is None else recipe.evaluation.sources:
+    evaluation = recipe.evaluation
+    if evaluation is not None and evaluation.include_path is not None:
+        found.attempt(partial(check_include, Path(evaluation.include_path), "evaluation.include_path"))
+    for source in () if evaluation is None else evaluation.sources:
         found.attempt(_told_how(recipe, source.path, partial(open_held_out, source, data, vocab_size)))
 
 

@@ -189,16 +189,30 @@ class Spikes(Section):
     window_steps: Annotated[int, Field(ge=8)] = 128
 
 
-class Evaluation(Section):
-    """Loss on held-out token files, before the first step and then regularly."""
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][^\s,]*$")]
 
-    every_steps: Positive
+
+class Evaluation(Section):
+    """Loss on held-out token files, before the first step and then regularly; tasks on checkpoints that were saved."""
+
+    every_steps: Positive | None = None  #: needed with sources
     sequences: Positive = 64  #: of each source, from its beginning
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: tuple[Source, ...] = ()
+    tasks: tuple[TaskName, ...] = ()  #: names for `smolconv evaluate`; they run beside the training
+    tasks_every_steps: Positive | None = None  #: of saved steps and the last one; None: every saved step
+    tasks_as: Literal["process", "slurm"] = "process"  #: beside rank 0, or as a job of its own
+    tasks_device: Literal["cpu", "cuda"] = "cpu"  #: cuda in a process takes memory of rank 0's first GPU
+    include_path: str | None = None  #: a folder of your own lm-eval tasks
 
     @model_validator(mode="after")
     def _told_apart(self) -> Evaluation:
         _check_names(_names(self.sources))
+        if not self.sources and not self.tasks:
+            raise ValueError("evaluation: give sources with every_steps, or tasks")
+        if bool(self.sources) != (self.every_steps is not None):
+            raise ValueError("evaluation: sources and every_steps need each other")
+        if not self.tasks and (self.tasks_every_steps or self.include_path):
+            raise ValueError("evaluation: tasks_every_steps and include_path need tasks")
         return self
 
 
@@ -310,6 +324,12 @@ class Recipe(Section):
             raise ValueError("parallelism.offload: all needs zero_stage 3")
         if given.offload != "none" and given.zero_stage == 0:
             raise ValueError("parallelism.offload needs zero_stage 1, 2 or 3")
+        evaluated = None if self.evaluation is None else self.evaluation.tasks_every_steps
+        if evaluated and evaluated % self.checkpoints.every_steps:
+            raise ValueError(
+                f"evaluation.tasks_every_steps {evaluated} is no multiple of checkpoints.every_steps "
+                f"{self.checkpoints.every_steps}: tasks run on checkpoints that were saved"
+            )
         for stage in self.data.stages[1:]:
             if stage.start_step > self.schedule.train_steps:
                 raise ValueError(f"data: stage {stage.name} starts at step {stage.start_step}, after the last step")

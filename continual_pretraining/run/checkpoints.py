@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -41,6 +41,7 @@ RESUME_FROM = "resume-from"
 #: Of ``trainer.json``, which names every token file: enough for half a million of them.
 _MOST_STATE_BYTES = 1 << 27
 _STEP = re.compile(r"step-(\d{1,18})")
+_ASKED = re.compile(r"step-(\d{1,18})\.asked")
 _LEFT = re.compile(r"step-(\d{1,18})\.left-(\d+)")
 
 
@@ -248,14 +249,32 @@ def left_behind(run: Path) -> list[str]:
 
 
 def prune(run: Path, policy: Checkpoints) -> list[str]:
-    """Delete what the policy does not keep, never what ``latest`` names. Returns what could not be deleted, and why."""
+    """Delete what the policy does not keep, never what ``latest`` names or an evaluation reads.
+
+    Returns what could not be deleted, and why.
+    """
     newest = latest(run)
     steps = saved_steps(run)
     kept = set(steps if policy.keep is None else steps[-policy.keep :])
     if policy.keep_every_steps:
         kept |= {step for step in steps if step % policy.keep_every_steps == 0}
+    kept |= steps_in_evaluation(run)
     gone = [step for step in steps if step not in kept and (newest is None or newest.name != f"step-{step}")]
     return [note for step in gone for note in _delete(step_folder(run, step))]
+
+
+def evaluation_file(run: Path, step: int, kind: Literal["json", "asked", "failed"]) -> Path:
+    """Of the tasks on one checkpoint: the results; that they were asked for and not told yet; that they failed."""
+    return run / "evaluations" / f"step-{step}.{kind}"
+
+
+def steps_in_evaluation(run: Path) -> set[int]:
+    """Steps whose checkpoints a process or a job is to read."""
+    try:
+        names = os.listdir(run / "evaluations")
+    except OSError:
+        return set()
+    return {int(match[1]) for name in names if (match := _ASKED.fullmatch(name))}
 
 
 def _delete(path: Path) -> list[str]:

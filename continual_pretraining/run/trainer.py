@@ -38,6 +38,7 @@ from smolconv.continual_pretraining.run.gate import check_first_loss
 from smolconv.continual_pretraining.run.ranks import Ranks
 from smolconv.continual_pretraining.run.saving import Background, Save, Saved, restore_random, save_run
 from smolconv.continual_pretraining.run.start import StartPoint, first_micro_batch, groups_of
+from smolconv.continual_pretraining.run.task_evaluation import TaskEvaluations
 from smolconv.continual_pretraining.tokens.files import Batch, TokenFolder
 from smolconv.continual_pretraining.watch.metrics import EventKind, StepRecord, Watch
 from smolconv.continual_pretraining.watch.spikes import SpikeDetector
@@ -100,6 +101,7 @@ class Trainer:
         self.engine = self._engine()
         self._load()
         self.watch: Watch | None = None
+        self.tasks: TaskEvaluations | None = None  #: rank 0's
         self.data: TrainingData | None = None
         self.held_out: Sequence[TokenFolder] = ()
         self.step_began = 0.0
@@ -194,6 +196,9 @@ class Trainer:
             said = self.check_start()
             if ranks.first:
                 self.watch = self._watch(first)
+                if recipe.evaluation is not None and recipe.evaluation.tasks:
+                    self.tasks = TaskEvaluations(recipe, self.run, self.watch)
+                    self.tasks.go_on(self.start.step if self.start.resumed else 0)
             for text in filter(None, (*self.start.events, said)):
                 self._say(text)
             with self._end_told():
@@ -201,11 +206,16 @@ class Trainer:
                     _listen(self)
                 else:
                     self.control.enter("training", lambda: _listen(self))
-                if recipe.evaluation is not None and self.start.resumed is None:
+                if self.held_out and self.start.resumed is None:
                     self._evaluate(self.start.step)  # what the run is to better
                 self.step_began = time.perf_counter()
                 self._steps(first)
+            if recipe.evaluation is not None and recipe.evaluation.tasks:
+                ranks.now_in("the tasks on the last checkpoint")
+                ranks.from_first(self._finish_tasks)
         finally:
+            if self.tasks is not None:
+                self.tasks.close()
             if self.data is not None:
                 self.data.close()
             if self.watch is not None:
@@ -240,6 +250,10 @@ class Trainer:
         held_out = [open_held_out(source, recipe.data, vocab_size) for source in sources]
         return open_folders(recipe.data, self.start.position, vocab_size), held_out
 
+    def _finish_tasks(self) -> None:
+        assert self.tasks is not None
+        self.tasks.finish(lambda: self.stop_asked > 0)
+
     def _steps(self, first: int) -> None:
         assert self.data is not None
         try:
@@ -272,8 +286,10 @@ class Trainer:
             self.watch.step(record)
         if self.under_way is not None and self.parts_ended:
             self._go_on_saving(self.under_way, self.under_way.advance)
+        if self.tasks is not None:
+            self.tasks.look()
         evaluation = recipe.evaluation
-        if evaluation is not None and step % evaluation.every_steps == 0 and not asked.stop:
+        if evaluation and evaluation.every_steps and step % evaluation.every_steps == 0 and not asked.stop:
             asked = self._evaluate(step)._replace(save=asked.save)
         last = step == recipe.schedule.train_steps
         if asked.stop or asked.save or last or step % recipe.checkpoints.every_steps == 0:
@@ -474,6 +490,8 @@ class Trainer:
         )  # fmt: skip
         for text in saved.notes:
             self._say(text, step=save.step)
+        if self.tasks is not None:
+            self.tasks.saved(save.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The weights of the forward pass, whole, on rank 0's CPU; the other ranks take part and get none."""

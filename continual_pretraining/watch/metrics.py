@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
 EventKind = Literal[
-    "note", "spike", "evaluation", "started", "resumed", "saved", "save_failed", "stopped", "finished"
+    "note", "spike", "evaluation", "evaluation_failed", "started", "resumed", "saved", "save_failed", "stopped",
+    "finished",
 ]  # fmt: skip
 #: Parts of the line on a terminal, in the order in which they give way where it is too narrow.
 _GIVE_WAY = ("stage", "grad norm", "lr", "MFU", "ETA", "speed", "loss")
@@ -140,6 +141,14 @@ class Watch:
         said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.event(step, f"evaluation: {said}", kind="evaluation", losses=found)
         self._send(step, {f"evaluation/{name}": loss for name, loss in losses.items()})
+
+    def tasks(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
+        """Metrics of tasks, by their names, on the checkpoint of ``step``. They may come behind later steps."""
+        values = {f"{task} {name}": value for task, metrics in found.items() for name, value in metrics.items()}
+        said = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.event(step, f"evaluation: {said}", kind="evaluation", tasks=found)
+        sent = {f"evaluation/{name.replace(' ', '/')}": value for name, value in values.items()}
+        self._send(max(step, self._step), sent | {"evaluation/checkpoint_step": float(step)})
 
     def event(self, step: int, text: str, *, kind: EventKind = "note", **more: Any) -> None:
         """A line in events.jsonl and on the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``.
