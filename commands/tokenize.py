@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _EPILOG = """
 **Examples**
 
-    smolconv tokenize corpus/ tokens --model hf://HuggingFaceTB/SmolLM2-135M --hold-out 0.5%
+    smolconv tokenize corpus/ tokens --model smollm2-hf --hold-out 0.5%
 
     smolconv tokenize notes/ tokens --tokenizer smollm2-hf --format txt
 
