@@ -24,7 +24,7 @@ _EPILOG = """
 
     smolconv plan my.yaml --gpus 8,96,384 --gpu h100
 
-    smolconv plan my.yaml --gpus 16 --gpu a100-40gb --network 200 --set loss.normalisation=tokens
+    smolconv plan my.yaml --gpus 16 --gpu a100-40gb --network 200
 """
 #: Gbit/s, of --network
 _MOST_NETWORK = 100_000

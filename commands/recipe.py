@@ -37,7 +37,7 @@ _INIT = """
 
     smolconv recipe init my.yaml
 
-    smolconv recipe init my.yaml --source hf://HuggingFaceTB/SmolLM2-135M --data tokens/mine --gpus 8
+    smolconv recipe init my.yaml --source smollm2 --data tokens/mine --gpus 8
 
     smolconv recipe init try-out my.yaml
 

@@ -57,6 +57,7 @@ ACCOUNTED = {
     ("continual_pretraining/recipe/files.py", "yaml.SafeLoader"): "it makes plain values",
     ("smolconv/parsing.py", "yaml.SafeLoader"): "it makes plain values",
     ("continual_pretraining/recipe/schema.py", "compile"): "a field of the recipe",
+    ("continual_pretraining/run/trainer.py", "recipe.model.compile"): "a field of the recipe, true or false",
     ("benchmarks/demo.py", "AutoModelForCausalLM.from_pretrained"): "the demonstration's own model",
     ("benchmarks/resume_check.py", "torch.load"): "weights_only=True; what the benchmark wrote",
     ("benchmarks/train_peers.py", "AutoModelForCausalLM.from_pretrained"): "the benchmark's own model",
