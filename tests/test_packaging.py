@@ -22,7 +22,7 @@ TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
 #: Where our packages lie in the repository and, in a wheel, within smolconv.
 LINKED = ("commands", "continual_pretraining")
 #: Modules that are torch itself: pyproject.toml lets these alone import it at their top.
-NEED_TORCH = {"engine.attention", "engine.model", "engine.sequence", "run.trainer"}
+NEED_TORCH = {"engine.attention", "engine.model", "engine.sequence", "engine.tiling", "run.trainer"}
 
 
 class Built(NamedTuple):
