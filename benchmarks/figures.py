@@ -52,7 +52,7 @@ TOPICS = (
     ),
     Topic(
         what="kills, signals and full disks while a run trains and saves",
-        then="the newest whole checkpoint is found, and the run goes on bit for bit",
+        then="the newest whole checkpoint is found, and the run continues bit for bit",
         tests={
             "test_training_resume.py": "killed|full_disk|signal",
             "test_run_checkpoints.py": "kill|dies|full|interrupted",
@@ -98,7 +98,7 @@ TOPICS = (
     ),
     Topic(
         what="a Hub that lies, fails, is busy, drops the line, or lists what is not so",
-        then="other bytes are refused; an outage is exit 4; a dropped download goes on",
+        then="other bytes are refused; an outage is exit 4; a dropped download continues",
         tests={"test_hub.py": "refus|outage|dropped|busy|hour|cache|list|none_is|circles|no_server|cannot|ranges"},
     ),
 )

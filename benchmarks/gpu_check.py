@@ -868,7 +868,7 @@ PARTS = (
     Part(name="compile", title="torch.compile", seconds=120, lines=compiled),
     Part(
         name="saves", title="Saves", seconds=90, lines=lambda place, _: saves(place),
-        notes="The wait is from the end of a step to where training goes on.",
+        notes="The wait is from the end of a step to where training continues.",
     ),
     Part(
         name="checkpointing", title="Activation checkpointing", seconds=90,

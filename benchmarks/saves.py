@@ -1,11 +1,11 @@
-"""Measure what saves cost a run on a CPU: how long training stops, and how fast it goes on while one is written.
+"""Measure what saves cost a run on a CPU: how long training stops, and how fast it continues while one is written.
 
     python benchmarks/saves.py             3 rounds, writes benchmarks/results/saves.md
     python benchmarks/saves.py --quick     1 round, printed only
 
 The worker that ``continue-train`` starts trains SmolLM2-135M's shapes in fp32 on one rank: weights, masters and moments
 are saved. A round has a synchronous save, an asynchronous one, and one that another process writes: the same content by
-the same functions, while training goes on as it does in the second. So the last two differ by what a thread of the
+the same functions, while training continues as it does in the second. So the last two differ by what a thread of the
 training's own process costs, and both from steps alone by what writing takes from the machine.
 """
 
@@ -39,10 +39,9 @@ def train(work: Path, rounds: int) -> None:
     """Train as ``continue-train`` does; ``found.json`` in ``work`` has what was measured."""
     from train_peers import _alone
 
-    from smolconv.continual_pretraining.recipe.files import dump_recipe
+    from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe
     from smolconv.continual_pretraining.recipe.schema import Recipe
     from smolconv.continual_pretraining.run import trainer, worker
-    from smolconv.continual_pretraining.run.folder import RECIPE
 
     document = {
         "name": "saves", "output": str(work / "run"), "model": {"source": str(work / "model"), "dtype": "float32"},

@@ -80,10 +80,9 @@ def rows(folder: Path, length: int) -> Iterator[Any]:
 
 def smolconv(given: argparse.Namespace, clock: Clock) -> None:
     """The worker that ``continue-train`` starts, whole: data, metrics, agreement of ranks; one rank."""
-    from smolconv.continual_pretraining.recipe.files import dump_recipe
+    from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe
     from smolconv.continual_pretraining.recipe.schema import Recipe
     from smolconv.continual_pretraining.run import trainer, worker
-    from smolconv.continual_pretraining.run.folder import RECIPE
     from smolconv.continual_pretraining.watch.metrics import StepRecord, Watch
 
     document = {

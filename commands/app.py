@@ -11,7 +11,7 @@ from smolconv.commands import console
 
 app = typer.Typer(
     name="smolconv",
-    help="Rewrite, verify and continue checkpoints of SmolLM2 and SmolLM3: nanotron, Hugging Face, DeepSpeed.",
+    help="Convert, verify and train SmolLM2 and SmolLM3 checkpoints of nanotron, Hugging Face and DeepSpeed.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -21,9 +21,7 @@ app = typer.Typer(
 
 Architecture = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", rich_help_panel="Source", help="What a nanotron config is read as: smollm3, or qwen2."
-    ),
+    typer.Option(metavar="NAME", rich_help_panel="Source", help="Read a nanotron Qwen2Config as smollm3 or qwen2."),
 ]
 
 _LAYOUT_HELP = "hf, nanotron or deepspeed. Default: detected."

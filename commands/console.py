@@ -152,15 +152,22 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the share done and the time left on a terminal; silent in a pipe and with --quiet."""
+    """A bar with the share done and the time left on a terminal; silent in a pipe and with --quiet.
+
+    It keeps stderr for itself, so that it is seen while that is sent to a log.
+    """
     if settings.quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=_console("err"), transient=True) as progress:
+    with (
+        open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="replace") as terminal,
+        Progress(*columns, console=Console(file=terminal), transient=True, redirect_stderr=False) as progress,
+    ):
         task = progress.add_task(title, total=total)
         yield lambda count: progress.update(task, advance=count)

@@ -26,7 +26,7 @@ _EPILOG = """
 
     smolconv continue-train my.yaml --launcher slurm --nnodes 4
 
-The same command goes on with a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
+The same command resumes a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
 a signal and has saved, 6 when training stopped itself.
 """
 
@@ -56,7 +56,7 @@ def continue_train(
     output: Annotated[Path | None, typer.Option(help="The run's folder, instead of the recipe's output.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON document on stdout.")] = False,
 ) -> None:
-    """Continue pretraining from a checkpoint of any layout, by a recipe; or go on with a run that was stopped."""
+    """Continue pretraining from a checkpoint of any layout, by a recipe; or resume a run that was stopped."""
     from smolconv.continual_pretraining.launchers.launch import launch
     from smolconv.continual_pretraining.launchers.preflight import preflight
     from smolconv.continual_pretraining.recipe.files import load_recipe, notes

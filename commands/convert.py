@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,14 +41,14 @@ _HF, _SAFETY = "To Hugging Face", "Safety and speed"
 @app.command(epilog=_EPILOG)
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or hf://owner/name[/subfolder][@revision].")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make. It appears only when it is whole.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Output folder; created only once it is complete.")],
     to: Annotated[
         Literal["hf", "huggingface", "nanotron", "deepspeed", "ds"],
         typer.Option("--to", metavar="LAYOUT", help="Layout to write: hf, nanotron or deepspeed."),
     ],
     dtype: Annotated[
         Literal["keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
-        typer.Option(metavar="TYPE", help="Of the weights: keep (as stored), float32, bfloat16, float16."),
+        typer.Option(metavar="TYPE", help="Dtype of the weights: keep, float32, bfloat16, float16."),
     ] = "keep",
     cast_from: Annotated[
         Literal["weights", "master"] | None,
@@ -58,10 +59,10 @@ def convert(
         typer.Option("--optimizer/--no-optimizer", help="Carry Adam's state. Default: when the source has it."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Folder or file with the tokenizer to put beside.")
+        Path | None, typer.Option(metavar="PATH", help="Folder or file of the tokenizer to copy.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Keep the first N vocabulary rows, drop padding.")
+        int | None, typer.Option(min=1, metavar="N", help="Keep the first N rows of the vocabulary; drop the rest.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to the Hub (owner/name), verified.")] = None,
@@ -77,7 +78,9 @@ def convert(
     architecture: Architecture = None,
     base: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", rich_help_panel=_SOURCE, help="Has the weights that SRC left out as frozen."),
+        typer.Option(
+            metavar="PATH", rich_help_panel=_SOURCE, help="Checkpoint with the frozen weights that SRC left out."
+        ),
     ] = None,
     rope_scaling: Annotated[
         Literal["as-trained", "as-configured"] | None,
@@ -121,7 +124,9 @@ def convert(
     ] = None,
     universal: Annotated[
         bool,
-        typer.Option("--universal", rich_help_panel=_DEEPSPEED, help="For ZeRO 1 to 3 at any world size: the default."),
+        typer.Option(
+            "--universal", rich_help_panel=_DEEPSPEED, help="Write for ZeRO 1 to 3 at any world size (the default)."
+        ),
     ] = False,
     groups: Annotated[
         Path | None,
@@ -134,7 +139,7 @@ def convert(
     sub_group_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", rich_help_panel=_DEEPSPEED, help="Of the ZeRO-3 run to load into. Default: 1e9."
+            min=1, metavar="N", rich_help_panel=_DEEPSPEED, help="sub_group_size of the ZeRO-3 run. Default: 1e9."
         ),
     ] = None,
     tag: Annotated[
@@ -147,7 +152,7 @@ def convert(
             "--for",
             metavar="PROGRAM",
             rich_help_panel=_DEEPSPEED,
-            help="Add what it resumes with: trainer, accelerate.",
+            help="Add the files that it resumes from: trainer, accelerate.",
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -159,7 +164,7 @@ def convert(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", rich_help_panel=_SAFETY, help="Prove the result before it gets its name; else exit 1."
+            "--verify", rich_help_panel=_SAFETY, help="Verify the output before publishing it; exit 1 if it differs."
         ),
     ] = False,
     check_source: Annotated[
@@ -168,24 +173,25 @@ def convert(
     ] = False,
     digest: Annotated[
         Literal["xxh3", "sha256", "none"],
-        typer.Option(metavar="NAME", rich_help_panel=_SAFETY, help="Of what is written: xxh3, sha256 or none."),
+        typer.Option(metavar="NAME", rich_help_panel=_SAFETY, help="Digest of the output: xxh3, sha256 or none."),
     ] = "xxh3",
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", rich_help_panel=_SAFETY, help="Replace the checkpoint at DST by the new one."),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=_SAFETY, help="Go on with an interrupted conversion.")
+        bool, typer.Option("--resume", rich_help_panel=_SAFETY, help="Continue an interrupted conversion.")
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, max=64, metavar="N", rich_help_panel=_SAFETY, help="Threads that copy. Default: up to 4."),
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", rich_help_panel=_SAFETY, help="Of the copy buffers, such as 64MB.")
+        str | None,
+        typer.Option(metavar="SIZE", rich_help_panel=_SAFETY, help="Memory limit for copy buffers, such as 64MB."),
     ] = None,
 ) -> None:
-    """Rewrite a checkpoint in another layout or topology, streaming, on a CPU."""
+    """Convert a checkpoint to another layout or topology, streaming, on a CPU."""
     from smolconv.convert import (
         ConvertOptions,
         peak_rss_bytes,
@@ -229,8 +235,15 @@ def convert(
         else:
             _show_plan(plan)
         return
-    verifier = _verifier if verify or push else None
-    with console.byte_progress(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written) as progress:
+    with ExitStack() as shown:
+
+        def verified(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
+            shown.close()  # the bar of the conversion: verifying has its own
+            return _verifier(plan, folder)
+
+        verifier = verified if verify or push else None
+        title = f"{plan.source.layout} -> {plan.layout}"
+        progress = shown.enter_context(console.byte_progress(title, plan.bytes_written))
         result = run_conversion(
             plan, resume=resume, overwrite=overwrite, workers=workers, max_memory_bytes=memory, progress=progress,
             verifier=verifier, check_source=check_source,
@@ -273,7 +286,7 @@ def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
     if not resume and (kept := files_kept(plan.target, plan.digest)):
         console.say(
             f"{plan.target}.partial: an earlier attempt at this conversion has finished "
-            f"{counted(kept, 'file')}; --resume goes on from there, without it all is written anew."
+            f"{counted(kept, 'file')}; --resume continues from there; without it, all is written again."
         )
     sidecar = sum(file.size for file in plan.output.files if file.tensors and file.path.parts[0] == SIDECAR)
     if plan.prepared.has_optimizer and sidecar and plan.options.optimizer is None:
@@ -302,7 +315,9 @@ def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
         config=options.config, step=options.step, architecture=options.architecture, layout=options.source_layout
     )  # fmt: skip
     source = AsStored(folder=plan.source.root, options=read)
-    return verify_conversion(plan.prepared, folder, source=source if as_stored else None).to_json()
+    return verify_conversion(
+        plan.prepared, folder, source=source if as_stored else None, bar=console.progress_bar
+    ).to_json()
 
 
 def _show_plan(plan: ConversionPlan) -> None:

@@ -11,7 +11,7 @@ from smolconv.commands import console
 from smolconv.commands.app import app
 
 data = typer.Typer(
-    help="Look at the token files that training reads.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Inspect the token files that training reads.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 app.add_typer(data, name="data")
 
@@ -34,14 +34,14 @@ def inspect(
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many of the first documents to show.")] = 3,
     sequence_length: Annotated[
-        int, typer.Option(min=1, max=1 << 40, help="The recipe's, for what windows make of it.")
+        int, typer.Option(min=1, max=1 << 40, help="The recipe's sequence_length, to count windows.")
     ] = 2048,
     eos: Annotated[
         int | None, typer.Option(min=0, metavar="ID", help="The recipe's data.eos_token_id; exit 3 if it is not.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Say what a folder of token files holds: documents, lengths, how they end, windows, text."""
+    """Show what a folder of token files holds: documents, lengths, how they end, windows, text."""
     from smolconv.continual_pretraining.tokens.report import eos_ends_documents, report_tokens
 
     loaded = None

@@ -42,10 +42,10 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Say what this machine has for each command: packages that really import, GPUs, launchers, and what would hang."""
+    """Check what each command needs on this machine: packages that really import, GPUs, launchers, what would hang."""
     from smolconv.doctor import diagnose
 
-    found = diagnose()
+    found = diagnose(console.progress_bar)
     if as_json:
         console.print_json(found.to_json())
     else:

@@ -50,7 +50,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Documents of each task and held-out folder. Default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the held-out sample and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the held-out sample and the intervals.")] = 0,
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Context of held-out documents, in tokens.")] = 2048,
     eos: Annotated[
         int | None, typer.Option(min=0, metavar="ID", help="Ends held-out documents that have no .ds.index.")

@@ -25,16 +25,16 @@ def import_gguf(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="GGUF file of the Llama architecture, such as SmolLM2's.")
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make. It appears only when it is whole.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; created only once it is complete.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
         typer.Option(metavar="TYPE", help="float32 keeps the dequantised values exactly; bfloat16, float16."),
     ] = "float32",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written and its size, write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be written and its size; write nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted import.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted import.")] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, max=64, help="Threads that dequantise. Default: up to 4.")
     ] = None,

@@ -35,7 +35,7 @@ def inspect(
     step: Annotated[int | None, typer.Option(min=0, help="Step of a run folder. Default: the latest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Say what a checkpoint is, from headers alone."""
+    """Show a checkpoint's layout, shapes and progress, from headers alone."""
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
     from smolconv.inspection import check_checkpoint, inspect_checkpoint

@@ -36,10 +36,10 @@ def plan(
     gpus: Annotated[str, typer.Option(metavar="N,N,...", help="How many GPUs, such as 8,96,384.")],
     gpu: Annotated[str, typer.Option(metavar="NAME", help="What they are: h100, h200, a100-80gb, ...")] = "h100",
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of one GPU that a run may take, such as 70GB. Default: all.")
+        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU to use, such as 70GB. Default: all.")
     ] = None,
     network: Annotated[
-        float, typer.Option(metavar="GBIT/S", help="What a GPU sends to other nodes. Default: 400.")
+        float, typer.Option(metavar="GBIT/S", help="A GPU's bandwidth to other nodes. Default: 400.")
     ] = 400.0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe. Repeatable.")

@@ -31,11 +31,11 @@ def plot(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The picture: .html, .svg, or .png (needs cairosvg). Default: RUN/plot.html."
+            "-o", "--output", help="The picture: .html, .svg, or, with cairosvg, .png or .pdf. Default: RUN/plot.html."
         ),
     ] = None,
 ) -> None:
-    """Draw loss, learning rate, gradient norm and throughput. The losses of several runs lie over each other."""
+    """Draw loss, learning rate, gradient norm, throughput, evaluation, mixture and events; several runs too."""
     from smolconv.continual_pretraining.watch.plot import SUFFIXES, write_plot
 
     if output is None and len(runs) > 1 and runs[-1].suffix in SUFFIXES and not runs[-1].is_dir():

@@ -15,7 +15,9 @@ from smolconv.commands.app import app
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.recipe.nanotron import Translation
 
-recipe_app = typer.Typer(help="Recipes for continue-train: list, show, copy, translate.", no_args_is_help=True)
+recipe_app = typer.Typer(
+    help="Manage recipes for continue-train: list, show, write, check, translate.", no_args_is_help=True
+)
 app.add_typer(recipe_app, name="recipe")
 
 _LIST = """

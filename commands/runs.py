@@ -31,7 +31,7 @@ _STOP_EPILOG = """
     smolconv stop run --no-wait
 
 A run in Slurm is not queued again; one that still waits in the queue is cancelled. `smolconv continue-train` with the
-same recipe goes on.
+same recipe resumes the run.
 """
 _SAVE_EPILOG = """
 **Examples**
@@ -42,7 +42,7 @@ The checkpoint is one as all others: it is resumed from, and `checkpoints.keep` 
 """
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as continue-train wrote it.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is done. Default: wait.")]
-_Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait; exit 4 beyond it.")]
+_Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait; then exit 4.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -68,7 +68,7 @@ def runs(
 
 @app.command(epilog=_STOP_EPILOG)
 def stop(run: _Run, wait: _Wait = True, timeout: _Timeout = 3600.0, as_json: _Json = False) -> None:
-    """Have a run save after the step that it is at, and end; on this machine, on others, or in Slurm."""
+    """Stop a run after it saves its current step; on this machine, on others, or in Slurm."""
     from smolconv.continual_pretraining.control.asking import stop_run
 
     _tell(stop_run(run, wait=wait, timeout=_seconds(timeout), say=console.say), as_json)
@@ -76,7 +76,7 @@ def stop(run: _Run, wait: _Wait = True, timeout: _Timeout = 3600.0, as_json: _Js
 
 @app.command(epilog=_SAVE_EPILOG)
 def save(run: _Run, wait: _Wait = True, timeout: _Timeout = 3600.0, as_json: _Json = False) -> None:
-    """Have a run save after the step that it is at, and train on."""
+    """Save a run's current step; it continues to train."""
     from smolconv.continual_pretraining.control.asking import save_run
 
     _tell(save_run(run, wait=wait, timeout=_seconds(timeout), say=console.say), as_json)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _EPILOG = """
 **Examples**
 
-    smolconv tokenize corpus/ tokens --tokenizer smollm2-hf
+    smolconv tokenize corpus/ tokens --model hf://HuggingFaceTB/SmolLM2-135M --hold-out 0.5%
+
+    smolconv tokenize notes/ tokens --tokenizer smollm2-hf --format txt
 
     smolconv tokenize a.parquet tokens --tokenizer smollm2-hf --text-key content
 
@@ -33,7 +35,22 @@ def tokenize(
         typer.Argument(metavar="INPUT...", help=".jsonl(.gz, .zst), .parquet, .txt files, or folders of them."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make. It appears only when it is whole.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder, tokenizer.json, or owner/name on the Hub.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="T", help="Folder, tokenizer.json, or owner/name on the Hub.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Checkpoint, or hf://owner/name, whose tokenizer to take.")
+    ] = None,
+    format_: Annotated[
+        Literal["jsonl", "parquet", "txt"] | None,
+        typer.Option("--format", metavar="NAME", help="Read every file as jsonl, parquet or txt. Default: by suffix."),
+    ] = None,
+    hold_out: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Put so many documents, as 0.5%, into another folder.")
+    ] = None,
+    hold_out_output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="That folder. Default: OUTPUT-held-out.")
+    ] = None,
     text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     separator: Annotated[
         str | None, typer.Option(help="Divide .txt files into documents at this text. Default: one a file.")
@@ -91,7 +108,8 @@ def tokenize(
     plan = plan_tokenization(
         inputs, target,
         TokenizeOptions(
-            tokenizer=tokenizer, eos=eos, no_eos=no_eos, text_key=text_key, separator=separator,
+            tokenizer=tokenizer, model=model, format=format_, hold_out=hold_out, hold_out_target=hold_out_output,
+            eos=eos, no_eos=no_eos, text_key=text_key, separator=separator,
             shuffle_seed=None if no_shuffle else shuffle_seed or 0, max_tokens_per_file=max_tokens_per_file,
             tasks=tasks,
         ),
@@ -118,13 +136,16 @@ def tokenize(
             console.line(str(target))
     else:
         result = run_local(
-            plan, workers=workers, overwrite=overwrite, resume=resume, show=console.settings.verbose
+            plan, workers=workers, overwrite=overwrite, resume=resume, show=console.settings.verbose,
+            bar=console.progress_bar,
         )  # fmt: skip
         console.warn(result.warnings)
         document |= {
             "files": list(result.files),
             "documents": result.documents,
             "tokens": result.tokens,
+            "held_out_documents": result.held_out_documents,
+            "held_out_tokens": result.held_out_tokens,
             "seconds": result.seconds,
             "warnings": list(result.warnings),
         }
@@ -133,7 +154,10 @@ def tokenize(
                 f"{result.documents:,} documents, {result.tokens:,} tokens in {_count(len(result.files), 'file')}, "
                 f"{result.seconds:.1f} s ({console.number(result.tokens / max(result.seconds, 1e-9))} tokens/s)"
             )
-            console.line(_recipe_lines(plan))
+            if plan.held_out is not None:
+                held = _count(result.held_out_documents, "document")
+                console.say(f"held out: {held}, {result.held_out_tokens:,} tokens in {plan.held_out}")
+            console.line(_recipe_lines(plan, held_out=result.held_out_documents > 0))
     if as_json:
         console.print_json(document)
 
@@ -144,19 +168,24 @@ def _say_plan(plan: TokenizePlan) -> None:
         else f"{plan.eos_token} (id {plan.eos_token_id}), by {plan.eos_from}"
     )  # fmt: skip
     order = "in order" if plan.options.shuffle_seed is None else f"shuffled with seed {plan.options.shuffle_seed}"
+    console.say(plan.found.account)
+    if plan.found.advice is not None:
+        console.say(plan.found.advice)
     console.say(
         f"{_count(len(plan.inputs), 'file')}, {console.size(plan.input_bytes)}, in {_count(plan.tasks, 'task')}, "
         f"documents {order}\n"
         f"tokenizer {plan.tokenizer}: {plan.vocab_size} entries, {plan.token_bytes} bytes a token\n"
         f"documents end in {ending}"
     )
+    if plan.held_out is not None:
+        console.say(f"{plan.options.hold_out} of the documents, by a hash of their text, go to {plan.held_out}")
 
 
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
-def _recipe_lines(plan: TokenizePlan) -> str:
+def _recipe_lines(plan: TokenizePlan, *, held_out: bool) -> str:
     import yaml
 
     # The schema wants an EOS; with boundaries by index it is not looked for.
@@ -164,4 +193,7 @@ def _recipe_lines(plan: TokenizePlan) -> str:
     if plan.eos_token is None:
         data["boundaries"] = "index"
     data["stages"] = [{"name": "stable", "sources": [{"path": str(plan.target)}]}]
-    return str(yaml.safe_dump({"data": data}, sort_keys=False)).rstrip()
+    document: dict[str, Any] = {"data": data}
+    if held_out:
+        document["evaluation"] = {"every_steps": 100, "sources": [{"path": str(plan.held_out)}]}
+    return str(yaml.safe_dump(document, sort_keys=False)).rstrip()

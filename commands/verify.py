@@ -40,15 +40,13 @@ def verify(
         Path | None, typer.Option(metavar="PATH", help="Text to run both models on; needs a tokenizer beside A or B.")
     ] = None,
     tokens: Annotated[Path | None, typer.Option(metavar="NPY", help="Token ids to run both models on.")] = None,
-    length: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Positions to compare; the context bounds them.")
-    ] = 2048,
+    length: Annotated[int, typer.Option(min=2, metavar="N", help="Positions to compare, at most the context.")] = 2048,
     documents: Annotated[
         int, typer.Option(min=1, metavar="N", help="Pack the row with N documents, and compare each with itself alone.")
     ] = 1,
     compute: Annotated[
         Literal["float32", "bfloat16", "fp32", "bf16"],
-        typer.Option(metavar="TYPE", help="Of the forwards: float32, or bfloat16, which has gates of its own."),
+        typer.Option(metavar="TYPE", help="Dtype to compute in: float32 or bfloat16, with its own gates."),
     ] = "float32",
     device: Annotated[str, typer.Option(metavar="NAME", help="Where the forwards run, such as cpu or cuda.")] = "cpu",
     engine: Annotated[
@@ -68,7 +66,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Prove that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
+    """Verify that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
     from smolconv.errors import UsageError
     from smolconv.hub.download import open_source
     from smolconv.layouts.layout import ReadOptions
@@ -103,7 +101,7 @@ def verify(
         documents=documents, compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
-    report = verify_checkpoints(left, right, options, stored=(at_a, at_b))
+    report = verify_checkpoints(left, right, options, stored=(at_a, at_b), bar=console.progress_bar)
     if html is not None:
         from smolconv.verify.report import render_html
 

@@ -104,7 +104,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What a DeepSpeed engine stored beside the optimizer, for the engine that goes on."""
+    """What a DeepSpeed engine stored beside the optimizer, for the engine that continues."""
 
     weights_only: bool = False  #: made of weights alone, and no step since: nothing but them is worth carrying
     client_state: Mapping[str, Any] = field(default_factory=dict)  #: plain values only

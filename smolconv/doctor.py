@@ -26,7 +26,9 @@ from smolconv import __version__
 from smolconv.continual_pretraining.evaluation.lighteval_engine import LIGHTEVAL_PYTHON, lacking_lighteval
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.run.ranks import NVIDIA
+from smolconv.errors import pip_install
 from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
+from smolconv.progress import Bar, no_bar
 
 #: The extra that each command needs besides the base installation; None: nothing.
 EXTRAS: Mapping[str, str | None] = {
@@ -107,18 +109,26 @@ class Diagnosis:
         return {"schema": 1, **asdict(self)}
 
 
-def diagnose() -> Diagnosis:
+def diagnose(bar: Bar = no_bar) -> Diagnosis:
     """Look at everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove does: seconds."""
     wanted = {command: _wanted(extra) for command, extra in EXTRAS.items()}
     versions = {name: version for needs in wanted.values() for name, version in needs.items()}
-    with ThreadPoolExecutor(max(2, usable_cores())) as pool:
-        packages = dict(zip(versions, pool.map(_package, versions, versions.values())))
-        faster = list(pool.map(lambda name: _package(name, ""), _FASTER))
+    looked_at = {**versions, **dict.fromkeys(_FASTER, "")}
+    with bar("importing packages", len(looked_at)) as advance, ThreadPoolExecutor(max(2, usable_cores())) as pool:
+
+        def look(name: str, wanted: str) -> Package:
+            found = _package(name, wanted)
+            advance(1)
+            return found
+
+        found_all = dict(zip(looked_at, pool.map(look, looked_at, looked_at.values())))
+    packages, faster = {name: found_all[name] for name in versions}, [found_all[name] for name in _FASTER]
     commands = {}
     for command, needs in wanted.items():
         found = [packages[name] for name in needs]
         ready = all(package.version is not None and package.problem is None for package in found)
-        install = None if ready else f'pip install "smolconv[{EXTRAS[command]}]"'
+        unusable = (package.name for package in found if package.version is None or package.problem is not None)
+        install = None if ready else pip_install(unusable)
         commands[command] = CommandState(ready=ready, install=install, packages=found)
     machine, torch = _machine(), None
     if packages["torch"].version is not None and packages["torch"].problem is None and commands["verify"].ready:

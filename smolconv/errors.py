@@ -5,7 +5,8 @@ A message has three parts: what was found and where, what was expected, what to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 
 def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
@@ -17,6 +18,19 @@ def some_of(names: Sequence[str], most: int = 3, *, more: bool = False) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 file", "1,024 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def pip_install(packages: Iterable[str]) -> str:
+    """The command that installs these packages, in versions that smolconv works with; it needs no smolconv on PyPI."""
+    from importlib import metadata
+
+    try:
+        wanted = [re.split(r"[\s;]", line)[0] for line in metadata.requires("smolconv") or ()]
+    except metadata.PackageNotFoundError:  # a clone that was never installed
+        wanted = []
+    bounds = {re.split(r"[<>=!~(\[]", each)[0]: each for each in wanted}
+    names = [name.replace("_", "-") for name in packages]
+    return " ".join(["pip install", *(f"'{bounds[name]}'" if name in bounds else name for name in names)])
 
 
 class SmolconvError(Exception):
@@ -108,7 +122,7 @@ class TrainingStopped(SmolconvError):
 
 
 class StoppedBySignal(SmolconvError):
-    """Training was stopped by a signal, and has saved: the same command goes on from there."""
+    """Training was stopped by a signal, and has saved: the same command resumes from there."""
 
     exit_code = 75
 
@@ -132,7 +146,7 @@ class Interrupted(SmolconvError):
 class SignalReceived(BaseException):
     """Raised by a signal's handler, wherever the command is at that moment; ``args[0]`` is the signal's name.
 
-    No ``SmolconvError``: whoever expects an error and goes on must not go on after this.
+    No ``SmolconvError``: whoever expects an error and continues must not go on after this.
     """
 
 

@@ -2,7 +2,7 @@
 
 Every file that somebody gives us is opened here: only regular ones, since a pipe is waited for and a device has no end.
 ``require_unchanged`` looks again, after the last byte was read. Files that only choose a step (``latest``) are left
-out: a run that goes on rewrites them, and its older steps stay.
+out: a run that continues rewrites them, and its older steps stay.
 """
 
 from __future__ import annotations

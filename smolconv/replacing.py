@@ -18,7 +18,7 @@ _SHOWN_FILES = 3
 def lost_with(target: Path) -> str | None:
     """What would be lost if ``target`` were replaced, beside one checkpoint or what smolconv has written there.
 
-    The answer goes on "it ..."; None when nothing would. A link is as good as what it points to, which stays.
+    The answer continues "it ..."; None when nothing would. A link is as good as what it points to, which stays.
     """
     if not target.is_dir():
         return "is no folder" if target.exists() else "is a link to nothing"

@@ -276,7 +276,7 @@ def test_no_memory_for_a_copy_costs_a_wait_and_no_checkpoint(synchronous, tokens
     assert any("no memory for a copy" in event["text"] for event in events(run, "note"))
 
 
-#: At its n-th call of a name a writer stops for good, and says so; training goes on.
+#: At its n-th call of a name a writer stops for good, and says so; training continues.
 STOPS = """
 import os, pathlib, shutil, sys, threading, time
 from smolconv.layouts.deepspeed import checkpoint_engine

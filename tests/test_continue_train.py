@@ -220,7 +220,7 @@ def test_a_dry_run_refuses_a_source_that_is_beyond_the_schedule(recipe_file):
     ).stderr  # fmt: skip
 
 
-# --- a run that goes on -----------------------------------------------------------------------------------------------
+# --- a run that continues -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_what_decides_the_data_or_the_model_cannot_change_within_a_run(tmp_path,
 def test_what_does_not_decide_them_can_change_and_is_said(tmp_path, changed):
     run = saved_run(tmp_path / "run", recipe())
     notes = check_run(recipe(**changed), run, "auto")
-    assert notes[0] == f"goes on from {run / 'checkpoints' / 'step-2'}"
+    assert notes[0] == f"continues from {run / 'checkpoints' / 'step-2'}"
     assert len(notes) > 1 or "global_batch_tokens" in str(changed)
 
 
@@ -279,7 +279,7 @@ def test_what_a_recipe_leaves_to_the_family_stays_what_the_run_began_with(tmp_pa
     run, left_out = saved_run(tmp_path / "run", recipe(optimizer=decay)), {"weight_decay": None, "no_decay": None}
     goes_on = as_it_began(recipe(optimizer=left_out), run, "auto")
     assert (goes_on.optimizer.weight_decay, goes_on.optimizer.no_decay) == (0.03, (".*norm.*",))
-    assert check_run(goes_on, run, "auto") == [f"goes on from {run / 'checkpoints' / 'step-2'}"]
+    assert check_run(goes_on, run, "auto") == [f"continues from {run / 'checkpoints' / 'step-2'}"]
     given = as_it_began(recipe(optimizer={"weight_decay": 0.2, "no_decay": []}), run, "auto").optimizer
     assert (given.weight_decay, given.no_decay) == (0.2, ())
     fresh = as_it_began(recipe(optimizer=left_out), tmp_path / "another", "auto").optimizer

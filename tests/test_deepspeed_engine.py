@@ -1,4 +1,4 @@
-"""What is written is loaded by the real ``deepspeed.initialize(...).load_checkpoint()``, which goes on training from it.
+"""What is written is loaded by the real ``deepspeed.initialize(...).load_checkpoint()``, which continues training from it.
 
 Each world size is one start of DeepSpeed's processes, whose jobs all tests below look at.
 """
@@ -84,7 +84,7 @@ SOURCES: Mapping[str, Path] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The state that training goes on from, in torch, and the groups of a training script that knows the recipe."""
+    """The state that training continues from, in torch, and the groups of a training script that knows the recipe."""
 
     config: Path
     masters: Mapping[str, torch.Tensor]

@@ -90,7 +90,7 @@ def groups_of_the_run(case: Case) -> list[list[str]]:
     groups = case.meta["param_group_names"]
     if not case.meta["ds_config"]["zero_optimization"].get("round_robin_gradients"):
         return groups
-    # The flat order is dealt out over the ranks, but the groups were made in the model's order.
+    # The flat order assigns parameters to ranks in turn, but the groups were made in the model's order.
     module = list(load(model_file(case.tag))["module"])
     return [sorted(group, key=module.index) for group in groups]
 

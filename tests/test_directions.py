@@ -218,7 +218,7 @@ def test_a_run_of_deepspeed_comes_back_with_its_own_files(name, between, tmp_pat
     case = DEEPSPEED / name
     away = BETWEEN[between].write(case / "checkpoint", tmp_path / "away")
     convert(away, tmp_path / "back", "deepspeed", **own_form(case))
-    # nanotron has no place for DeepSpeed's schedule, which goes on from the step.
+    # nanotron has no place for DeepSpeed's schedule, which continues from the step.
     skip = {"lr_scheduler": "no place in nanotron"} if "nanotron" in between else {}
     assert case_differences(tmp_path / "back", case, skip) == []
 

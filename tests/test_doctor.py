@@ -14,6 +14,7 @@ import pytest
 from conftest import Finished, run_cli
 
 from smolconv import doctor
+from smolconv.errors import pip_install
 
 
 def shadowed(folder: Path, name: str, code: str) -> dict[str, str]:
@@ -90,7 +91,7 @@ def importable(monkeypatch):
     return monkeypatch
 
 
-def test_what_is_missing_is_named_with_the_extra_that_brings_it(importable):
+def test_what_is_missing_is_named_with_the_command_that_brings_it(importable):
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -101,8 +102,26 @@ def test_what_is_missing_is_named_with_the_extra_that_brings_it(importable):
     importable.setattr(importlib.metadata, "version", version)
     state = doctor.diagnose().commands["continue-train"]
     assert not state.ready
-    assert state.install == 'pip install "smolconv[train]"'
+    assert (
+        state.install is not None and state.install.startswith("pip install 'deepspeed") and "0.19.9" in state.install
+    )
     assert [package.name for package in state.packages if package.version is None] == ["deepspeed"]
+
+
+def test_no_advice_asks_an_index_for_smolconv_itself(monkeypatch):
+    assert (
+        pip_install(["torch", "huggingface_hub", "sbatch"]) == "pip install 'torch>=2.4' 'huggingface-hub>=0.30' sbatch"
+    )
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+    assert pip_install(["torch"]) == "pip install torch"
+    root = Path(__file__).parent.parent
+    sources = [path for top in ("smolconv", "commands", "continual_pretraining") for path in (root / top).rglob("*.py")]
+    assert len(sources) > 100
+    assert [path for path in sources if "smolconv[" in path.read_text()] == []
+
+
+def not_installed(name: str) -> list[str]:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_a_version_that_smolconv_cannot_work_with_is_a_problem(importable):

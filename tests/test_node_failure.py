@@ -168,7 +168,7 @@ HANGS = (
 
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_ends_the_run_and_the_rest_gives_the_same_losses(tmp_path, tokens):
-    """Then the run goes on at one rank, from its last whole checkpoint. Control: a run that nobody stopped."""
+    """Then the run continues at one rank, from its last whole checkpoint. Control: a run that nobody stopped."""
     run, given = tmp_path / "run", document(tokens)
 
     def stop(pids: list[int]) -> None:
@@ -338,7 +338,7 @@ def start_node(name: str, run: Path, modules: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 def test_a_node_that_is_cut_off_in_mid_step_is_named_and_the_other_goes_on_alone(tmp_path, tokens):
-    """Both are real torchrun launchers; the one where they met is left, and goes on at one rank."""
+    """Both are real torchrun launchers; the one where they met is left, and continues at one rank."""
     run, modules = tmp_path / "run", tmp_path / "modules"
     modules.mkdir()
     (modules / "worker_that_is_cut_off.py").write_text(WORKER)
@@ -362,7 +362,7 @@ def test_a_node_that_is_cut_off_in_mid_step_is_named_and_the_other_goes_on_alone
     assert codes[0] == 0 and codes[1] != 0, said
     for text in said:
         assert text.count("LostRank: no sign of life for 10 s from rank") == 1 and "Traceback" not in text, said
-    assert "in step 4" in said[0] and "goes on from the last checkpoint" in said[0]
+    assert "in step 4" in said[0] and "continues from the last checkpoint" in said[0]
     whole = tmp_path / "whole"
     assert work(document(tokens), whole, ranks=2).code == 0
     assert len(losses(run)) == 6 and losses(run) == pytest.approx(losses(whole), abs=1e-5)

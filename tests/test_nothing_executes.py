@@ -1,4 +1,4 @@
-"""A checkpoint executes nothing: not when a run goes on from it, and not in ``verify --engine deepspeed``.
+"""A checkpoint executes nothing: not when a run continues from it, and not in ``verify --engine deepspeed``.
 
 Every attack is a file that makes another, the canary, when Python's own unpickler meets it. It is planted where our reader
 does not look and DeepSpeed might.

@@ -23,6 +23,7 @@ from test_metrics import recipe, record, watch
 from test_verify_report import read_png
 
 from smolconv.commands import plot  # noqa: F401  (registers itself)
+from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe
 from smolconv.continual_pretraining.watch.history import Curve, read_run
 from smolconv.continual_pretraining.watch.plot import render_html, render_svg, write_plot
 from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
@@ -31,17 +32,37 @@ from smolconv.errors import CorruptFile, MissingFile, NotInstalled, UsageError
 def trained(folder: Path, steps: int = 300, *, resume_at: int | None = None, seed: int = 0) -> Path:
     """A run's folder with two stages, a spike at step 120, evaluations, and maybe a second start."""
     choose = random.Random(seed)
-    given = recipe(steps, logging={"every_steps": 1_000_000})
+    sources = [{"path": "tokens/<web>", "weight": 3}, {"path": "tokens/math", "weight": 1}]
+    stages = [{"name": "stable", "sources": sources}]
+    given = recipe(
+        steps, logging={"every_steps": 1_000_000}, data={"sequence_length": 128, "eos_token_id": 0, "stages": stages},
+        schedule={"train_steps": steps, "peak_lr": 1e-3, "warmup_steps": 10},
+    )  # fmt: skip
     for first in (1, resume_at) if resume_at else (1,):
-        with watch(folder, given, first_step=first) as watched:
+        began = {"launcher": "slurm", "host": "node-<a>", "ranks": 8, "nodes": 1}
+        with watch(folder, given, first_step=first, began=began) as watched:
+            if first == 1:
+                watched.evaluation(0, {"held-out": 3.5})
             for step in range(first, steps + 1):
                 loss = 2.2 + math.exp(-step / 50) + choose.gauss(0, 0.02) + 1.5 * (step == 120)
                 if step == 120:
                     watched.event(step, f"loss spike: {loss:.4f}, kept", kind="spike")
                 stage = "stable" if step <= 2 * steps // 3 else "decay <1>"
-                watched.step(record(step, loss=loss, stage=stage, grad_norm=choose.uniform(0.3, 0.6)))
+                watched.step(
+                    record(
+                        step,
+                        loss=loss,
+                        stage=stage,
+                        grad_norm=choose.uniform(0.3, 0.6),
+                        lr=1e-3 * min(1, (step - 1) / 10),
+                        sources={"<web>": 700 * step, "math": 324 * step},
+                    )
+                )
                 if step % 50 == 0:
                     watched.evaluation(step, {"held-out": loss + 0.1})
+                if step % 100 == 0:
+                    watched.event(step, "saved", kind="saved", write_seconds=1.0, stall_seconds=0.1, bytes=9)
+    (folder / RECIPE).write_text(dump_recipe(given), encoding="utf-8")
     return folder
 
 
@@ -92,8 +113,10 @@ def test_a_run_is_read_with_its_stages_spikes_resumes_and_evaluations(run):
     found = read_run(run)
     assert (found.first.step, found.last.step) == (1, 300)
     assert found.stages == [(1, "stable"), (201, "decay <1>")]
-    assert [step for step, _ in found.marks["spike"]] == [120] and [step for step, _ in found.marks["resume"]] == [201]
-    assert [point.step for point in found.evaluations["held-out"].points()] == [50, 100, 150, 200, 250, 300]
+    steps = {kind: [event.step for event in events] for kind, events in found.events.items() if events}
+    assert steps.pop("evaluation") == [0, 50, 100, 150, 200, 250, 300]
+    assert steps == {"started": [0], "resumed": [201], "spike": [120], "saved": [100, 200, 300]}
+    assert [point.step for point in found.evaluations["held-out"].points()] == [0, 50, 100, 150, 200, 250, 300]
     assert found.seconds == 150.0
 
 
@@ -110,6 +133,23 @@ def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
             watched.step(record(step, loss=math.nan if step == 3 else 2.0))
     assert [point.step for point in read_run(tmp_path).curves["loss"].points()] == [1, 2, 4, 5]
     assert "nan" not in render_svg([read_run(tmp_path)])
+    [path] = re.findall(
+        r'class="line " stroke="#2463d6" d="([^"]+)"', render_svg([read_run(tmp_path)]).partition("Learning rate")[0]
+    )
+    assert re.sub(r"[\d. ]+", "", path) == "MhLMhL", "two strokes of two points"
+
+
+def test_gaps_are_kept_in_bounded_memory_and_only_where_nothing_is_known():
+    curve = Curve()
+    for step in range(1 << 15):
+        if step < 1000 or step % 2:
+            curve.add(step, 1.0)
+        else:
+            curve.skip(step)
+    assert curve.gaps() == []
+    for step in range(1 << 15, 3 << 15):
+        curve.skip(step)
+    assert curve.gaps()[0] >= 1 << 15 and curve.gaps()[-1] < 3 << 15 and 100 < len(curve.gaps()) <= 1000
 
 
 @pytest.mark.parametrize(
@@ -121,8 +161,9 @@ def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
         b'{"step": 4, "loss": "low"}\n', b'{"step": 4, "seconds": -1}\n', b'{"step": 4, "tokens": 1.5}\n',
         b'{"step": 4, "stage": ["a"]}\n', b'{"step": 4, "stage": "\\ud800"}\n', b"[" * 3000 + b"\n",
         b'{"step": 4, "stage": "' + b"x" * (1 << 20) + b'"}\n',
+        b'{"step": 4, "sources": [1]}\n', b'{"step": 4, "sources": {"a": -1}}\n', b'{"step": 4, "sources": {"a": null}}\n',
     ],
-    ids=range(19),
+    ids=range(22),
 )  # fmt: skip
 def test_a_line_that_is_none_of_ours_is_named(tmp_path, line):
     folder = trained(tmp_path / "run", 3)
@@ -141,7 +182,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"step": 2, "kind": "evaluation", "losses": [1]}\n', b'{"step": 2, "losses": {"a": "x"}}\n', b'{"step": 2, "kind": 3}\n'],
+    [b'{"step": 2, "kind": "evaluation", "losses": [1]}\n', b'{"step": 2, "losses": {"a": "x"}}\n', b'{"step": 2, "kind": 3}\n', b'{"step": 2, "ranks": "8"}\n', b'{"step": 2, "host": 3}\n', b'{"step": 2, "time": "now"}\n'],
 )  # fmt: skip
 def test_an_event_that_is_none_of_ours_is_named(line, tmp_path):
     folder = trained(tmp_path / "run", 3)
@@ -220,33 +261,34 @@ def test_the_command_writes_a_page_beside_the_run_and_other_pictures_where_asked
     assert ElementTree.parse(tmp_path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     done = cli("plot", run, other, "-o", tmp_path / "both.html")
     assert (done.code, done.stdout) == (0, "") and "both.html" in done.stderr
-    assert "<b>other</b>" in (tmp_path / "both.html").read_text()
+    assert "<td>other</td>" in (tmp_path / "both.html").read_text()
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_command_refuses_with_the_promised_codes(run, tmp_path):
     assert cli("plot", tmp_path / "missing").code == 3
     assert cli("plot", run, run).code == 2
-    done = cli("plot", run, "-o", tmp_path / "loss.pdf")
-    assert done.code == 2 and ".html, .svg, .png" in done.stderr
+    done = cli("plot", run, "-o", tmp_path / "loss.gif")
+    assert done.code == 2 and ".html, .svg, .png, .pdf" in done.stderr
     assert "Examples" in cli("plot", "--help").stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_a_png_is_drawn_by_cairosvg_or_refused(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("suffix", "function"), [(".png", "svg2png"), (".pdf", "svg2pdf")])
+def test_a_png_or_pdf_is_drawn_by_cairosvg_or_refused(suffix, function, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cairosvg", None)
     with pytest.raises(NotInstalled, match=r"(?s)cairosvg.*\.html or \.svg"):
-        write_plot([run], tmp_path / "loss.png")
+        write_plot([run], tmp_path / f"loss{suffix}")
     assert not list(tmp_path.iterdir())
     asked: dict[str, Any] = {}
 
-    def svg2png(**options: Any) -> bytes:
+    def draw(**options: Any) -> bytes:
         asked.update(options)
         return b"a picture"
 
-    monkeypatch.setitem(sys.modules, "cairosvg", SimpleNamespace(svg2png=svg2png))
-    write_plot([run], tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes() == b"a picture"
+    monkeypatch.setitem(sys.modules, "cairosvg", SimpleNamespace(**{function: draw}))
+    write_plot([run], tmp_path / f"loss{suffix}")
+    assert (tmp_path / f"loss{suffix}").read_bytes() == b"a picture"
     assert b"prefers-color-scheme" not in asked["bytestring"] and b"var(" not in asked["bytestring"]
 
 
@@ -268,6 +310,7 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(run):
 def test_names_cannot_change_the_page_or_the_drawing(run):
     for markup in (render_html([read_run(run)]), render_svg([read_run(run)])):
         assert "<b>&" not in markup and "<1>" not in markup and "decay &lt;1&gt;" in markup
+        assert "<web>" not in markup and "&lt;web&gt;" in markup and "<a>" not in markup and "node-&lt;a&gt;" in markup
     ElementTree.fromstring(render_svg([read_run(run)]))
 
 
@@ -280,8 +323,97 @@ def test_marks_are_drawn_where_they_belong(run):
         paths = next(drawn.iter(f"{name}g")).iterfind(f"{name}path[@class='{css}']")
         return [(float(re.match(r"M([\d.]+)", path.get("d", ""))[1]) - 62) / (1140 - 62 - 12) for path in paths]
 
-    for css, step in (("stage", 201), ("resume", 201), ("spike", 120)):
-        assert where(css) == [pytest.approx((step - 1) / 299, abs=1e-3)]
+    for css, steps in (("stage", [201]), ("resumed", [201]), ("spike", [120]), ("saved", [100, 200, 300])):
+        assert where(css) == [pytest.approx(step / 300, abs=1e-3) for step in steps]
+
+
+def lines_of(panel: str, markup: str, css: str) -> list[list[tuple[float, float]]]:
+    """The lines of a panel, as shares of its width and height from its lower left corner."""
+    name = "{http://www.w3.org/2000/svg}"
+    groups = [each for each in ElementTree.fromstring(markup).iterfind(f"{name}g") if (each[0].text or "") == panel]
+    wide = 1140 if panel == "Loss" else 560
+    return [
+        [
+            ((float(x) - 62) / (wide - 62 - 12), 1 - (float(y) - 54) / (300 - 54 - 34))
+            for x, y in re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path.get("d", ""))
+        ]
+        for path in groups[0].iterfind(f"{name}path[@class='line {css}']")
+    ]
+
+
+def test_the_step_before_the_first_is_inside_the_axes(run):
+    """A run's first evaluation is at step 0; an axis from step 1 on would put it left of its panel."""
+    [points] = lines_of("Evaluation", render_svg([read_run(run)]), "dots")
+    assert [x for x, _ in points] == [pytest.approx(step / 300, abs=1e-3) for step in range(0, 301, 50)]
+    assert points[0][1] == max(y for _, y in points) < 1
+
+
+def test_the_mixture_and_the_recipe_are_drawn_beside_each_other(run):
+    """Steps took 700 and 324 of 1,024 tokens; the recipe weighs 3 to 1. The axis ends 4% above the largest, from 0."""
+    found = read_run(run)
+    assert {name: {p.value for p in curve.points()} for name, curve in found.mixture.items()} == {
+        "<web>": {700 / 1024}, "math": {324 / 1024},
+    }  # fmt: skip
+    assert [p.step for p in found.mixture["math"].points()] == list(range(1, 301)), "also over the resume"
+    markup = render_svg([found])
+    for css, values in (("expected", (0.75, 0.25)), ("", (700 / 1024, 324 / 1024))):
+        for line, value in zip(lines_of("Mixture", markup, css), values):
+            assert {round(y, 2) for _, y in line} == {round(value / (0.75 * 1.04), 2)}
+    [rates] = lines_of("Learning rate", markup, "expected")
+    assert rates == lines_of("Learning rate", markup, "")[0], "the schedule that the run was logged with"
+    assert rates[5] == pytest.approx((6 / 300, 0.5 / 1.04), abs=1e-2), "in the middle of the warmup"
+
+
+def test_the_estimate_stands_beside_what_was_measured(run, tmp_path):
+    """2,048 tokens/s were an MFU of 0.25; the estimate assumes 0.3. Without an MFU there is none."""
+    found = read_run(run)
+    assert {round(point.value, 6) for point in found.expected["tokens_per_second"].points()} == {2457.6}
+    assert "2,048; 2,458 estimated for an MFU of 30%" in render_html([found])
+    [expected] = lines_of("Throughput", render_svg([found]), "expected")
+    assert {round(y, 2) for _, y in expected} == {round(1 / 1.04, 2)}
+    with watch(tmp_path, peak_flops=None) as watched:
+        watched.step(record(1))
+    assert "estimated" not in (page := render_html([read_run(tmp_path)])) and "estimate, MFU" not in page
+
+
+def test_a_page_tells_the_facts_and_events_of_each_run(run, tmp_path):
+    page = render_html([read_run(run)])
+    cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", page)]
+    facts = dict(zip(cells[::2], cells[1::2]))
+    assert (facts["name"], facts["source"], facts["recipe"]) == ("run <b>&", "somewhere", "tiny")
+    assert (facts["steps"], facts["tokens"]) == ("1 to 300 of 300", "307,200")
+    assert facts["trained by"] == "8 ranks on node-<a> by slurm" and facts["last checkpoint"].startswith("step 300 2")
+    assert page.count("<td>saved</td>") == 2 * 3 and page.count("<td>spike</td>") == 1
+
+
+def test_the_last_events_of_each_kind_are_kept_and_the_others_counted(tmp_path):
+    folder = trained(tmp_path / "run", 3)
+    lines = [{"step": step, "kind": "saved", "text": f"save {step}"} for step in range(10_000)]
+    lines += [{"step": 2, "kind": f"<kind {step}>", "text": ""} for step in range(1000)] + [
+        {"step": 1, "kind": "resume"}
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(folder)
+    assert [len(found.events[kind]) for kind in ("saved", "note", "resumed")] == [200, 200, 1]
+    page = render_html([found])
+    assert "save 9999" in page and "save 9799" not in page and "10,600 earlier ones" in page and "<kind" not in page
+
+
+def test_many_sources_share_one_curve_beyond_the_first(tmp_path):
+    sources = {f"s{i}": i + 1 for i in range(100)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "sources": sources}) + "\n")
+    found = read_run(tmp_path)
+    shares = {name: curve.points()[0].value for name, curve in found.mixture.items()}
+    assert len(shares) == 17 and sum(shares.values()) == pytest.approx(1) and shares["s15"] == 16 / 5050
+    assert shares["others"] == pytest.approx(sum(range(17, 101)) / 5050)
+
+
+@pytest.mark.parametrize("text", [None, "name: [", "name: old\nsections: 1\n", "\0"])
+def test_a_run_whose_recipe_cannot_be_read_is_drawn_by_its_files(text, tmp_path):
+    folder = trained(tmp_path / "run", 3)
+    (folder / RECIPE).unlink() if text is None else (folder / RECIPE).write_text(text)
+    page = render_html([read_run(folder)])
+    assert "<th>source</th>" not in page and "<td>1 to 3</td>" in page
 
 
 #: Around the page, which has no scripts: what it laid out, and whether it asked for anything or complained.
@@ -319,7 +451,7 @@ def test_a_browser_shows_every_panel_with_its_curve(run, width, tmp_path):
     assert found is not None and "CONSOLE" not in done.stderr
     layout = json.loads(html.unescape(found[1]))
     assert layout["scroll"] == width and layout["requests"] == 0
-    assert len(layout["panels"]) == 5
+    assert len(layout["panels"]) == 7
     for (left, top, right, bottom), labels in layout["labels"]:
         # Labels lie inside their panel's drawing (a pixel of rounding).
         assert all(l >= left - 1 and r <= right + 1 and t >= top - 1 and b <= bottom + 1 for l, t, r, b in labels)  # noqa: E741

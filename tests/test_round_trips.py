@@ -352,7 +352,7 @@ def expected_weights(model: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# --- older formats: renamed fixtures, since no checkpoint of that time is at hand -------------------------------------
+# --- older formats: renamed fixtures, since no checkpoint of those was available ---------------------------------------
 
 
 def as_format(version: str, source: Path, target: Path) -> Path:

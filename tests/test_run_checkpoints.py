@@ -133,7 +133,7 @@ def test_a_start_that_dies_before_its_first_save_goes_on_from_the_other_run_it_w
     assert latest(run) is None
     ended = work(document(tokens), run)
     succeeded(ended)
-    assert "goes on from" in ended.log and "step-2" in ended.log
+    assert "continues from" in ended.log and "step-2" in ended.log
     assert [line["step"] for line in metrics(run)] == [3, 4]
     assert losses(run) == losses(trained)[2:]
 
@@ -197,7 +197,13 @@ def test_resume_never_forgets_the_path_of_an_earlier_start(trained, tokens, tmp_
     run, made = tmp_path / "run", recipe(NANOTRON, tokens, **document(tokens))
     assert prepare_start(made, run, 1, str(step_folder(trained, 2))).step == 2
     assert prepare_start(made, run, 1, "auto").step == 2
-    assert prepare_start(made, run, 1, "never").step == 0
+    said = list[str]()
+    assert prepare_start(made, run, 1, "never", say=said.append).step == 0
+    assert (
+        len(said) == 2
+        and said[0].startswith("start gate: ")
+        and said[1].startswith(f"converting {NANOTRON} for 1 rank")
+    )
     assert prepare_start(made, run, 1, "auto").step == 0
 
 

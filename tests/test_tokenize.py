@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 import yaml
-from conftest import FIXTURES, Finished, files_below
+from conftest import FIXTURES, Finished, convert, files_below, nanotron_topologies
 
 from smolconv.continual_pretraining.recipe.schema import Data
 from smolconv.continual_pretraining.tokens import tokenize as tokenization
@@ -36,12 +37,14 @@ from smolconv.continual_pretraining.tokens.tokenize import (
 )
 from smolconv.errors import CorruptFile, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError
 from smolconv.parsing import tokenizing
+from smolconv.storage.atomic import OutputFolder
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 ORACLE = FIXTURES / "datatrove"
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())
 FOLDERS = sorted(EXPECTED["folders"])
+NANOTRON = next(path for path in nanotron_topologies() if path.parent.name == "smollm2-tiny")
 END, TURN = "<|endoftext|>", "<|im_end|>"
 TEXTS = ["The first, with a number: 12.", "Zweites: Größe ½ → 東京\n\nmit Absatz", "third\r\nof three"]
 
@@ -228,6 +231,170 @@ def test_every_kind_of_input_gives_the_same_documents(tokenizer: Path, tmp_path:
         assert documents(tmp_path / name) == expected, name
 
 
+def mixed_folder(folder: Path) -> Path:
+    """Each file is one document that names it."""
+    for name in (
+        "a.txt",
+        "b.txt",
+        "c.txt.gz",
+        "d.jsonl.gz",
+        "e.md",
+        "f.md",
+        "README",
+        "g.tar.gz",
+        ".git/h.txt",
+        ".i.txt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data = json.dumps({"text": name}).encode() if "json" in name else name.encode()
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return folder
+
+
+@needs_datatrove
+def test_of_a_mixed_folder_it_is_said_what_is_read_and_what_is_not(tokenizer: Path, tmp_path: Path) -> None:
+    folder = mixed_folder(tmp_path / "texts")
+    found = plan_tokenization([folder], tmp_path / "out", TokenizeOptions(tokenizer=str(tokenizer))).found
+    assert found.account == (
+        "read 2 .txt, 1 .txt.gz, 1 .jsonl.gz; passed over 2 hidden, 2 .md, 1 without suffix, 1 .tar.gz"
+    )
+    assert found.advice is not None and "--format txt" in found.advice
+    tokenized(folder, tmp_path / "out", tokenizer, shuffle_seed=None)
+    # datatrove reads one kind after the other.
+    assert documents(tmp_path / "out") == encoded(tokenizer, ["d.jsonl.gz", "a.txt", "b.txt", "c.txt.gz"], 0)
+    found = plan_tokenization([folder / "a.txt"], tmp_path / "x", TokenizeOptions(tokenizer=str(tokenizer))).found
+    assert (found.account, found.advice) == ("read 1 .txt", None)
+
+
+@needs_datatrove
+def test_a_format_is_believed_whatever_the_suffix_says(tokenizer: Path, tmp_path: Path) -> None:
+    folder = mixed_folder(tmp_path / "texts")
+    for name in ("c.txt.gz", "d.jsonl.gz", "g.tar.gz"):
+        (folder / name).unlink()
+    tokenized(folder, tmp_path / "txt", tokenizer, shuffle_seed=None, format="txt")
+    assert documents(tmp_path / "txt") == encoded(tokenizer, ["README", "a.txt", "b.txt", "e.md", "f.md"], 0)
+    lines = jsonl(tmp_path / "rows.json", TEXTS)
+    tokenized(lines, tmp_path / "jsonl", tokenizer, shuffle_seed=None, format="jsonl")
+    assert documents(tmp_path / "jsonl") == encoded(tokenizer, TEXTS, 0)
+    with pytest.raises(UsageError, match=r"rows.json: its suffix says nothing.*\n.*--format jsonl"):
+        tokenized(lines, tmp_path / "no", tokenizer)
+    with pytest.raises(CorruptFile):  # no line of it is JSON
+        tokenized(folder / "e.md", tmp_path / "wrong", tokenizer, format="jsonl")
+    assert not (tmp_path / "wrong").exists()
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+MANY = [f"document {i}, {'ä' * (i % 7)}" for i in range(300)]
+
+
+def held_out_by_hand(texts: list[str], per_cent: int) -> list[str]:
+    return [text for text in texts if xxhash.xxh3_64_intdigest(text.encode()) * 100 < per_cent * 2**64]
+
+
+@needs_datatrove
+def test_a_document_stays_on_its_side_when_others_are_added(tokenizer: Path, tmp_path: Path) -> None:
+    first = jsonl(tmp_path / "first.jsonl", MANY[:200])
+    more = jsonl(tmp_path / "more.jsonl", MANY[::-1])  # 100 new ones before the same
+    for source, texts, tasks in (([first], MANY[:200], 1), ([more, first], MANY[::-1] + MANY[:200], 2)):
+        target = tmp_path / f"out{tasks}"
+        result = tokenized(source, target, tokenizer, shuffle_seed=None, hold_out="10%", tasks=tasks)
+        expected = held_out_by_hand(texts, 10)
+        assert 5 < len(set(expected)) < 60
+        assert documents(tmp_path / f"out{tasks}-held-out") == encoded(tokenizer, expected, 0)
+        assert documents(target) == encoded(tokenizer, [text for text in texts if text not in set(expected)], 0)
+        assert (result.documents, result.held_out_documents) == (len(texts) - len(expected), len(expected))
+    assert set(held_out_by_hand(MANY, 10)) < set(held_out_by_hand(MANY, 20))
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {"tokenizer", "out1", "out1-held-out", "out2", "out2-held-out"}
+
+
+@needs_datatrove
+def test_the_command_counts_what_is_held_out(
+    tokenizer: Path, tmp_path: Path, smolconv: Callable[..., Finished]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", MANY)
+    (folder / "notes.md").write_text("not read")
+    words = ("tokenize", folder, tmp_path / "out", "--tokenizer", tokenizer, "--hold-out-output", tmp_path / "apart")
+    done = smolconv(*words, "--hold-out", "10%")
+    assert done.code == 0, done.stderr
+    count = len(held_out_by_hand(MANY, 10))
+    assert done.stderr.startswith("read 1 .jsonl; passed over 1 .md\n--format txt reads ")
+    assert f"held out: {count} documents, " in done.stderr and f"{300 - count} documents, " in done.stderr
+    assert yaml.safe_load(done.stdout)["evaluation"]["sources"] == [{"path": str(tmp_path / "apart")}]
+
+
+@needs_datatrove
+def test_it_is_said_when_no_document_or_every_one_is_held_out(tokenizer: Path, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    result = tokenized(source, tmp_path / "out", tokenizer, hold_out="0.000001%")
+    assert (result.documents, result.held_out_documents) == (300, 0)
+    assert any("0 of 300 documents are held out by 0.000001%" in warning for warning in result.warnings)
+    assert not (tmp_path / "out-held-out").exists()
+    with pytest.raises(UsageError, match=r"beside those that --hold-out 99.999999% keeps"):
+        tokenized(source, tmp_path / "all", tokenizer, hold_out="99.999999%")
+    assert not (tmp_path / "all").exists() and not (tmp_path / "all-held-out").exists()
+
+
+@needs_datatrove
+@pytest.mark.parametrize("failing", ["apart", "out"])
+def test_what_stops_between_the_two_names_is_resumed(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    options = {"hold_out": "10%", "hold_out_target": tmp_path / "apart", "shuffle_seed": None}
+    publish = OutputFolder.publish
+
+    def stopped(folder: OutputFolder) -> None:
+        if folder.target.name == failing:
+            raise KeyboardInterrupt
+        publish(folder)
+
+    monkeypatch.setattr(OutputFolder, "publish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tokenized(source, tmp_path / "out", tokenizer, **options)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "apart").exists() == (failing == "out")
+    monkeypatch.undo()
+    if failing == "out":
+        with pytest.raises(UsageError, match=r"apart is there already"):
+            tokenized(source, tmp_path / "out", tokenizer, **options)
+    result = tokenized(source, tmp_path / "out", tokenizer, run_resume=True, **options)
+    expected = held_out_by_hand(MANY, 10)
+    assert (result.documents, result.held_out_documents) == (300 - len(expected), len(expected))
+    assert documents(tmp_path / "apart") == encoded(tokenizer, expected, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "apart", "out", "tokenizer"]
+    assert all(".ds" in path.name for folder in ("apart", "out") for path in (tmp_path / folder).iterdir())
+
+
+# --- the tokenizer of a model ----------------------------------------------------------------------------------------
+
+
+@needs_datatrove
+@pytest.mark.parametrize("to", ["hf", "nanotron", "deepspeed"])
+def test_a_checkpoint_of_any_layout_gives_tokenizer_eos_and_width(tokenizer: Path, tmp_path: Path, to: str) -> None:
+    source = FIXTURES / "deepspeed/smollm2-tiny-bf16-zero1-ws2"  # its embedding has 320 rows
+    convert(
+        source / "checkpoint", tmp_path / "model", to, config=source / "config.json", tokenizer=tokenizer, digest="none"
+    )
+    plan = plan_tokenization(
+        [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", TokenizeOptions(model=str(tmp_path / "model"))
+    )
+    assert (plan.eos_token, plan.eos_token_id, plan.token_bytes, plan.vocab_size) == (END, 0, 2, 258)
+    assert json.loads(plan.tokenizer.read_text()) == json.loads((tokenizer / "tokenizer.json").read_text())
+
+
+def test_a_model_without_a_tokenizer_or_with_too_large_a_one_is_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(MissingFile, match=r"holds no tokenizer.json.*\n.*--tokenizer"):
+        plan_tokenization([source], tmp_path / "out", TokenizeOptions(model=str(NANOTRON)))
+    convert(NANOTRON, tmp_path / "model", "hf", tokenizer=byte_tokenizer(tmp_path / "large"), digest="none")
+    with pytest.raises(UsageError, match=r"has 258 entries, but the embedding of .* has 256 rows"):
+        plan_tokenization([source], tmp_path / "out", TokenizeOptions(model=str(tmp_path / "model")))
+
+
 @needs_datatrove
 def test_parquet_and_zstd_give_the_same_documents(tokenizer: Path, tmp_path: Path) -> None:
     zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
@@ -263,7 +430,7 @@ def test_what_an_input_needs_and_is_not_there_is_named(name, package, tokenizer,
     (tmp_path / name).write_bytes(b"PAR1")
     found = importlib.util.find_spec
     monkeypatch.setattr(tokenization, "find_spec", lambda wanted: None if wanted == package else found(wanted))
-    with pytest.raises(NotInstalled, match=rf"{package}. Install it: pip install 'smolconv\[data\]'"):
+    with pytest.raises(NotInstalled, match=rf"{package}. Install it: pip install '{package}>="):
         tokenized(tmp_path / name, tmp_path / "out", tokenizer)
 
 
@@ -312,6 +479,13 @@ def test_broken_input_leaves_no_output(
         (["a.jsonl"], {"separator": "\n"}, "--separator divides .txt files"),
         (["a.jsonl"], {"shuffle_seed": None, "max_tokens_per_file": 10}, "needs shuffling"),
         (["a.jsonl"], {"tokenizer": "no-such-thing"}, "no such file or folder"),
+        (["a.jsonl"], {"tokenizer": None}, "which tokenizer"),
+        (["a.jsonl"], {"model": "m"}, "both say which tokenizer"),
+        *(
+            (["a.jsonl"], {"hold_out": share}, "--hold-out .*: expected a share")
+            for share in ("0.5", "0%", "100%", "-1%", "nan%", "1e-2%", "%", "\u0661%")
+        ),
+        (["a.jsonl"], {"hold_out_target": Path("x")}, "is for --hold-out"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -597,7 +771,7 @@ def test_a_dry_run_needs_no_datatrove_and_writes_nothing(
     assert files_below(tmp_path) == before
     missing = smolconv(*words, before=WITHOUT_DATATROVE)
     assert missing.code == 5
-    assert "pip install 'smolconv[data]'" in missing.stderr
+    assert "pip install 'datatrove>=0.9'" in missing.stderr
     assert files_below(tmp_path) == before
 
 

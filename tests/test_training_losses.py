@@ -174,7 +174,7 @@ def test_a_run_goes_on_from_nanotrons_optimizer_as_nanotron_would(stage, tokens,
     document = recipe_document(
         NANOTRON, tokens, schedule=schedule, start={"optimizer": True, "learning_rate": True},
         parallelism={"zero_stage": stage},
-        # The model goes on in its own step count; its data is not this test's, so it begins anew.
+        # The model continues in its own step count; its data is not this test's, so it begins anew.
     )  # fmt: skip
     lines = train(document, tmp_path / "run", world_size=2)
     assert [line["step"] for line in lines] == list(range(4, 10))

@@ -876,7 +876,7 @@ def without_this_architecture(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.M
 def test_liger_that_cannot_be_used_ends_no_run_that_only_likes_to_have_it(monkeypatch, plain, installed, says):
     installed(monkeypatch, plain)
     architecture = plain.config.model_type
-    with pytest.warns(UserWarning, match=f"goes on without Liger.*{architecture}.*{says}"):
+    with pytest.warns(UserWarning, match=f"continues without Liger.*{architecture}.*{says}"):
         assert model._wanted_liger("auto", "cuda:0", architecture) is None
     with pytest.raises(NotInstalled, match=f"model.liger is on, but liger-kernel cannot be used.*{says}"):
         model._wanted_liger("on", "cuda:0", architecture)

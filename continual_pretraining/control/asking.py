@@ -156,7 +156,7 @@ class _Request:
         if self._lost:
             raise MachineError(
                 f"{self.run} died before it could do what it was asked (it held the lock, and ended without a word).\n"
-                f"Its logs: {self.run / 'logs'}. The checkpoints that were there are whole; the same command goes on."
+                f"Its logs: {self.run / 'logs'}. The checkpoints that were there are whole; the same command resumes."
             )
         self._lost = True  # once more, for file systems on which a file is seen later than a lock
         return None
@@ -183,7 +183,7 @@ class _Request:
             why = ended.message.partition("\n")[0] or "it left no reason"
             raise MachineError(
                 f"{self.run} ended before it did what it was asked, with exit code {ended.exit_code}: {why}\n"
-                f"Its logs: {self.run / 'logs'}. `smolconv continue-train` goes on from its last checkpoint."
+                f"Its logs: {self.run / 'logs'}. `smolconv continue-train` continues from its last checkpoint."
             )
         done = ended.exit_code == 0
         message = "all steps are done" if done else ended.message.partition(": ")[2] or ended.message

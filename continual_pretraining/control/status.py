@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smolconv.continual_pretraining.control.queue import RUNNING, WAITING, job_states
-from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, LATEST, latest, step_of
 from smolconv.continual_pretraining.run.control import StartRecord
-from smolconv.continual_pretraining.run.folder import RECIPE, is_trained
+from smolconv.continual_pretraining.run.folder import is_trained
 from smolconv.continual_pretraining.watch.lines import METRICS, MetricsLine, lines_backwards, metrics_line, seconds_of
 from smolconv.errors import MissingFile, SmolconvError, StoppedBySignal, first_line
 from smolconv.files import open_file, reading
@@ -195,6 +195,10 @@ class _Seen:
         own = None if self.record is None else self.record.job
         return [number for number in (own, self.submitted) if number is not None]
 
+    def _is_job(self, record: StartRecord) -> bool:
+        """Whether the start is the newest job that was submitted, and not within a job of somebody's own."""
+        return record.job is not None and record.job == self.submitted
+
     def status(self, queue: Mapping[int, str] | None) -> RunStatus:
         now = time.time()
         if self.problem is not None:
@@ -224,7 +228,7 @@ class _Seen:
         record = self.record
         queued = None if queue is None or not self.jobs else queue.get(max(self.jobs), "")
         if record is not None and record.ended is None:
-            if self.held or (record.launcher == "slurm" and queued in RUNNING):
+            if self.held or (self._is_job(record) and queued in RUNNING):
                 return self._alive(record), True
             return self._silent(record, queued, now)
         if self.held:
@@ -252,7 +256,7 @@ class _Seen:
         if queued in WAITING:
             return "pending", True  # it was queued again when its node failed
         here = record.host == socket.gethostname()
-        if here or (record.launcher == "slurm" and queued == ""):
+        if here or (self._is_job(record) and queued == ""):
             return "dead", True
         signs = [seconds_of(record.began), self.last_written or 0.0, self.checkpoint_written or 0.0]
         return (self._alive(record) if now - max(signs) < _TRUSTED_SECONDS else "dead"), False

@@ -77,7 +77,7 @@ def samples_of(stages: Iterable[Mapping[str, Any]], path: str, sequence_length: 
     total = 0
     for stage in stages:
         samples = sum(source["samples"] for source in stage["sources"] if plain_path(source["path"]) == path)
-        # Another length has other windows. nanotron goes on at so many tokens, and so do we.
+        # Another length has other windows. nanotron continues at so many tokens, and so do we.
         total += samples * stage["sequence_length"] // sequence_length
     return total
 
@@ -115,8 +115,8 @@ def stages_of(position: Position) -> tuple[DataStage, ...]:
 def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> dict[str, Any]:
     """Where a run that nanotron trained up to ``step`` stands in the recipe's data.
 
-    Folders are matched by path. The source's last stage goes on when the recipe has a stage of its name; otherwise the
-    recipe's stage begins, and its folders are read on from where the source's stages left them.
+    Folders are matched by path. The source's last stage continues when the recipe has a stage of its name; otherwise
+    the recipe's stage begins, and its folders are read on from where the source's stages left them.
 
     In its later stages nanotron counts tokens per folder at the wrong place of the blend, some samples off. What it
     reads is the blend itself, so the counts of the last stage are those of the blend, replayed (6 to 11 million samples
@@ -193,7 +193,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
     if missing or unknown:
         raise UsageError(
             f"start.data: the source's stage {stage.name!r} did not read {missing or 'other folders'}"
-            f" and read {unknown or 'no others'}.\nA stage goes on with the folders that it began with, by path.\n"
+            f" and read {unknown or 'no others'}.\nA stage continues with the folders that it began with, by path.\n"
             "Give each source of the recipe the source's name for it (recorded_as), or its stage another name."
         )
     blend = Blend([source.weight for source in now.sources])

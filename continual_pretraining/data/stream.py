@@ -261,7 +261,7 @@ class _Place:
             if was != now:
                 raise UsageError(
                     f"data: stage {stage.name} began with {what} {was}, but the recipe says {now}.\n"
-                    "Within a stage the blend goes on as it began.\n"
+                    "Within a stage the blend continues as it began.\n"
                     "Put them back, or add a stage of another name that starts at the next step."
                 )
         return record

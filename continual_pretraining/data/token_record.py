@@ -38,7 +38,7 @@ _THREADS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DataPlace:
-    """Where a run goes on in its data."""
+    """Where a run continues in its data."""
 
     position: Position | None  #: None: the data's beginning
     record: TokenRecord  #: of the folders as they are now, and of those that are no longer read
@@ -80,9 +80,9 @@ def place_in_data(
 ) -> DataPlace:
     """The place after ``position`` in the folders as they are now; ``since`` names the step of what was ``recorded``.
 
-    A source goes on where its samples have kept their places: files were added at the end of the order within its first
-    epoch, or tokens edited within documents. Any other change is refused with ``UsageError``, or lets the source begin
-    again with ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
+    A source continues where its samples have kept their places: files were added at the end of the order within its
+    first epoch, or tokens edited within documents. Any other change is refused with ``UsageError``, or lets the source
+    begin again with ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
     """
     data, evaluation = recipe.data, recipe.evaluation
     folders = open_folders(data, position, vocab_size)

@@ -256,7 +256,7 @@ def _chunked_cross_entropy(
 def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
     """liger_kernel.transformers for a recipe's ``model.liger``; None where it is to be left out.
 
-    "auto" goes on without it, and warns where it is installed. Raises ``NotInstalled`` and ``UsageError`` for "on".
+    "auto" continues without it, and warns where it is installed. Raises ``NotInstalled`` and ``UsageError`` for "on".
     """
     on_gpu = device.startswith("cuda")
     if asked == "off" or (asked == "auto" and not on_gpu):
@@ -278,7 +278,7 @@ def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
             ) from error
         if not missing:
             warnings.warn(
-                f"training goes on without Liger: liger-kernel {found}. {advice}, or set model.liger to off.",
+                f"training continues without Liger: liger-kernel {found}. {advice}, or set model.liger to off.",
                 stacklevel=2,
             )
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from smolconv.continual_pretraining.engine.config import accumulation_steps
 from smolconv.continual_pretraining.estimate.disk import Disk, disk_use
 from smolconv.continual_pretraining.estimate.flops import flops_per_token, parameter_count
-from smolconv.continual_pretraining.estimate.hardware import GPU_MEMORY_BYTES, H100_TFLOPS
+from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU, GPU_MEMORY_BYTES, H100_TFLOPS
 from smolconv.continual_pretraining.estimate.memory import Part, memory_parts
 from smolconv.continual_pretraining.recipe.schedules import Schedule, learning_rate, notes, turning_steps
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -49,7 +49,7 @@ class Estimate:
     tokens_per_step: int
     accumulation_steps: int
     sequence_ranks: int  #: that share each micro-batch
-    first_step: int  #: later than 1 where a run, or the source's schedule, goes on
+    first_step: int  #: later than 1 where a run, or the source's schedule, continues
     train_steps: int  #: the last step
     tokens: int  #: from the first step to the last
     flops_per_token: Mapping[str, float]  #: by formula
@@ -95,7 +95,7 @@ class Estimate:
 
 def estimate(
     recipe: Recipe, spec: ModelSpec, world_size: int, *, first_step: int = 1,
-    tokens_per_source: Mapping[str, int] | None = None, mfu: float = 0.3, on_gpus: bool = True,
+    tokens_per_source: Mapping[str, int] | None = None, mfu: float = ASSUMED_MFU, on_gpus: bool = True,
 ) -> Estimate:  # fmt: skip
     """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
 
@@ -188,7 +188,7 @@ def _warnings(
     for name in dict.fromkeys(use.source for use in sources):
         epochs = sum(use.epochs or 0 for use in sources if use.source == name)
         if epochs > MAX_EPOCHS:
-            yield f"source {name} is read {epochs:.1f} times; beyond {MAX_EPOCHS:g} passes its tokens teach little."
+            yield f"source {name} is read {epochs:.1f} times; epochs beyond {MAX_EPOCHS:g} improve a model little."
         if 0 < tokens_per_source.get(name, 0) <= recipe.data.sequence_length:
             yield f"source {name} has {tokens_per_source[name]} tokens, less than one window of sequence_length + 1."
     if save_seconds is not None and save_seconds > MAX_SAVE_SECONDS:

@@ -133,7 +133,7 @@ def _text(
     every = max(1, steps // 4)
     size = "" if tokens is None else f"; {tokens:,} tokens in all, of which {steps * rows * length:,} are read"
     lines = [
-        f"# Written by smolconv recipe init: {answers.source} goes on with your data. Every field: docs/recipes.md",
+        f"# Written by smolconv recipe init: {answers.source} continues with your data. Every field: docs/recipes.md",
         f"#   smolconv continue-train {answers.name}.yaml --dry-run     # what it takes, and whether it can start",
         f"#   smolconv continue-train {answers.name}.yaml               # the same command resumes",
         f"name: {answers.name}",

@@ -44,6 +44,8 @@ GPUS = tuple(
     )
 )  # fmt: skip
 H100 = GPUS[0]
+#: By 6N, where nothing else is said.
+ASSUMED_MFU = 0.3
 H100_TFLOPS = H100.tflops  #: what a run is planned for where nothing else is said
 GPU_MEMORY_BYTES = H100.memory_bytes
 #: CUDA context, cuBLAS workspaces and NCCL's buffers. Assumed, not measured here.

@@ -228,8 +228,8 @@ def _words(recipe: Recipe, given: Recipe, gpus: int) -> tuple[str, ...]:
     """What differs from the recipe, and where the ranks go."""
     on_a_node = max(n for n in range(1, min(gpus, GPUS_OF_A_NODE) + 1) if gpus % n == 0)
     nodes = gpus // on_a_node
-    # One machine's launcher has no other nodes.
-    launcher = ["--launcher", "slurm"] if nodes > 1 and recipe.launch.launcher == "local" else []
+    # A recipe for one machine may name a launcher that has no other nodes.
+    launcher = ["--launcher", "slurm"] if nodes > 1 and recipe.launch.nodes == 1 else []
     changes = [
         f"{section}.{name}={str(after[name]).lower()}"
         for section in ("model", "parallelism")

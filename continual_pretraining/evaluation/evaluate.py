@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,6 @@ from smolconv.continual_pretraining.evaluation.bootstrap import Comparison, comp
 from smolconv.continual_pretraining.evaluation.held_out import (
     HeldOut,
     HeldOutScore,
-    Progress,
     open_held_out,
     score_held_out,
     token_bytes,
@@ -34,9 +32,7 @@ from smolconv.continual_pretraining.evaluation.tasks import TaskScore, check_inc
 from smolconv.errors import NotInstalled, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.parsing import finite_json
-
-#: A title and how much there is to do -> a context in which progress is told.
-Bar = Callable[[str, int], AbstractContextManager[Progress]]
+from smolconv.progress import Bar
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,7 @@ from smolconv.continual_pretraining.launchers.launcher import BESIDE, WORKER, ra
 from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.launchers.signals import die_with
 from smolconv.continual_pretraining.launchers.watching import run_ranks
-from smolconv.continual_pretraining.recipe.files import load_recipe
-from smolconv.continual_pretraining.run.folder import RECIPE
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.errors import Interrupted, OutputLocked, SmolconvError
 from smolconv.processes import module_words

@@ -88,7 +88,7 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
     if end is None:
         return 0
     if end.exit_code == SAVED:
-        tell(end.message or f"stopped after a save; the same command goes on from there ({run}).")
+        tell(end.message or f"stopped after a save; the same command resumes from there ({run}).")
     elif end.exit_code == Interrupted.exit_code:
         tell(end.message)
     else:

@@ -37,7 +37,16 @@ from smolconv.continual_pretraining.run.start import (
     read_source,
 )
 from smolconv.convert import ConversionPlan
-from smolconv.errors import BadCheckpoint, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError, counted
+from smolconv.errors import (
+    BadCheckpoint,
+    MachineError,
+    MissingFile,
+    NotInstalled,
+    SmolconvError,
+    UsageError,
+    counted,
+    pip_install,
+)
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
@@ -133,7 +142,7 @@ def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
     """Of Python: those that every run imports, and those that a field of this recipe asks for."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
-        yield NotInstalled(f"continue-train needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+        yield NotInstalled(f"continue-train needs {', '.join(missing)}: {pip_install(missing)}.")
     try:
         check_deepspeed("continue-train")
     except NotInstalled as error:
@@ -201,7 +210,7 @@ def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _own(recipe: Recipe, run: Path, resume: str) -> tuple[Path, RunState] | None:
-    """The run's checkpoint that it goes on from, as far as its small state says; None at the beginning."""
+    """The run's checkpoint that it continues from, as far as its small state says; None at the beginning."""
     own = find_resume(run, resume)
     if own is None:
         return None

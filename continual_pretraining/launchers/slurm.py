@@ -129,7 +129,7 @@ def _resuming(start: Start) -> list[str]:
     if start.resume == "auto":
         return []
     lines = [f"export RESUME={shlex.quote(start.resume)}", '[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || RESUME=auto']
-    return _titled("Queued again, the run goes on from its own last checkpoint.", lines)
+    return _titled("Queued again, the run continues from its own last checkpoint.", lines)
 
 
 def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:

@@ -51,7 +51,7 @@ class Torchrun(Launcher):
                 break
             start = replace(start, resume="auto")
             nodes = f"{least}:{start.placed.nodes}"
-            tell(f"goes on from the last checkpoint with the nodes that meet again, {nodes.replace(':', ' to ')}")
+            tell(f"continues from the last checkpoint with the nodes that meet again, {nodes.replace(':', ' to ')}")
             words = [
                 *node_words(start.placed, nodes),
                 *_meeting(start, restart + 1),

@@ -28,6 +28,7 @@ _MOST_BYTES = 1 << 20
 #: Digits of a whole number; 2^64 has as many.
 _MOST_DIGITS = 20
 _MOST_MISTAKES = 6
+RECIPE = "recipe.resolved.yaml"  #: of a run, in its folder
 
 Place = tuple[str | int, ...]  #: a value's keys and list indices, from the top
 

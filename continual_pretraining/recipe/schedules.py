@@ -178,12 +178,12 @@ def notes(schedule: Schedule) -> list[str]:
 class MovedDecay:
     """A decay in which steps were made, and which another schedule puts elsewhere."""
 
-    last_undecayed_step: int  #: a run that goes on from it, or from one before, follows the new schedule throughout
+    last_undecayed_step: int  #: a run that continues from it, or from one before, follows the new schedule throughout
     says: str
 
 
 def moved_decay(old: Schedule, new: Schedule, completed_steps: int) -> MovedDecay | None:
-    """Whether a run that ``old`` has led through ``completed_steps`` goes on from within a decay that ``new`` moves.
+    """Whether a run that ``old`` has led through ``completed_steps`` continues from within a decay that ``new`` moves.
 
     Also the reverse: a decay of ``new`` that would have begun before steps that were made without it.
     """

@@ -166,7 +166,7 @@ class Checkpoints(Section):
     every_steps: Positive = 1000
     keep: Positive | None = None  #: how many of the newest stay; None: all
     keep_every_steps: Positive | None = None  #: these stay whatever ``keep`` says
-    asynchronous: bool = True  #: training goes on while a copy in the host's memory is written
+    asynchronous: bool = True  #: training continues while a copy in the host's memory is written
     on_full_disk: Literal["stop", "continue"] = "stop"
     on_damage: Literal["stop", "previous"] = "stop"  #: the latest is damaged: refuse, or go on from one before it
 

@@ -85,7 +85,7 @@ def refuse_foreign(folder: Path) -> None:
         if name not in known:
             raise MixedCheckpoint(
                 f"{_shown(name)} in {folder.name} was not saved by continue-train.\n"
-                f"A run goes on only from what it saved itself; {folder / name} is no file of {_saved_as(folder)}.\n"
+                f"A run continues only from what it saved itself; {folder / name} is no file of {_saved_as(folder)}.\n"
                 "Move it out of the folder, and look at where it came from."
             )
 
@@ -141,7 +141,7 @@ def examine(folder: Path) -> Contents:
     if recorded and (unlisted := sorted(set(sizes) - set(recorded) - {MANIFEST})):
         raise MixedCheckpoint(
             f"{unlisted[0]} in {folder.name} was not saved with it: {MANIFEST} does not list it.\n"
-            f"A run goes on only from what it saved itself: {folder / unlisted[0]}.\nMove it out of the folder."
+            f"A run continues only from what it saved itself: {folder / unlisted[0]}.\nMove it out of the folder."
         )
     return Contents(
         folder=folder, state=state, bytes_by_name=sizes, digests={name: file.digest for name, file in recorded.items()}

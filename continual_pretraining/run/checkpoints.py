@@ -28,7 +28,7 @@ from smolconv.continual_pretraining.recipe.schedules import Schedule
 from smolconv.continual_pretraining.recipe.schema import Checkpoints
 from smolconv.continual_pretraining.watch.spikes import check_spikes
 from smolconv.errors import CorruptFile, MissingFile
-from smolconv.layouts.documents import is_count, is_world, understood
+from smolconv.layouts.documents import corrupt_if_malformed, is_count, is_world
 from smolconv.layouts.listing import pointer_text
 from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole, sync_folder, write_synced
@@ -98,7 +98,7 @@ class RunState:
             )
         document = {"manifest": False, **read_json(path, _MOST_STATE_BYTES)}
         document.pop("schema", None)
-        with understood(path):
+        with corrupt_if_malformed(path):
             return RunState(**document)
 
 
@@ -231,7 +231,7 @@ def publish(run: Path, step: int) -> Path:
 def set_aside(run: Path, *, after: int, saved: int) -> None:
     """Rename the steps that follow ``after``, but for ``saved``: they belong to the branch that the run has left.
 
-    ``after`` is the step that ``saved`` goes on from.
+    ``after`` is the step that ``saved`` continues from.
     """
     for step in saved_steps(run):
         if step > after and step != saved:

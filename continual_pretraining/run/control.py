@@ -26,7 +26,7 @@ from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.continual_pretraining.watch.lines import is_timestamp, timestamp
 from smolconv.errors import SmolconvError
 from smolconv.files import is_file_name, is_there
-from smolconv.layouts.documents import is_count, understood
+from smolconv.layouts.documents import corrupt_if_malformed, is_count
 from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole
 
@@ -77,7 +77,7 @@ class StartRecord:
         if not is_there(path):
             return None
         document = read_json(path)
-        with understood(path):
+        with corrupt_if_malformed(path):
             document.pop("schema", None)
             return StartRecord(**document)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schedules import Schedule, moved_decay
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume, latest, step_of
@@ -21,7 +21,6 @@ from smolconv.errors import BadCheckpoint, OutputLocked, UsageError, counted
 from smolconv.files import open_file
 from smolconv.storage.atomic import appearing_whole
 
-RECIPE = "recipe.resolved.yaml"
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
 RESTARTS = "SMOLCONV_RESTARTS"  #: in the environment: how often torchrun's launcher went on after a rank was lost
 START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
@@ -49,7 +48,7 @@ class Change:
 
 
 def as_it_began(recipe: Recipe, run: Path, resume: str) -> Recipe:
-    """The recipe, whose fields that it leaves to the model's family stay what the run that goes on has them at."""
+    """The recipe, whose fields that it leaves to the model's family stay what the run that continues has them at."""
     checkpoint = None if resume == "never" else find_resume(run, resume)
     path = None if checkpoint is None else _run_of(checkpoint, run) / RECIPE
     if path is None or not os.path.lexists(path):
@@ -84,7 +83,7 @@ def _decides(field: str) -> bool:
 
 
 def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
-    """What the user should know before the run goes on, or begins. Writes nothing.
+    """What the user should know before the run continues, or begins. Writes nothing.
 
     Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
 
@@ -101,7 +100,7 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
     if checkpoint is None:
         return []
     of_run = _run_of(checkpoint, run)
-    notes, state = [f"goes on from {checkpoint}"], _state(checkpoint)
+    notes, state = [f"continues from {checkpoint}"], _state(checkpoint)
     step = None if state is None else state.step
     old = load_recipe(of_run / RECIPE) if os.path.lexists(of_run / RECIPE) else None
     if state is not None:
@@ -115,8 +114,9 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
             "\n".join(
                 [f"{checkpoint} was trained by another recipe ({of_run / RECIPE}):", *(f"  {c}" for c in deciding)]
             )
-            + "\nThe rest of this run would not be what either says. Take these back, or start a new run from it:\n"
-            f"another --output, model.source={checkpoint}, and what start.* shall carry over.\n"
+            + "\nExpected the values that the run was trained with: a resume cannot change them.\n"
+            "Restore them in the recipe, or start a new run from this checkpoint with another --output,\n"
+            f"model.source={checkpoint}, and the start.* fields that say what it carries over.\n"
             f"If only a path has moved, change it in {of_run / RECIPE} too."
         )
     return [*notes, *(f"changed since its last start: {change}" for change in changes(old, recipe))]
@@ -130,7 +130,7 @@ def check_steps(recipe: Recipe, step: int, checkpoint: Path) -> None:
     earlier = _newest_until(checkpoint, last)
     raise UsageError(
         f"{checkpoint.name} has made {counted(step, 'step')}, but schedule.train_steps is {last:,}.\n"
-        f"A run goes on from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
+        f"A run continues from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
         f"Set schedule.train_steps to {step} or more"
         + (f", or go back with --resume {earlier}." if earlier else f"; no checkpoint until step {last:,} is left.")
     )
@@ -209,7 +209,7 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
 
 
 def is_restart() -> bool:
-    """Whether this start goes on after one whose node may have died, with the run's lock."""
+    """Whether this start continues after one whose node may have died, with the run's lock."""
     return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
 
 

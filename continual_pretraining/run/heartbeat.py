@@ -131,8 +131,8 @@ class Heartbeat:
         return (
             f"no sign of life for {self._silence:g} s from {named}, seen from {socket.gethostname()} in {self.doing}.\n"
             "A node that died, a network that is cut, or a process that was stopped looks like this "
-            "(launch.silence_seconds).\nThe same command goes on from the last checkpoint, also on the nodes that are "
-            "left, if their ranks can share the batch."
+            "(launch.silence_seconds).\nThe same command resumes from the last checkpoint, also on the nodes that "
+            "are left, if their ranks can share the batch."
         )
 
 

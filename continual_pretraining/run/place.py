@@ -1,4 +1,4 @@
-"""Where a run goes on in its data and schedule: after its own checkpoint, or where its source stands.
+"""Where a run continues in its data and schedule: after its own checkpoint, or where its source stands.
 
 The dry run asks here, too.
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolconv.continual_pretraining.run.heartbeat import Heartbeat, LostRank, announce
-from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line
+from smolconv.errors import MachineError, NotInstalled, SmolconvError, first_line, pip_install
 from smolconv.layouts.deepspeed.patches import without_shared_memory_operations
 from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.processes import usable_cores
@@ -34,8 +34,8 @@ _TRAINING_PATIENCE = timedelta(minutes=30)
 NVIDIA = Path("/dev/nvidiactl")  #: there where NVIDIA's driver is loaded, whether or not it works
 
 
-class Elsewhere(SmolconvError):
-    """Another rank failed, and has said why."""
+class FailedOnAnotherRank(SmolconvError):
+    """Another rank failed; its own error has the reason."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -84,7 +84,7 @@ class Ranks:
         if error is not None:
             raise error
         if failed is not None:
-            raise Elsewhere(*failed)
+            raise FailedOnAnotherRank(*failed)
         return value  # type: ignore[no-any-return]
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -124,7 +124,7 @@ def join_ranks(
 
     missing = [name for name in ("torch", "transformers", "deepspeed") if find_spec(name) is None]
     if missing:
-        raise NotInstalled(f"training needs {' and '.join(missing)}: pip install 'smolconv[train]'.")
+        raise NotInstalled(f"training needs {' and '.join(missing)}: {pip_install(missing)}.")
     check_deepspeed("training")
     import torch
 
@@ -229,7 +229,7 @@ def _meet(
         ) from error
     if found != "alike":
         message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
-        raise MachineError(message) if rank == 0 else Elsewhere(MachineError.exit_code, message)
+        raise MachineError(message) if rank == 0 else FailedOnAnotherRank(MachineError.exit_code, message)
     if world_size == 1 or lost is None:
         return store, None
     return store, Heartbeat(own, rank, world_size, silence_seconds=silence_seconds, end=lost).start()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one that is asked for, when it is whole. All ranks read it before training.
+"""Which checkpoint a run continues from: the one that is asked for, if it is whole. All ranks read it before training.
 
 A damaged checkpoint would train on: a flipped bit in Adam's state changes the losses, or makes them infinite some steps
 later, and nothing says why.
@@ -63,7 +63,7 @@ ALONE: Together = _Alone()
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run goes on from."""
+    """What a run continues from."""
 
     checkpoint: Path | None  #: None: from its source
     went_back: str | None = None  #: from which checkpoint and why, when it is not the one that was asked for
@@ -71,7 +71,7 @@ class Origin:
 
 
 def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE) -> Origin:
-    """Find the checkpoint, read all of it, and say what the run goes on from. All ranks call this.
+    """Find the checkpoint, read all of it, and say what the run continues from. All ranks call this.
 
     With ``checkpoints.on_damage: previous`` and ``--resume auto`` a damaged checkpoint of the run's own is passed over
     for the newest whole one before it. Raises, on all ranks, ``BadCheckpoint`` and its kinds otherwise, with the name

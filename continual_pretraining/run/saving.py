@@ -144,7 +144,7 @@ class _SavingEngine:
 class Save:
     """A save that has begun: first each rank writes its files, then rank 0 publishes and cleans up.
 
-    Both happen in ``background``, or at once without one. No rank goes on to the second before all are through with the
+    Both happen in ``background``, or at once without one. No rank begins the second before all are through with the
     first. All ranks make the same calls, but for ``part_ended``.
     """
 
@@ -273,7 +273,7 @@ def _publish_and_clean(
         publish(run, step)
     except OSError as error:
         return first_line(error), []
-    shutil.rmtree(run / START, ignore_errors=True)  # the run goes on from its own checkpoints now
+    shutil.rmtree(run / START, ignore_errors=True)  # the run continues from its own checkpoints now
     try:
         set_aside(run, after=after, saved=step)
         notes = prune(run, recipe.checkpoints)

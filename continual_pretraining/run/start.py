@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
 from smolconv.convert import ConversionPlan, ConvertOptions, plan_from_checkpoint, run_conversion
-from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError, some_of
+from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError, counted, some_of
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
@@ -53,7 +53,7 @@ class StartPoint:
     step: int  #: completed before the first
     position: Mapping[str, Any] | None  #: of the data; None: its beginning
     config: Mapping[str, Any]  #: the model's, as an HF config.json
-    resumed: str | None  #: the checkpoint of the run that it goes on from
+    resumed: str | None  #: the checkpoint of the run that it continues from
     adam: bool  #: whether Adam's state is there
     spikes: Mapping[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
@@ -69,11 +69,13 @@ class StartPoint:
 
 
 def prepare_start(
-    recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None
-) -> StartPoint:
+    recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> StartPoint:  # fmt: skip
     """Convert what the run begins with for these ranks, where it is not so already.
 
-    ``origin`` is what all ranks have found whole; without it this process looks alone. Raises ``UsageError`` when the
+    ``origin`` is what all ranks have found whole; without it this process looks alone. ``say`` is told what
+    takes long, before it begins. Raises ``UsageError`` when the
     recipe and the checkpoint contradict each other.
     """
     origin = find_origin(recipe, run, resume) if origin is None else origin
@@ -87,7 +89,7 @@ def prepare_start(
                 f"--resume never: {run} holds checkpoints of a run already. Choose another --output, or --resume auto."
             )
         forget(run)
-        start = _fresh(recipe, run, world_size, device)
+        start = _fresh(recipe, run, world_size, device, say)
     else:
         state = RunState.read(own)
         checkpoint = checked_own(recipe, own, state)
@@ -95,8 +97,8 @@ def prepare_start(
         if resume != "auto" or origin.went_back:
             choose(run, own)  # the next start must not come back to a damaged latest
         elif chosen(run) is not None:
-            notes.append(f"goes on from {own}, as an earlier start was told; nothing was saved since")
-        start = _resumed(recipe, run, own, world_size, state, checkpoint, place)
+            notes.append(f"continues from {own}, as an earlier start was told; nothing was saved since")
+        start = _resumed(recipe, run, own, world_size, state, checkpoint, place, say)
     events = (origin.went_back, *start.events) if origin.went_back else start.events
     return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
 
@@ -261,7 +263,7 @@ def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
     return step
 
 
-def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoint:
+def _fresh(recipe: Recipe, run: Path, world_size: int, device: str, say: Callable[[str], None]) -> StartPoint:
     wanted = recipe.start
     folder = open_source(recipe.model.source, optimizer=wanted.optimizer, step=recipe.model.step)
     source, checkpoint = read_source(recipe, folder, optimizer=wanted.optimizer)
@@ -275,6 +277,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
         read = _read_options(recipe, optimizer=wanted.optimizer)
         batch = first_micro_batch(recipe, checkpoint.spec, step, place.position)
         masters = checkpoint.tensors.get(Slot.MASTER) if recipe.model.dtype == "float32" else None
+        say("start gate: computing the source's own loss on the first micro-batch")
         gate = source_loss(_side(checkpoint, folder, read, device, masters), batch)
         if not math.isfinite(gate.loss):
             raise TrainingStopped(
@@ -285,6 +288,7 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str) -> StartPoin
         if changed:
             own = source_loss(_side(source, folder, read, device, masters), batch)
             changed += f"; loss of the first micro-batch: {gate.loss:.4f}, with the source's own: {own.loss:.4f}"
+    say(_converting(plan, world_size))
     start, held = _convert(plan, adam=wanted.optimizer), plan.prepared.frozen
     notes = [f"{len(held)} parameters stay zero, which nanotron has no place for: {some_of(held, 2)}"] if held else []
     return replace(
@@ -333,8 +337,9 @@ def plan_resumed(
 
 
 def _resumed(
-    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace
-) -> StartPoint:
+    recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint, place: DataPlace,
+    say: Callable[[str], None],
+) -> StartPoint:  # fmt: skip
     given = recipe.parallelism
     plan = plan_resumed(recipe, run, own, world_size, state, checkpoint)
     if plan is None:
@@ -344,6 +349,7 @@ def _resumed(
             frozen=checkpoint.frozen,
         )  # fmt: skip
     else:
+        say(_converting(plan, world_size))
         start = _convert(plan, adam=True)
         start = replace(
             start,
@@ -362,7 +368,7 @@ def _resumed(
 def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
     """Raise ``UsageError`` when a run's checkpoint is another model than the recipe's source.
 
-    A source that is on the Hub, or that cannot be read any more, is not asked: a run goes on without it.
+    A source that is on the Hub, or that cannot be read any more, is not asked: a run continues without it.
     """
     if is_hub_uri(recipe.model.source):
         return
@@ -379,6 +385,10 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
             + "\n  ".join(differences)
             + "\nGo on with the recipe that it was trained by, or choose another --output for a new run."
         )
+
+
+def _converting(plan: ConversionPlan, world_size: int) -> str:
+    return f"converting {plan.uri} for {counted(world_size, 'rank')}: {plan.bytes_written / 1e9:.2f} GB"
 
 
 def _convert(plan: ConversionPlan, *, adam: bool) -> StartPoint:

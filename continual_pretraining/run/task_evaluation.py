@@ -25,7 +25,7 @@ from smolconv.continual_pretraining.run.checkpoints import (
     steps_in_evaluation,
 )
 from smolconv.errors import SmolconvError, first_line
-from smolconv.layouts.documents import is_number, understood
+from smolconv.layouts.documents import corrupt_if_malformed, is_number
 from smolconv.parsing import read_json
 from smolconv.processes import module_words, safe_environment
 
@@ -260,7 +260,7 @@ def batch_script(recipe: Recipe, run: Path, step: int) -> str:
 def read_results(path: Path) -> dict[str, dict[str, float]]:
     """Task -> metric -> value of what ``smolconv evaluate -o`` wrote. Raises ``CorruptFile``."""
     document = read_json(path)
-    with understood(path):
+    with corrupt_if_malformed(path):
         tasks = document["checkpoints"][0]["tasks"]
         return {
             str(task): {str(name): float(value) for name, value in metrics.items() if is_number(value)}

@@ -296,7 +296,7 @@ class Trainer:
             self._save(data, must=asked.stop or last)
         if asked.stop:
             error, by = (StoppedByRequest, "smolconv stop") if asked.by_request else (StoppedBySignal, "a signal")
-            raise error(f"stopped by {by} after step {step}, which is saved. --resume auto goes on.")
+            raise error(f"stopped by {by} after step {step}, which is saved. --resume auto continues it.")
         self.step_began = time.perf_counter()
 
     def _update(self, data: StepData) -> tuple[StepLoss, Asked]:
@@ -473,7 +473,7 @@ class Trainer:
             self.under_way = None
             if must or self.recipe.checkpoints.on_full_disk == "stop":
                 raise
-            text = f"{error} Training goes on (checkpoints.on_full_disk: continue)."
+            text = f"{error} Training continues (checkpoints.on_full_disk: continue)."
             self._say(text, step=save.step, kind="save_failed")
             return
         save.stall_seconds += time.perf_counter() - began

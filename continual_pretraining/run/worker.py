@@ -18,12 +18,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from smolconv.continual_pretraining.launchers.registry import find_launcher
-from smolconv.continual_pretraining.recipe.files import load_recipe
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Export, Recipe
 from smolconv.continual_pretraining.run.control import Control, controlled, record_end
-from smolconv.continual_pretraining.run.folder import LOCK, RECIPE, held_elsewhere, is_restart, trained_elsewhere
+from smolconv.continual_pretraining.run.folder import LOCK, held_elsewhere, is_restart, trained_elsewhere
 from smolconv.continual_pretraining.run.heartbeat import lost_connection
-from smolconv.continual_pretraining.run.ranks import ATTEMPT, Elsewhere, Ranks, join_ranks
+from smolconv.continual_pretraining.run.ranks import ATTEMPT, FailedOnAnotherRank, Ranks, join_ranks
 from smolconv.errors import SmolconvError, StoppedByRequest, StoppedBySignal
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, cont
 
     origin = find_origin(recipe, run, resume, ranks)
     start = ranks.from_first(
-        lambda: prepare_start(recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin)
+        lambda: prepare_start(
+            recipe, run, ranks.world_size, resume, str(ranks.device), origin=origin, say=lambda text: _say(ranks, text)
+        )
     )
     _say(ranks, *start.notes)
     done = start.step >= recipe.schedule.train_steps
@@ -80,7 +82,8 @@ def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, cont
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
     """Rank 0 exports, and the others wait for it.
 
-    Raises ``StoppedBySignal`` on rank 0, and ``Elsewhere`` on the others: all is saved, and the next start exports.
+    Raises ``StoppedBySignal`` on rank 0, and ``FailedOnAnotherRank`` on the others: all is saved, and the next start
+    exports.
     """
     from smolconv.continual_pretraining.run.export import export_run
 
@@ -177,7 +180,7 @@ def _end(run: Path, error: BaseException | None = None) -> NoReturn:
     error = error and (lost_connection(error) or error)
     code = 0 if error is None else exit_code_of(error)
     record_end(run, code, "" if error is None else f"{type(error).__name__}: {error}")
-    if error is not None and not isinstance(error, Elsewhere):
+    if error is not None and not isinstance(error, FailedOnAnotherRank):
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
             print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)
         # The launcher says it once, when all ranks have ended, and adds it to the log.

@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import CorruptFile, UsageError
+import xxhash
+
+from smolconv.errors import CorruptFile, UsageError, some_of
 
 #: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
 KINDS = {"jsonl": ("orjson",), "parquet": ("pyarrow",), "txt": ()}
 _SUFFIX = re.compile(r"\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
+#: How files are told apart for people: the last suffix, with what is before the one of a compression.
+_SHOWN_SUFFIX = re.compile(r"(?:\.\w{1,12})?\.(?:gz|zst|bz2|xz|zip)$|\.\w{1,12}$")
+_EXPECTED = "Expected .jsonl, .parquet, .txt (.jsonl and .txt also as .gz and .zst), or a folder of them."
+_FORMATS = "--format txt reads every input as text, --format jsonl as lines of JSON: name the files that are"
 
 
-def kind_of(path: Path) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Which files are read, and which of the folders' are not."""
+
+    files: tuple[Path, ...]
+    read: Mapping[str, int]  #: files by suffix
+    passed_over: Mapping[str, int]  #: by suffix; "hidden" and "without suffix", too
+
+    @property
+    def account(self) -> str:
+        """``read 12 .txt, 3 .jsonl.gz; passed over 4 .md, 1 .csv``."""
+        said = f"read {_listed(self.read)}"
+        return f"{said}; passed over {_listed(self.passed_over)}" if self.passed_over else said
+
+    @property
+    def advice(self) -> str | None:
+        """What to do about files that are passed over and not hidden."""
+        return f"{_FORMATS}." if set(self.passed_over) - {"hidden"} else None
+
+
+def kind_of(path: Path, given: str | None = None) -> str | None:
+    """``given``, or what the suffix says."""
     found = _SUFFIX.search(path.name)
-    return None if found is None or (found[1] == "parquet" and found[2]) else found[1]
+    return given or (None if found is None or (found[1] == "parquet" and found[2]) else found[1])
 
 
-def find_inputs(inputs: list[Path]) -> list[Path]:
-    """Files in the order of the inputs, a folder's sorted by path. Hidden files and other suffixes are passed over."""
-    expected = "Expected .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt or a folder of them."
+def find_inputs(inputs: list[Path], given_format: str | None = None) -> Inputs:
+    """Files in the order of the inputs, a folder's sorted by path.
+
+    Of a folder, what is hidden or has another suffix is passed over and counted. With ``given_format`` suffixes say
+    nothing: all that is not hidden is read.
+    """
     files: list[Path] = []
+    passed_over = Counter[str]()
     for given in inputs:
         if not os.path.lexists(given):
-            raise UsageError(f"{given!s:.200} is not there. {expected}")
+            raise UsageError(f"{given!s:.200} is not there. {_EXPECTED}")
         if given.is_dir():
-            found = [path for path in sorted(given.rglob("*")) if not path.is_dir() and not path.name.startswith(".")]
-            found = [path for path in found if kind_of(path) is not None]
+            found, others = _of_folder(given, given_format)
             if not found:
-                raise UsageError(f"{given} holds no text that can be read. {expected}")
+                holds = f" (it holds {_listed(others)})" if others else ""
+                raise UsageError(f"{given} holds no text that can be read{holds}. {_EXPECTED}\n{_FORMATS}.")
             files += found
-        elif kind_of(given) is None:
-            raise UsageError(f"{given}: its suffix says nothing about its format. {expected}")
+            passed_over += others
+        elif kind_of(given, given_format) is None:
+            raise UsageError(f"{given}: its suffix says nothing about its format. {_EXPECTED}\n{_FORMATS}.")
         else:
             files.append(given)
     files = [path.absolute() for path in files]
@@ -46,7 +80,32 @@ def find_inputs(inputs: list[Path]) -> list[Path]:
     for path in files:
         if "\n" in str(path) or str(path) != str(path).encode(errors="ignore").decode():
             raise UsageError(f"{str(path)!r} cannot be listed for datatrove. Give it a name in UTF-8 and in one line.")
-    return files
+    read = Counter(_shown_suffix(path) for path in files)
+    return Inputs(files=tuple(files), read=dict(read.most_common()), passed_over=dict(passed_over.most_common()))
+
+
+def _of_folder(folder: Path, given_format: str | None) -> tuple[list[Path], Counter[str]]:
+    """The files that are read, and how many others there are."""
+    found, others = list[Path](), Counter[str]()
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            others["hidden"] += 1
+        elif kind_of(path, given_format) is None:
+            others[_shown_suffix(path)] += 1
+        else:
+            found.append(path)
+    return found, others
+
+
+def _shown_suffix(path: Path) -> str:
+    found = _SHOWN_SUFFIX.search(path.name)
+    return "without suffix" if found is None else found[0]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return some_of([f"{count:,} {suffix}" for suffix, count in counts.items()], 8, more=True)
 
 
 def as_document(reader: Any, data: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
@@ -90,3 +149,65 @@ class TextFiles:
             for number, part in enumerate([text] if self.separator is None else text.split(self.separator)):
                 if part.strip():
                     yield Document(text=part, id=f"{path}/{number}")
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def is_held_out(text: str, share: Fraction) -> bool:
+    """Whether a document is among the ``share`` that is held out, by xxh3 of its text in UTF-8.
+
+    Nothing but the text decides: a document stays on its side when others are added, and a larger share holds out all
+    that a smaller one does.
+    """
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2**64
+
+
+def parse_share(text: str) -> Fraction:
+    """0.5% as a fraction. Raises ``UsageError``."""
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,12})?)%", text, re.ASCII)
+    share = Fraction(found[1]) / 100 if found is not None else Fraction(0)
+    if not 0 < share < 1:
+        raise UsageError(
+            f"--hold-out {text:.50}: expected a share of the documents between 0% and 100%, with the sign, as 0.5%."
+        )
+    return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """Keeps documents from the step after it, and leaves them in a file of ``folder`` for ``HeldOut``."""
+
+    folder: str
+    share: Fraction
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        # A file, because the share may be large, and the steps of a task run one after the other.
+        with open(_held_out_file(self.folder, rank), "w", encoding="ascii") as file:
+            for document in data:
+                if is_held_out(document.text, self.share):
+                    file.write(json.dumps([document.id, document.text]) + "\n")
+                else:
+                    yield document
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The documents that ``HoldOut`` kept, in their order."""
+
+    folder: str
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        from datatrove.data import Document
+
+        yield from data or ()
+        path = _held_out_file(self.folder, rank)
+        with open(path, encoding="ascii") as file:
+            for line in file:
+                name, text = json.loads(line)
+                yield Document(text=text, id=name)
+        path.unlink()
+
+
+def _held_out_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"held-out-{rank:05d}.jsonl"

@@ -9,26 +9,46 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import shlex
 import shutil
 import sys
+import threading
 import time
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from smolconv.continual_pretraining.tokens.eos import choose_eos
-from smolconv.continual_pretraining.tokens.inputs import KINDS, TextFiles, as_document, find_inputs, kind_of
-from smolconv.continual_pretraining.tokens.tokenizer import find_tokenizer, load_tokenizer, tokenizing_needs
+from smolconv.continual_pretraining.tokens.files import TokenFolder
+from smolconv.continual_pretraining.tokens.inputs import (
+    KINDS,
+    HeldOut,
+    HoldOut,
+    Inputs,
+    TextFiles,
+    as_document,
+    find_inputs,
+    kind_of,
+    parse_share,
+)
+from smolconv.continual_pretraining.tokens.tokenizer import (
+    find_tokenizer,
+    load_tokenizer,
+    tokenizer_of_model,
+    tokenizing_needs,
+)
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, NotInstalled, UsageError
 from smolconv.files import file_size
 from smolconv.processes import safe_children, usable_cores
+from smolconv.progress import Bar, no_bar
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
 #: Input of a task unless --tasks is given: a function of the input alone, so that every machine writes the same files.
@@ -40,7 +60,11 @@ DOCUMENTS_PER_BATCH = 1000
 class TokenizeOptions:
     """How text is read and token files are written."""
 
-    tokenizer: str  #: folder, tokenizer.json, or owner/name on the Hub
+    tokenizer: str | None = None  #: folder, tokenizer.json, or owner/name on the Hub
+    model: str | None = None  #: in its place: a checkpoint of any layout, or on the Hub, that has one
+    format: str | None = None  #: one of ``KINDS``, whatever the suffixes say
+    hold_out: str | None = None  #: share of the documents, as 0.5%
+    hold_out_target: Path | None = None  #: None: beside the output
     eos: str | None = None  #: a token; None: the tokenizer's own
     no_eos: bool = False
     text_key: str = "text"
@@ -66,9 +90,10 @@ class SlurmOptions:
 class TokenizePlan:
     """Everything that decides which bytes are written."""
 
-    inputs: tuple[Path, ...]  #: files, in the order in which tasks share them out
+    found: Inputs
     input_bytes: int
     target: Path
+    held_out: Path | None  #: folder of the documents that are held out
     tokenizer: Path
     vocab_size: int  #: with added tokens
     token_bytes: int  #: 2 for at most 65536 entries, else 4
@@ -77,6 +102,16 @@ class TokenizePlan:
     eos_from: str  #: who chose it, for people
     tasks: int
     options: TokenizeOptions
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files, in the order in which tasks share them out."""
+        return self.found.files
+
+    def kind_of(self, path: Path) -> str:
+        kind = kind_of(path, self.options.format)
+        assert kind is not None  # others were not found
+        return kind
 
     @property
     def logs(self) -> Path:
@@ -92,7 +127,12 @@ class TokenizePlan:
             "schema": 1,
             "inputs": [str(path) for path in self.inputs],
             "input_bytes": self.input_bytes,
+            "format": self.options.format,
+            "read": dict(self.found.read),
+            "passed_over": dict(self.found.passed_over),
             "target": str(self.target),
+            "hold_out": self.options.hold_out,
+            "hold_out_target": None if self.held_out is None else str(self.held_out),
             "tokenizer": str(self.tokenizer),
             "vocab_size": self.vocab_size,
             "token_bytes": self.token_bytes,
@@ -112,6 +152,8 @@ class TokenizeResult:
     files: tuple[str, ...]
     documents: int
     tokens: int
+    held_out_documents: int
+    held_out_tokens: int
     seconds: float
     warnings: tuple[str, ...]
 
@@ -127,17 +169,20 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
         raise UsageError("--max-tokens-per-file needs shuffling: datatrove splits a file when it writes it shuffled.")
     if options.separator == "":
         raise UsageError("--separator is empty. Expected the text between two documents, such as '\\n\\n\\n'.")
-    files = find_inputs(inputs)
-    if options.separator is not None and "txt" not in {kind_of(path) for path in files}:
+    found = find_inputs(inputs, options.format)
+    files = found.files
+    if options.separator is not None and "txt" not in {kind_of(path, options.format) for path in files}:
         raise UsageError("--separator divides .txt files, and there is none among the inputs.")
+    held_out = _held_out_target(target, options)
     for path in inputs:
         refuse_nested(path, target)
+        if held_out is not None:
+            refuse_nested(path, held_out)
     size = sum(file_size(path) for path in files)
     tasks = options.tasks or max(1, min(len(files), size // TASK_BYTES))
     if tasks > len(files):
         raise UsageError(f"--tasks {tasks}: there are {len(files)} input files, and a task reads whole files.")
-    path = find_tokenizer(options.tokenizer)
-    tokenizer = load_tokenizer(path)
+    path, tokenizer = _tokenizer(options)
     for switch in ("truncation", "padding"):
         # encode_batch obeys them, so documents would be cut, or filled up to the longest of a batch.
         if getattr(tokenizer, switch) is not None:
@@ -145,16 +190,48 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
     eos, eos_from = (None, "--no-eos") if options.no_eos else choose_eos(tokenizer, path, options.eos)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     return TokenizePlan(
-        inputs=tuple(files), input_bytes=size, target=target.absolute(), tokenizer=path, vocab_size=vocab_size,
+        found=found, input_bytes=size, target=target.absolute(), held_out=held_out, tokenizer=path,
+        vocab_size=vocab_size,
         token_bytes=2 if vocab_size <= 65536 else 4, eos_token=eos,
         eos_token_id=None if eos is None else tokenizer.token_to_id(eos), eos_from=eos_from, tasks=tasks,
         options=options,
     )  # fmt: skip
 
 
+def _held_out_target(target: Path, options: TokenizeOptions) -> Path | None:
+    if options.hold_out is None:
+        if options.hold_out_target is not None:
+            raise UsageError("--hold-out-output is for --hold-out, which says the share: --hold-out 0.5%.")
+        return None
+    parse_share(options.hold_out)
+    held_out = (options.hold_out_target or target.with_name(f"{target.name}-held-out")).absolute()
+    refuse_nested(target, held_out)
+    return held_out
+
+
+def _tokenizer(options: TokenizeOptions) -> tuple[Path, Any]:
+    """Where the tokenizer lies, and it. Raises ``UsageError`` where the model has no embedding for all of its ids."""
+    if options.model is None:
+        if options.tokenizer is None:
+            raise UsageError("which tokenizer? Pass --tokenizer T, or --model SRC to take that of a checkpoint.")
+        path = find_tokenizer(options.tokenizer)
+        return path, load_tokenizer(path)
+    if options.tokenizer is not None:
+        raise UsageError("--tokenizer and --model both say which tokenizer. Leave one of them out.")
+    path, rows = tokenizer_of_model(options.model)
+    tokenizer = load_tokenizer(path)
+    if (entries := tokenizer.get_vocab_size(with_added_tokens=True)) > rows:
+        raise UsageError(
+            f"{path} has {entries} entries, but the embedding of {options.model} has {rows} rows.\n"
+            "The model would fail on the ids above. Check that it is this model's; --tokenizer T takes another."
+        )
+    return path, tokenizer
+
+
 def run_local(
-    plan: TokenizePlan, *, workers: int | None = None, overwrite: bool = False, resume: bool = False, show: bool = False
-) -> TokenizeResult:
+    plan: TokenizePlan, *, workers: int | None = None, overwrite: bool = False, resume: bool = False,
+    show: bool = False, bar: Bar = no_bar,
+) -> TokenizeResult:  # fmt: skip
     """Tokenise in processes of this machine. ``show`` lets datatrove's own log through to stderr.
 
     ``resume`` keeps the tasks that are done if the plan is the same one. Raises ``CorruptFile`` for input that cannot
@@ -174,9 +251,12 @@ def run_local(
             _pipeline(plan, folder.partial), tasks=plan.tasks, workers=workers, logging_dir=str(plan.logs / "tokenize")
         )
         # Its workers are started by `python -c`, which would import from the working folder.
-        with safe_children(RAYON_NUM_THREADS=threads), _quiet(console), _input_errors(plan):
+        with (
+            bar("tokenizing", plan.tasks) as advance, _watched(plan.logs, advance),
+            safe_children(RAYON_NUM_THREADS=threads), _quiet(console), _input_errors(plan),
+        ):  # fmt: skip
             executor.run()
-        result = _finish(plan, folder)
+        result = _finish(plan, folder, overwrite=overwrite)
     shutil.rmtree(plan.logs)
     return replace(result, seconds=time.monotonic() - started)
 
@@ -231,7 +311,7 @@ class FinishJob:
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         with _output(self.plan, overwrite=self.overwrite, resume=True) as folder:
-            _finish(self.plan, folder)
+            _finish(self.plan, folder, overwrite=self.overwrite)
 
 
 # --- datatrove -------------------------------------------------------------------------------------------------------
@@ -239,7 +319,7 @@ class FinishJob:
 
 def _require_datatrove(plan: TokenizePlan) -> None:
     needed = ["datatrove", "tokenizers"]
-    for kind in sorted({kind_of(path) or "" for path in plan.inputs}):
+    for kind in sorted({plan.kind_of(path) for path in plan.inputs}):
         needed += KINDS[kind]
     if any(path.name.endswith(".zst") for path in plan.inputs):
         needed.append("zstandard")
@@ -256,7 +336,7 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
 
     steps: list[Any] = []
     for kind in KINDS:
-        files = [path for path in plan.inputs if kind_of(path) == kind]
+        files = [path for path in plan.inputs if plan.kind_of(path) == kind]
         if not files:
             continue
         listing = plan.logs / f"inputs-{kind}.txt"
@@ -267,16 +347,28 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
             reader = JsonlReader if kind == "jsonl" else ParquetReader
             steps.append(reader("/", paths_file=str(listing), text_key=plan.options.text_key, adapter=as_document))
     seed = plan.options.shuffle_seed
-    tokenizer = DocumentTokenizer(
-        str(folder), str(plan.tokenizer), eos_token=plan.eos_token, shuffle_documents=seed is not None, seed=seed,
-        max_tokens_per_file=plan.options.max_tokens_per_file, batch_size=DOCUMENTS_PER_BATCH,
-    )  # fmt: skip
-    if plan.eos_token is None:
-        # Else the tokenizer's own template stays, which may add a BOS to every document (Llama 3's does).
-        tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    return [*steps, tokenizer]
+
+    def tokenizer(target: Path) -> Any:
+        made = DocumentTokenizer(
+            str(target), str(plan.tokenizer), eos_token=plan.eos_token, shuffle_documents=seed is not None, seed=seed,
+            max_tokens_per_file=plan.options.max_tokens_per_file, batch_size=DOCUMENTS_PER_BATCH,
+        )  # fmt: skip
+        if plan.eos_token is None:
+            # Else the tokenizer's own template stays, which may add a BOS to every document (Llama 3's does).
+            made.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        return made
+
+    if plan.options.hold_out is None:
+        return [*steps, tokenizer(folder)]
+    apart = str(plan.logs)
+    return [
+        *steps, HoldOut(folder=apart, share=parse_share(plan.options.hold_out)), tokenizer(folder),
+        HeldOut(folder=apart), tokenizer(folder / _HELD_OUT),
+    ]  # fmt: skip
 
 
+#: In OUTPUT.partial: what is held out, and the same when it was copied to where it appears.
+_HELD_OUT, _HELD_OUT_COPIED = "held-out", "held-out-copied"
 #: How names of files end that a token folder consists of.
 _TOKEN_FILES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
 
@@ -293,41 +385,83 @@ def lost_with_tokens(target: Path) -> str | None:
 def _output(plan: TokenizePlan, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
     """OUTPUT.partial under its lock, with the list of finished tasks that belongs to it."""
     refuse_existing(plan.target, overwrite, lost_with_tokens)
-    begun = plan.target.with_name(plan.target.name + ".partial") / JOURNAL
-    resume = resume and begun.exists()
+    partial = plan.target.with_name(plan.target.name + ".partial")
+    resume = resume and (partial / JOURNAL).exists()
+    if plan.held_out is not None and not (resume and not (partial / _HELD_OUT).exists()):
+        refuse_existing(plan.held_out, overwrite, lost_with_tokens)
     with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with_tokens) as folder:
         if not resume:
             for name in ("tokenize", "finish"):
                 shutil.rmtree(plan.logs / name, ignore_errors=True)
         plan.logs.mkdir(exist_ok=True)
+        if plan.held_out is not None and not resume:
+            (folder.partial / _HELD_OUT).mkdir()
         yield folder
 
 
-def _finish(plan: TokenizePlan, folder: OutputFolder) -> TokenizeResult:
-    """Check what the tasks wrote and give the folder its name."""
-    from smolconv.continual_pretraining.tokens.files import TokenFolder
-
+def _finish(plan: TokenizePlan, folder: OutputFolder, *, overwrite: bool) -> TokenizeResult:
+    """Check what the tasks wrote, and give the folders their names: first to what is held out."""
     done = len(list((plan.logs / "tokenize" / "completions").glob("*")))
     if done < plan.tasks:
         raise BadCheckpoint(f"{plan.target}: {done} of {plan.tasks} tasks are done. See {plan.logs}; then --resume.")
     warnings = _warnings(plan)
-    for path in folder.partial.glob("*.ds"):
-        # A task without documents writes one, and so does a split after the very last document.
-        if path.stat().st_size == 0:
-            for companion in folder.partial.glob(f"{path.name}*"):
-                companion.unlink()
-    names = tuple(sorted(path.name for path in folder.partial.glob("*.ds")))
-    if not names:
+    written = _whole(plan, folder.partial)
+    if written is None:
+        kept = any(path.stat().st_size for path in (folder.partial / _HELD_OUT).glob("*.ds"))
         raise UsageError(
-            f"none of the {len(plan.inputs)} input files has a document with text under {plan.options.text_key!r}."
+            f"none of the {len(plan.inputs)} input files has a document with text under {plan.options.text_key!r}"
+            + (f" beside those that --hold-out {plan.options.hold_out} keeps. Give more text." if kept else ".")
         )
-    written = TokenFolder.open(folder.partial, 1, vocab_size=plan.vocab_size)
-    for path in folder.partial.iterdir():
-        sync_file(path)
+    held_out = None if plan.held_out is None else _publish_held_out(plan, plan.held_out, folder, overwrite=overwrite)
+    if plan.held_out is not None and held_out is None:
+        warnings += (
+            f"0 of {written.documents or 0:,} documents are held out by {plan.options.hold_out}: {plan.held_out} was "
+            "not written. Raise --hold-out, or give more text.",
+        )
     folder.publish()
     return TokenizeResult(
-        files=names, documents=written.documents or 0, tokens=written.tokens, seconds=0.0, warnings=warnings
-    )
+        files=tuple(sorted(file.path.name for file in written.files)), documents=written.documents or 0,
+        tokens=written.tokens, held_out_documents=0 if held_out is None else held_out.documents or 0,
+        held_out_tokens=0 if held_out is None else held_out.tokens, seconds=0.0, warnings=warnings,
+    )  # fmt: skip
+
+
+def _whole(plan: TokenizePlan, folder: Path) -> TokenFolder | None:
+    """A folder's token files, checked and on disk; None where there are no tokens."""
+    for path in folder.glob("*.ds"):
+        # A task without documents writes one, and so does a split after the very last document.
+        if path.stat().st_size == 0:
+            for companion in folder.glob(f"{path.name}*"):
+                companion.unlink()
+    if not any(folder.glob("*.ds")):
+        return None
+    found = TokenFolder.open(folder, 1, vocab_size=plan.vocab_size)
+    for path in folder.iterdir():
+        if path.is_file():
+            sync_file(path)
+    return found
+
+
+def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *, overwrite: bool) -> TokenFolder | None:
+    """What is held out appears under its name; None where nothing is. A kill at any place leaves what --resume needs.
+
+    The folder in OUTPUT.partial says how far an earlier attempt came: while it is there, nothing has appeared.
+    """
+    inner, copied = folder.partial / _HELD_OUT, folder.partial / _HELD_OUT_COPIED
+    first = inner.exists()
+    if first and _whole(plan, inner) is None:
+        shutil.rmtree(inner)
+        return None
+    if first or target.with_name(target.name + ".partial").exists():
+        with OutputFolder(target, plan.digest, resume=not first, overwrite=overwrite, loses=lost_with_tokens) as held:
+            if first:  # copied, not renamed: it may be another disk
+                for path in sorted(inner.iterdir()):
+                    shutil.copyfile(path, held.partial / path.name)
+                    sync_file(held.partial / path.name)
+                inner.rename(copied)
+            held.publish()
+    shutil.rmtree(copied, ignore_errors=True)
+    return TokenFolder.open(target, 1, vocab_size=plan.vocab_size) if target.is_dir() else None
 
 
 def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
@@ -349,9 +483,33 @@ def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
 
 
 @contextmanager
+def _watched(logs: Path, advance: Callable[[int], None]) -> Iterator[None]:
+    """Tell of each task that is done, from a thread: datatrove's processes say so by a file."""
+    done, ended = logs / "tokenize" / "completions", threading.Event()
+
+    def watch() -> None:
+        told, last = 0, False
+        while not last:
+            last = ended.wait(0.25)
+            with suppress(OSError):
+                found = len(os.listdir(done))
+                advance(found - told)
+                told = found
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def _input_errors(plan: TokenizePlan) -> Iterator[None]:
     """What a broken file makes the readers raise."""
-    unreadable = [EOFError, ValueError, zlib.error, gzip.BadGzipFile]  # ValueError: also JSON's and Arrow's
+    # ValueError: also JSON's and Arrow's.
+    unreadable = [EOFError, ValueError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile]
     if "zstandard" in sys.modules:
         unreadable.append(sys.modules["zstandard"].ZstdError)
     try:

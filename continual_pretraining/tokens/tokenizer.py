@@ -7,8 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError
+from smolconv.errors import MachineError, MissingFile, NotInstalled, UsageError, pip_install
+from smolconv.hub.download import open_source
+from smolconv.layouts.assets import tokenizer_warnings
+from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.listing import newest_step
+from smolconv.layouts.registry import read_checkpoint
 from smolconv.parsing import read_tokenizer
 
 
@@ -28,7 +32,8 @@ def find_tokenizer(name: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise NotInstalled(f'fetching {name} needs huggingface_hub. Install it: pip install "smolconv[hub]"') from None
+        needed = "huggingface_hub"
+        raise NotInstalled(f"fetching {name} needs {needed}. Install it: {pip_install([needed])}") from None
     repo = name.removeprefix("hf://")
     try:
         path = Path(hf_hub_download(repo, "tokenizer.json"))
@@ -42,6 +47,23 @@ def find_tokenizer(name: str) -> Path:
     return path
 
 
+def tokenizer_of_model(source: str) -> tuple[Path, int]:
+    """The tokenizer.json beside a checkpoint of any layout, or of one on the Hub; and its embedding's rows.
+
+    Raises ``MissingFile`` where none lies there, with the name that a nanotron run gives; and what reading a checkpoint
+    raises.
+    """
+    checkpoint = read_checkpoint(open_source(source, headers_only=True, optimizer=False), ReadOptions(optimizer=False))
+    path = checkpoint.assets.get("tokenizer.json")
+    if path is None:
+        _, said = tokenizer_warnings(checkpoint, needed=True)
+        raise MissingFile(
+            f"--model {source} holds no tokenizer.json of the tokenizers library.\n"
+            f"{''.join(f'{each[0].upper()}{each[1:]}' for each in said[:1]) or 'Give one with --tokenizer.'}"
+        )
+    return path.absolute(), checkpoint.spec.vocab_size
+
+
 def load_tokenizer(path: Path) -> Any:
     """Raises ``CorruptFile``, and ``NotInstalled`` without the tokenizers library."""
     try:
@@ -51,4 +73,4 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def tokenizing_needs(missing: list[str]) -> NotInstalled:
-    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: pip install 'smolconv[data]'")
+    return NotInstalled(f"tokenising this needs {', '.join(missing)}. Install it: {pip_install(missing)}")

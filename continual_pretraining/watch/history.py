@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU
+from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.watch.lines import (
     CURVES,
     EVENTS,
@@ -24,11 +29,17 @@ from smolconv.continual_pretraining.watch.lines import (
     metrics_line,
     visible,
 )
-from smolconv.errors import CorruptFile, MissingFile
+from smolconv.errors import CorruptFile, MissingFile, SmolconvError
 from smolconv.files import open_file, reading
+from smolconv.layouts.documents import is_number
 
 T = TypeVar("T")
 _MOST_BINS = 1000
+#: Names of sources that have a curve; what comes after them has one together.
+_MOST_SOURCES, OTHERS = 16, "others"
+#: Of one kind, the last ones. Any other kind counts as a note.
+MOST_EVENTS = 200
+KINDS = ("started", "resumed", "spike", "note", "evaluation", "saved", "save_failed", "stopped", "finished")
 
 
 class Point(NamedTuple):
@@ -56,6 +67,7 @@ class Curve:
     def __init__(self) -> None:
         self._width = 1  #: steps of a bin
         self._bins: dict[int, _Bin] = {}
+        self._gaps: set[int] = set()  #: bins of steps without a value
 
     def __bool__(self) -> bool:
         return bool(self._bins)
@@ -70,8 +82,21 @@ class Curve:
                 each.high = Point(step, value)
             return
         self._bins[step // self._width] = _Bin(Point(step, value), Point(step, value), value, 1)
-        while len(self._bins) > _MOST_BINS:
+        self._widen()
+
+    def skip(self, step: int) -> None:
+        """A step that has no value: the curve is broken there, unless its bin has values of others."""
+        self._gaps.add(step // self._width)
+        self._widen()
+
+    def gaps(self) -> list[int]:
+        """A step of each, in order."""
+        return [index * self._width for index in sorted(self._gaps - self._bins.keys())]
+
+    def _widen(self) -> None:
+        while len(self._bins) > _MOST_BINS or len(self._gaps) > _MOST_BINS:
             self._width *= 2
+            self._gaps = {index // 2 for index in self._gaps}
             bins, self._bins = self._bins, {}
             for index, each in bins.items():
                 self._put(index // 2, each)
@@ -113,9 +138,16 @@ class RunHistory:
     first: MetricsLine
     last: MetricsLine
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in CURVES})
+    #: By the names of ``curves``: what a run is estimated at before it starts.
+    expected: dict[str, Curve] = field(default_factory=lambda: {"tokens_per_second": Curve(), "mfu": Curve()})
+    mixture: dict[str, Curve] = field(default_factory=dict)  #: by source, its share of a step's tokens
     evaluations: dict[str, Curve] = field(default_factory=dict)  #: by source
     stages: list[tuple[int, str]] = field(default_factory=list)  #: first step and name
-    marks: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: {"spike": [], "resume": []})
+    events: dict[str, deque[EventLine]] = field(
+        default_factory=lambda: {kind: deque(maxlen=MOST_EVENTS) for kind in KINDS}
+    )
+    event_count: int = 0
+    recipe: Recipe | None = None  #: None: there is none that can be read
     seconds: float = 0.0  #: of all steps
 
 
@@ -136,6 +168,8 @@ def read_run(folder: Path, name: str | None = None) -> RunHistory:
     if os.path.lexists(folder / EVENTS):
         for event in _read_lines(folder / EVENTS, event_line):
             _add_event(run, event)
+    with suppress(SmolconvError):  # an older version's, or none: the curves are what is asked for
+        run.recipe = load_recipe(folder / RECIPE)
     return run
 
 
@@ -158,17 +192,42 @@ def _read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
 
 
 def _add_step(run: RunHistory, line: MetricsLine) -> None:
-    for name, value in line.values.items():
-        run.curves[name].add(line.step, value)
+    for name, curve in run.curves.items():
+        if name in line.values:
+            curve.add(line.step, line.values[name])
+        else:
+            curve.skip(line.step)
     if not run.stages or run.stages[-1][1] != line.stage:
         run.stages.append((line.step, line.stage))
     run.seconds += line.seconds or 0.0
+    speed, mfu = line.values.get("tokens_per_second"), line.values.get("mfu")
+    # Their ratio is the peak over what a token takes, by the formula of the estimate: 6N.
+    if speed and mfu and is_number(expected := ASSUMED_MFU * speed / mfu):
+        run.expected["tokens_per_second"].add(line.step, expected)
+        run.expected["mfu"].add(line.step, ASSUMED_MFU)
+    _add_shares(run, line)
     run.last = line
 
 
+def _add_shares(run: RunHistory, line: MetricsLine) -> None:
+    """What the step took of each source: the counts of two lines, or of a run's first step."""
+    before = {} if line is run.first and line.step == 1 else run.last.sources
+    taken = {name: count - before.get(name, 0) for name, count in line.sources.items()}
+    total = sum(taken.values())
+    if total <= 0 or min(taken.values()) < 0:
+        return
+    shares: dict[str, int] = {}
+    for name, count in taken.items():
+        known = name if name in run.mixture or len(run.mixture) + len(shares) < _MOST_SOURCES else OTHERS
+        shares[known] = shares.get(known, 0) + count
+    for name, count in shares.items():
+        run.mixture.setdefault(name, Curve()).add(line.step, count / total)
+
+
 def _add_event(run: RunHistory, line: EventLine) -> None:
-    mark = "resume" if line.kind == "resumed" else line.kind  # early versions wrote "resume"
-    if mark in run.marks:
-        run.marks[mark].append((line.step, line.text))
+    kind = "resumed" if line.kind == "resume" else line.kind  # early versions wrote "resume"
+    run.events[kind if kind in run.events else "note"].append(line)
+    run.event_count += 1
     for source, loss in line.losses.items():
-        run.evaluations.setdefault(source, Curve()).add(line.step, loss)
+        known = source if source in run.evaluations or len(run.evaluations) < _MOST_SOURCES else OTHERS
+        run.evaluations.setdefault(known, Curve()).add(line.step, loss)

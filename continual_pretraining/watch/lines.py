@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from smolconv.errors import counted
 from smolconv.layouts.documents import is_count, is_number
 from smolconv.parsing import parse_json
 
@@ -32,6 +33,7 @@ class MetricsLine:
     values: Mapping[str, float]  #: by the names of ``CURVES``; none where it was not finite or not known
     seconds: float | None
     tokens: int | None  #: of the run so far
+    sources: Mapping[str, int]  #: the same by source
     time: float | None  #: when the step was over, in seconds since the epoch; early versions wrote none
 
 
@@ -41,7 +43,9 @@ class EventLine:
 
     step: int
     kind: str
+    time: str | None  #: a ``timestamp()``; early versions wrote none
     text: str
+    by: str  #: of a start: who began it, as "8 ranks on node-a by slurm"
     losses: Mapping[str, float]  #: of an evaluation, by source; none where it was not finite
 
 
@@ -64,12 +68,14 @@ def metrics_line(data: bytes) -> MetricsLine:
     """Raises ``ValueError`` that says what was found and expected."""
     found = _object(data)
     values = {name: _take(found, name, "a number", is_number) for name in CURVES}
+    sources = _take(found, "sources", "an object", _is_object) or {}
     return MetricsLine(
         step=_take(found, "step", "a step", _is_step, needed=True),
         stage=visible(_take(found, "stage", "text", _is_text) or ""),
         values={name: value for name, value in values.items() if value is not None},
         seconds=_take(found, "seconds", "a number from 0 on", lambda value: is_number(value) and value >= 0),
         tokens=_take(found, "tokens", "a count", is_count),
+        sources={visible(name): _take(sources, name, "a count", is_count, needed=True) for name in sources},
         time=None if (time := _take(found, "time", "a time", is_timestamp)) is None else seconds_of(time),
     )
 
@@ -77,12 +83,17 @@ def metrics_line(data: bytes) -> MetricsLine:
 def event_line(data: bytes) -> EventLine:
     """As ``metrics_line``."""
     found = _object(data)
-    losses = _take(found, "losses", "an object", lambda value: isinstance(value, dict)) or {}
+    losses = _take(found, "losses", "an object", _is_object) or {}
+    ranks = _take(found, "ranks", "a count", is_count)
+    said = {word: _take(found, name, "text", _is_text) for word, name in (("on", "host"), ("by", "launcher"))}
+    by = [] if ranks is None else [counted(ranks, "rank"), *(f"{word} {name}" for word, name in said.items() if name)]
     named = {visible(source): _take(losses, source, "a number", is_number) for source in losses}
     return EventLine(
         step=_take(found, "step", "a step", _is_step, needed=True),
-        kind=_take(found, "kind", "text", _is_text) or "",
+        kind=visible(_take(found, "kind", "text", _is_text) or ""),
+        time=_take(found, "time", "a time", is_timestamp),
         text=visible(_take(found, "text", "text", _is_text) or ""),
+        by=visible(" ".join(by)),
         losses={source: loss for source, loss in named.items() if loss is not None},
     )
 
@@ -139,6 +150,10 @@ def is_timestamp(value: object) -> bool:
         return isinstance(value, str) and seconds_of(value) >= 0
     except (ValueError, OverflowError):
         return False
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _is_text(value: object) -> bool:

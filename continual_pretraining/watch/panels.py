@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
+from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU
+from smolconv.continual_pretraining.recipe.schedules import Schedule, learning_rate, turning_steps
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.watch.history import Point, RunHistory
 from smolconv.drawing import multiples, round_step
 
-#: Marks of one kind in a picture, and columns that say their values when pointed at.
+#: Stages in a picture, and columns that say their values when pointed at.
 MOST_MARKS, _MOST_COLUMNS = 200, 200
+#: Of an event: its name, how it is drawn at its step, and beside its name.
+_MARKS = (
+    ("resumed", "resumed", "M{x} {top}v{tall}", "M0 -4h16"),
+    ("spike", "spike", "M{x} {top}l-4 -7h8z", "M8 0l-4 -7h8z"),
+    ("saved", "saved", "M{x} {bottom}v-8", "M8 2v-10"),
+    ("save_failed", "not saved", "M{x} {bottom}l-4 7h8z", "M8 -7l-4 7h8z"),
+)
+_EXPECTED = "#8a93a6"
 _COLOURS = ("#2463d6", "#c77700", "#187a43", "#a02fb0", "#c0262d", "#0d8a96", "#6b5bd2", "#7a6a00")
 
 WIDE, HEIGHT = 1140, 300
@@ -35,6 +47,7 @@ class _Line(NamedTuple):
     colour: str
     points: Sequence[Point]
     css: str = ""
+    gaps: Sequence[int] = ()  #: steps that it does not cross
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +84,99 @@ class _Scale:
 
 def panels(runs: Sequence[RunHistory]) -> list[Panel]:
     """Loss first, then what else the runs tell, in reading order."""
-    first = min(run.first.step for run in runs)
-    steps = (first, max(first + 1, *(run.last.step for run in runs)))
-    many = len(runs) > 1
-    made = [_panel("Loss", "nats per token", WIDE, steps, _loss_lines(runs), runs, log=True)]
-    for title, note, name, log, zero in (
-        ("Learning rate", "", "lr", False, True),
-        ("Gradient norm", "before clipping", "grad_norm", True, True),
-        ("Throughput", "tokens/s", "tokens_per_second", False, True),
-        ("MFU", "share of the peak", "mfu", False, True),
+    steps, many, half = _steps(runs), len(runs) > 1, (WIDE - 20) // 2
+    made = []
+    for title, note, name, width, log, zero in (
+        ("Loss", "nats per token", "loss", WIDE, True, False),
+        ("Learning rate", "", "lr", half, False, True),
+        ("Gradient norm", "before clipping", "grad_norm", half, True, True),
+        ("Throughput", "tokens/s", "tokens_per_second", half, False, True),
+        ("MFU", "share of the peak", "mfu", half, False, True),
     ):
-        drawn = [(run, colour) for run, colour in zip(runs, itertools.cycle(_COLOURS)) if run.curves[name]]
-        lines = []
-        for run, colour in drawn:
-            smoothed = run.curves[name].smoothed() if name != "lr" else []
-            lines += [_Line(run.name if many else title, colour, run.curves[name].points(), "raw" if smoothed else "")]
-            lines += [_Line("", colour, smoothed)] if smoothed else []
-        if lines:
-            made.append(_panel(title, note, (WIDE - 20) // 2, steps, lines, runs, log=log, zero=zero, legend=many))
+        lines = [line for run, colour in _coloured(runs) for line in _lines(run, name, colour, steps, many=many)]
+        if lines or name == "loss":
+            made.append(_panel(title, note, width, steps, lines, runs, log=log, zero=zero))
+    held_out = [
+        _Line(f"{run.name}, {source}" if many else source, colour if many else other, curve.points(), "dots")
+        for run, colour in _coloured(runs)
+        for (source, curve), other in zip(run.evaluations.items(), itertools.cycle(_COLOURS))
+    ]
+    if held_out:
+        made.append(_panel("Evaluation", "nats per token, held out", half, steps, held_out, runs, log=True))
+    if not many and (shares := _mixture(runs[0], steps)):
+        made.append(_panel("Mixture", "share of a step's tokens", half, steps, shares, runs, zero=True))
     return made
 
 
-def _loss_lines(runs: Sequence[RunHistory]) -> list[_Line]:
-    many, lines = len(runs) > 1, []
-    for run, colour in zip(runs, itertools.cycle(_COLOURS)):
-        smoothed, raw = run.curves["loss"].smoothed(), run.curves["loss"].points()
-        named = run.name if many else "loss"
-        lines.append(_Line("" if smoothed else named, colour, raw, "raw" if smoothed else ""))
-        lines.append(_Line(named if many else "smoothed", colour, smoothed))
-        for i, (source, curve) in enumerate(run.evaluations.items()):
-            said = f"{f'{run.name}, ' * many}evaluation: {source}"
-            lines.append(_Line(said, colour if many else _COLOURS[1 + i % (len(_COLOURS) - 1)], curve.points(), "dots"))
-    return [line for line in lines if line.points]
+def _steps(runs: Sequence[RunHistory]) -> tuple[int, int]:
+    """All that is drawn, from the step before the first: a run's first evaluation stands there."""
+    ends = [
+        point.step
+        for run in runs
+        for curve in (*run.curves.values(), *run.evaluations.values())
+        for point in curve.points()
+    ]
+    first = min(*ends, *(max(0, run.first.step - 1) for run in runs))
+    return first, max(first + 1, *ends, *(run.last.step for run in runs))
+
+
+def _coloured(runs: Sequence[RunHistory]) -> Iterator[tuple[RunHistory, str]]:
+    return zip(runs, itertools.cycle(_COLOURS))
+
+
+def _lines(run: RunHistory, name: str, colour: str, steps: tuple[int, int], *, many: bool) -> list[_Line]:
+    raw, smoothed = run.curves[name].points(), run.curves[name].smoothed() if name != "lr" else []
+    gaps = run.curves[name].gaps()
+    if name == "lr":
+        said, expected = "recipe", [] if run.recipe is None else _rates(run.recipe.schedule, steps)
+    else:
+        said, expected = (
+            f"estimate, MFU of {ASSUMED_MFU:.0%}",
+            run.expected[name].means() if name in run.expected else [],
+        )
+    lines = [
+        _Line(said, _EXPECTED, [] if many else expected, "expected"),
+        _Line(run.name if many and not smoothed else "", colour, raw, "raw" if smoothed else "", gaps),
+        _Line(run.name if many else "smoothed", colour, smoothed, "", gaps),
+    ]
+    return [line for line in lines if line.points] if raw else []
+
+
+def _rates(schedule: Schedule, steps: tuple[int, int]) -> list[Point]:
+    first, last = max(1, steps[0]), min(steps[1], schedule.train_steps)
+    even = range(first, last + 1, max(1, (last - first) // 200))
+    turns = [step for step in sorted(turning_steps(schedule))[:MOST_MARKS] if first <= step <= last]
+    return [Point(step, learning_rate(schedule, step - 1)) for step in sorted({*even, *turns})]
+
+
+def _mixture(run: RunHistory, steps: tuple[int, int]) -> list[_Line]:
+    """What each source gave, over what the recipe weighs it with."""
+    lines = []
+    for (name, curve), colour in zip(run.mixture.items(), itertools.cycle(_COLOURS)):
+        planned = _weights(run.recipe, name, steps) if run.recipe is not None else []
+        smoothed = curve.smoothed()
+        lines += [
+            _Line("", colour, planned, "expected"),
+            _Line("" if smoothed else name, colour, curve.points(), "raw" if smoothed else ""),
+            _Line(name, colour, smoothed),
+        ]
+    lines = [line for line in lines if line.points]
+    key = [_Line("recipe", _EXPECTED, [], "expected")]
+    return lines + key if any(line.css == "expected" for line in lines) else lines
+
+
+def _weights(recipe: Recipe, name: str, steps: tuple[int, int]) -> list[Point]:
+    stages, points = recipe.data.stages[:MOST_MARKS], []
+    for stage, end in zip(stages, [*(each.start_step - 1 for each in stages[1:]), recipe.schedule.train_steps]):
+        first, last = max(stage.start_step, steps[0]), min(end, steps[1])
+        share = dict(zip(stage.names, stage.weights)).get(name, 0.0)
+        points += [Point(first, share), Point(last, share)] if first <= last else []
+    return points
 
 
 def _panel(
     title: str, note: str, width: int, steps: tuple[int, int], lines: Sequence[_Line], runs: Sequence[RunHistory],
-    *, log: bool = False, zero: bool = False, legend: bool = True,
+    *, log: bool = False, zero: bool = False,
 ) -> Panel:  # fmt: skip
     """A plot over steps with its title, axes and, for one run, its marks."""
     inner, tall = width - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
@@ -134,26 +203,28 @@ def _panel(
             )
     said.append(f'<text x="{_LEFT + inner / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     if len(runs) == 1:
-        said.append(_marks(runs[0], x, tall, named=width == WIDE))
-    for line in lines:
-        said.append(_drawn(line, x, y))
-    said.append(_columns(lines, x, tall))
-    if legend:
-        said.append(_key(lines))
+        said.append(_marks(runs[0], steps, x, tall, named=width == WIDE))
+    said += [_drawn(line, x, y) for line in lines if line.points]
+    said += [_columns(next((line.points for line in lines if line.css != "expected"), []), x, tall), _key(lines)]
     return Panel(title, width, "".join(said))
 
 
 def _drawn(line: _Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    at = [f"{x(point.step):.1f} {y(point.value):.1f}" for point in line.points]
-    # A line of no length shows as a dot, by its round ends: also a curve of one step.
-    dots = "".join(f"M{each}h0" for each in at) if line.css == "dots" or len(at) == 1 else ""
-    path = "" if len(at) == 1 else "M" + "L".join(at)
-    thin = f'<path class="line thin" stroke="{line.colour}" d="{path}"/>' if line.css == "dots" and path else ""
-    shape = dots or path
-    return f'{thin}<path class="line {"dots" if dots else line.css}" stroke="{line.colour}" d="{shape}"/>'
+    # A line of no length shows as a dot, by its round ends: so does a point between two gaps.
+    path, dots, passed = [], [], -1
+    for point in line.points:
+        at = f"{x(point.step):.1f} {y(point.value):.1f}"
+        now = bisect(line.gaps, point.step)
+        path.append(f"L{at}" if now == passed else f"M{at}h0")
+        dots.append(f"M{at}h0")
+        passed = now
+    lines = [("thin", path), ("dots", dots)] if line.css == "dots" else [(line.css, path)]
+    return "".join(f'<path class="line {css}" stroke="{line.colour}" d="{"".join(at)}"/>' for css, at in lines)
 
 
-def _marks(run: RunHistory, x: Callable[[float], float], tall: int, *, named: bool) -> str:
+def _marks(
+    run: RunHistory, steps: tuple[int, int], x: Callable[[float], float], tall: int, *, named: bool
+) -> str:  # fmt: skip
     said, right = [], 0.0
     for i, (step, stage) in enumerate(run.stages[:MOST_MARKS]):
         if i:
@@ -161,18 +232,18 @@ def _marks(run: RunHistory, x: Callable[[float], float], tall: int, *, named: bo
         if named and len(run.stages) > 1 and x(step) >= right:
             said.append(f'<text class="stage" x="{x(step) + 4:.1f}" y="{_TOP + 12}">{escape(stage)}</text>')
             right = x(step) + 8 + 7 * len(stage)
-    for step, text in run.marks["resume"][:MOST_MARKS]:
-        title = f"<title>step {step:,}: {escape(text)}</title>"
-        said.append(f'<path class="resume" d="M{x(step):.1f} {_TOP}v{tall}">{title}</path>')
-    for step, text in run.marks["spike"][:MOST_MARKS]:
-        title = f"<title>step {step:,}: {escape(text)}</title>"
-        said.append(f'<path class="spike" d="M{x(step):.1f} {_TOP}l-4 -7h8z">{title}</path>')
-    if named:
-        shown = (("resume", "resumed", "M0 -4h16"), ("spike", "spike", "M8 0l-4 -7h8z"))
-        keys = [(css, name, shape) for css, name, shape in shown if run.marks[css]]
-        for i, (css, name, shape) in enumerate(keys):
-            place = f"translate({WIDE - 90 * (len(keys) - i)} 16)"
-            said.append(f'<g transform="{place}"><path class="{css}" d="{shape}"/><text x="22">{name}</text></g>')
+    keys = [mark for mark in _MARKS if run.events[mark[0]]]
+    for i, (kind, name, shape, key) in enumerate(keys):
+        for event in run.events[kind]:
+            if steps[0] <= event.step <= steps[1]:
+                title = f"<title>step {event.step:,}: {escape(event.text)}</title>"
+                place = shape.format(x=f"{x(event.step):.1f}", top=_TOP, tall=tall, bottom=_TOP + tall)
+                said.append(f'<path class="{kind}" d="{place}">{title}</path>')
+        if named:
+            said.append(
+                f'<g transform="translate({WIDE - 100 * (len(keys) - i)} 16)"><path class="{kind}" d="{key}"/>'
+                f'<text x="22">{name}</text></g>'
+            )
     return "".join(said)
 
 
@@ -180,7 +251,7 @@ def _key(lines: Sequence[_Line]) -> str:
     said, at = [], 0.0
     for line in lines:
         if line.title:
-            css, shape = ("dots", "M8 0h0") if line.css == "dots" else ("", "M0 0h16")
+            css, shape = line.css.replace("raw", ""), "M8 0h0" if line.css == "dots" else "M0 0h16"
             said.append(
                 f'<g transform="translate({at:.0f} 36)"><path class="line {css}" stroke="{line.colour}" d="{shape}"/>'
                 f'<text x="22" y="4">{escape(line.title)}</text></g>'
@@ -189,9 +260,8 @@ def _key(lines: Sequence[_Line]) -> str:
     return "".join(said)
 
 
-def _columns(lines: Sequence[_Line], x: Callable[[float], float], tall: int) -> str:
-    """Invisible columns of the first line that say its values when pointed at."""
-    points = lines[0].points if lines else []
+def _columns(points: Sequence[Point], x: Callable[[float], float], tall: int) -> str:
+    """Invisible columns that say the values of points when pointed at."""
     size = math.ceil(len(points) / _MOST_COLUMNS) or 1
     said = []
     for i in range(0, len(points), size):
@@ -218,10 +288,12 @@ text{fill:#5c667a;font-size:12px}.title{fill:#1b2230;font-size:15px;font-weight:
 font-weight:600}.page{fill:#fff}.grid{stroke:#dfe3ea;fill:none}.line{fill:none;stroke-width:1.8;stroke-linejoin:round;
 stroke-linecap:round}.raw{opacity:.3;stroke-width:1}.thin{stroke-width:1;opacity:.6}.dots{stroke-width:6}
 .stage{stroke:#8a93a6;stroke-dasharray:5 4;fill:none}text.stage{stroke:none;fill:#5c667a;font-weight:600}
-.resume{stroke:#187a43;stroke-width:1.4;stroke-dasharray:2 3;fill:none}.spike{fill:#c0262d}.hit{fill:#888;opacity:0}
+.expected{stroke-width:1.4;stroke-dasharray:6 4;opacity:.8}
+.resumed{stroke:#187a43;stroke-width:1.4;stroke-dasharray:2 3;fill:none}
+.spike,.save_failed{fill:#c0262d}.saved{stroke:#2463d6;stroke-width:1.6}.hit{fill:#888;opacity:0}
 .hit:hover{opacity:.3}
 """
 DARK = """
 @media(prefers-color-scheme:dark){text,text.stage,.note{fill:#9aa4b6}.title,.head{fill:#e7eaf0}.page{fill:#1b2029}
-.grid{stroke:#323a48}.line{filter:brightness(1.45)}.spike{fill:#ff7d7d}.resume{stroke:#56c98a}}
+.grid{stroke:#323a48}.line{filter:brightness(1.45)}.spike,.save_failed{fill:#ff7d7d}.saved{stroke:#7da7ff}.resumed{stroke:#56c98a}}
 """

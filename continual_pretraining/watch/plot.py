@@ -1,22 +1,28 @@
-"""A picture of one run or several: a page, an SVG, or a PNG. A page has no scripts and refers to nothing outside."""
+"""A picture of one run or several: a page, SVG, PNG or PDF. A page has no scripts and refers to nothing outside."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from smolconv import __version__
+from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU
 from smolconv.continual_pretraining.watch.history import RunHistory, read_run
-from smolconv.continual_pretraining.watch.panels import DARK, DRAWING, HEIGHT, MOST_MARKS, WIDE, panels
+from smolconv.continual_pretraining.watch.panels import DARK, DRAWING, HEIGHT, WIDE, panels
 from smolconv.errors import NotInstalled, UsageError
 from smolconv.storage.atomic import appearing_whole
 
-SUFFIXES = (".html", ".svg", ".png")
+#: What draws an SVG as others, and how: a PNG with two pixels for one.
+_WRITERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {".png": ("svg2png", {"scale": 2}), ".pdf": ("svg2pdf", {})}
+SUFFIXES = (".html", ".svg", *_WRITERS)
 _MOST_SECONDS = 1e12  #: that Python can say as days
+#: Facts that stand below an SVG; a page has them all.
+_SHORT = ("steps", "tokens", "last checkpoint", "loss", "time of steps")
 _LEGEND = (
     "Every point is drawn up to 1,000 steps; beyond, the lowest and the highest of each bin. "
     "Bold: the mean of a fiftieth of the run to either side."
@@ -27,28 +33,29 @@ def write_plot(folders: Sequence[Path], out: Path) -> None:
     """Draw the runs into ``out``, by its suffix. It appears whole, or not at all."""
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: a picture is written as {', '.join(SUFFIXES)}, by the suffix of its name.")
-    to_png = _png_writer() if out.suffix == ".png" else None
+    convert = _converter(out.suffix) if out.suffix in _WRITERS else None
     names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     alone = len(set(names)) == len(names)
     runs = [read_run(folder, name if alone else str(folder)) for folder, name in zip(folders, names)]
-    drawn = render_html(runs) if out.suffix == ".html" else render_svg(runs, dark=to_png is None)
-    data = drawn.encode() if to_png is None else to_png(drawn)
+    drawn = render_html(runs) if out.suffix == ".html" else render_svg(runs, dark=convert is None)
+    data = drawn.encode() if convert is None else convert(drawn)
     out.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(out) as part:
         part.write_bytes(data)
 
 
-def _png_writer() -> Callable[[str], bytes]:
+def _converter(suffix: str) -> Callable[[str], bytes]:
     try:
         cairosvg = importlib.import_module("cairosvg")
     except (ImportError, OSError) as error:  # OSError: the package is there, the cairo library is not
         raise NotInstalled(
-            f"a .png is drawn by cairosvg, which cannot be used here: {str(error).partition(chr(10))[0]}\n"
+            f"a {suffix} is drawn by cairosvg, which cannot be used here: {str(error).partition(chr(10))[0]}\n"
             "Write .html or .svg, which need nothing, or: pip install cairosvg"
         ) from None
 
     def write(svg: str) -> bytes:
-        found: bytes = cairosvg.svg2png(bytestring=svg.encode(), scale=2)
+        name, options = _WRITERS[suffix]
+        found: bytes = getattr(cairosvg, name)(bytestring=svg.encode(), **options)
         return found
 
     return write
@@ -62,16 +69,14 @@ def render_html(runs: Sequence[RunHistory]) -> str:
         f'viewBox="0 0 {panel.width} {HEIGHT}">{panel.drawn}</svg></div>'
         for panel in panels(runs)
     )
-    facts = "".join(f"<li><b>{escape(run.name)}</b> {escape(_facts(run))}</li>" for run in runs)
-    notes = "".join(f"<li>{escape(note)}</li>" for run in runs for note in _notes(run, many=len(runs) > 1))
-    said = f"<section><h2>Events</h2><ul>{notes}</ul></section>" if notes else ""
+    events = "".join(_events(run, named=len(runs) > 1) for run in runs)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
         f'content="light dark">\n<title>{title} · smolconv plot</title>\n'
         f"<style>{_PAGE}{DRAWING}{DARK}</style></head>\n"
-        f"<body><main><h1>{title}</h1><ul class=facts>{facts}</ul>\n<div class=panels>{figures}</div>{said}"
+        f"<body><main><h1>{title}</h1>{_facts_table(runs)}\n<div class=panels>{figures}</div>{events}"
         f"<p><small>smolconv {__version__}. {_LEGEND}</small></p></main></body></html>\n"
     )
 
@@ -88,8 +93,9 @@ def render_svg(runs: Sequence[RunHistory], *, dark: bool = True) -> str:
             x, y = 0, y + HEIGHT + 20
     height = y + (HEIGHT + 20 if x else 0) + 20 * len(runs)
     facts = "".join(
-        f'<text x="20" y="{height - 20 * (len(runs) - i) + 4}">{escape(run.name)}: {escape(_facts(run))}</text>'
+        f'<text x="20" y="{height - 20 * (len(runs) - i) + 4}">{escape(run.name)}: {escape(said)}</text>'
         for i, run in enumerate(runs)
+        for said in [", ".join(f"{label} {value}" for label, value in _facts(run).items() if label in _SHORT)]
     )
     width = WIDE + 40
     title = escape(", ".join(run.name for run in runs))
@@ -101,36 +107,74 @@ def render_svg(runs: Sequence[RunHistory], *, dark: bool = True) -> str:
     )
 
 
-def _facts(run: RunHistory) -> str:
+def _facts(run: RunHistory) -> dict[str, str]:
     first, last = run.first.step, run.last.step
-    said = [f"steps {first:,} to {last:,}" if first < last else f"step {last:,}"]
-    if means := run.curves["loss"].means():
-        said.append(f"loss {means[0].value:.4f} to {means[-1].value:.4f}")
+    recipe, of = run.recipe, "" if run.recipe is None else f" of {run.recipe.schedule.train_steps:,}"
+    said = {"name": run.name}
+    if recipe is not None:
+        said |= {"recipe": recipe.name, "source": recipe.model.source}
+    said["steps"] = f"{f'{first:,} to ' * (first < last)}{last:,}{of}"
     if run.last.tokens is not None:
-        said.append(f"{run.last.tokens:,} tokens")
+        said["tokens"] = f"{run.last.tokens:,}"
+    if by := [event.by for kind in ("started", "resumed") for event in run.events[kind] if event.by]:
+        said["trained by"] = by[-1]
+    if saved := run.events["saved"]:
+        said["last checkpoint"] = f"step {saved[-1].step:,}{_when(saved[-1].time)}"
+    if means := run.curves["loss"].means():
+        said["loss"] = f"{means[0].value:.4f} to {means[-1].value:.4f}"
     for name, curve in run.evaluations.items():
-        said.append(f"{name} {curve.means()[-1].value:.4f}")
-    return ", ".join([*said, f"{timedelta(seconds=round(min(run.seconds, _MOST_SECONDS)))} of training"])
+        said[f"evaluation: {name}"] = f"{curve.means()[0].value:.4f} to {curve.means()[-1].value:.4f}"
+    if speeds := run.curves["tokens_per_second"].means():
+        expected = run.expected["tokens_per_second"].means()
+        beside = f"; {expected[-1].value:,.0f} estimated for an MFU of {ASSUMED_MFU:.0%}" if expected else ""
+        said["tokens/s"] = f"{speeds[-1].value:,.0f}{beside}"
+    return said | {"time of steps": str(timedelta(seconds=round(min(run.seconds, _MOST_SECONDS))))}
 
 
-def _notes(run: RunHistory, *, many: bool) -> list[str]:
-    marks = sorted(mark for each in run.marks.values() for mark in each)
-    said = [f"{f'{run.name}, ' * many}step {step:,}: {text}" for step, text in marks[:MOST_MARKS]]
-    return said + [f"and {len(marks) - MOST_MARKS:,} more in events.jsonl"] * (len(marks) > MOST_MARKS)
+def _facts_table(runs: Sequence[RunHistory]) -> str:
+    """A column for each run."""
+    facts = [_facts(run) for run in runs]
+    rows = []
+    for label in dict.fromkeys(label for each in facts for label in each):
+        cells = "".join(f"<td>{escape(each.get(label, ''))}</td>" for each in facts)
+        rows.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")
+    return f"<section class=facts><table>{''.join(rows)}</table></section>"
+
+
+def _events(run: RunHistory, *, named: bool) -> str:
+    kept = sorted((event for each in run.events.values() for event in each), key=lambda event: event.step)
+    if not kept:
+        return ""
+    rows = "".join(
+        f"<tr><td>{event.step:,}</td><td>{_when(event.time)}</td><td>{escape(event.kind)}</td>"
+        f"<td>{escape(event.text)}</td></tr>"
+        for event in kept
+    )
+    left = f"<p><small>{run.event_count - len(kept):,} earlier ones are in events.jsonl.</small></p>"
+    return (
+        f"<section><h2>Events{f' of {escape(run.name)}' * named}</h2>{left * (run.event_count > len(kept))}"
+        f"<div class=events><table><tr><th>step</th><th>time (UTC)</th><th>kind</th><th></th></tr>{rows}</table></div>"
+        "</section>"
+    )
+
+
+def _when(time: str | None) -> str:
+    return "" if time is None else f" {time[:19].replace('T', ' ')}"
 
 
 _PAGE = """
 *{box-sizing:border-box}body{margin:0;background:#f6f7f9;color:#1b2230;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1220px;margin:0 auto;padding:18px 16px}
-h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:16px;margin:0 0 6px}small,.facts{color:#5c667a}
-.facts{list-style:none;padding:0;margin:2px 0 12px;overflow-wrap:anywhere}
+h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:16px;margin:0 0 6px}small,th{color:#5c667a}
+table{border-collapse:collapse}th,td{text-align:left;vertical-align:top;padding:1px 16px 1px 0;overflow-wrap:anywhere}
+th{font-weight:600;white-space:nowrap}.facts{margin:8px 0 14px}.events{max-height:420px;overflow:auto}
 .panels{display:grid;grid-template-columns:1fr 1fr;gap:14px}
 .scroll,section{background:#fff;border:1px solid #dfe3ea;border-radius:10px;padding:14px;overflow-x:auto;min-width:0}
 .wide{grid-column:1/-1}.panels svg{display:block;width:100%;min-width:440px}.wide svg{min-width:820px}
-section{margin-top:14px}ul{margin:0;padding-left:20px;overflow-wrap:anywhere}
+section{margin-top:14px}
 @media(max-width:900px){.panels{grid-template-columns:1fr}.panels>*{grid-column:1}}
 @media(prefers-color-scheme:dark){body{background:#12151b;color:#e7eaf0}.scroll,section{background:#1b2029;
-border-color:#323a48}small,.facts{color:#9aa4b6}}
-@media print{.scroll,section{break-inside:avoid}}
+border-color:#323a48}small,th{color:#9aa4b6}}
+@media print{.scroll,section{break-inside:avoid}.events{max-height:none}}
 """

@@ -48,7 +48,7 @@ def client_errors(address: str) -> Iterator[None]:
 
 @contextmanager
 def sound(what: str) -> Iterator[None]:
-    """Inside, an answer of the Hub is taken apart; what Python says of one of another kind becomes ``CorruptFile``."""
+    """Within the block, turn Python's errors about an unexpected answer of the Hub into ``CorruptFile``."""
     from huggingface_hub.errors import HFValidationError
 
     try:

@@ -73,7 +73,7 @@ def content(path: AnyPath, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
 def pointer_text(pointer: AnyPath) -> str:
     """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` when it is long.
 
-    It is not noted among a checkpoint's files: a run that goes on rewrites it.
+    It is not noted among a checkpoint's files: a run that continues rewrites it.
     """
     return content(pointer, MOST_NAME_BYTES).decode(errors="replace").strip()
 

@@ -11,7 +11,7 @@ from typing import Any
 from smolconv.checkpoint import Document, EngineRecord, ParameterGroup, SourceRecord
 from smolconv.errors import CorruptFile
 from smolconv.files import is_folder_there, is_path_below, read_bytes
-from smolconv.layouts.documents import check_config, is_number, understood, with_tuples
+from smolconv.layouts.documents import check_config, corrupt_if_malformed, is_number, with_tuples
 from smolconv.models.names import StoredNames
 from smolconv.parsing import read_json
 
@@ -72,7 +72,7 @@ def _engine_to_json(record: EngineRecord) -> dict[str, Any]:
 
 
 def _engine_from_json(value: Mapping[str, Any], where: Path) -> EngineRecord:
-    with understood(where):
+    with corrupt_if_malformed(where):
         client, skipped = value.get("client_state", {}), value.get("skipped_steps", 0)
         if not isinstance(client, dict) or isinstance(skipped, bool) or not isinstance(skipped, int):
             raise CorruptFile(f"{where}: client_state must be an object, and skipped_steps an integer.")

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolconv.checkpoint import Checkpoint, without_padding
+from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import UnsupportedModel, UsageError, counted, some_of
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import spec_differences
 from smolconv.parsing import finite_json
+from smolconv.progress import Bar, no_bar
 from smolconv.verify.engines.start import ENGINES, engine_logits
 from smolconv.verify.inputs import choose_rows
 from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
@@ -176,11 +177,15 @@ def verify_checkpoints(
     options: VerifyOptions = VerifyOptions(),
     *,
     stored: tuple[AsStored | None, AsStored | None] = (None, None),
+    bar: Bar = no_bar,
 ) -> VerifyReport:
     """Compare tier by tier. With ``stored`` a side's own forward runs on the folder, else on its canonical tensors."""
     differences = spec_differences(a.spec, b.spec)
-    tensors = compare_tensors(a.parameters, b.parameters)
-    optimizer, state_differences = compare_optimizers(a, b) if options.optimizer else (None, [])
+    sets = a.tensors.items() if options.optimizer else [(Slot.PARAMETER, a.parameters)]
+    in_both = sum(len(set(found) & set(b.tensors.get(slot, {}))) for slot, found in sets)
+    with bar("comparing tensors", in_both) as advance:
+        tensors = compare_tensors(a.parameters, b.parameters, advance=advance)
+        optimizer, state_differences = compare_optimizers(a, b, advance) if options.optimizer else (None, [])
     logits = None
     # Tensors of other names or shapes are another model already; its logits could not be laid side by side.
     comparable = not tensors.missing and not tensors.unexpected and tensors.max_abs != float("inf")
@@ -205,7 +210,7 @@ def verify_checkpoints(
             if options.engine in ENGINES and not engines:
                 raise UsageError(f"--engine {options.engine}: neither A nor B is a {options.engine} folder.")
             logits = compare_logits(
-                sides[0], sides[1], rows, compute=options.compute, gates=options.gates, engines=engines
+                sides[0], sides[1], rows, compute=options.compute, gates=options.gates, engines=engines, bar=bar
             )
     left_out = logits is not None and not logits.comparable and tensors.passed
     return VerifyReport(
@@ -266,7 +271,7 @@ def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOpti
 
 
 def verify_conversion(
-    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: AsStored | None = None
+    prepared: Checkpoint, folder: Path, *, logits: bool = True, source: AsStored | None = None, bar: Bar = no_bar
 ) -> VerifyReport:
     """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
 
@@ -284,5 +289,5 @@ def verify_conversion(
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
-    report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)))
+    report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)), bar=bar)
     return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import CorruptFile, NotInstalled, UsageError, counted
+from smolconv.errors import CorruptFile, NotInstalled, UsageError, counted, pip_install
 from smolconv.files import file_size, read_bytes
 from smolconv.parsing import read_tokenizer, tokenizing
 
@@ -132,6 +132,6 @@ def _encoded(content: str, tokenizer: Path) -> NDArray[np.int64]:
     try:
         loaded = read_tokenizer(tokenizer)
     except ImportError:
-        raise NotInstalled("reading text needs tokenizers: pip install 'smolconv[verify]'.") from None
+        raise NotInstalled(f"reading text needs tokenizers: {pip_install(['tokenizers'])}.") from None
     with tokenizing(tokenizer):
         return np.array(loaded.encode(content).ids, np.int64)

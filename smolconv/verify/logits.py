@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import NotInstalled
+from smolconv.errors import NotInstalled, pip_install
+from smolconv.progress import Bar, no_bar
 from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
 from smolconv.verify.inputs import Rows
 from smolconv.verify.metrics import Distances, Walk
@@ -77,7 +78,7 @@ def require_torch() -> None:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise NotInstalled(
-            f"comparing logits needs {' and '.join(missing)}: pip install 'smolconv[verify]'.\n"
+            f"comparing logits needs {' and '.join(missing)}: {pip_install(missing)}.\n"
             "Without them, smolconv verify --tensors-only compares specs and tensors."
         )
 
@@ -90,6 +91,7 @@ def compare_logits(
     compute: str = "float32",
     gates: Mapping[str, float | None] | None = None,
     engines: Mapping[str, NDArray[np.float32]] | None = None,
+    bar: Bar = no_bar,
 ) -> LogitsReport:
     """Lead A and B through the same tokens. Gates that the user sets replace the calibrated ones.
 
@@ -113,18 +115,22 @@ def compare_logits(
         for start, stop in rows.spans
     ] if rows.documents > 1 else []  # fmt: skip
     run_b = ForwardPass(**plain, attention="sdpa", observe=layers.distance_of)
-    with torch.inference_mode():
+    # Beside the layers: the embedding, and the output matrix.
+    with torch.inference_mode(), bar("comparing layers", a.num_layers + 2) as advance:
         a.begin([*runs, *alone])
         b.begin([run_b])
         layers.next()
+        advance(1)
         for layer in range(a.num_layers):
             a.advance(layer, [*runs, *alone])
             b.advance(layer, [run_b])
             layers.next()
+            advance(1)
         a.finish([*runs, *alone])
         b.finish([run_b])
         layers.next()
         walks = _walk_vocabulary(a, b, runs, run_b, alone, rows, engines or {})
+        advance(1)
     return _judged(a, b, rows, layers, walks, compute, gates or {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +42,13 @@ class TensorReport:
 
 
 def compare_tensors(
-    a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, steps: Mapping[str, tuple[str, ...]] | None = None
-) -> TensorReport:
+    a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, steps: Mapping[str, tuple[str, ...]] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> TensorReport:  # fmt: skip
     """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order.
 
     ``steps`` are the dtypes that A was rounded to, by name; without them either side may be the other, rounded.
+    ``advance`` is called after each tensor.
     """
     compared, same, rounded, max_abs, worst = 0, 0, 0, 0.0, None
     unequal: list[str] = []
@@ -54,6 +56,7 @@ def compare_tensors(
     for name in sorted(set(a) & set(b), key=forward_order):
         compared += 1
         found = _compare(a[name], b[name], None if steps is None else steps[name])
+        advance(1)
         if found.max_abs is None:
             same += 1
             continue
@@ -99,10 +102,12 @@ def _cast_steps(tensor: LazyTensor) -> tuple[str, ...]:
     return ("float32", *found) if tensor.dtype == "float64" and found[0] != "float32" else tuple(found)
 
 
-def compare_optimizers(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, TensorReport], list[str]]:
+def compare_optimizers(
+    a: Checkpoint, b: Checkpoint, advance: Callable[[int], None] = lambda _: None
+) -> tuple[dict[str, TensorReport], list[str]]:
     """Masters and moments by slot, and differences of steps and hyperparameters as readable lines."""
     reports = {
-        slot.value: compare_tensors(a.tensors.get(slot, {}), b.tensors.get(slot, {}))
+        slot.value: compare_tensors(a.tensors.get(slot, {}), b.tensors.get(slot, {}), advance=advance)
         for slot in Slot
         if slot is not Slot.PARAMETER and (a.tensors.get(slot) or b.tensors.get(slot))
     }

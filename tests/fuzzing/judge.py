@@ -79,7 +79,7 @@ class Judge:
         return self.whole[seed, command]
 
     def outcome(self, case: Case) -> Outcome:
-        """Judge a case. A mistake of the fuzzer is a failure, too: the campaign goes on, and shows it."""
+        """Judge a case. A mistake of the fuzzer is a failure, too: the campaign continues, and shows it."""
         try:
             return self._outcome(case)
         except Exception as error:

@@ -17,11 +17,11 @@ from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
 from smolconv.layouts.documents import (
     adam_step,
     check_plain,
+    corrupt_if_malformed,
     is_count,
     is_number,
     is_world,
     refuse_adapter,
-    understood,
     with_tuples,
 )
 from smolconv.layouts.dtypes import check_dtype
@@ -160,7 +160,7 @@ class ModelDocument:
     tp: int  #: tensor-parallel ranks, each with files of its own
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
-    round_robin: bool  #: its flat order is dealt out over the ranks, and not the running groups' order
+    round_robin: bool  #: its flat order assigns parameters to ranks in turn; the groups' own order differs
     client_state: Mapping[str, Any]  #: as the user gave it; what is no plain data is an ``Opaque``
     ds_version: str | None
 
@@ -168,7 +168,7 @@ class ModelDocument:
 def read_model_document(path: Path) -> ModelDocument:
     """Parse a model file. Raises ``CorruptFile`` when it is none."""
     document = _mapping(path, ("module", "global_steps"), plain_keys=_PLAIN_KEYS)
-    with understood(path):
+    with corrupt_if_malformed(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
         refuse_adapter(map(str, document["module"] or ()), path)
@@ -254,7 +254,7 @@ class OptimizerDocument:
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
     """Parse an optimizer file of any ZeRO stage or of ``BF16_Optimizer``. Raises ``CorruptFile`` when it is none."""
     document = _mapping(path, ("optimizer_state_dict",))
-    with understood(path):
+    with corrupt_if_malformed(path):
         state = document["optimizer_state_dict"]
         counts = state["partition_count"]
         counts = counts if isinstance(counts, list) and counts else [counts]
@@ -385,7 +385,7 @@ class UniversalDocument:
 
 def read_universal_document(path: Path) -> UniversalDocument:
     document = _mapping(path, ())
-    with understood(path):
+    with corrupt_if_malformed(path):
         inner = document.get("optimizer_state_dict") or {}
         groups = document.get("param_groups") or inner.get("param_groups") or []
         states, steps = inner.get("state") or {}, []

@@ -1,7 +1,7 @@
 """The optimizer that a DeepSpeed checkpoint must hold: parameter groups in the target run's order, masters, moments.
 
 DeepSpeed never compares names: the flat tensors of a checkpoint are laid over the running engine's groups in order. So
-the groups written must be those of the run that goes on.
+the groups written must be those of the run that continues.
 """
 
 from __future__ import annotations

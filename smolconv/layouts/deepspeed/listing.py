@@ -75,7 +75,7 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
     tags = sorted(_tags(folder, 1 if named is None else 1 + named[1].count("/")))
     known = ", ".join(tags) or "none"
     if step is not None:
-        # A step saved both ways: training goes on from the ranks' files.
+        # A step saved both ways: training continues from the ranks' files.
         found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
         if not found:
             raise MissingFile(f"{folder}: no tag of step {step}; tags found: {known}. Choose one with --step.")

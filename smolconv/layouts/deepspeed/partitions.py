@@ -100,10 +100,10 @@ def check_paddings(numels: Sequence[int], paddings: Sequence[int], where: str) -
     )
 
 
-def undealt(names: Sequence[str], ranks: int) -> tuple[str, ...]:
-    """A group as it was given to the optimizer, from the order in which ``round_robin_gradients`` lays it out flat.
+def before_round_robin(names: Sequence[str], ranks: int) -> tuple[str, ...]:
+    """A group in the order that the optimizer was given, from the flat order of ``round_robin_gradients``.
 
-    The parameters are dealt to the ranks like cards, and each rank's lie one after the other.
+    That switch assigns parameters to ranks in turn, and joins each rank's parameters end to end.
     """
     places = [place for rank in range(ranks) for place in range(rank, len(names), ranks)]
     return tuple(name for _, name in sorted(zip(places, names)))

@@ -39,7 +39,7 @@ class Program:
 
 
 def _trainer_state(checkpoint: Checkpoint) -> tuple[bytes, str]:
-    # A Trainer goes on by these in place of its own arguments, and fails without them.
+    # A Trainer continues by these in place of its own arguments, and fails without them.
     intervals = {"logging_steps": 500, "eval_steps": 500, "save_steps": 500, "train_batch_size": 1}
     state: dict[str, Any] = {"global_step": _step(checkpoint), **intervals}
     if checkpoint.progress is not None and checkpoint.progress.consumed_tokens is not None:

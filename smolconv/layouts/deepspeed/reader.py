@@ -32,7 +32,7 @@ from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.universal import read_universal
 from smolconv.layouts.deepspeed.zero import read_zero
 from smolconv.layouts.deepspeed.zero0 import read_zero0
-from smolconv.layouts.documents import check_progress, understood
+from smolconv.layouts.documents import check_progress, corrupt_if_malformed
 from smolconv.layouts.layout import ReadOptions, without_aliases
 from smolconv.layouts.listing import assets_in
 from smolconv.layouts.record import read_documents
@@ -214,7 +214,7 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
     progress = TrainingProgress(step=first.step, consumed_samples=first.samples)
     known = mine.get("progress") if isinstance(mine, Mapping) else None
     if known is not None:
-        with understood(f"{first.path} ({CLIENT_KEY}: progress)"):
+        with corrupt_if_malformed(f"{first.path} ({CLIENT_KEY}: progress)"):
             stages = tuple(DataStage(**stage) for stage in known.get("stages") or ())
             carried = TrainingProgress(**{**known, "stages": stages})
         if carried.step == first.step:

@@ -1,4 +1,4 @@
-"""Write a DeepSpeed checkpoint that ``engine.load_checkpoint`` goes on from: ZeRO 0 to 3 on any ranks, or universal.
+"""Write a DeepSpeed checkpoint that ``engine.load_checkpoint`` continues from: ZeRO 0 to 3 on any ranks, or universal.
 
 Keys, names and order follow what DeepSpeed 0.19.8 writes, so that its own tools (zero_to_fp32, ds_to_universal) read
 the result too.
@@ -73,7 +73,7 @@ class DeepSpeedOptions:
     world_size: int | None = None
     universal: bool = False
     groups: Path | None = None  #: a JSON file of the parameter groups to write
-    sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that goes on; DeepSpeed's own by default
+    sub_group_size: int | None = None  #: elements, of the ZeRO-3 run that continues; DeepSpeed's own by default
     tag: str | None = None  #: the folder's name; by default the source's, or global_stepN
     program: str | None = None  #: that will load it, a key of ``PROGRAMS``
 

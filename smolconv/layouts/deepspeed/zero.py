@@ -20,7 +20,7 @@ from smolconv.layouts.deepspeed.documents import (
 )
 from smolconv.layouts.deepspeed.files import optimizer_file
 from smolconv.layouts.deepspeed.matching import alike
-from smolconv.layouts.deepspeed.partitions import check_paddings, join_group, undealt
+from smolconv.layouts.deepspeed.partitions import before_round_robin, check_paddings, join_group
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.zero3 import require_model_files, whole_groups, zero3_tensors
 from smolconv.tensors.lazy import LazyTensor
@@ -39,7 +39,11 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         reading.warnings.append(f"{str(error).splitlines()[0]} Parameters are the module's, as it was stored.")
         return
     if model.groups is None:
-        raise CorruptFile(f"{model.path} has no param_shapes, so nobody knows what the flat tensors hold.")
+        raise CorruptFile(
+            f"{model.path} has no param_shapes.\n"
+            "Expected the names and shapes of the parameters, in the order in which the optimizer files join them.\n"
+            "Copy the model file again from the training node."
+        )
     first = documents[0]
     reading.stage, reading.ranks = first.zero_stage, first.ranks
     reading.loss_scaler = first.loss_scaler
@@ -64,14 +68,17 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         if step is not None:
             found.steps[name] = step
     found.flat_steps = first.steps
-    dealt = model.round_robin and first.zero_stage != 3 and not first.bf16_optimizer
-    if dealt and tp == 0:
+    round_robin = model.round_robin and first.zero_stage != 3 and not first.bf16_optimizer
+    if round_robin and tp == 0:
         reading.warnings.append(
             "the run had round_robin_gradients: its groups are carried in the order in which they were given to "
             "the optimizer, and what is written from them loads into a run without it."
         )
     found.groups = tuple(
-        ParameterGroup(names=undealt(tuple(names), reading.ranks) if dealt else tuple(names), hyperparameters=values)
+        ParameterGroup(
+            names=before_round_robin(tuple(names), reading.ranks) if round_robin else tuple(names),
+            hyperparameters=values,
+        )
         for names, values in zip(model.groups, groups)
     )
     _compare_with_module(reading, model, documents, found)

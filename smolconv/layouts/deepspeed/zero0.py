@@ -20,7 +20,7 @@ from smolconv.layouts.deepspeed.documents import (
 )
 from smolconv.layouts.deepspeed.matching import Unnamed, name_by_order, place_by_order
 from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
-from smolconv.layouts.documents import understood
+from smolconv.layouts.documents import corrupt_if_malformed
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.tensors.lazy import Stored, flat_slice
@@ -35,7 +35,7 @@ def read_zero0(reading: DeepSpeedReading, model: ModelDocument, found: StoredSta
     if "fp32_groups_flat" in state:
         _read_fused(reading, model, found)
         return
-    with understood(f"{path} (optimizer)"):
+    with corrupt_if_malformed(f"{path} (optimizer)"):
         masters: list[Stored] = []
         inner = state
         if "fp32_groups" in state:  # FP16_UnfusedOptimizer, which serves bf16 too
@@ -126,7 +126,7 @@ def _adam_states(reading: DeepSpeedReading, adam: Mapping[str, Any], path: Path)
 def _read_fused(reading: DeepSpeedReading, model: ModelDocument, found: StoredState) -> None:
     """``FP16_Optimizer``, around one of DeepSpeed's fused Adams: each group flat and unpadded, without names."""
     path = model.path
-    with understood(f"{path} (optimizer)"):
+    with corrupt_if_malformed(f"{path} (optimizer)"):
         state: Mapping[str, Any] = model.optimizer or {}
         flats = [stored(tensor, f"{path}: flat group {i}") for i, tensor in enumerate(state["fp32_groups_flat"])]
         groups = state["optimizer_state_dict"]["param_groups"]

@@ -18,7 +18,7 @@ import numpy as np
 
 from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
-from smolconv.errors import NameMismatch, NotInstalled, UnsupportedModel
+from smolconv.errors import NameMismatch, NotInstalled, UnsupportedModel, pip_install
 from smolconv.layouts.dtypes import check_dtypes
 from smolconv.layouts.gguf.header import Entry, read_header
 from smolconv.layouts.gguf.quantisation import stored_tensor
@@ -103,7 +103,7 @@ def _installed(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise NotInstalled(f'reading GGUF needs {name}. Install it: pip install "smolconv[gguf]"') from None
+        raise NotInstalled(f"reading GGUF needs {name}. Install it: {pip_install([name])}") from None
 
 
 def _refuse(metadata: Mapping[str, Any], path: Path) -> None:

@@ -18,7 +18,7 @@ from smolconv.checkpoint import (
 )
 from smolconv.errors import CorruptFile, DigestMismatch, MissingShard
 from smolconv.files import is_there
-from smolconv.layouts.documents import adam_step, check_progress, understood
+from smolconv.layouts.documents import adam_step, check_progress, corrupt_if_malformed
 from smolconv.layouts.huggingface.shards import plan_sharded, read_indexed
 from smolconv.layouts.layout import ReadOptions, Written
 from smolconv.layouts.record import documents_of, group_from_json, group_to_json, read_documents
@@ -71,7 +71,7 @@ def read_sidecar(
     if options.check_sidecar:
         _check_belongs(folder, state, parameters)
     where = f"{home / 'state.json'} (optimizer)"
-    with understood(where):
+    with corrupt_if_malformed(where):
         optimizer = OptimizerState(
             steps={name: adam_step(step, f"{where}: {name}") for name, step in state["optimizer"]["steps"].items()},
             groups=tuple(group_from_json(group) for group in state["optimizer"]["groups"]),
@@ -100,7 +100,7 @@ def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[s
 def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:
     if value is None:
         return None
-    with understood(f"{where} (progress)"):
+    with corrupt_if_malformed(f"{where} (progress)"):
         stages = tuple(DataStage(**stage) for stage in value.get("stages", ()))
         progress = TrainingProgress(**{**value, "stages": stages})
     return check_progress(progress, where)

@@ -10,7 +10,7 @@ from typing import Any
 from smolconv.checkpoint import DataStage, TrainingProgress
 from smolconv.errors import CorruptFile, MissingFile
 from smolconv.files import is_there, read_bytes
-from smolconv.layouts.documents import check_progress, is_count, understood
+from smolconv.layouts.documents import check_progress, corrupt_if_malformed, is_count
 from smolconv.parsing import parse_yaml_mapping, read_json
 
 #: In ``custom_metas``, which nanotron reads and does not save again: so it says that nothing was trained since.
@@ -64,7 +64,7 @@ def read_progress(
     if metadata is None:
         return None
     metas = metadata.get("metas") or {}
-    with understood(f"{path} (metas)"):
+    with corrupt_if_malformed(f"{path} (metas)"):
         stages = tuple(
             DataStage(
                 name=stage["name"],

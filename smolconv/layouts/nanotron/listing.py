@@ -15,7 +15,7 @@ LATEST = "latest.txt"
 METADATA = "checkpoint_metadata.json"
 #: Documents of a step.
 DOCUMENTS = (MODEL_CONFIG, "config.yaml", METADATA)
-#: Folders of a step: weights, Adam's state, and what else training goes on from.
+#: Folders of a step: weights, Adam's state, and what else training continues from.
 WEIGHTS, STATE = "model", ("optimizer", "lr_scheduler", "random")
 #: Where our writer puts tokenizer and other documents, beside the step folder.
 ASSETS = "smolconv_assets"

@@ -20,7 +20,7 @@ from smolconv.errors import (
     UnsupportedModel,
 )
 from smolconv.files import is_folder_there
-from smolconv.layouts.documents import adam_step, check_plain, understood
+from smolconv.layouts.documents import adam_step, check_plain, corrupt_if_malformed
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.layouts.nanotron.topology import (
     EMBEDDING,
@@ -109,7 +109,7 @@ def read_optimizer(
     steps: dict[str, float] = {}
     hyperparameters: dict[str, Mapping[str, Any]] = {}
     for (pp, dp, tp), path in sorted(files.items()):
-        with understood(path):
+        with corrupt_if_malformed(path):
             document = _state_document(path)
             groups = {index: group for group in document["param_groups"] for index in group["params"]}
             for index, name in document["names"].items():
@@ -283,7 +283,7 @@ def read_scheduler(
             raise CorruptFile(f"{path} is not an LR scheduler file of nanotron.")
         # Until 2024-11-26 one rank wrote a single file, with its own parameters' entries only.
         mine = names if ranked is None else parameters_of_rank(names, ranks, ranked.pp or 0, tied=spec.tied)
-        with understood(path):
+        with corrupt_if_malformed(path):
             for key, found in lists.items():
                 values = list(document.get(key, ()))
                 if values and len(values) != len(mine):

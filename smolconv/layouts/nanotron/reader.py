@@ -116,7 +116,7 @@ def _warnings(
         )
     if any(p.format in ("1.2", "1.3") for p in weights.values()):
         found.append(
-            "format 1.2/1.3 is read by its source code's rules; no checkpoint of that time was at hand to test."
+            "format 1.2/1.3 is read by the rules of nanotron's source; no checkpoint of it was available for tests."
         )
     return found
 

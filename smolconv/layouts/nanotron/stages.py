@@ -1,4 +1,4 @@
-"""The data stages of ``checkpoint_metadata.json``, for a source that has none or that another run goes on from.
+"""The data stages of ``checkpoint_metadata.json``, for a source that has none or that another run continues from.
 
 nanotron counts its config's stages, finds each by its start step, and asserts in the first training step that the
 current one has the config's sequence length. Its sums must hold: samples over the stages, tokens over their folders.
@@ -11,7 +11,7 @@ from typing import Any
 
 from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import CorruptFile
-from smolconv.layouts.documents import is_count, understood
+from smolconv.layouts.documents import corrupt_if_malformed, is_count
 
 #: Of a stage that no document describes, and the folder of tokens of which nobody says where they came from.
 IMPORTED = "imported"
@@ -52,7 +52,7 @@ def data_stages(
     if lost := [start for start in counted if start not in starts]:
         warnings.append(
             f"{where} has no data stage that starts at step {lost[0]}, as one of the source's does, and nanotron finds "
-            "stages by that: the source's were written. Give the config of the run that goes on."
+            "stages by that: the source's were written. Give the config of the run that continues."
         )
         return own, progress.last_stage_index or 0
     for stage in planned:
@@ -79,7 +79,7 @@ def _stage(name: str, start: int, length: int | None, samples: int, folders: Map
 
 def _planned(config: Mapping[str, Any], where: str) -> tuple[list[Stage], list[list[str]], int | None]:
     """A training config's stages in nanotron's order, their folders, and its sequence length."""
-    with understood(where):
+    with corrupt_if_malformed(where):
         length = (config.get("tokens") or {}).get("sequence_length")
         found = []
         for entry in config.get("data_stages") or []:

@@ -204,7 +204,7 @@ def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
     """The pipeline rank of each block: "embedding", "0" .. "L-1" for layers, "norm" and "head".
 
     Blocks are placed in module order by the compute they cost (``head_dim`` and key/value heads are ignored, as there);
-    a block that crosses the threshold stays, the next goes on. Raises ``UsageError`` when a rank is left empty, since
+    a block that crosses the threshold stays, the next continues. Raises ``UsageError`` when a rank is left empty, since
     nanotron refuses to build such a model.
     """
     hidden, head = spec.hidden_size, spec.hidden_size // spec.num_heads

@@ -13,7 +13,7 @@ from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import CorruptFile, UnsupportedModel, UsageError, counted
 from smolconv.files import read_bytes
 from smolconv.layouts.assets import tokenizer_warnings
-from smolconv.layouts.documents import check_config, understood
+from smolconv.layouts.documents import check_config, corrupt_if_malformed
 from smolconv.layouts.layout import ArchiveContent, PlannedOutput, archive_file, copied_assets, copied_file, model_card
 from smolconv.layouts.nanotron.documents import IMPORT
 from smolconv.layouts.nanotron.listing import ASSETS, LATEST, MODEL_CONFIG
@@ -292,7 +292,7 @@ class _NanotronWriter:
         return archive_file(path, document, contents)
 
     def _own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Hyperparameters as nanotron stores them: how DeepSpeed carries Adam out is none of its business."""
+        """Hyperparameters as nanotron stores them, without those that only say how DeepSpeed runs Adam."""
         if self.checkpoint.source.engine is None:
             return dict(values)
         factory = ((self.config or {}).get("optimizer") or {}).get("optimizer_factory") or {}
@@ -323,7 +323,7 @@ class _NanotronWriter:
         for pp in range(self.options.pp):
             mine = parameters_of_rank(self.names, self.ranks, pp, tied=self.spec.tied)
             names = [self.canonical[name][0] for name in mine]
-            with understood("the source's learning-rate schedule"):
+            with corrupt_if_malformed("the source's learning-rate schedule"):
                 document = {
                     "base_lrs": [state["base_lrs"][name] for name in names],
                     **{key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")},
@@ -342,7 +342,7 @@ class _NanotronWriter:
             return self.progress.scheduler
         if self.options.nanotron_config is None:
             return None
-        with understood(self.options.nanotron_config):
+        with corrupt_if_malformed(self.options.nanotron_config):
             base, last = scheduled_lr(self.config, self.progress.step, str(self.options.nanotron_config))
         every = [parts[0] for parts in self.canonical.values()]
         return {
