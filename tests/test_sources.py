@@ -27,7 +27,6 @@ ACCOUNTED = {
         ("smolconv/models/registry.py", name): "our own modules, by the names in a tuple beside it"
         for name in ("import_module", "importlib.import_module")
     },
-    ("continual_pretraining/run/trainer.py", "recipe.model.compile"): "a field of the recipe, true or false",
     ("smolconv/storage/torch_archive/legacy.py", "import pickle"): "the number of an instruction",
     ("smolconv/storage/torch_archive/pickle.py", "import pickle"): "the numbers of its instructions; it writes",
     ("smolconv/storage/torch_archive/unpickle.py", "import pickle"): "the numbers of its instructions",

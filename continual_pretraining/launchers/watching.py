@@ -49,7 +49,8 @@ def run_ranks(
                 selector.register(rank.shown.reading, selectors.EVENT_READ, rank.shown)
         stopping, deadline = False, float("inf")
         try:
-            while running := [rank for rank in ranks if rank.process.returncode is None]:
+            # Not by its return code, which a signal's sender asks for, too: how each ended has to be looked at.
+            while running := [rank for rank in ranks if rank.end is None]:
                 for key, _ in selector.select(timeout=min(1.0, max(0.0, deadline - time.monotonic()))):
                     if key.data is None:
                         stopping = _obey(signals.take(), running, stopping, told_elsewhere)
