@@ -122,10 +122,11 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
             "launch": {"launcher": launcher, "command": words, "script": script},
         }  # fmt: skip
         console.print_json(document)
-        for line in (*told, *document["problems"]):
+        for line in told:
             console.say(line)
-        if found.problems:
-            raise typer.Exit(found.problems[0].exit_code)  # the document has been printed
+        if (error := found.error) is not None:
+            console.say(f"{type(error).__name__}: {error}")
+            raise typer.Exit(error.exit_code)  # the document has been printed
         return
     console.line(f"# The recipe, with all defaults\n{dump_recipe(recipe)}")
     console.line(f"# DeepSpeed's JSON for {found.world_size} ranks\n{json.dumps(engine, indent=2)}\n")

@@ -20,7 +20,6 @@ from smolconv.continual_pretraining.data.position import Position
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.estimate.disk import disk_use
 from smolconv.continual_pretraining.evaluation.lm_eval_engine import require_lm_eval
-from smolconv.continual_pretraining.evaluation.tasks import check_include
 from smolconv.continual_pretraining.launchers.launch import placement
 from smolconv.continual_pretraining.launchers.launcher import count_gpus
 from smolconv.continual_pretraining.launchers.registry import find_launcher
@@ -46,6 +45,7 @@ from smolconv.errors import (
     UsageError,
     counted,
     pip_install,
+    some_of,
 )
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
@@ -54,6 +54,10 @@ from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.models.spec import ModelSpec
 
 T = TypeVar("T")
+#: Of what is said of the problems.
+_MOST_LINES = 8
+#: So many folders are named with a command each; of more, so many are named.
+_MOST_COMMANDS, _MOST_FOLDERS = 3, 20
 
 
 @dataclass
@@ -79,17 +83,24 @@ class Preflight:
             self.problems.append(error)
         return None
 
+    @property
+    def error(self) -> SmolconvError | None:
+        """The problems as one error, of the first one's class and exit code."""
+        if len(self.problems) < 2:
+            return next(iter(self.problems), None)
+        found = list(dict.fromkeys(str(problem) for problem in self.problems))
+        if sum(len(text.splitlines()) for text in found) > _MOST_LINES:
+            found = [text.partition("\n")[0] for text in found]
+        if len(found) > _MOST_LINES:
+            found[_MOST_LINES - 1 :] = [f"and {len(found) - _MOST_LINES + 1} more"]
+        first = f"{counted(len(self.problems), 'thing')} must be put right before {self.recipe.name} can start."
+        lines = [first, *("- " + text.replace("\n", "\n  ") for text in found)]
+        return type(self.problems[0])("\n".join(lines))
+
     def refuse(self) -> None:
-        """Raise the problems as one error, of the first one's class and exit code."""
-        if not self.problems:
-            return
-        first, *others = self.problems
-        if not others:
-            raise first
-        lines = [f"{counted(len(self.problems), 'thing')} must be put right before {self.recipe.name} can start."]
-        for problem in dict.fromkeys(str(problem) for problem in self.problems):
-            lines.append("- " + problem.replace("\n", "\n  "))
-        raise type(first)("\n".join(lines))
+        """Raise ``error``, if there is one."""
+        if (error := self.error) is not None:
+            raise error
 
 
 def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
@@ -264,33 +275,34 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
     recipe, data = found.recipe, found.recipe.data
     vocab_size = None if spec is None else spec.vocab_size
     found.attempt(lambda: check_sources(data))
+    missing: list[str] = []
     for path, name in folders_ahead(data, position):
-        opened = found.attempt(_told_how(recipe, path, partial(open_folder, path, name, data, vocab_size)))
-        if opened is not None:
+        if not Path(path).exists():
+            missing.append(path)
+        elif (opened := found.attempt(partial(open_folder, path, name, data, vocab_size))) is not None:
             found.tokens[name] = opened.tokens
-    evaluation = recipe.evaluation
-    if evaluation is not None and evaluation.include_path is not None:
-        found.attempt(partial(check_include, Path(evaluation.include_path), "evaluation.include_path"))
-    for source in () if evaluation is None else evaluation.sources:
-        found.attempt(_told_how(recipe, source.path, partial(open_held_out, source, data, vocab_size)))
+    for source in () if recipe.evaluation is None else recipe.evaluation.sources:
+        if not Path(source.path).exists():
+            missing.append(source.path)
+        else:
+            found.attempt(partial(open_held_out, source, data, vocab_size))
+    found.problems += _missing_folders(list(dict.fromkeys(missing)), recipe.model.source)
 
 
-def _told_how(recipe: Recipe, path: str, look: Callable[[], T]) -> Callable[[], T]:
-    """``look``, whose error for a folder that is not there names the command that makes it."""
-
-    def told() -> T:
-        try:
-            return look()
-        except MissingFile as error:
-            if Path(path).exists():
-                raise
-            words = f"{shlex.quote(path)} --tokenizer {shlex.quote(recipe.model.source)}"
-            raise MissingFile(
-                f"data: {path} is not there.\nA folder of token files was expected. Make it from text: "
-                f"smolconv tokenize TEXT {words}"
-            ) from error
-
-    return told
+def _missing_folders(paths: Sequence[str], source: str) -> Iterator[MissingFile]:
+    """Each with the command that makes it; many of them in one."""
+    words = f"--tokenizer {shlex.quote(source)}"
+    if len(paths) > _MOST_COMMANDS:
+        yield MissingFile(
+            f"data: {len(paths)} folders of token files are not there: {some_of(paths, _MOST_FOLDERS, more=True)}.\n"
+            f"Make each from text: smolconv tokenize TEXT FOLDER {words}"
+        )
+        return
+    for path in paths:
+        yield MissingFile(
+            f"data: {path} is not there.\nA folder of token files was expected. Make it from text: "
+            f"smolconv tokenize TEXT {shlex.quote(path)} {words}"
+        )
 
 
 def _compare_data(found: Preflight, events: Callable[[], Sequence[str]]) -> None:

@@ -116,11 +116,11 @@ def _gguf(folder: Path) -> None:
 
 def _recipe(folder: Path) -> None:
     import yaml
-    from training import recipe_document
+    from training import recipe_document, token_folder
 
     folder.mkdir()
     _copied(NANOTRON / "smollm2-tiny/expected_hf", folder / "source")
-    _copied(FIXTURES / "datatrove/plain_2byte", folder / "tokens")
+    token_folder(folder / "tokens")
     document = recipe_document(Path(INPUT) / "source", Path(INPUT) / "tokens", output="run")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
 

@@ -145,6 +145,8 @@ class Judge:
             return failure("long message")
         if done.code and not (_ERROR.search(said) or _USAGE.search(said)):
             return failure("no message")
+        if done.code and done.stdout and "--dry-run" in case.command and case.command[0] == "continue-train":
+            return None  # the plan, as far as one could be made, and what is wrong
         if done.code and not _is_error_document(done, "--json" in case.command):
             return failure("output beside an error")
         return None
