@@ -123,7 +123,9 @@ def running_hub() -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hf_home")
+    home = tmp_path_factory.mktemp("hub") / "hf_home"  # what is written above it is looked for in a folder of its own
+    home.mkdir()
+    return home
 
 
 @pytest.fixture(scope="module")
