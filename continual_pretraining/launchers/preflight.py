@@ -55,7 +55,7 @@ from smolconv.models.spec import ModelSpec
 
 T = TypeVar("T")
 #: Of what is said of the problems.
-_MOST_LINES = 8
+_MOST_LINES = 7
 #: So many folders are named with a command each; of more, so many are named.
 _MOST_COMMANDS, _MOST_FOLDERS = 3, 20
 
@@ -88,13 +88,11 @@ class Preflight:
         """The problems as one error, of the first one's class and exit code."""
         if len(self.problems) < 2:
             return next(iter(self.problems), None)
-        found = list(dict.fromkeys(str(problem) for problem in self.problems))
-        if sum(len(text.splitlines()) for text in found) > _MOST_LINES:
-            found = [text.partition("\n")[0] for text in found]
+        found = list(dict.fromkeys(str(problem).replace("\n", " ") for problem in self.problems))
         if len(found) > _MOST_LINES:
             found[_MOST_LINES - 1 :] = [f"and {len(found) - _MOST_LINES + 1} more"]
         first = f"{counted(len(self.problems), 'thing')} must be put right before {self.recipe.name} can start."
-        lines = [first, *("- " + text.replace("\n", "\n  ") for text in found)]
+        lines = [first, *(f"- {text}" for text in found)]
         return type(self.problems[0])("\n".join(lines))
 
     def refuse(self) -> None:
