@@ -20,6 +20,7 @@ from smolconv.continual_pretraining.data.position import Position
 from smolconv.continual_pretraining.engine.config import engine_config
 from smolconv.continual_pretraining.estimate.disk import disk_use
 from smolconv.continual_pretraining.evaluation.lm_eval_engine import require_lm_eval
+from smolconv.continual_pretraining.evaluation.tasks import check_include
 from smolconv.continual_pretraining.launchers.launch import placement
 from smolconv.continual_pretraining.launchers.launcher import count_gpus
 from smolconv.continual_pretraining.launchers.registry import find_launcher
@@ -279,7 +280,10 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
             missing.append(path)
         elif (opened := found.attempt(partial(open_folder, path, name, data, vocab_size))) is not None:
             found.tokens[name] = opened.tokens
-    for source in () if recipe.evaluation is None else recipe.evaluation.sources:
+    evaluation = recipe.evaluation
+    if evaluation is not None and evaluation.include_path is not None:
+        found.attempt(partial(check_include, Path(evaluation.include_path), "evaluation.include_path"))
+    for source in () if evaluation is None else evaluation.sources:
         if not Path(source.path).exists():
             missing.append(source.path)
         else:
