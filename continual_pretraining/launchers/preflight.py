@@ -36,6 +36,7 @@ from smolconv.continual_pretraining.run.start import (
     plan_start,
     read_source,
 )
+from smolconv.continual_pretraining.watch.metrics import missing_tracker
 from smolconv.convert import ConversionPlan
 from smolconv.errors import (
     BadCheckpoint,
@@ -115,10 +116,8 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
         if source is not None:
             placement(recipe, source[1].spec.num_heads)  # the same, with the sizes of groups that divide its heads
         raise
-    for look in (_require_packages, _require_launcher):
-        for problem in look(recipe):
-            found.problems.append(problem)
     found.on_gpus = _takes_gpus(recipe)
+    found.problems += [*_require_packages(recipe, on_gpus=found.on_gpus), *_require_launcher(recipe)]
     backend = "nccl" if found.on_gpus else "gloo"
     found.engine = found.attempt(lambda: engine_config(recipe, found.world_size, backend))
     own = found.attempt(lambda: _own(recipe, run, resume))
@@ -148,7 +147,7 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
 # --- what is installed --------------------------------------------------------------------------------------------
 
 
-def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
+def _require_packages(recipe: Recipe, *, on_gpus: bool) -> Iterator[SmolconvError]:
     """Of Python: those that every run imports, and those that a field of this recipe asks for."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
@@ -159,16 +158,12 @@ def _require_packages(recipe: Recipe) -> Iterator[SmolconvError]:
         yield error
     for name in ("tensorboard", "trackio", "wandb"):
         if getattr(recipe.logging, name) and importlib.util.find_spec(name) is None:
-            yield NotInstalled(
-                f"logging.{name} needs {name}, which is not installed.\n"
-                f"pip install {name}, or take logging.{name} out of the recipe."
-            )
-    gpus = _takes_gpus(recipe)
+            yield missing_tracker(name, "is not installed.")
     for name, module, asked in (
         ("model.liger is on", "liger_kernel", recipe.model.liger == "on"),
         ("model.attention is flash", "flash_attn", recipe.model.attention == "flash"),
     ):
-        if asked and not gpus:
+        if asked and not on_gpus:
             yield UsageError(f"{name}, whose kernels run on GPUs, and this run is on CPUs.\nSet it to auto.")
         elif asked and importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from smolconv.continual_pretraining.launchers.ends import LOST, SAVED
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
 from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
 from smolconv.continual_pretraining.recipe.schema import Launch
+from smolconv.continual_pretraining.run.batch import sbatch
 from smolconv.continual_pretraining.run.control import STOP, asked_folder
 from smolconv.errors import Interrupted, MachineError, NotInstalled, UsageError
 from smolconv.processes import BOOTSTRAP, module_words, script_words
@@ -202,16 +202,15 @@ def submit(script: str, run: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "submitted.sh"
     path.write_text(script)
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
-    number = done.stdout.strip().partition(";")[0]  # with several clusters: number;cluster
-    if done.returncode or not number.isdigit():
-        said = (done.stderr or done.stdout).strip()
+    try:
+        number = sbatch(path)
+    except MachineError as error:
         # "Requested node configuration is not available", "Invalid generic resource (gres) specification"
-        no_gpus = "--gpus-per-node" in script and re.search("configuration|gres", said)
+        no_gpus = "--gpus-per-node" in script and re.search("configuration|gres", str(error))
         hint = "\nTo train on nodes without GPUs: --set launch.slurm.gpus_per_node=0." if no_gpus else ""
-        raise MachineError(f"sbatch did not take the job: {said}{hint}\nThe script is kept: {path}")
+        raise MachineError(f"sbatch did not take the job: {error}{hint}\nThe script is kept: {path}") from None
     path.replace(folder / f"job-{number}.sh")
-    return int(number)
+    return number
 
 
 def _titled(title: str, lines: Sequence[str]) -> list[str]:

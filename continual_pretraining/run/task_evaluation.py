@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smolconv.continual_pretraining.recipe.schema import Evaluation, Recipe
+from smolconv.continual_pretraining.run.batch import sbatch
 from smolconv.continual_pretraining.run.checkpoints import (
     evaluation_file,
     saved_steps,
     step_folder,
     steps_in_evaluation,
 )
-from smolconv.errors import SmolconvError, first_line
+from smolconv.errors import MachineError, SmolconvError, first_line
 from smolconv.layouts.documents import corrupt_if_malformed, is_number
 from smolconv.parsing import read_json
 from smolconv.processes import module_words, safe_environment
@@ -204,17 +205,9 @@ class TaskEvaluations:
         if shutil.which("sbatch") is None:
             return self._failed(step, "sbatch is not on this node")
         try:
-            done = subprocess.run(
-                ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False, timeout=60,
-                env=_environment(), stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return self._failed(step, "sbatch did not answer within a minute")
-        number = done.stdout.strip().partition(";")[0]
-        if done.returncode or not number.isdigit():
-            return self._failed(
-                step, f"sbatch did not take {path}: {(done.stderr or done.stdout).strip()[:_MOST_SAID]}"
-            )
+            number = sbatch(path, environment=_environment(), seconds=60)
+        except MachineError as error:
+            return self._failed(step, f"sbatch did not take {path}: {str(error)[:_MOST_SAID]}")
         self._jobs.add(step)
         self._tell.event(step, f"the tasks on step {step} are Slurm job {number}")
 

@@ -391,14 +391,18 @@ def _open_sinks(folder: Path, recipe: Recipe, first_step: int, run_id: str) -> l
     return [_open_sink(name, start) for name, on, start in wanted if on]
 
 
+def missing_tracker(name: str, state: str) -> NotInstalled:
+    """The error for a tracker that the recipe asks for and that ``state``, such as "is not installed."."""
+    return NotInstalled(
+        f"logging.{name} needs {name}, which {state}\npip install {name}, or take logging.{name} out of the recipe."
+    )
+
+
 def _open_sink(name: str, start: Callable[[], _Sink]) -> _Sink:
     try:
         return start()
     except ImportError as error:
-        raise NotInstalled(
-            f"logging.{name} needs {name}, which cannot be imported: {first_line(error)}\n"
-            f"pip install {name}, or take logging.{name} out of the recipe."
-        ) from None
+        raise missing_tracker(name, f"cannot be imported: {first_line(error)}") from None
     except Exception as error:
         raise MachineError(
             f"logging.{name}: {name} could not be started: {type(error).__name__}: {first_line(error)}\n"
