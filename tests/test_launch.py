@@ -216,6 +216,7 @@ def test_a_second_job_that_slurm_starts_says_once_that_it_is_refused(tmp_path, m
     (run / "logs" / "rank-00001.log").write_text("of the first start\n")
     held = worker.lock_run(run)
     monkeypatch.setattr(beside, "die_with", lambda parent: None)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, mask: set())  # this process goes on
     monkeypatch.setattr(sys, "argv", ["beside", str(run), "--attempt", "second"])
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
@@ -495,6 +496,29 @@ def test_torchrun_and_deepspeed_end_with_the_failing_ranks_own_code(tmp_path, la
     assert "rank 1 of 2 failed first: TrainingStopped: the loss is nan" in stderr
     assert stderr.count("the loss is nan") == 1 and "ChildFailedError" not in stderr
     assert "  rank 1 is about to fail" in stderr
+
+
+def test_a_rank_that_failed_says_so_although_it_is_told_to_stop_in_that_moment(tmp_path):
+    """By torchrun, as soon as the rank of another node or the one that leads this node sees that it has failed."""
+    (tmp_path / "recipe.resolved.yaml").write_text(dump_recipe(recipe(rank=1, do="fail", step=1)))
+    told_to_stop = """
+import os, signal
+from smolconv.continual_pretraining.launchers import beside
+leave_end = beside.leave_end
+def left(folder, end):
+    first = leave_end(folder, end)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return first
+beside.leave_end = left
+beside._run_and_exit()
+"""
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", told_to_stop, str(tmp_path), "--worker", "fake_worker", "--attempt", "first"],
+        env={**os.environ, **ranks, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+        stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 6 and "  rank 1 is about to fail" in ended.stderr, ended.stderr
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from smolconv.continual_pretraining.launchers.ends import (
 from smolconv.continual_pretraining.launchers.front_end import ATTEMPT_FILE, LAUNCHER_PID
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, WORKER, rank_environment
 from smolconv.continual_pretraining.launchers.output import tell
-from smolconv.continual_pretraining.launchers.signals import die_with
+from smolconv.continual_pretraining.launchers.signals import STOPS, die_with
 from smolconv.continual_pretraining.launchers.watching import run_ranks
 from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
@@ -77,6 +78,8 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
         ends = [RankEnd(rank=rank, exit_code=error.exit_code, seconds=time.time(), message=message)]
     if not ends:  # we had to kill it, so another has the reason
         return SmolconvError.exit_code
+    # Once it is written that a rank has failed, torchrun tells all to stop, and this one has not said why yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     first = leave_end(folder, ends[0])
     if ends[0].exit_code == SAVED:
         return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
