@@ -404,13 +404,7 @@ def run_conversion(
         }
         warnings = (*plan.warnings, *sealed.warnings, *_unchecked(source_check), *_nonfinite(plan, written))
         _write_documents(plan, folder, written, source_check, warnings)
-        verification = None if verifier is None else _verified(plan, folder.partial, verifier)
-        if verification is not None and not verification["passed"]:
-            failed = folder.publish_failed()
-            raise ParityFailed(
-                f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
-                f"It is kept as {failed}."
-            )
+        verification = None if verifier is None else _verified(plan, folder, verifier)
         require_unchanged(plan.files, "while it was being converted")
         folder.publish()
     return ConversionResult(
@@ -453,12 +447,19 @@ def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
             )
 
 
-def _verified(plan: ConversionPlan, written: Path, verifier: Verifier) -> Mapping[str, Any]:
+def _verified(plan: ConversionPlan, folder: OutputFolder, verifier: Verifier) -> Mapping[str, Any]:
     try:
-        return verifier(plan, written)
+        verification = verifier(plan, folder.partial)
     except BadCheckpoint as error:
         # What cannot be read back is as wrong as what reads back differently.
-        return {"passed": False, "reason": str(error).splitlines()[0]}
+        verification = {"passed": False, "reason": str(error).splitlines()[0]}
+    if not verification["passed"]:
+        failed = folder.publish_failed()
+        raise ParityFailed(
+            f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
+            f"It is kept as {failed}."
+        )
+    return verification
 
 
 def default_workers() -> int:

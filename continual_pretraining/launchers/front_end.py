@@ -94,11 +94,16 @@ def run_front_end(
                     raise Interrupted(KILLED)
         if told.exists():
             attempt = told.read_text()
-    patience = time.monotonic() + 40  # DeepSpeed's launcher gives ranks 30 seconds
-    while as_group and _group_lives(process.pid) and time.monotonic() < patience:
-        time.sleep(0.1)
+    if as_group:
+        _wait_for_group(process.pid)
     code = report_left(start.run, attempt, start.placed.world_size, process.returncode, stopped=stopping)
     return Outcome(exit_code=code, lost=not stopping and was_lost(ends_folder(start.run, attempt)))
+
+
+def _wait_for_group(group: int) -> None:
+    patience = time.monotonic() + 40  # DeepSpeed's launcher gives ranks 30 seconds
+    while _group_lives(group) and time.monotonic() < patience:
+        time.sleep(0.1)
 
 
 def _group_lives(group: int) -> bool:

@@ -34,14 +34,11 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
     metadata_path = step_folder / "checkpoint_metadata.json"
-    metadata = read_json(metadata_path) if is_there(metadata_path) else None
+    metadata = _metadata(metadata_path)
     imported = read_import(metadata, metadata_path)
     as_configured = imported.rope_scaling if options.rope_as_configured is None else options.rope_as_configured
     spec = spec_from_nanotron(config, where, rope_as_configured=as_configured, architecture=options.architecture)
     table = nanotron_table(spec, interleaved=nanotron_interleaved(config, where))
-    if metadata is not None and not is_count(metadata.get("dp", 1)):
-        raise CorruptFile(f"{metadata_path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
-
     paths = list(_walk(step_folder))
     weights = read_native(step_folder, paths, spec, metadata)
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {
@@ -95,6 +92,13 @@ def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str,
         nanotron_training=read_bytes(training) if is_there(training) else None,
         nanotron_metadata=None if metadata is None else Document(data=read_bytes(path), value=metadata),
     )
+
+
+def _metadata(path: Path) -> Mapping[str, Any] | None:
+    metadata = read_json(path) if is_there(path) else None
+    if metadata is not None and not is_count(metadata.get("dp", 1)):
+        raise CorruptFile(f"{path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
+    return metadata
 
 
 def _warnings(
