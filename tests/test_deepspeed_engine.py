@@ -82,6 +82,15 @@ SOURCES: Mapping[str, Path] = {
 }
 
 
+#: One of each kind; `make test-matrix` has all of them.
+MAIN = (
+    "nanotron-zero1-into-1", "nanotron-zero2-into-2", "nanotron-zero3-into-3", "nanotron-universal-into-3",
+    "hf-zero1-into-1", "hf-zero3-into-3", "hf-universal-into-1", "hf-rounded-zero2-into-2",
+    "nanotron-bf16-zero0-into-0", "nanotron-bf16-zero3-into-3", "nanotron-bf16-universal-into-2",
+    "nanotron-bf16-universal-into-3", "nanotron-bf16-zero1-into-bf16optimizer", "frozen-zero1-into-1", "frozen-zero3-into-3",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """The state that training continues from, in torch, and the groups of a training script that knows the recipe."""
@@ -163,10 +172,10 @@ def torch_tensors(checkpoint: Checkpoint, slot: Slot) -> dict[str, torch.Tensor]
     return {name: to_torch(tensor) for name, tensor in found.items()}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.matrix), 3], ids=["ws2", "ws3"])
+@pytest.fixture(scope="module")
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Start, Result]]:
     """Every case, converted for this world size, loaded, trained for three steps and saved again."""
-    ranks, tmp = request.param, tmp_path_factory.mktemp("engine")
+    (ranks, cases), tmp = request.param, tmp_path_factory.mktemp("engine")
     starts = {source: start_of(source, tmp) for source in SOURCES}
     jobs = []
     groups_file = tmp / "groups.json"
@@ -174,7 +183,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         json.dumps([{"regex": "^(?!model.embed)", "weight_decay": 0.1, "lr": 1e-3, "eps": EPS_OF_WEIGHTS_ALONE},
                     {"names": [EMBEDDING], "weight_decay": 0.0, "lr": 1e-3, "eps": EPS_OF_WEIGHTS_ALONE}])
     )  # fmt: skip
-    for case in CASES:
+    for case in cases:
         start = starts[case.source]
         written = tmp / case.name
         form: dict[str, Any] = (
@@ -201,7 +210,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             )
         )  # fmt: skip
     results = continue_with_deepspeed(jobs, ranks, tmp)
-    return {case.name: (starts[case.source], result) for case, result in zip(CASES, results)}
+    return {case.name: (starts[case.source], result) for case, result in zip(cases, results)}
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +228,19 @@ def plain(world: dict[str, tuple[Start, Result]]) -> dict[str, Trained]:
 
 
 def named(cases: Sequence[Case]) -> Any:
-    return pytest.mark.parametrize("name", [case.name for case in cases])
+    """These cases in each world that has them."""
+    worlds = [
+        pytest.param(world, case.name, id=f"{name}-{case.name}", marks=marks)
+        for name, world, marks in WORLDS for case in cases if case in world[1]
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("world", "name"), worlds, indirect=["world"], scope="module")
+
+
+WORLDS: Sequence[tuple[str, tuple[int, tuple[Case, ...]], Any]] = (
+    ("ws3", (3, tuple(case for case in CASES if case.name in MAIN)), ()),
+    ("ws2", (2, CASES), pytest.mark.matrix),
+    ("ws3-all", (3, CASES), pytest.mark.matrix),
+)
 
 
 @named(CASES)
@@ -293,8 +314,9 @@ def test_what_the_engine_saves_after_loading_is_read_back_as_it_holds_it(
         assert all(torch.equal(found[key].float(), tensors[key]) for key in tensors)
 
 
-def test_a_swapped_pair_of_masters_would_be_seen(world: dict[str, tuple[Start, Result]]) -> None:
-    start, result = world["nanotron-zero1-into-1"]
+@named([case for case in CASES if case.name == "nanotron-zero1-into-1"])
+def test_a_swapped_pair_of_masters_would_be_seen(world: dict[str, tuple[Start, Result]], name: str) -> None:
+    start, result = world[name]
     a, b = (f"model.layers.{i}.mlp.gate_proj.weight" for i in (0, 1))
     swapped = {**start.masters, a: start.masters[b], b: start.masters[a]}
     with pytest.raises(AssertionError, match="masters differ"):
