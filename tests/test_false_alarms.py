@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,13 @@ OTHERWISE = [{"attention": "eager"}, {"threads": 2}, {"attention": "eager", "thr
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("b", ["hf", "nanotron"])
-@pytest.mark.parametrize("a", ["hf", "nanotron"])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        pytest.param(a, b, marks=() if (a, b) == ("hf", "nanotron") else pytest.mark.matrix)
+        for a, b in product(("hf", "nanotron"), repeat=2)
+    ],
+)
 @pytest.mark.parametrize("model", ["llama", "smollm3"])
 @pytest.mark.parametrize("otherwise", OTHERWISE, ids=lambda each: " ".join(map(str, each.values())))
 def test_other_code_kernels_and_threads_are_no_alarm(wide, otherwise, model, a, b, compute):

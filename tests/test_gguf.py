@@ -568,6 +568,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
         return float(torch.exp(model(ids, labels=ids).loss))
 
 
+@pytest.mark.slow
 def test_the_real_weights_are_what_transformers_reads(real_gguf: Path, real_hf: Path) -> None:
     expected = transformers_weights(real_gguf)
     assert len(expected) == 272

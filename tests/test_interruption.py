@@ -158,7 +158,9 @@ def test_a_kill_of_the_resumed_conversion_can_be_resumed_again(mortal, tmp_path,
         assert assert_absent_or_whole(target, expected)
 
 
-@pytest.mark.parametrize("call", ["rename", "unlink", "rmdir", "fsync"])
+@pytest.mark.parametrize(
+    "call", ["rename", "unlink", *(pytest.param(call, marks=pytest.mark.slow) for call in ("rmdir", "fsync"))]
+)
 def test_a_kill_while_overwriting_loses_neither_the_old_nor_the_new(mortal, tmp_path, call):
     new = mortal.convert(TP2, tmp_path / "new", "hf", workers=1)
     assert new.status == mortal.convert(TP2, tmp_path / "old", "nanotron").status == 0

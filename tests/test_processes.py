@@ -152,6 +152,7 @@ def test_no_word_of_a_launcher_is_python_m_in_the_users_folder(launcher, monkeyp
         assert " -m " not in script and script.count(str(BOOTSTRAP)) == 3 and "export PYTHONSAFEPATH=1" in script
 
 
+@pytest.mark.slow
 def test_python_3_10_imports_nothing_either_when_deepspeed_starts_its_own_launcher(trap, tmp_path):
     """There PYTHONSAFEPATH means nothing; it is left out here, and the launcher's own words must do."""
     run = tmp_path / "run"

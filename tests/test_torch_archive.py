@@ -602,6 +602,7 @@ def test_headers_switch_to_zip64_where_torch_does(tmp_path, size):
         header = offset + nbytes + (24 if wide else 16)
 
 
+@pytest.mark.slow
 def test_more_records_than_a_plain_zip_can_count_are_found(tmp_path):
     storages = [Storage(dtype="uint8", numel=0) for _ in range(66_000)]
     plan = plan_torch_archive("a", [TensorRef(storage=s, shape=(0,)) for s in storages])
