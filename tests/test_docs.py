@@ -1,0 +1,240 @@
+"""Pages are claims: each block of commands is run or says why it is not, and links lead somewhere.
+
+Before each block of README.md and docs/ stands a comment: ``<!-- run -->``, ``<!-- not run: why -->`` or
+``<!-- shown: what -->``, for what is no command. A page's blocks are run in order in one folder, ``PLACES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from conftest import FIXTURES, run_cli
+from training import recipe_document, token_folder
+
+import smolconv.commands.main  # noqa: F401  (the commands register themselves)
+from smolconv.commands.app import app
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", *sorted(str(page.relative_to(REPOSITORY)) for page in (REPOSITORY / "docs").rglob("*.md")))
+NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
+HF = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf"
+MARK = re.compile(r"<!-- (run|slow|not run|shown)(?:: (.+))? -->")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of code of a page, and what the comment before them says is to be done with them."""
+
+    page: str
+    line: int
+    kind: str
+    reason: str
+    lines: tuple[str, ...]
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command of ours; ``$ `` begins one in what a terminal showed."""
+        text = "\n".join(self.lines).replace("\\\n", " ")
+        found = []
+        for line in text.splitlines():
+            words = line.strip().removeprefix("$ ")
+            if words.startswith("smolconv "):
+                found.append(shlex.split(words.partition(";")[0], comments=True)[1:])
+        return found
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """Fenced ones, and lines that are indented by four after an empty line or a mark."""
+    lines = (REPOSITORY / page).read_text().splitlines()
+    at, mark = 0, ("", "")
+    while at < len(lines):
+        line = lines[at]
+        if found := MARK.fullmatch(line.strip()):
+            mark = (found[1], found[2] or "")
+        elif line.startswith("```"):
+            end = next(i for i in range(at + 1, len(lines)) if lines[i].startswith("```"))
+            yield Block(page, at + 1, *mark, tuple(lines[at + 1 : end]))
+            at, mark = end, ("", "")
+        elif line.startswith("    ") and _begins_a_block(lines, at):
+            end = at
+            while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
+                end += 1
+            yield Block(page, at + 1, *mark, tuple(lines[at:end]))
+            at, mark = end - 1, ("", "")
+        elif line.strip():
+            mark = ("", "")
+        at += 1
+
+
+def _begins_a_block(lines: list[str], at: int) -> bool:
+    """Not the second line of a list's entry."""
+    before = next((lines[i] for i in range(at - 1, -1, -1) if lines[i].strip()), "")
+    return not lines[at - 1].strip() or bool(MARK.fullmatch(before.strip())) or before.startswith("#")
+
+
+def in_the_table_of_the_readme() -> list[tuple[str, list[str]]]:
+    """What one has, and the words of the command."""
+    rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if "| `smolconv " in line]
+    return [(row.split(" | ")[0].removeprefix("| "), shlex.split(row.rsplit("`", 2)[1])[1:]) for row in rows]
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+@pytest.mark.parametrize("block", ALL, ids=lambda block: f"{block.page}:{block.line}")
+def test_every_block_says_what_is_done_with_it(block: Block) -> None:
+    assert block.kind, f"{block.page}:{block.line} has no mark: {block.lines[:2]}"
+    assert block.reason or block.kind in ("run", "slow"), "a block that is not run says why"
+
+
+_app = functools.cache(lambda: typer.main.get_command(app))
+
+
+def parsed(words: list[str]) -> None:
+    """Raise for a command, option or choice that there is not."""
+    command: Any = _app()
+    rest = list(words)
+    while hasattr(command, "commands"):
+        assert rest and rest[0] in command.commands, f"smolconv has no command {' '.join(words)}"
+        command = command.commands[rest.pop(0)]
+    context = command.context_class(command, info_name=words[0])
+    values, left, _ = command.make_parser(context).parse_args(rest)
+    assert not left, f"{left} is too much in {words}"
+    for param in command.params:
+        if (value := values.get(param.name)) is not None and hasattr(param.type, "choices"):
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                param.type.convert(each, param, context)
+
+
+def test_every_command_of_every_page_exists_with_its_options() -> None:
+    there = [words for block in ALL for words in block.commands()] + [
+        words for _, words in in_the_table_of_the_readme()
+    ]
+    assert len(there) > 60
+    for words in there:
+        parsed(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["convrt", "a", "b"], ["convert", "a", "b", "--too", "hf"], ["convert", "a", "b", "--to", "megatron"]]
+)
+def test_a_command_that_there_is_not_would_be_noticed(words: list[str]) -> None:
+    with pytest.raises(Exception, match=r"convrt|--too|megatron"):
+        parsed(words)
+
+
+# --- blocks are run ---------------------------------------------------------------------------------------------------
+
+
+def _model_with_tokenizer(folder: Path) -> Path:
+    """The tiny model, and a tokenizer of single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    shutil.copytree(HF, folder)
+    pieces = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
+    made = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _text(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(
+            " ".join(["the quick brown fox jumps over the lazy dog"] * 50 * (number + 1))
+        )
+    return folder
+
+
+def _recipe(path: Path) -> None:
+    tokens = token_folder(path.parent / "some-tokens", lengths=(30, 60))
+    document = recipe_document(HF, tokens, model={"dtype": "bfloat16"}, parallelism={"global_batch_sequences": 384})
+    path.write_text(yaml.safe_dump(document))
+
+
+#: What is in a page's folder before its first block.
+PLACES: Mapping[str, Callable[[Path], object]] = {
+    "docs/convert.md": lambda here: shutil.copytree(NANOTRON, here / "checkpoints"),
+    "docs/data.md": lambda here: (_model_with_tokenizer(here / "smollm2-hf"), _text(here / "corpus")),
+    "docs/deepspeed.md": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "docs/estimate.md": lambda here: _recipe(here / "RECIPE.yaml"),
+    "docs/evaluate.md": lambda here: (
+        shutil.copytree(HF, here / "before"), shutil.copytree(HF, here / "run"), token_folder(here / "tokens" / "held-out", documents=20)
+    ),
+    "docs/watching.md": lambda here: [shutil.copytree(FIXTURES / "run" / "run", here / name) for name in ("RUN", "RUN_A", "RUN_B")],
+    "docs/start-here.md": lambda here: (_model_with_tokenizer(here / "SRC"), _text(here / "text")),
+}  # fmt: skip
+
+
+def run_blocks(page: str, kind: str, here: Path) -> None:
+    PLACES[page](here)
+    for block in blocks(page):
+        for words in block.commands() if block.kind == kind else ():
+            done = run_cli(*words, cwd=here)
+            assert done.code == 0, f"{page}:{block.line}: smolconv {shlex.join(words)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in ALL if block.kind == "run"}))
+def test_the_blocks_of_a_page_run_in_their_order(page: str, tmp_path: Path) -> None:
+    run_blocks(page, "run", tmp_path)
+
+
+#: What SRC is in the README's table, by its first column, and what else a row's command needs.
+ROWS: Mapping[str, Callable[[Path], object]] = {
+    "any checkpoint": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "a nanotron checkpoint": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "a nanotron run": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "a folder that somebody sent": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "a transformers model": lambda here: shutil.copytree(HF, here / "SRC"),
+    "a DeepSpeed run": lambda here: shutil.copytree(FIXTURES / "run" / "run" / "checkpoints", here / "SRC"),
+    "two checkpoints": lambda here: (
+        shutil.copytree(HF, here / "A"), shutil.copytree(HF, here / "B"), token_folder(here / "TOKENS", documents=20)
+    ),
+    "text": lambda here: (_model_with_tokenizer(here / "SRC"), _text(here / "TEXT")),
+    "a checkpoint and token files": lambda here: (
+        _model_with_tokenizer(here / "SRC"), token_folder(here / "TOKENS", documents=2000)
+    ),
+    "a nanotron training YAML": lambda here: shutil.copy(
+        FIXTURES / "recipes" / "published" / "config_smollm2_135M.yaml", here / "config.yaml"
+    ),
+    "a recipe and N GPUs": lambda here: _recipe(here / "my.yaml"),
+    "a recipe": lambda here: _recipe(here / "my.yaml"),
+    "training runs": lambda here: shutil.copytree(FIXTURES / "run" / "run", here / "FOLDER" / "run"),
+    "a run": lambda here: shutil.copytree(FIXTURES / "run" / "run", here / "RUN"),
+}  # fmt: skip
+#: Rows whose commands other tests run.
+ELSEWHERE = {
+    "a GGUF file of SmolLM2": "test_gguf.py", "a recipe, or a run that was stopped": "the first training run below",
+    "a run that trains": "test_runs.py", "a command that fails": "test_doctor.py",
+}  # fmt: skip
+
+
+def test_the_commands_of_the_readmes_table_do_what_they_are_there_for(tmp_path: Path) -> None:
+    table = in_the_table_of_the_readme()
+    assert {have for have, _ in table} == {*ROWS, *ELSEWHERE}
+    for number, (have, words) in enumerate(table):
+        if have in ROWS:
+            here = tmp_path / str(number)
+            here.mkdir()
+            ROWS[have](here)
+            done = run_cli(*words, cwd=here)
+            assert done.code == 0, f"{have}: smolconv {shlex.join(words)}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_first_training_run_of_start_here_trains(tmp_path: Path) -> None:
+    run_blocks("docs/start-here.md", "slow", tmp_path)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["exit_code"] == 0
