@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 from common import REPOSITORY
 
-from smolconv import __version__
+from smolconv.version import __version__
 
 OUTPUT = REPOSITORY / "docs" / "robustness.md"
 FUZZ = REPOSITORY / "benchmarks" / "results" / "fuzz.json"

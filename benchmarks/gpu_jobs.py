@@ -34,7 +34,7 @@ from smolconv.continual_pretraining.run.gate import source_loss
 from smolconv.continual_pretraining.tokens.files import Batch
 from smolconv.errors import SmolconvError, TrainingStopped
 from smolconv.models.huggingface import spec_from_hf, spec_to_hf
-from smolconv.verify.hf import FolderWeights, TransformersSide
+from smolconv.verification.hf import FolderWeights, TransformersSide
 
 #: A document whose own values are this much smaller than all are is compared with this share of theirs: the gradients
 #: of a document of one token are exactly zero.

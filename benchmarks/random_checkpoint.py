@@ -16,7 +16,7 @@ import numpy as np
 
 from smolconv.carried import Account
 from smolconv.checkpoint import Checkpoint, OptimizerState, ParameterGroup, Slot, TrainingProgress
-from smolconv.convert import ConversionPlan, ConvertOptions, run_conversion
+from smolconv.conversion import ConversionPlan, ConvertOptions, run_conversion
 from smolconv.layouts.deepspeed.groups import with_adam
 from smolconv.layouts.deepspeed.writer import DeepSpeedOptions, plan_deepspeed
 from smolconv.layouts.huggingface.writer import HuggingFaceOptions, plan_huggingface

@@ -31,7 +31,7 @@ from smolconv.continual_pretraining.run.checkpoint_files import (
     write_manifest,
 )
 from smolconv.continual_pretraining.run.checkpoints import RunState
-from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion, run_conversion
 from smolconv.layouts.deepspeed.checkpoint_engine import digest_file, load_torch_archive, save_torch_archive
 from smolconv.layouts.deepspeed.documents import STAND_INS
 

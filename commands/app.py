@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smolconv import __version__
 from smolconv.commands import console
+from smolconv.version import __version__
 
 app = typer.Typer(
     name="smolconv",

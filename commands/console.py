@@ -17,7 +17,7 @@ from smolconv.parsing import finite_json
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from smolconv.convert import ConversionPlan
+    from smolconv.conversion import ConversionPlan
 
     out: Console  #: stdout
     err: Console  #: stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smolconv.carried import Account
-    from smolconv.convert import ConversionPlan
+    from smolconv.conversion import ConversionPlan, ConversionResult
 
 _EPILOG = """
 **Examples**
@@ -192,16 +191,10 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint to another layout or topology, streaming, on a CPU."""
-    from smolconv.convert import (
-        ConvertOptions,
-        peak_rss_bytes,
-        plan_conversion,
-        plan_to_json,
-        run_conversion,
-    )
+    from smolconv import api
+    from smolconv.conversion import peak_rss_bytes, plan_to_json
     from smolconv.errors import UsageError
     from smolconv.layouts.huggingface.writer import parse_size
-    from smolconv.tensors.dtypes import DTYPE_WORDS
 
     def parsed(name: str, text: str) -> int:
         try:
@@ -211,22 +204,20 @@ def convert(
 
     if push is not None and to not in ("hf", "huggingface"):
         raise UsageError("--push uploads Hugging Face folders; use it with --to hf.")
-    options = ConvertOptions(
-        to=to, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=DTYPE_WORDS.get(dtype, dtype),
-        cast_from=cast_from, optimizer=optimizer,
-        max_shard_bytes=parsed("--max-shard-size", max_shard_size), tokenizer=tokenizer, vocab_size=vocab_size,
-        rope_scaling=rope_scaling, config=config, step=step, architecture=architecture,
-        source_layout=source_layout, nanotron_config=nanotron_config, digest=digest,
-        world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size,
-        tag=tag, program=program, base=base,
-    )  # fmt: skip
     memory = None if max_memory is None else parsed("--max-memory", max_memory)
     if verify or push:
-        from smolconv.verify.logits import require_torch
+        from smolconv.verification.logits import require_torch
 
         require_torch()
     started = time.perf_counter()
-    plan = plan_conversion(source, target, options, headers_only=dry_run)
+    plan = api.plan_conversion(
+        source, target, to=to, headers_only=dry_run, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, dtype=dtype,
+        cast_from=cast_from, optimizer=optimizer, max_shard_bytes=parsed("--max-shard-size", max_shard_size),
+        tokenizer=tokenizer, vocab_size=vocab_size, rope_scaling=rope_scaling, config=config, step=step,
+        architecture=architecture, source_layout=source_layout, nanotron_config=nanotron_config, digest=digest,
+        world_size=world_size, universal=universal, groups=groups, sub_group_size=sub_group_size, tag=tag,
+        program=program, base=base,
+    )  # fmt: skip
     _say_before(plan, resume=resume)
     if dry_run:
         if as_json:
@@ -235,19 +226,11 @@ def convert(
         else:
             _show_plan(plan)
         return
-    with ExitStack() as shown:
-
-        def verified(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-            shown.close()  # the bar of the conversion: verifying has its own
-            return _verifier(plan, folder)
-
-        verifier = verified if verify or push else None
-        title = f"{plan.source.layout} -> {plan.layout}"
-        progress = shown.enter_context(console.byte_progress(title, plan.bytes_written))
-        result = run_conversion(
-            plan, resume=resume, overwrite=overwrite, workers=workers, max_memory_bytes=memory, progress=progress,
-            verifier=verifier, check_source=check_source,
-        )  # fmt: skip
+    result = api.run_conversion(
+        plan, verify=verify or push is not None, resume=resume, overwrite=overwrite, workers=workers,
+        max_memory_bytes=memory, check_source=check_source, bar=console.byte_progress,
+        verify_bar=console.progress_bar,
+    )  # fmt: skip
     console.warn(result.warnings)
     summary = result.to_json()
     if push is not None:
@@ -256,9 +239,18 @@ def convert(
         summary["pushed"] = push_folder(target, push, message=f"Convert {source} with smolconv")
     if as_json:
         console.print_json(summary)
-        return
+    else:
+        _say_result(result, summary)
+
+
+def _say_result(result: ConversionResult, summary: Mapping[str, Any]) -> None:
+    plan = result.plan
     # With verification most of the time is the two models' forward passes.
-    rate = "verified" if verifier else f"{console.size(plan.bytes_written / max(result.seconds, 1e-9))}/s"
+    rate = (
+        f"{console.size(plan.bytes_written / max(result.seconds, 1e-9))}/s"
+        if result.verification is None
+        else "verified"
+    )
     console.say(
         f"{plan.source.layout} -> {plan.layout}: {counted(plan.tensors, 'tensor')}, {console.size(plan.bytes_written)} "
         f"in {result.seconds:.2f} s ({rate}), peak memory {console.size(summary['peak_rss_bytes'])}"
@@ -267,7 +259,7 @@ def convert(
     _say_account(plan.account)
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
-    console.line(str(target))
+    console.line(str(plan.target))
     if "pushed" in summary:
         console.line(summary["pushed"])
 
@@ -303,21 +295,6 @@ def _checked_line(check: Mapping[str, Any]) -> str:
     parts += [f"{unchecked} not compared"] if unchecked else []
     parts += [f"{bare} file{' has' if bare == 1 else 's have'} none to compare with"] if bare else []
     return f"source: {', '.join(parts)}"
-
-
-def _verifier(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.verify.compare import AsStored, verify_conversion
-
-    options = plan.options
-    as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
-    read = ReadOptions(
-        config=options.config, step=options.step, architecture=options.architecture, layout=options.source_layout
-    )  # fmt: skip
-    source = AsStored(folder=plan.source.root, options=read)
-    return verify_conversion(
-        plan.prepared, folder, source=source if as_stored else None, bar=console.progress_bar
-    ).to_json()
 
 
 def _show_plan(plan: ConversionPlan) -> None:

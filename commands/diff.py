@@ -31,19 +31,9 @@ def diff(
 
     No tensor is read; values are compared by **smolconv verify**.
     """
-    from smolconv.hub.download import open_source
-    from smolconv.inspection import diff_checkpoints
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
+    from smolconv import api
 
-    left, right = (
-        read_checkpoint(
-            open_source(uri, headers_only=True, layout=layout),
-            ReadOptions(layout=layout, architecture=architecture, check_sidecar=False),
-        )
-        for uri, layout in ((a, layout_a), (b, layout_b))
-    )
-    document = diff_checkpoints(left, right)
+    document = api.diff(a, b, layout_a=layout_a, layout_b=layout_b, architecture=architecture)
     if as_json:
         console.print_json(document)
     else:

@@ -76,26 +76,20 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Measure checkpoints on tasks and on held-out tokens, and compare each with the first."""
-    from smolconv.commands.verify import require_device
-    from smolconv.continual_pretraining.evaluation.evaluate import EvaluateOptions
-    from smolconv.continual_pretraining.evaluation.evaluate import evaluate as run_evaluation
+    from smolconv import api
     from smolconv.continual_pretraining.evaluation.tasks import names_of
     from smolconv.errors import UsageError
     from smolconv.layouts.layout import ReadOptions
     from smolconv.storage.atomic import appearing_whole
-    from smolconv.tensors.dtypes import DTYPE_WORDS
 
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.absolute().parent} is not there.\nMake it first.")
-    if device != "cpu":
-        require_device(device)
-    options = EvaluateOptions(
-        tasks=names_of(tasks or []), include=include, held_out=held_out or [], engine=engine,
-        engine_python=engine_python, limit=limit, seed=seed, length=length, eos=eos,
-        dtype=DTYPE_WORDS.get(dtype, dtype), device=device, batch_size=batch_size, tokenizer=tokenizer, work=work_dir,
-        read=ReadOptions(config=config, layout=layout, optimizer=False), quiet=console.settings.quiet,
+    found = api.evaluate(
+        checkpoints, tasks=names_of(tasks or []), include=include, held_out=held_out or [], engine=engine,
+        engine_python=engine_python, limit=limit, seed=seed, length=length, eos=eos, dtype=dtype, device=device,
+        batch_size=batch_size, tokenizer=tokenizer, work=work_dir, quiet=console.settings.quiet,
+        read=ReadOptions(config=config, layout=layout, optimizer=False), bar=console.progress_bar,
     )  # fmt: skip
-    found = run_evaluation(checkpoints, options, console.progress_bar)
     document = found.to_json()
     if output is not None:
         with appearing_whole(output) as part:

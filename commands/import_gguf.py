@@ -44,7 +44,7 @@ def import_gguf(
 
     Nothing is guessed: what the file does not say, or says in a way that has no exact equal, is refused.
     """
-    from smolconv.convert import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion
+    from smolconv.conversion import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion
     from smolconv.tensors.dtypes import DTYPE_WORDS
 
     plan = plan_gguf_import(file, target, ConvertOptions(to="hf", dtype=DTYPE_WORDS.get(dtype, dtype)))

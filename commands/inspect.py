@@ -36,24 +36,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Show a checkpoint's layout, shapes and progress, from headers alone."""
-    from smolconv.hub.download import open_source
-    from smolconv.hub.published import with_published_progress
-    from smolconv.inspection import check_checkpoint, inspect_checkpoint
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
+    from smolconv import api
 
-    folder = open_source(source, headers_only=not check, step=step, layout=source_layout, config=config)
-    read = ReadOptions(
-        config=config, step=step, layout=source_layout, architecture=architecture, check_sidecar=check
+    document = api.inspect(
+        source, tensors=tensors, check=check, layout=source_layout, step=step, config=config, architecture=architecture
     )  # fmt: skip
-    checkpoint = with_published_progress(read_checkpoint(folder, read), source)
-    document = inspect_checkpoint(checkpoint, tensors=tensors)
-    if check:
-        from smolconv.convert import default_workers
-
-        found = check_checkpoint(checkpoint, workers=default_workers())
-        document["checked"] = found.checked
-        document["unchecked"] = [{"path": str(path), "reason": reason} for path, reason in found.unchecked.items()]
     if as_json:
         console.print_json(document)
         return

@@ -11,7 +11,7 @@ from smolconv.commands import console
 from smolconv.commands.app import Architecture, LayoutA, LayoutB, app
 
 if TYPE_CHECKING:
-    from smolconv.verify.compare import VerifyReport
+    from smolconv.verification.compare import VerifyReport
 
 _EPILOG = """
 **Examples**
@@ -67,43 +67,19 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Verify that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
+    from smolconv import api
     from smolconv.errors import UsageError
-    from smolconv.hub.download import open_source
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
-    from smolconv.tensors.dtypes import DTYPE_WORDS
-    from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
-    from smolconv.verify.logits import require_torch
 
-    logits = logits and not tensors_only
-    if logits and device != "cpu":
-        require_torch()
-        require_device(device)
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--report {html}: the folder {html.absolute().parent} is not there.")
-    if logits:
-        require_torch()
-    at_a, at_b = (
-        AsStored(
-            folder=open_source(uri, layout=layout, config=override),
-            options=ReadOptions(
-                config=override,
-                layout=layout,
-                architecture=architecture,
-                optimizer=optimizer or engine == "deepspeed",
-            ),
-        )
-        for uri, override, layout in ((a, config, layout_a), (b, config_b, layout_b))
-    )
-    left, right = (read_checkpoint(side.folder, side.options) for side in (at_a, at_b))
-    options = VerifyOptions(
-        logits=logits, optimizer=optimizer, text=text, tokens=tokens, length=length,
-        documents=documents, compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
+    report = api.verify(
+        a, b, logits=logits and not tensors_only, optimizer=optimizer, layout_a=layout_a, layout_b=layout_b,
+        config=config, config_b=config_b, architecture=architecture, text=text, tokens=tokens, length=length,
+        documents=documents, compute=compute, device=device, engine=engine, bar=console.progress_bar,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
-    report = verify_checkpoints(left, right, options, stored=(at_a, at_b), bar=console.progress_bar)
     if html is not None:
-        from smolconv.verify.report import render_html
+        from smolconv.verification.report import render_html
 
         html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8")
     if as_json:
@@ -112,18 +88,6 @@ def verify(
         _show(report, per_layer=per_layer)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def require_device(device: str) -> None:
-    """Raise ``UsageError`` where torch cannot compute on it."""
-    import torch
-
-    from smolconv.errors import UsageError
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def _show(report: VerifyReport, *, per_layer: bool) -> None:

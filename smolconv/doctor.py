@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smolconv import __version__
 from smolconv.continual_pretraining.evaluation.lighteval_engine import LIGHTEVAL_PYTHON, lacking_lighteval
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.run.ranks import NVIDIA
 from smolconv.errors import pip_install
 from smolconv.processes import EMPTY_FOLDER, safe_environment, usable_cores
 from smolconv.progress import Bar, no_bar
+from smolconv.version import __version__
 
 #: The extra that each command needs besides the base installation; None: nothing.
 EXTRAS: Mapping[str, str | None] = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import forked_cli
 import pytest
 
-from smolconv.convert import ConversionResult, ConvertOptions, plan_conversion, run_conversion
+from smolconv.conversion import ConversionResult, ConvertOptions, plan_conversion, run_conversion
 
 #: Real checkpoints; fixtures/README.md says which program wrote which.
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -26,7 +26,7 @@ from typing import Any
 SECONDS = 300
 #: What most commands import when they run, and what is slow of it.
 _IMPORTED = (
-    "smolconv.commands.main", "smolconv.convert", "smolconv.inspection", "smolconv.hub.download",
+    "smolconv.commands.main", "smolconv.conversion", "smolconv.inspection", "smolconv.hub.download",
     "smolconv.layouts.deepspeed.layout", "smolconv.layouts.nanotron.layout", "smolconv.layouts.huggingface.layout",
     "smolconv.layouts.gguf.reader", "rich.table", "rich.console", "rich.panel", "rich.markup", "yaml",
     "smolconv.continual_pretraining.recipe.files", "smolconv.continual_pretraining.recipe.nanotron",

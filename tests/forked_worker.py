@@ -155,9 +155,9 @@ def _serve() -> None:
     import smolconv.continual_pretraining.run.export
     import smolconv.continual_pretraining.run.trainer
     import smolconv.continual_pretraining.run.worker
-    import smolconv.verify.compare
-    import smolconv.verify.hf
-    import smolconv.verify.native  # noqa: F401
+    import smolconv.verification.compare
+    import smolconv.verification.hf
+    import smolconv.verification.native  # noqa: F401
 
     _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.SmolLM3ForCausalLM
     gc.freeze()  # so that a child's collection does not copy all of it

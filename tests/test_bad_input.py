@@ -37,7 +37,7 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConvertOptions, plan_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, ParityFailed, SmolconvError, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint

@@ -24,7 +24,7 @@ from smolconv.layouts.registry import layout_of, read_checkpoint
 from smolconv.models.huggingface import ROPE_TYPES
 from smolconv.models.names import StoredNames, stored_names
 from smolconv.replacing import lost_with
-from smolconv.verify.compare import VerifyOptions, verify_checkpoints
+from smolconv.verification.compare import VerifyOptions, verify_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -68,8 +68,8 @@ def configured(source: Path, target: Path, **fields: Any) -> Path:
 
 def forward_difference(folder: Path, known: torch.Tensor) -> float:
     """How far ``verify``'s own forward on the folder is from these logits, and that of what ``convert`` writes."""
-    from smolconv.verify.forward import ForwardPass
-    from smolconv.verify.hf import FolderWeights, TransformersSide
+    from smolconv.verification.forward import ForwardPass
+    from smolconv.verification.hf import FolderWeights, TransformersSide
 
     side = TransformersSide(FolderWeights(folder), torch.float32)
     tokens = torch.arange(known.shape[1])[None] * 7 % side.vocab_size

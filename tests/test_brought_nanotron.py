@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import FIXTURES, convert, hf_weights
 
-from smolconv.commands.convert import _verifier
+from smolconv import api
 from smolconv.continual_pretraining.recipe.files import load_recipe
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 from smolconv.continual_pretraining.recipe.schedules import learning_rate
@@ -281,7 +281,8 @@ def test_a_scaling_comes_back_from_nanotron_unless_nanotron_has_trained_without_
     convert(tmp_path / "run", tmp_path / "ds", "deepspeed")
     convert(tmp_path / "ds", tmp_path / "by ds", "hf")
     assert scaling_of(tmp_path / "by tp1") == scaling_of(tmp_path / "by ds") == scaling
-    assert convert(tmp_path / "run", tmp_path / "proved", "hf", verifier=_verifier).verification["passed"]
+    proved = api.convert(tmp_path / "run", tmp_path / "proved", to="hf", verify=True)
+    assert proved.verification is not None and proved.verification["passed"]
     convert(tmp_path / "run", tmp_path / "asked", "hf", rope_scaling="as-trained")
     assert scaling_of(tmp_path / "asked") is None
     trained = trained_by_nanotron(tmp_path / "run", tmp_path / "trained")
@@ -362,7 +363,7 @@ def test_no_other_name_is_guessed_from(uri):
 
 def test_the_progress_of_a_branch_is_converted_and_decides_the_learning_rate(tmp_path, monkeypatch):
     source = hf_models.saved(hf_models.smollm3(), tmp_path / "hf")
-    for place in ("smolconv.convert", "smolconv.continual_pretraining.run.start"):
+    for place in ("smolconv.conversion", "smolconv.continual_pretraining.run.start"):
         monkeypatch.setattr(f"{place}.open_source", lambda *_, **__: source)
     uri = f"{BRANCHES}@stage1-step-40000"
     result = convert(uri, tmp_path / "run", "nanotron")

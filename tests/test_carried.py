@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, Finished, convert
 
-from smolconv.convert import ConvertOptions, plan_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion
 
 TINY = FIXTURES / "nanotron" / "smollm2-tiny"
 TP2 = TINY / "tp2-pp1-dp2-zero1"

@@ -15,12 +15,12 @@ from hf_models import llama, saved
 from lazy import literal
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConversionPlan
+from smolconv.conversion import ConversionPlan
 from smolconv.errors import ParityFailed
 from smolconv.tensors.finite import finiteness
 from smolconv.tensors.lazy import cast
-from smolconv.verify.compare import verify_conversion
-from smolconv.verify.tensors import compare_tensors
+from smolconv.verification.compare import verify_conversion
+from smolconv.verification.tensors import compare_tensors
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}

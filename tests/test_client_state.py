@@ -21,7 +21,7 @@ import torch
 from conftest import FIXTURES, Finished, Touch, convert
 from deepspeed_folders import Case, case, edit, load, model_file, optimizer_file
 
-from smolconv.convert import ConvertOptions, plan_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion
 from smolconv.errors import CorruptFile, UnsafePickle
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 from smolconv.layouts.deepspeed.documents import MODEL_KEYS, STAND_INS

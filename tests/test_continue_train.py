@@ -21,7 +21,7 @@ from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoints import RunState
 from smolconv.continual_pretraining.run.folder import as_it_began, changes, check_run, write_recipe
-from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion, run_conversion
 from smolconv.errors import CorruptFile, MissingFile, OutputLocked, SmolconvError, UsageError
 
 SMOLLM3 = FIXTURES / "nanotron" / "smollm3-tiny" / "tp1-pp2-dp1-zero0"

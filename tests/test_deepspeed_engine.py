@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from smolconv.checkpoint import MOMENTS, Checkpoint, Slot
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.forward import to_torch
+from smolconv.verification.forward import to_torch
 
 pytest.importorskip("deepspeed")
 

@@ -23,7 +23,7 @@ from real_deepspeed import (
 )
 
 from smolconv.checkpoint import for_another_engine
-from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
+from smolconv.conversion import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, UnsupportedModel
 from smolconv.layouts.registry import read_checkpoint
 

@@ -25,7 +25,7 @@ from mortal import Mortal
 from nanotron_folders import differences
 from safetensors.torch import load_file, save_file
 
-from smolconv.convert import ConvertOptions, plan_conversion, plan_to_json
+from smolconv.conversion import ConvertOptions, plan_conversion, plan_to_json
 from smolconv.errors import MissingFile, UnsupportedModel, UsageError
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.storage.atomic import JOURNAL

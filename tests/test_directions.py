@@ -28,10 +28,10 @@ from test_deepspeed_writing import (
 )
 from test_round_trips import MODELS
 
-from smolconv.convert import ConversionPlan, ConversionResult, ConvertOptions, plan_conversion, run_conversion
+from smolconv.conversion import ConversionPlan, ConversionResult, ConvertOptions, plan_conversion, run_conversion
 from smolconv.errors import DigestMismatch, ParityFailed, UnsupportedModel
 from smolconv.storage.manifest import check_manifest, read_manifest
-from smolconv.verify.compare import verify_conversion
+from smolconv.verification.compare import verify_conversion
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3, BF16 = (NANOTRON / name for name in ("smollm2-tiny", "smollm3-tiny", "smollm3-tiny-bf16"))

@@ -23,10 +23,10 @@ from smolconv.layouts.deepspeed.documents import DEEPSPEED_VERSION
 from smolconv.layouts.deepspeed.version import RANGE, check_deepspeed
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
-from smolconv.verify.engines import start
-from smolconv.verify.engines.start import engine_logits
-from smolconv.verify.inputs import choose_rows
+from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verification.engines import start
+from smolconv.verification.engines.start import engine_logits
+from smolconv.verification.inputs import choose_rows
 
 pytest.importorskip("deepspeed")
 
@@ -37,7 +37,7 @@ HF = FIXTURES / "nanotron" / "smollm3-tiny" / "expected_hf"
 @pytest.fixture
 def forked_ranks(monkeypatch):
     """The engine's ranks are forks of a process that has imported DeepSpeed."""
-    code = "import os, sys\nfrom pathlib import Path\nfrom smolconv.verify.engines.deepspeed import main\n"
+    code = "import os, sys\nfrom pathlib import Path\nfrom smolconv.verification.engines.deepspeed import main\n"
 
     def run_all(commands, work):
         codes = forked_worker.run_ranks(

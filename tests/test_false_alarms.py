@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
-from smolconv.verify.forward import ForwardPass, Side
-from smolconv.verify.inputs import Rows, choose_rows
-from smolconv.verify.logits import LogitsReport, compare_logits
+from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, side_of, verify_checkpoints
+from smolconv.verification.forward import ForwardPass, Side
+from smolconv.verification.inputs import Rows, choose_rows
+from smolconv.verification.logits import LogitsReport, compare_logits
 
 NANOTRON = FIXTURES / "nanotron"
 RUNS = {

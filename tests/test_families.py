@@ -32,7 +32,7 @@ from smolconv.models.huggingface import parameter_shapes, spec_from_hf, spec_to_
 from smolconv.models.nanotron import spec_to_nanotron
 from smolconv.models.registry import FAMILIES
 from smolconv.models.spec import ModelSpec
-from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
+from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints
 
 MODELS: dict[str, Callable[..., torch.nn.Module]] = {"qwen2": hf_models.qwen2, "qwen3": hf_models.qwen3}
 #: What a layer has that Llama's has not: changed, attention is another.

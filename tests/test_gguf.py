@@ -23,7 +23,7 @@ import pytest
 from conftest import FIXTURES, Finished, hf_weights
 
 from smolconv.checkpoint import Slot
-from smolconv.convert import ConvertOptions, plan_gguf_import, run_conversion
+from smolconv.conversion import ConvertOptions, plan_gguf_import, run_conversion
 from smolconv.errors import (
     BadCheckpoint,
     CorruptFile,

@@ -22,7 +22,7 @@ from conftest import FIXTURES, Finished, convert, files_below
 from safetensors.torch import load_file, save_file
 from zip_tricks import archive_bytes, end, evil_pickle, moved, parts, two_directories, zip64_elsewhere
 
-from smolconv.convert import ConvertOptions, plan_conversion, run_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion, run_conversion
 from smolconv.errors import CorruptFile, DigestMismatch, SmolconvError, SourceChanged, UnsafePickle
 from smolconv.inspection import check_checkpoint
 from smolconv.layouts.registry import read_checkpoint
@@ -558,7 +558,7 @@ def test_resuming_compares_what_the_first_attempt_had_read(tmp_path, monkeypatch
     path = next(source.glob("*/*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
     record = max(read_archive_records(path), key=lambda record: record.nbytes)
     flip(path, record.offset + record.nbytes // 2)
-    monkeypatch.setattr("smolconv.convert.SourceCheck.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("smolconv.conversion.SourceCheck.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr("smolconv.storage.integrity.SourceCheck.compare", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "hf")

@@ -11,7 +11,7 @@ import pytest
 from conftest import convert
 
 from smolconv.commands import convert as command
-from smolconv.convert import ConvertOptions
+from smolconv.conversion import ConvertOptions
 from smolconv.errors import UsageError
 from smolconv.layouts.registry import BY_WORD, LAYOUTS
 from smolconv.replacing import lost_with
@@ -21,11 +21,11 @@ NAMES = {name for layout in LAYOUTS for name in (layout.name, *layout.words)}
 #: Comparisons with a name that are not about a layout, or are the one table of verify's forwards and engines.
 OTHERS = {
     "commands/convert.py": "--push takes what the Hub shows as a model",
-    "commands/verify.py": "an engine's name",
+    "smolconv/api.py": "an engine's name",
     "continual_pretraining/recipe/schema.py": "a recipe's word for a format, of which one can be pushed",
     "continual_pretraining/run/export.py": "a recipe's word for a format, of which one can be pushed",
     "continual_pretraining/estimate/flops.py": "a formula's name",
-    "smolconv/verify/engines/start.py": "an engine's name",
+    "smolconv/verification/engines/start.py": "an engine's name",
 }
 
 
@@ -77,7 +77,7 @@ def test_what_only_one_writer_knows_is_an_option_of_convert_with_the_same_defaul
 
 
 def test_an_unknown_word_names_the_known_ones(tmp_path):
-    from smolconv.convert import plan_conversion
+    from smolconv.conversion import plan_conversion
 
     with pytest.raises(UsageError, match="expected one of hf, nanotron, deepspeed"):
         plan_conversion(tmp_path, tmp_path / "out", ConvertOptions(to="onnx"))

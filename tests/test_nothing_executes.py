@@ -31,8 +31,8 @@ from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, MixedCheckp
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine, digest_file, load_torch_archive
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.engines.start import engine_logits
-from smolconv.verify.inputs import choose_rows
+from smolconv.verification.engines.start import engine_logits
+from smolconv.verification.inputs import choose_rows
 
 deepspeed = pytest.importorskip("deepspeed")
 
@@ -395,7 +395,7 @@ def test_a_file_of_any_rank_is_looked_into_before_the_engine_starts(name, canary
     options = ReadOptions(config=case / "config.json")
     checkpoint = read_checkpoint(folder, options)
     as_zip({"module": {}, "code": Touch(canary)}, found)  # after it was read: a race
-    monkeypatch.setattr("smolconv.verify.engines.start._run_all", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr("smolconv.verification.engines.start._run_all", lambda *_: pytest.fail("a rank was started"))
     rows = choose_rows(vocab_size=256, max_positions=64, tokenizer=None, length=8)
     with pytest.raises(UnsafePickle, match=found.name), engine_logits("deepspeed", checkpoint, folder, options, rows):
         pass

@@ -93,7 +93,7 @@ def test_the_wheel_holds_exactly_the_tracked_files_of_the_product(built: Built) 
     assert {path.name for path in built.wheel.iterdir()} == {"smolconv", _metadata(built.wheel).name}
     assert {name: data for name, data in files.items() if name.startswith("smolconv/")} == product()
     assert {
-        "smolconv/py.typed", "smolconv/verify/prompts.txt", "smolconv/bootstrap/run_module.py",
+        "smolconv/py.typed", "smolconv/verification/prompts.txt", "smolconv/bootstrap/run_module.py",
         "smolconv/commands/main.py", "smolconv/continual_pretraining/recipes/try-out.yaml",
     } <= set(files)  # fmt: skip
 

@@ -19,7 +19,7 @@ from smolconv import doctor
 from smolconv.commands import console
 from smolconv.commands.convert import convert as convert_command
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import VerifyOptions, verify_checkpoints
+from smolconv.verification.compare import VerifyOptions, verify_checkpoints
 
 TINY = next(path for path in nanotron_topologies() if path.parent.name == "smollm2-tiny")
 

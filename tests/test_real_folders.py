@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES, convert, hf_weights
 
-from smolconv.convert import ConvertOptions, plan_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UnsupportedModel, UsageError
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.layouts.layout import ReadOptions

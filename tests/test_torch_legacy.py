@@ -20,13 +20,13 @@ from deepspeed_folders import case, load, save
 from safetensors.torch import load_file
 from test_torch_archive import DTYPES, assert_same, random_tensor, training_state
 
-from smolconv.convert import ConversionPlan
+from smolconv.conversion import ConversionPlan
 from smolconv.errors import CorruptFile, SmolconvError, UnsafePickle
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 from smolconv.layouts.layout import ReadOptions
 from smolconv.storage.torch_archive import legacy
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.verify.compare import AsStored, verify_conversion
+from smolconv.verification.compare import AsStored, verify_conversion
 
 
 def saved(obj: object, path: Path) -> Path:

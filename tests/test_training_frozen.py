@@ -19,7 +19,7 @@ from smolconv.continual_pretraining.run.checkpoints import step_folder
 from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.errors import UsageError
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.forward import to_torch
+from smolconv.verification.forward import to_torch
 
 pytest.importorskip("deepspeed")
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from smolconv.checkpoint import Slot
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.forward import to_torch
+from smolconv.verification.forward import to_torch
 
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 LLAMA = FIXTURES / "nanotron" / "smollm2-tiny" / "tp2-pp2-dp1-zero0"

@@ -34,14 +34,14 @@ from smolconv.continual_pretraining.run.export import export_run
 from smolconv.continual_pretraining.run.gate import SourceLoss, check_first_loss, source_loss
 from smolconv.continual_pretraining.run.start import prepare_start
 from smolconv.continual_pretraining.tokens.files import Batch
-from smolconv.convert import ConversionPlan
+from smolconv.conversion import ConversionPlan
 from smolconv.errors import CorruptFile, MachineError, MissingFile, ParityFailed, TrainingStopped, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.registry import FAMILIES
-from smolconv.verify.compare import AsStored, VerifyOptions, side_of
-from smolconv.verify.forward import to_torch
+from smolconv.verification.compare import AsStored, VerifyOptions, side_of
+from smolconv.verification.forward import to_torch
 
 pytest.importorskip("deepspeed")
 

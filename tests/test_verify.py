@@ -20,7 +20,7 @@ from lazy import literal
 from nanotron_folders import run_differences, step_folder
 from test_round_trips import as_interleaved
 
-from smolconv.convert import ConversionPlan
+from smolconv.conversion import ConversionPlan
 from smolconv.errors import ParityFailed, UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -30,8 +30,8 @@ from smolconv.models.operations import JoinRows, Rename
 from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
-from smolconv.verify.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
-from smolconv.verify.tensors import compare_tensors, forward_order, module_of
+from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
+from smolconv.verification.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3, BF16 = (NANOTRON / name for name in ("smollm2-tiny", "smollm3-tiny", "smollm3-tiny-bf16"))

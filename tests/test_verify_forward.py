@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM
 from smolconv.errors import CorruptFile, MissingFile, SmolconvError, UsageError
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify import hf
-from smolconv.verify.forward import ForwardPass, Side
-from smolconv.verify.hf import CanonicalWeights, FolderWeights, TransformersSide
-from smolconv.verify.inputs import Rows, choose_rows, shipped_text
-from smolconv.verify.metrics import Distances, Walk
-from smolconv.verify.native import NanotronSide
+from smolconv.verification import hf
+from smolconv.verification.forward import ForwardPass, Side
+from smolconv.verification.hf import CanonicalWeights, FolderWeights, TransformersSide
+from smolconv.verification.inputs import Rows, choose_rows, shipped_text
+from smolconv.verification.metrics import Distances, Walk
+from smolconv.verification.native import NanotronSide
 
 NANOTRON = FIXTURES / "nanotron"
 SMOLLM2, SMOLLM3 = NANOTRON / "smollm2-tiny/tp2-pp2-dp1-zero0", NANOTRON / "smollm3-tiny/tp2-pp1-dp2-zero1"
@@ -127,7 +127,7 @@ def test_interleaved_queries_are_shown_in_the_order_of_hugging_face(tmp_path):
 
 
 def test_eager_attention_in_pieces_is_attention(monkeypatch):
-    monkeypatch.setattr("smolconv.verify.native._EAGER_ROWS", 5)  # 32 positions: 7 pieces, the last of 2
+    monkeypatch.setattr("smolconv.verification.native._EAGER_ROWS", 5)  # 32 positions: 7 pieces, the last of 2
     assert_nanotrons_logits(native(SMOLLM3), SMOLLM3.parent, "eager")
 
 
@@ -470,7 +470,7 @@ def test_a_text_of_ones_own_is_read_once(tokenizer, tmp_path):
 
 
 def test_the_shipped_text_begins_anew_where_it_is_too_short(tokenizer, monkeypatch):
-    monkeypatch.setattr("smolconv.verify.inputs.shipped_text", lambda: "abc")
+    monkeypatch.setattr("smolconv.verification.inputs.shipped_text", lambda: "abc")
     assert decoded(choose(tokenizer=tokenizer, length=8), tokenizer) == "abcabcab"
 
 

@@ -21,8 +21,8 @@ from hf_models import edited
 
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
-from smolconv.verify.compare import AsStored, VerifyOptions, verify_checkpoints
-from smolconv.verify.report import render_html
+from smolconv.verification.compare import AsStored, VerifyOptions, verify_checkpoints
+from smolconv.verification.report import render_html
 
 SMOLLM3 = FIXTURES / "nanotron/smollm3-tiny"
 NATIVE, HF = SMOLLM3 / "tp2-pp1-dp2-zero1", SMOLLM3 / "expected_hf"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
 from smolconv.errors import CorruptFile, UsageError, counted
 from smolconv.parsing import read_tokenizer
-from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
+from smolconv.verification.forward import ForwardPass, Side, return_freed_memory
 
 if TYPE_CHECKING:
     import torch

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint, without_padding
-from smolconv.convert import ConvertOptions, plan_from_checkpoint, run_conversion
+from smolconv.conversion import ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import MachineError, MissingFile, first_line
 from smolconv.hub.download import open_source
 from smolconv.layouts.assets import given_tokenizer
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.huggingface import spec_to_hf
-from smolconv.verify.compare import AsStored, VerifyOptions, side_of
-from smolconv.verify.forward import Side
+from smolconv.verification.compare import AsStored, VerifyOptions, side_of
+from smolconv.verification.forward import Side
 
 _HUGGINGFACE = "huggingface"
 
@@ -71,7 +71,7 @@ def load_model(evaluated: Evaluated, dtype: str, device: str) -> Any:
     """transformers' model, whole: from the folder where the layout is Hugging Face's, else from canonical tensors."""
     import torch
 
-    from smolconv.verify.hf import CanonicalWeights, FolderWeights, Weights, whole_model
+    from smolconv.verification.hf import CanonicalWeights, FolderWeights, Weights, whole_model
 
     checkpoint = evaluated.checkpoint
     weights: Weights

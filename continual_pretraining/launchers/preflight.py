@@ -37,7 +37,7 @@ from smolconv.continual_pretraining.run.start import (
     read_source,
 )
 from smolconv.continual_pretraining.watch.metrics import missing_tracker
-from smolconv.convert import ConversionPlan
+from smolconv.conversion import ConversionPlan
 from smolconv.errors import (
     BadCheckpoint,
     MachineError,

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from smolconv import __version__
 from smolconv.continual_pretraining.launchers.ends import LOST, SAVED
 from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
 from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
@@ -17,6 +16,7 @@ from smolconv.continual_pretraining.run.batch import sbatch
 from smolconv.continual_pretraining.run.control import STOP, asked_folder
 from smolconv.errors import Interrupted, MachineError, NotInstalled, UsageError
 from smolconv.processes import BOOTSTRAP, module_words, script_words
+from smolconv.version import __version__
 
 FOLDER = "slurm"
 _OPTION_FOR_GPUS = re.compile(r"--gpus|-G|--gres[= ]\S*gpu")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.continual_pretraining.run.checkpoints import STATE, RunState, step_of, write_text
 from smolconv.errors import (
@@ -34,6 +33,7 @@ from smolconv.storage.integrity import archive_seals, refuse_seals
 from smolconv.storage.manifest import MANIFEST, SCHEMA, read_manifest
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.tensors.reading import close_thread_files
+from smolconv.version import __version__
 
 CONFIG = "config.json"
 RANDOM = "random"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from smolconv.checkpoint import Checkpoint
 from smolconv.continual_pretraining.recipe.schema import Export
-from smolconv.convert import ConvertOptions, plan_conversion, plan_from_checkpoint, run_conversion
+from smolconv.conversion import ConvertOptions, plan_conversion, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, ParityFailed, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -48,7 +48,7 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
         plan = plan_conversion(checkpoint, target, _options(export, layout))
         reason = ""
         if export.verify:
-            from smolconv.verify.compare import verify_conversion
+            from smolconv.verification.compare import verify_conversion
 
             result = run_conversion(
                 plan, overwrite=True, verifier=lambda plan, folder: verify_conversion(plan.prepared, folder).to_json()
@@ -70,7 +70,7 @@ def _compared(target: Path, weights: Mapping[str, torch.Tensor]) -> int:
     """How many tensors equal the engine's: all of them. Raises ``ParityFailed`` for the first that does not."""
     import torch
 
-    from smolconv.verify.forward import to_torch
+    from smolconv.verification.forward import to_torch
 
     written = read_checkpoint(target, ReadOptions(optimizer=False)).parameters
     if sorted(written) != sorted(weights):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolconv.errors import TrainingStopped
-from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
+from smolconv.verification.forward import ForwardPass, Side, return_freed_memory
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smolconv import __version__
 from smolconv.checkpoint import TrainingProgress
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import CONFIG, random_file, write_manifest
@@ -44,6 +43,7 @@ from smolconv.layouts.deepspeed.checkpoint_engine import (
 from smolconv.layouts.deepspeed.patches import saving_by
 from smolconv.storage.atomic import sync_folder, write_synced
 from smolconv.storage.manifest import MANIFEST
+from smolconv.version import __version__
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ from smolconv.continual_pretraining.run.folder import START, check_steps
 from smolconv.continual_pretraining.run.gate import SourceLoss, source_loss
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.resuming import Origin, find_origin
-from smolconv.convert import ConversionPlan, ConvertOptions, plan_from_checkpoint, run_conversion
+from smolconv.conversion import ConversionPlan, ConvertOptions, plan_from_checkpoint, run_conversion
 from smolconv.errors import BadCheckpoint, MachineError, SmolconvError, TrainingStopped, UsageError, counted, some_of
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.hub.address import is_hub_uri
@@ -427,7 +427,7 @@ def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
     """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
-    from smolconv.verify.compare import AsStored, VerifyOptions, side_of
+    from smolconv.verification.compare import AsStored, VerifyOptions, side_of
 
     # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))

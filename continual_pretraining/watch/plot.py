@@ -10,12 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from smolconv import __version__
 from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU
 from smolconv.continual_pretraining.watch.history import RunHistory, read_run
 from smolconv.continual_pretraining.watch.panels import DARK, DRAWING, HEIGHT, WIDE, panels
 from smolconv.errors import NotInstalled, UsageError
 from smolconv.storage.atomic import appearing_whole
+from smolconv.version import __version__
 
 #: What draws an SVG as others, and how: a PNG with two pixels for one.
 _WRITERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {".png": ("svg2png", {"scale": 2}), ".pdf": ("svg2pdf", {})}

@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from smolconv import __version__
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import CorruptFile, MissingFile, NameMismatch
 from smolconv.files import file_size, is_lfs_pointer
@@ -25,6 +24,7 @@ from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torc
 from smolconv.storage.torch_archive.crc32 import crc32_combine
 from smolconv.storage.torch_archive.values import ArchiveTensor, Storage
 from smolconv.tensors.lazy import LazyTensor, Stored, equal
+from smolconv.version import __version__
 
 #: What the pass over the tensors found, by file: digests are known only then.
 Written = Mapping[str, Sequence[WrittenTensor]]

@@ -177,6 +177,7 @@ class _WritePass:
         if plan.finish is not None:
             for offset, data in plan.finish([opened.found[i].crc for i in range(len(plan.tensors))]):
                 _pwrite(opened.descriptor, data, offset)
+        self.progress(plan.size - sum(tensor.source.nbytes for tensor in plan.tensors))
         with self.wake:
             self.finished.append(opened)
             self.wake.notify()

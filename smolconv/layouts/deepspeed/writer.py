@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from smolconv import __version__
 from smolconv.checkpoint import (
     MOMENTS,
     Checkpoint,
@@ -58,6 +57,7 @@ from smolconv.storage.planned import PlannedFile, plain_file
 from smolconv.storage.torch_archive.archive import plan_torch_archive
 from smolconv.storage.torch_archive.values import Storage, TensorRef, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
+from smolconv.version import __version__
 
 #: The newest that ``ds_to_universal`` knows.
 _UNIVERSAL_VERSION = 0.4

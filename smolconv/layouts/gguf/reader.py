@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smolconv import __version__
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord
 from smolconv.errors import NameMismatch, NotInstalled, UnsupportedModel, pip_install
 from smolconv.layouts.dtypes import check_dtypes
@@ -28,6 +27,7 @@ from smolconv.models.operations import Operation, Rename, RotaryPairs
 from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule, WeightTable
 from smolconv.tensors.lazy import LazyTensor
+from smolconv.version import __version__
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -20,7 +20,6 @@ from typing import Any
 
 import xxhash
 
-from smolconv import __version__
 from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, ParityFailed, UsageError, counted, some_of
@@ -42,6 +41,7 @@ from smolconv.storage.planned import PlannedFile, total_bytes
 from smolconv.tensors.dtypes import FLOAT_DTYPES
 from smolconv.tensors.finite import finiteness
 from smolconv.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, Stored, cast
+from smolconv.version import __version__
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 

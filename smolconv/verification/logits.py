@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smolconv.errors import NotInstalled, pip_install
+from smolconv.errors import NotInstalled, UsageError, pip_install
 from smolconv.progress import Bar, no_bar
-from smolconv.verify.forward import ForwardPass, Side, return_freed_memory
-from smolconv.verify.inputs import Rows
-from smolconv.verify.metrics import Distances, Walk
+from smolconv.verification.forward import ForwardPass, Side, return_freed_memory
+from smolconv.verification.inputs import Rows
+from smolconv.verification.metrics import Distances, Walk
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,18 @@ def require_torch() -> None:
             f"comparing logits needs {' and '.join(missing)}: {pip_install(missing)}.\n"
             "Without them, smolconv verify --tensors-only compares specs and tensors."
         )
+
+
+def require_device(device: str) -> None:
+    """Raise ``UsageError`` where torch cannot compute on it."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def compare_logits(

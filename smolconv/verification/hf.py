@@ -19,7 +19,7 @@ from smolconv.models.names import stored_names, with_tied_embedding
 from smolconv.parsing import read_json
 from smolconv.storage.torch_archive.records import is_torch_archive
 from smolconv.tensors.lazy import row_slice
-from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
+from smolconv.verification.forward import ForwardPass, embedding_rows, to_torch
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolconv.layouts.nanotron.reader import NativeModel
 from smolconv.tensors.lazy import LazyTensor, row_slice
-from smolconv.verify.forward import ForwardPass, embedding_rows, to_torch
+from smolconv.verification.forward import ForwardPass, embedding_rows, to_torch
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import spec_differences
 from smolconv.parsing import finite_json
 from smolconv.progress import Bar, no_bar
-from smolconv.verify.engines.start import ENGINES, engine_logits
-from smolconv.verify.inputs import choose_rows
-from smolconv.verify.logits import LogitsReport, compare_logits, require_torch
-from smolconv.verify.tensors import (
+from smolconv.verification.engines.start import ENGINES, engine_logits
+from smolconv.verification.inputs import choose_rows
+from smolconv.verification.logits import LogitsReport, compare_logits, require_torch
+from smolconv.verification.tensors import (
     TensorReport,
     compare_casts,
     compare_optimizers,
@@ -29,7 +29,7 @@ from smolconv.verify.tensors import (
 )
 
 if TYPE_CHECKING:
-    from smolconv.verify.forward import Side
+    from smolconv.verification.forward import Side
 
 #: Of ``convert --verify``, whose tensors were compared bit for bit already.
 _CONVERSION_POSITIONS = 512
@@ -225,7 +225,7 @@ def verify_checkpoints(
 
 def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
     """Our own forward on its native tensors."""
-    from smolconv.verify.native import NanotronSide
+    from smolconv.verification.native import NanotronSide
 
     if options.engine == "transformers":
         return None
@@ -234,7 +234,7 @@ def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side
 
 def _huggingface_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
     """transformers on the folder, unless another config is to be believed."""
-    from smolconv.verify.hf import FolderWeights, TransformersSide
+    from smolconv.verification.hf import FolderWeights, TransformersSide
 
     if stored.options.config is not None:
         return None
@@ -257,7 +257,7 @@ def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOpti
     import torch
     from transformers.activations import ACT2FN
 
-    from smolconv.verify.hf import CanonicalWeights, TransformersSide
+    from smolconv.verification.hf import CanonicalWeights, TransformersSide
 
     if checkpoint.spec.activation not in ACT2FN:
         raise UnsupportedModel(

@@ -14,8 +14,8 @@ from html import escape
 from importlib import metadata
 from typing import Any
 
-from smolconv import __version__
-from smolconv.verify.plots import layer_plot, number, position_plots
+from smolconv.verification.plots import layer_plot, number, position_plots
+from smolconv.version import __version__
 
 #: Lists of names and differences show this many, the rest when unfolded.
 _MOST_LINES = 8

@@ -37,7 +37,7 @@ from smolconv.processes import module_words, safe_environment
 from smolconv.storage.atomic import OutputFolder, require_space
 from smolconv.storage.output import write_files
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.verify.inputs import Rows
+from smolconv.verification.inputs import Rows
 
 ENGINES = ("deepspeed", "nanotron")
 _TIMEOUT_SECONDS = 3600.0
@@ -95,7 +95,7 @@ def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, r
     (work / "job.json").write_text(json.dumps(job))
     commands = [
         (
-            module_words("smolconv.verify.engines.deepspeed", str(work)),
+            module_words("smolconv.verification.engines.deepspeed", str(work)),
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"},
         )
         for rank in range(ranks)
@@ -151,7 +151,7 @@ def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29531",
     }
-    _run_all([(module_words("smolconv.verify.engines.nanotron", str(work)), environment)], work)
+    _run_all([(module_words("smolconv.verification.engines.nanotron", str(work)), environment)], work)
 
 
 def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: Path) -> None:

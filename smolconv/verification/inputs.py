@@ -94,7 +94,7 @@ def _of_our_own(vocab_size: int, tokenizer: Path | None, length: int) -> tuple[N
 
 
 def shipped_text() -> str:
-    return (files("smolconv.verify") / "prompts.txt").read_text(encoding="utf-8")
+    return (files("smolconv.verification") / "prompts.txt").read_text(encoding="utf-8")
 
 
 def _spans(length: int, documents: int) -> tuple[tuple[int, int], ...]:
