@@ -70,6 +70,11 @@ def _show(document: dict[str, Any], source: str) -> None:
     ]  # fmt: skip
     if document["frozen"]:
         rows.append(("frozen", f"{counted(len(document['frozen']), 'parameter')}: {some_of(document['frozen'])}"))
+    if (card := document["proof"]) is not None:
+        verdict = "passed" if card["passed"] else "failed"
+        rows.append(
+            ("proof", f"{verdict} on {card['made']}, {card['a']} and {card['b']}; verify --check-proof repeats it")
+        )
     if "checked" in document:
         rows.append(("digests", _digests(document)))
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -11,6 +11,7 @@ from smolconv.commands import console
 from smolconv.commands.app import Architecture, LayoutA, LayoutB, app
 
 if TYPE_CHECKING:
+    from smolconv.api import ProofCheck
     from smolconv.verification.compare import VerifyReport
 
 _EPILOG = """
@@ -21,6 +22,10 @@ _EPILOG = """
     smolconv verify smollm2-hf smollm2-hf-resharded --tensors-only
 
     smolconv verify before after --optimizer --json
+
+    smolconv verify checkpoints/nanotron smollm2-hf --proof proof.json
+
+    smolconv verify checkpoints/nanotron smollm2-hf --check-proof proof.json
 """
 
 
@@ -64,6 +69,16 @@ def verify(
         Path | None,
         typer.Option("--report", metavar="OUT.html", dir_okay=False, help="Write a self-contained HTML page."),
     ] = None,
+    proof: Annotated[
+        Path | None,
+        typer.Option("--proof", metavar="FILE", dir_okay=False, help="Write a card that lets others repeat this."),
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            "--check-proof", metavar="FILE", dir_okay=False, help="Repeat a card's comparison, by its options."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Verify that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
@@ -72,10 +87,21 @@ def verify(
 
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--report {html}: the folder {html.absolute().parent} is not there.")
+    if card is not None:
+        if proof is not None or html is not None:
+            raise UsageError("--check-proof writes nothing: leave out --proof and --report.")
+        _check(
+            api.check_proof(
+                card, a, b, layout_a=layout_a, layout_b=layout_b, config=config, config_b=config_b,
+                architecture=architecture, device=device, bar=console.progress_bar,
+            ),
+            card, per_layer=per_layer, as_json=as_json,
+        )  # fmt: skip
+        return
     report = api.verify(
         a, b, logits=logits and not tensors_only, optimizer=optimizer, layout_a=layout_a, layout_b=layout_b,
         config=config, config_b=config_b, architecture=architecture, text=text, tokens=tokens, length=length,
-        documents=documents, compute=compute, device=device, engine=engine, bar=console.progress_bar,
+        documents=documents, compute=compute, device=device, engine=engine, proof=proof, bar=console.progress_bar,
         gates={"max_abs": gate_max_abs, "kl": gate_kl, "top1": gate_top1},
     )  # fmt: skip
     if html is not None:
@@ -87,6 +113,21 @@ def verify(
     else:
         _show(report, per_layer=per_layer)
     if not report.passed:
+        raise typer.Exit(1)
+
+
+def _check(found: ProofCheck, card: Path, *, per_layer: bool, as_json: bool) -> None:
+    if as_json:
+        console.print_json(found.to_json())
+    else:
+        _show(found.report, per_layer=per_layer)
+        for line in found.differences:
+            console.show(f"proof     [red]differs[/]  {console.escape(line)}")
+        if found.holds:
+            console.show(f"[green]PROOF HOLDS[/]  {console.escape(card.name)}: the same tensors, limits and verdict")
+        else:
+            console.show(f"[red]PROOF DOES NOT HOLD[/]  {console.escape(card.name)}")
+    if not found.holds:
         raise typer.Exit(1)
 
 

@@ -19,7 +19,9 @@ from smolconv.version import __version__
 if TYPE_CHECKING:
     from smolconv.api import (
         OpenCheckpoint,
+        ProofCheck,
         Tensor,
+        check_proof,
         convert,
         diff,
         evaluate,
@@ -68,6 +70,7 @@ __all__ = [
     "OpenCheckpoint",
     "OutputLocked",
     "ParityFailed",
+    "ProofCheck",
     "ShapeMismatch",
     "SmolconvError",
     "SourceChanged",
@@ -77,6 +80,7 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "__version__",
+    "check_proof",
     "convert",
     "diff",
     "evaluate",
@@ -92,7 +96,9 @@ __all__ = [
 _MODULES = {
     "smolconv.api": (
         "OpenCheckpoint",
+        "ProofCheck",
         "Tensor",
+        "check_proof",
         "convert",
         "diff",
         "evaluate",

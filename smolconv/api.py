@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from smolconv.continual_pretraining.evaluation.evaluate import Evaluation
     from smolconv.conversion import ConversionPlan, ConversionResult
-    from smolconv.verification.compare import VerifyReport
+    from smolconv.verification.compare import VerifyOptions, VerifyReport
+    from smolconv.verification.proof import Proof
 
 Source = str | PathLike[str]
 #: numpy has no such dtypes; ml_dtypes adds them.
@@ -381,42 +382,124 @@ def verify(
     layout_b: str | None = None, config: Source | None = None, config_b: Source | None = None,
     architecture: str | None = None, text: Source | None = None, tokens: Source | None = None,
     length: int = 2048, documents: int = 1, compute: str = "float32", device: str = "cpu",
-    engine: str = "ours", gates: Mapping[str, float | None] = MappingProxyType({}), bar: Bar = no_bar,
+    engine: str = "ours", gates: Mapping[str, float | None] = MappingProxyType({}), proof: Source | None = None,
+    bar: Bar = no_bar,
 ) -> VerifyReport:  # fmt: skip
     """Whether two checkpoints are the same model: spec, tensors bit for bit, logits of two independent forward passes.
 
     The report's ``passed`` is the verdict, ``reason`` says why, ``first_divergence`` names the first module that
     differs; ``to_json()`` is what ``smolconv verify --json`` prints. ``logits=False`` needs no torch. ``gates``:
     ``max_abs`` and ``kl`` (largest that pass) and ``top1`` (smallest share), in place of those by the noise floor.
-    Other arguments are the command's options.
+    ``proof``: a file to write the card of docs/proof.md to. Other arguments are the command's options.
 
     Raises ``NotInstalled`` without torch or transformers, ``UsageError``, ``BadCheckpoint`` and its kind.
     """
-    from smolconv.hub.download import open_source
-    from smolconv.layouts.layout import ReadOptions
-    from smolconv.layouts.registry import read_checkpoint
-    from smolconv.verification.compare import AsStored, VerifyOptions, verify_checkpoints
+    from smolconv.verification.compare import VerifyOptions
 
-    if logits:
-        from smolconv.verification.logits import require_device, require_torch
-
-        require_torch()
-        require_device(device)
-    sides = []
-    for uri, override, layout in ((a, config, layout_a), (b, config_b, layout_b)):
-        path = None if override is None else Path(override)
-        read = ReadOptions(
-            config=path, layout=layout, architecture=architecture, optimizer=optimizer or engine == "deepspeed"
-        )  # fmt: skip
-        sides.append(AsStored(folder=open_source(fspath(uri), layout=layout, config=path), options=read))
-    left, right = (read_checkpoint(side.folder, side.options) for side in sides)
+    if proof is not None and (text is not None or tokens is not None):
+        raise UsageError(
+            "a proof is of the text that ships with smolconv, so that others can repeat it.\n"
+            "Leave out --text and --tokens."
+        )
+    if proof is not None and not Path(proof).absolute().parent.is_dir():
+        raise UsageError(f"--proof {proof}: the folder {Path(proof).absolute().parent} is not there.")
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=None if text is None else Path(text),
         tokens=None if tokens is None else Path(tokens), length=length, documents=documents,
         compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
         gates={"max_abs": None, "kl": None, "top1": None, **gates},
     )  # fmt: skip
-    return verify_checkpoints(left, right, options, stored=(sides[0], sides[1]), bar=bar)
+    report, sides = _compared(
+        a, b, options, layouts=(layout_a, layout_b), configs=(config, config_b), architecture=architecture, bar=bar
+    )  # fmt: skip
+    if proof is not None:
+        from smolconv.storage.atomic import appearing_whole
+        from smolconv.verification.proof import proof_text
+
+        card = _card(report, options, sides, (a, b), bar)
+        with appearing_whole(Path(proof)) as part:
+            part.write_text(proof_text(card), encoding="utf-8")
+    return report
+
+
+def _compared(
+    a: Source, b: Source, options: VerifyOptions, *, layouts: tuple[str | None, str | None],
+    configs: tuple[Source | None, Source | None], architecture: str | None, bar: Bar,
+) -> tuple[VerifyReport, tuple[Checkpoint, Checkpoint]]:  # fmt: skip
+    from smolconv.hub.download import open_source
+    from smolconv.layouts.layout import ReadOptions
+    from smolconv.layouts.registry import read_checkpoint
+    from smolconv.verification.compare import AsStored, verify_checkpoints
+
+    if options.logits:
+        from smolconv.verification.logits import require_device, require_torch
+
+        require_torch()
+        require_device(options.device)
+    at = []
+    for uri, override, layout in zip((a, b), configs, layouts):
+        path = None if override is None else Path(override)
+        with_adam = options.optimizer or options.engine == "deepspeed"
+        read = ReadOptions(config=path, layout=layout, architecture=architecture, optimizer=with_adam)
+        at.append(AsStored(folder=open_source(fspath(uri), layout=layout, config=path), options=read))
+    left, right = (read_checkpoint(side.folder, side.options) for side in at)
+    return verify_checkpoints(left, right, options, stored=(at[0], at[1]), bar=bar), (left, right)
+
+
+def _card(
+    report: VerifyReport, options: VerifyOptions, sides: tuple[Checkpoint, Checkpoint], uris: tuple[Source, Source],
+    bar: Bar,
+) -> Proof:  # fmt: skip
+    from smolconv.hub.address import is_hub_uri
+    from smolconv.verification.proof import make_proof
+
+    names = [uri if is_hub_uri(uri := fspath(given)) else Path(uri).resolve().name for given in uris]
+    sets = [each.tensors.values() if options.optimizer else [each.parameters] for each in sides]
+    with bar("digests of the tensors", sum(len(found) for side in sets for found in side)) as advance:
+        return make_proof(report, options, sides, names, advance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofCheck:
+    """Whether a card holds for two checkpoints: what it says against itself, and what was found otherwise."""
+
+    differences: tuple[str, ...]
+    report: VerifyReport
+
+    @property
+    def holds(self) -> bool:
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1, "holds": self.holds, "differences": list(self.differences), "report": self.report.to_json()
+        }  # fmt: skip
+
+
+def check_proof(
+    proof: Source, a: Source, b: Source, *, layout_a: str | None = None, layout_b: str | None = None,
+    config: Source | None = None, config_b: Source | None = None, architecture: str | None = None,
+    device: str = "cpu", bar: Bar = no_bar,
+) -> ProofCheck:  # fmt: skip
+    """Repeat the verification that a card describes, by the card's options, and compare what is found.
+
+    Raises ``CorruptFile`` for what is no card, and what ``verify`` raises.
+    """
+    from smolconv.verification.compare import VerifyOptions
+    from smolconv.verification.proof import differences, doubts, read_proof
+
+    card = read_proof(Path(proof))
+    asked = card.options
+    options = VerifyOptions(
+        logits=asked.logits, optimizer=asked.optimizer, length=asked.length, documents=asked.documents,
+        compute=asked.compute, engine=asked.engine, device=device,
+        gates={"max_abs": None, "kl": None, "top1": None, **asked.gates},
+    )  # fmt: skip
+    report, sides = _compared(
+        a, b, options, layouts=(layout_a, layout_b), configs=(config, config_b), architecture=architecture, bar=bar
+    )  # fmt: skip
+    again = _card(report, options, sides, (a, b), bar)
+    return ProofCheck(differences=(*doubts(card), *differences(card, again)), report=report)
 
 
 def evaluate(checkpoints: Sequence[Source], *, bar: Bar = no_bar, **options: Any) -> Evaluation:

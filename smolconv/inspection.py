@@ -10,16 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from smolconv.checkpoint import Checkpoint
+from smolconv.errors import SmolconvError
+from smolconv.files import is_there
 from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec, spec_differences
 from smolconv.storage.integrity import refuse_seals
 from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, source_seals
 from smolconv.storage.torch_archive.records import is_torch_archive
 
+#: A card of ``smolconv verify --proof``, by the name that inspect looks for.
+PROOF = "smolconv_proof.json"
+
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """The spec's fields as plain JSON types."""
     return {**asdict(spec), "use_rope": [int(on) for on in spec.use_rope]}
+
+
+def _proof(folder: Path, problems: list[str]) -> dict[str, Any] | None:
+    """What a card in the folder says, which nobody has repeated here."""
+    if not is_there(folder / PROOF):
+        return None
+    from smolconv.verification.proof import doubts, read_proof
+
+    try:
+        card = read_proof(folder / PROOF)
+    except SmolconvError as error:
+        problems.append(str(error).splitlines()[0])
+        return None
+    problems += [f"{PROOF}: {doubt}" for doubt in doubts(card)]
+    return {
+        "passed": card.passed, "reason": card.reason, "made": card.made, "a": card.a.name, "b": card.b.name,
+        "smolconv": card.versions.get("smolconv"),
+    }  # fmt: skip
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
@@ -51,6 +74,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict
         "revision": checkpoint.revision,
         "problems": list(checkpoint.warnings),
     }  # fmt: skip
+    document["proof"] = _proof(checkpoint.root, document["problems"])
     if checkpoint.optimizer is not None:
         document["adam_steps"] = sorted(set(checkpoint.optimizer.steps.values()))
         document["groups"] = [

@@ -56,7 +56,8 @@ def test_every_name_is_there_and_no_other() -> None:
 
 def test_functions_are_not_hidden_by_modules_of_their_names() -> None:
     """``import smolconv.NAME`` would put a module in the function's place."""
-    modules = {path.stem for path in (REPOSITORY / "smolconv").iterdir() if path.suffix in ("", ".py")}
+    modules = {path.stem for path in (REPOSITORY / "smolconv").glob("*.py")}
+    modules |= {path.parent.name for path in (REPOSITORY / "smolconv").glob("*/__init__.py")}
     assert not modules & set(smolconv.__all__)
 
 

@@ -134,6 +134,50 @@ def test_a_command_that_there_is_not_would_be_noticed(words: list[str]) -> None:
         parsed(words)
 
 
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and Python-Markdown name them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    found = []
+    for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_every_link_leads_to_a_page_and_a_heading(page: str) -> None:
+    assert broken_links(REPOSITORY / page) == []
+
+
+def test_a_broken_link_would_be_noticed(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# A heading: of `code`\n")
+    (tmp_path / "page.md").write_text("[a](there.md#a-heading-of-code) [b](there.md#no) [c](none.md) [d](#e)\n")
+    assert broken_links(tmp_path / "page.md") == ["there.md#no", "none.md", "#e"]
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, todo = set(), [REPOSITORY / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page not in reached and page.suffix == ".md" and page.exists():
+            reached.add(page)
+            todo += [(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(page.read_text())]
+    assert {REPOSITORY / page for page in PAGES} <= reached
+
+
 # --- blocks are run ---------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +214,9 @@ PLACES: Mapping[str, Callable[[Path], object]] = {
     "docs/convert.md": lambda here: shutil.copytree(NANOTRON, here / "checkpoints"),
     "docs/data.md": lambda here: (_model_with_tokenizer(here / "smollm2-hf"), _text(here / "corpus")),
     "docs/deepspeed.md": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "docs/proof.md": lambda here: (
+        shutil.copytree(NANOTRON, here / "checkpoints"), shutil.copytree(NANOTRON.parent / "expected_hf", here / "smollm3-hf")
+    ),
     "docs/estimate.md": lambda here: _recipe(here / "RECIPE.yaml"),
     "docs/evaluate.md": lambda here: (
         shutil.copytree(HF, here / "before"), shutil.copytree(HF, here / "run"), token_folder(here / "tokens" / "held-out", documents=20)

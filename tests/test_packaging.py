@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from conftest import FIXTURES, environment, files_below
+
+from smolconv.version import __version__
 
 ROOT = Path(__file__).parent.parent
 TINY = FIXTURES / "nanotron/smollm2-tiny/tp2-pp1-dp2-zero1"
@@ -103,7 +106,9 @@ def test_the_sdist_makes_the_same_wheel(built: Built) -> None:
 
 
 def test_the_sdist_holds_the_product_and_what_is_read_about_it(built: Built) -> None:
-    read = {name for name in tracked_files() if name.startswith("docs/") or re.fullmatch(r"[A-Z]+\.md", name)}
+    read = {
+        name for name in tracked_files() if name.startswith("docs/") or re.fullmatch(r"[A-Z]+\.md|CITATION\.cff", name)
+    }
     made = {"PKG-INFO", "setup.cfg", "LICENSE", "MANIFEST.in", "pyproject.toml"}
     held = {name for name in files_below(built.sdist) if not name.startswith("smolconv.egg-info/")}
     assert held == product().keys() | read | made
@@ -213,3 +218,13 @@ def test_no_source_names_a_module_of_ours_without_smolconv_before_it() -> None:
 def _metadata(site: Path) -> Path:
     (folder,) = site.glob("*.dist-info")
     return folder
+
+
+def test_the_citation_names_this_version_and_licence():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__ and cited["license"] == "Apache-2.0" and cited["cff-version"] == "1.2.0"
+
+
+def test_the_workflow_runs_what_everybody_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == ["bash .ci/run"]

@@ -93,6 +93,17 @@ PUBLISHED_FIGURES = {
 }  # fmt: skip
 
 
+def test_the_first_lines_of_every_shipped_recipe_say_what_must_be_put_where():
+    for name, path in shipped_recipes().items():
+        head = path.read_text().split("\nname:")[0]
+        made = parse_recipe(path.read_text(), path.name)
+        folders = [source.path for stage in made.data.stages for source in stage.sources]
+        folders += [source.path for source in made.evaluation.sources] if made.evaluation else []
+        assert str(made.model.source) in head and "smolconv tokenize TEXT" in head, name
+        named = all(str(folder) in head for folder in folders)
+        assert named or f"{len(set(folders))} folders data/NAME" in head, name
+
+
 def test_every_shipped_recipe_has_its_published_figures_below():
     assert set(shipped_recipes()) == set(PUBLISHED_FIGURES)
 
@@ -638,7 +649,7 @@ def test_validate_says_what_is_trained_or_every_mistake(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(shipped_recipes()["try-out"].read_text().replace("peak_lr", "peak_rl"))
     refused = run_cli("recipe", "validate", wrong)
-    assert refused.code == 2 and f"{wrong}:21" in refused.stderr and "peak_lr" in refused.stderr
+    assert refused.code == 2 and f"{wrong}:27" in refused.stderr and "peak_lr" in refused.stderr
 
 
 def test_the_schema_that_is_installed_is_the_recipes(tmp_path):

@@ -51,7 +51,7 @@ def on_tensors(folder: Path) -> Side:
 
 
 def logits(side: Side, tokens: torch.Tensor, positions: torch.Tensor | None = None, attention: str = "sdpa"):
-    """[B, T, V] of a side that is led through its blocks."""
+    """[B, T, V] of a side, block by block."""
     plain = torch.arange(tokens.shape[1]).expand_as(tokens)
     run = ForwardPass(tokens=tokens, positions=plain if positions is None else positions, attention=attention)
     with torch.inference_mode():

@@ -182,17 +182,21 @@ def _text(
         "",
         "export: {}  # a Hugging Face folder after the last step, verified",
         "",
-        "launch:",
-        f"  ranks_per_node: {min(8, answers.gpus) if on_gpus else answers.processes}",
-        *([f"  nodes: {answers.gpus // 8}", "  launcher: slurm"] if answers.gpus > 8 else []),
+        *_launch(answers),
     ]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def _launch(answers: Answers) -> list[str]:
+    ranks = min(8, answers.gpus) if answers.gpus else answers.processes
+    several = [f"  nodes: {answers.gpus // 8}", "  launcher: slurm"] if answers.gpus > 8 else []
+    return ["launch:", f"  ranks_per_node: {ranks}", *several]
 
 
 def _evaluation(answers: Answers, every: int) -> list[str]:
     if answers.held_out is None:
         return [
-            "# Loss on text that is not trained on: tokenise some as another folder, and take the # away.",
+            "# Loss on text that is not trained on: tokenize --hold-out 0.5% sets some aside. Then take the # away.",
             "# evaluation:", f"#   every_steps: {every}", "#   sources:", "#   - {path: tokens/held-out}",
         ]  # fmt: skip
     return [

@@ -183,7 +183,7 @@ class MovedDecay:
 
 
 def moved_decay(old: Schedule, new: Schedule, completed_steps: int) -> MovedDecay | None:
-    """Whether a run that ``old`` has led through ``completed_steps`` continues from within a decay that ``new`` moves.
+    """Whether a run of ``completed_steps`` by ``old`` continues from within a decay that ``new`` moves.
 
     Also the reverse: a decay of ``new`` that would have begun before steps that were made without it.
     """

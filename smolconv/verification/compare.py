@@ -47,7 +47,7 @@ class VerifyOptions:
     documents: int = 1  #: packed into the row
     compute: str = "float32"  #: or "bfloat16"
     device: str = "cpu"
-    #: "transformers" leads both sides through transformers; "deepspeed" and "nanotron" also run the real engine on
+    #: "transformers" runs both sides by transformers; "deepspeed" and "nanotron" also run the real engine on
     #: every side of that layout, and compare its logits with that side's.
     engine: str = "ours"
     gates: Mapping[str, float | None] | None = None
