@@ -15,7 +15,7 @@ _EPILOG = """
 
     smolconv publish smollm2-hf team/smollm2 --source checkpoints/nanotron
 
-    smolconv publish run/export/hf team/smollm2-law --source run/checkpoints/step-200 --licence apache-2.0 --private
+    smolconv publish run/export/hf team/law --source run --licence mit
 """
 
 

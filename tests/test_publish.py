@@ -124,6 +124,23 @@ def test_a_verified_folder_is_published_with_a_card_without_a_path_and_read_agai
     assert metadata(publisher.files("team/tiny", "step-7")["README.md"])["license"] == "mit"  # of the branch's start
 
 
+def test_a_pushed_conversions_digests_hold_where_it_is_fetched_and_no_file_names_its_path(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    done = publisher("convert", TINY, tmp_path / "hf", "--to", "hf", "--no-optimizer", "--push", "team/pushed")
+    assert done.code == 0, done.stderr
+    files = publisher.files("team/pushed")
+    assert not [
+        name for name, data in files.items() if str(FIXTURES).encode() in data or str(tmp_path).encode() in data
+    ]
+    checked = publisher("inspect", "--check", "hf://team/pushed")
+    assert checked.code == 0, checked.stderr
+    changed = bytearray(files["model.safetensors"])
+    changed[-1] ^= 1
+    publisher.hub.commit("team/changed", {**files, "model.safetensors": bytes(changed)})
+    assert publisher("inspect", "--check", "hf://team/changed").code == 3
+
+
 def test_what_is_not_verified_is_not_uploaded(publisher: Publisher, folder: Path) -> None:
     unverified = publisher("publish", folder, "team/none")
     assert unverified.code == 2 and "--source" in unverified.stderr

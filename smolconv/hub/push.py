@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolconv.errors import UsageError
+from smolconv.errors import CorruptFile, UsageError
 from smolconv.files import MOST_DOCUMENT_BYTES, read_bytes
-from smolconv.hub.address import SCHEME, HubSource, check_repo
-from smolconv.hub.card import CARD, CardFacts, compose
+from smolconv.hub.address import SCHEME, HubSource, check_repo, is_hub_uri
+from smolconv.hub.card import CARD, CardFacts, compose, named
 from smolconv.hub.errors import client_errors
+from smolconv.parsing import parse_json_object
+from smolconv.storage.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -50,7 +54,10 @@ def push_folder(
         api = HfApi()
         _prepare(api, repo, private=private, revision=revision)
         composed = compose(facts, ours, _card_there(api, repo, revision))
-        uploaded = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        contents: dict[str, Path | bytes] = {**files}
+        if MANIFEST in files:
+            contents[MANIFEST] = _manifest(read_bytes(files[MANIFEST], MOST_DOCUMENT_BYTES))
+        uploaded = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=each) for name, each in contents.items()]
         uploaded.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=composed.card))
         commit = api.create_commit(repo, uploaded, commit_message=message, revision=revision)
     notes = []
@@ -79,6 +86,20 @@ def _files(folder: Path, *, with_code: bool) -> tuple[dict[str, Path], list[str]
             continue
         files[name] = path
     return files, left
+
+
+def _manifest(data: bytes) -> bytes:
+    """The manifest without the card, which is another on the Hub, and with the source's name in place of its path."""
+    with suppress(CorruptFile, KeyError, TypeError, AttributeError):
+        document = parse_json_object(data, MANIFEST)
+        document["files"] = [each for each in document["files"] if each["path"] != CARD]
+        uri = document["source"]["uri"]
+        document["source"]["uri"] = named(uri)
+        text = json.dumps(document, indent=1) + "\n"
+        if not is_hub_uri(uri):  # warnings, and files without a digest, are told with their paths
+            text = text.replace(json.dumps(str(Path(uri).resolve()))[1:-1], named(uri))
+        return text.encode()
+    return data  # what is wrong with it is said by whoever compares it
 
 
 def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> None:
