@@ -234,13 +234,24 @@ def convert(
     console.warn(result.warnings)
     summary = result.to_json()
     if push is not None:
-        from smolconv.hub.push import push_folder
-
-        summary["pushed"] = push_folder(target, push, message=f"Convert {source} with smolconv")
+        summary["pushed"] = _push(target, push, source, result)
     if as_json:
         console.print_json(summary)
     else:
         _say_result(result, summary)
+
+
+def _push(target: Path, repo: str, source: str, result: ConversionResult) -> str:
+    """The address of the commit."""
+    from smolconv.hub.card import facts_of_source, named
+    from smolconv.hub.push import push_folder
+
+    assert result.verification is not None  # --push verifies
+    verified = f"smolconv compared the weights with {named(source)}: {result.verification['reason']}."
+    facts = facts_of_source(source, repo.partition("/")[2], verified)
+    pushed = push_folder(target, repo, facts, message=f"Convert {named(source)} with smolconv")
+    console.warn(pushed.notes)
+    return pushed.url
 
 
 def _say_result(result: ConversionResult, summary: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from smolconv.commands import (  # noqa: F401  (they register themselves)
     inspect,
     plan,
     plot,
+    publish,
     recipe,
     runs,
     tokenize,

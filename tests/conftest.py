@@ -109,7 +109,9 @@ class Touch:
 
 
 #: Commands whose start tests do not look at.
-_FORKED = frozenset({"convert", "inspect", "diff", "verify", "import-gguf", "recipe", "runs", "stop", "save"})
+_FORKED = frozenset(
+    {"convert", "inspect", "diff", "verify", "import-gguf", "recipe", "runs", "stop", "save", "publish"}
+)
 
 
 def run_cli(
@@ -118,7 +120,7 @@ def run_cli(
     """Run ``smolconv`` with these words in a process of its own: a Python's where it matters how that starts."""
     given = [str(word) for word in words]
     if not before and not env and given[:1] and given[0] in _FORKED:
-        return Finished(*forked_cli.run(given, cwd, torch="verify" in given or "--verify" in given))
+        return Finished(*forked_cli.run(given, cwd, torch=bool({"verify", "--verify", "publish"} & set(given))))
     done = subprocess.run(
         command(*words, before=before), capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
         env=environment(**(env or {})),

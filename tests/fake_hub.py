@@ -410,6 +410,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"url": f"{self.hub.url}/{repo}", "name": repo})
         return None
 
+    def _branch(self, repo: str, revision: str) -> None:
+        found = self._commit(repo, "main") if self._may_write() else None
+        if found:
+            branches = self.hub.repositories[repo].branches
+            if revision in branches:
+                return self._send(409, json.dumps({"error": "Reference already exists"}).encode())
+            branches[revision] = found[0]
+            self._send_json({})
+        return None
+
     def _preupload(self, repo: str, revision: str) -> None:
         found = self._commit(repo, revision) if self._may_write() else None
         if found:
@@ -472,6 +482,7 @@ class _Handler(BaseHTTPRequestHandler):
         (("GET", "HEAD"), f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _resolve),
         (("GET", "HEAD"), "/lfs/(?P<oid>[0-9a-f]{64})/(?P<file>.+)", _lfs_object),
         (("POST",), "/api/repos/create", _create),
+        (("POST",), f"/api/models/{REPO}/branch/(?P<revision>[^/]+)", _branch),
         (("POST",), "/api/validate-yaml", _validate_yaml),
         (("POST",), f"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", _preupload),
         (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", _lfs_batch),

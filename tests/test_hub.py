@@ -45,6 +45,7 @@ import json, os, sys
 from pathlib import Path
 replies, sys.stdout = sys.stdout, sys.stderr
 from smolconv.hub.download import open_source
+from smolconv.hub.card import CardFacts
 from smolconv.hub.push import push_folder
 from smolconv.errors import SmolconvError
 for line in sys.stdin:
@@ -57,8 +58,9 @@ for line in sys.stdin:
             reply = {"value": str(open_source(request["uri"], headers_only=request["headers_only"]))}
         else:
             folder = Path(request["folder"])
-            url = push_folder(folder, request["repo"], message=request["message"], private=request["private"])
-            reply = {"value": url}
+            facts = CardFacts(title="A model", verified="not at all")
+            done = push_folder(folder, request["repo"], facts, message=request["message"], private=request["private"])
+            reply = {"value": done.url}
     except SmolconvError as error:
         reply = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(reply), file=replies, flush=True)

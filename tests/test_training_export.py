@@ -49,8 +49,11 @@ def test_a_run_pushes_its_export_and_a_failed_push_is_made_up_for_by_the_same_co
         assert "pushed " in again.stderr and [line["step"] for line in metrics(run)] == [1, 2]
         pushed = hub.repositories["lab/smol"]
         there = pushed.commits[pushed.branches["main"]]
-    here = files_below(run / "export" / "hf")
-    assert {"config.json", "model.safetensors", "smolconv_manifest.json"} <= set(here)
+    card = there["README.md"].decode()
+    assert "2 steps" in card and "bit for bit" in card and str(tmp_path) not in card
+    adapted = ("README.md", "smolconv_manifest.json")
+    here = {path: data for path, data in files_below(run / "export" / "hf").items() if path not in adapted}
+    assert {"config.json", "model.safetensors"} <= set(here)
     assert {path: there[path] for path in here} == here
 
 

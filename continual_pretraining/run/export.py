@@ -38,8 +38,9 @@ def _options(export: Export, layout: str) -> ConvertOptions:
 def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str, torch.Tensor] | None) -> list[str]:
     """Convert ``checkpoint`` to every format below ``run/export``; returns what to tell the user.
 
-    With ``export.verify`` what was written must equal ``weights``, the engine's own, bit for bit, and compute the
-    same logits as the checkpoint. Raises ``ParityFailed`` otherwise; what was written is then kept as ``.failed``.
+    With ``export.verify``, and before a push, what was written must equal ``weights``, the engine's own, bit for bit,
+    and compute the same logits as the checkpoint. Raises ``ParityFailed`` otherwise; what was written is then kept as
+    ``.failed``.
     """
     said = []
     for layout in export.formats:
@@ -47,7 +48,8 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
         target.parent.mkdir(parents=True, exist_ok=True)
         plan = plan_conversion(checkpoint, target, _options(export, layout))
         reason = ""
-        if export.verify:
+        push = export.push if layout == "hf" else None
+        if export.verify or push is not None:
             from smolconv.verification.compare import verify_conversion
 
             result = run_conversion(
@@ -59,10 +61,14 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
         else:
             run_conversion(plan, overwrite=True)
         said.append(f"exported {target}{reason}")
-        if export.push is not None and layout == "hf":
+        if push is not None:
+            from smolconv.continual_pretraining.run.card import facts_of_run
             from smolconv.hub.push import push_folder
 
-            said.append(f"pushed {push_folder(target, export.push, message='Trained with smolconv continue-train')}")
+            verified = f"smolconv compared the weights with the run's last checkpoint{reason}."
+            facts = facts_of_run(run, push.partition("/")[2], verified)
+            pushed = push_folder(target, push, facts, message="Trained with smolconv continue-train")
+            said += [f"pushed {pushed.url}", *pushed.notes]
     return said
 
 

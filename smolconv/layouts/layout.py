@@ -6,8 +6,10 @@ verifies or downloads asks the record, and names no layout.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -206,12 +208,35 @@ def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 
-def model_card(checkpoint: Checkpoint, what: str, source: str, tokenizer: bool) -> bytes:
-    """A README stub that states where the weights come from."""
+#: Around what smolconv says in a model card. What people write outside stays when it is published again.
+SECTION_BEGIN, SECTION_END = "<!-- smolconv: begin -->", "<!-- smolconv: end -->"
+
+
+def plain_text(text: str, *, most: int = 120) -> str:
+    """Text from a file as Markdown that shows it, in one line: a name cannot be a heading, a link, HTML or a table."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    short = line if len(line) <= most else f"{line[: most - 3]}..."
+    return re.sub(r"([\\`*_\[\]<>|#&!~])", r"\\\1", short)
+
+
+def repository_of(folder: Path) -> str | None:
+    """``owner/name`` of a folder in the Hub's cache (``models--owner--name/snapshots/COMMIT``)."""
+    parts = folder.parts
+    for name, below in pairwise(parts):
+        if below == "snapshots" and (found := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", name, re.ASCII)):
+            return f"{found[1]}/{found[2]}"
+    return None
+
+
+def model_card(checkpoint: Checkpoint, what: str, tokenizer: bool) -> bytes:
+    """A model card that states where the weights come from, by a name and not by a path of this machine."""
     spec = checkpoint.spec
+    repository = repository_of(checkpoint.root)
+    name = plain_text(repository or checkpoint.root.name or spec.architecture)
     lines = [
-        "---", "library_name: transformers", "tags: [smolconv]", "---", f"# {spec.architecture} checkpoint", "",
-        f"{what} written by smolconv {__version__} from `{source}` ({checkpoint.layout} layout).",
+        "---", "library_name: transformers", *([f"base_model: {repository}"] if repository else []),
+        "tags: [smolconv]", "---", SECTION_BEGIN, f"# {name}", "",
+        f"{what} written by smolconv {__version__} from {name} ({checkpoint.layout} layout).",
         "Digests of every tensor are in `smolconv_manifest.json`; `smolconv inspect --check .` compares them.", "",
         f"- {spec.num_layers} layers, hidden size {spec.hidden_size}, {spec.num_heads} query and {spec.num_kv_heads} "
         f"key/value heads, vocabulary {spec.vocab_size}, rope theta {spec.rope_theta:g}",
@@ -220,4 +245,4 @@ def model_card(checkpoint: Checkpoint, what: str, source: str, tokenizer: bool) 
         lines.append(f"- trained for {checkpoint.progress.step} steps")
     if not tokenizer:
         lines.append("- no tokenizer came with the source: add the one that the model was trained with")
-    return ("\n".join(lines) + "\n").encode()
+    return ("\n".join([*lines, SECTION_END]) + "\n").encode()

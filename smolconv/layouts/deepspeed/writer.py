@@ -479,7 +479,7 @@ class _DeepSpeedWriter:
             what = "A universal DeepSpeed checkpoint" if self.options.writes_universal else (
                 f"A DeepSpeed ZeRO-{self.options.zero_stage} checkpoint of {self.ranks} ranks"
             )  # fmt: skip
-            files.append(plain_file("README.md", model_card(checkpoint, what, str(checkpoint.root), has_tokenizer)))
+            files.append(plain_file("README.md", model_card(checkpoint, what, has_tokenizer)))
         return files
 
 

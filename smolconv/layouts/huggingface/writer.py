@@ -45,7 +45,7 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     if "generation_config.json" not in given:
         files.append(plain_file("generation_config.json", json_bytes(_generation_config(config))))
     if "README.md" not in given:
-        card = model_card(checkpoint, "A Hugging Face checkpoint", str(checkpoint.root), has_tokenizer)
+        card = model_card(checkpoint, "A Hugging Face checkpoint", has_tokenizer)
         files.append(plain_file("README.md", card))
     files += copied_assets(assets)
     files += [plain_file(name, data) for name, data in documents.items()]

@@ -409,7 +409,7 @@ class _NanotronWriter:
             documents[f"{step}/config.yaml"] = yaml.safe_dump(self.config, sort_keys=True)
         has_tokenizer, said = tokenizer_warnings(self.checkpoint, needed=False)
         self.warnings += said
-        card = model_card(self.checkpoint, "A nanotron checkpoint", str(self.checkpoint.root), has_tokenizer)
+        card = model_card(self.checkpoint, "A nanotron checkpoint", has_tokenizer)
         return [
             *(plain_file(path, text.encode()) for path, text in documents.items()),
             plain_file("README.md", card),

@@ -1,0 +1,213 @@
+"""The model card of a published checkpoint: metadata that the Hub reads, and a section that says where it comes from.
+
+The section stands between two comments. What people write around it, and metadata that they gave, stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolconv.errors import CorruptFile, SmolconvError, UsageError
+from smolconv.files import read_bytes
+from smolconv.hub.address import is_hub_uri, parse_hub_uri
+from smolconv.layouts.layout import SECTION_BEGIN, SECTION_END, plain_text, repository_of
+from smolconv.parsing import parse_yaml_mapping
+from smolconv.version import __version__
+
+CARD = "README.md"
+_LICENCE = ("license", "license_name", "license_link")
+_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SECTION = re.compile(rf"{re.escape(SECTION_BEGIN)}.*?{re.escape(SECTION_END)}\n?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a card says of a run, without a path of the machine that it ran on."""
+
+    recipe: str
+    source: str  #: the recipe's ``model.source``: an address or a path, which the card does not show
+    stages: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]  #: name, then names of sources and their shares
+    steps: int
+    tokens: int
+    sequence_length: int
+    schedule: str
+    losses: tuple[tuple[int, float], ...] = ()  #: steps and the mean loss around them
+    evaluations: tuple[tuple[str, float, float], ...] = ()  #: held-out data: name, first and last loss
+
+
+def on_hub(source: str) -> str | None:
+    """``owner/name`` of an address, or of a folder in the Hub's cache; None for any other folder."""
+    return parse_hub_uri(source).repo if is_hub_uri(source) else repository_of(Path(source))
+
+
+def named(source: str) -> str:
+    """A checkpoint by an address or the name of its folder, without the path that this machine has it at."""
+    if is_hub_uri(source):
+        return source
+    path = Path(source).resolve()
+    run = path.parent.parent.name if path.parent.name == "checkpoints" else ""
+    return on_hub(source) or (f"{path.name} of the run {run}" if run else path.name)
+
+
+def card_beside(source: str) -> bytes | None:
+    """The card of a checkpoint on this machine."""
+    card = Path(source) / CARD
+    return read_bytes(card) if not is_hub_uri(source) and card.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What is known of the weights."""
+
+    title: str
+    verified: str  #: how, in a sentence
+    base_model: str | None = None  #: ``owner/name``, where the weights or those before training are from the Hub
+    licence: str | None = None  #: given by the user; None: whatever the cards say
+    source_card: bytes | None = None  #: of the checkpoint that the weights come from: for its licence alone
+    training: Training | None = None
+
+
+def facts_of_source(source: str | None, title: str, verified: str, licence: str | None = None) -> CardFacts:
+    """Of weights that were converted from ``source``, not trained further."""
+    return CardFacts(
+        title=title, verified=verified, licence=licence, base_model=None if source is None else on_hub(source),
+        source_card=None if source is None else card_beside(source),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    card: bytes
+    licence: str | None
+    kept: bool  #: whether text of the repository's card was kept in place of the folder's, which has other text
+
+
+def compose(facts: CardFacts, ours: bytes | None, theirs: bytes | None) -> Composed:
+    """The card to publish from those of the folder (``ours``) and of the repository (``theirs``).
+
+    Text of the repository's card goes before that of the folder's. Raises ``CorruptFile`` for metadata that cannot be
+    read, ``UsageError`` for a licence that cannot be one.
+    """
+    if facts.licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", facts.licence):
+        raise UsageError(
+            f"--licence {facts.licence!r:.80} is not the name of a licence.\n"
+            "Expected an identifier of the Hub, such as apache-2.0, mit, llama3.1 or other.\n"
+            "The list: https://huggingface.co/docs/hub/repositories-licenses"
+        )
+    here, there = _parts(ours, f"the folder's {CARD}"), _parts(theirs, f"the repository's {CARD}")
+    source = _parts(facts.source_card, f"the source's {CARD}")[0]
+    metadata = {**here[0], **there[0]}
+    if not any(each.get("license") for each in (here[0], there[0])):
+        metadata |= {key: source[key] for key in _LICENCE if key in source}
+    if facts.licence is not None and facts.licence != metadata.get("license"):
+        metadata = {key: value for key, value in metadata.items() if key not in _LICENCE} | {"license": facts.licence}
+    tags = metadata.get("tags")
+    kept = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
+    metadata["tags"] = list(dict.fromkeys([*kept, "smolconv"]))
+    metadata.setdefault("library_name", "transformers")
+    if facts.base_model is not None and (facts.training is not None or "base_model" not in metadata):
+        metadata["base_model"] = facts.base_model
+    licence = metadata.get("license")
+    own = there[1] if _own(there[1]) else here[1]
+    section = _section(facts, licence if isinstance(licence, str) else None, alone=not _own(own))
+    text = _put(own, section)
+    differ = bool(_own(there[1]) and _own(here[1]) and _own(there[1]) != _own(here[1]))
+    return Composed(card=_rendered(metadata, text), licence=licence if isinstance(licence, str) else None, kept=differ)
+
+
+def _parts(card: bytes | None, where: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text."""
+    text = (card or b"").decode(errors="replace")
+    found = _FRONT.match(text)
+    if found is None:
+        return {}, text
+    try:
+        metadata = parse_yaml_mapping(found[1], where) if found[1].strip() else {}
+        if not all(isinstance(key, str) for key in metadata):
+            raise CorruptFile("a key is no text")
+    except SmolconvError as error:
+        raise _unreadable(where, error) from None
+    return metadata, text[found.end() :]
+
+
+def _unreadable(where: str, error: Exception) -> CorruptFile:
+    return CorruptFile(
+        f"{where}: its metadata cannot be read ({str(error).splitlines()[0]:.160}).\n"
+        "Expected YAML between two lines of '---', as the Hub's model cards have.\n"
+        "Correct it there, and publish again. Nothing was uploaded."
+    )
+
+
+def _own(text: str) -> str:
+    """What people wrote: all but our section."""
+    return _SECTION.sub("", text).strip()
+
+
+def _put(text: str, section: str) -> str:
+    """The text with our section in its place, or at its end."""
+    if (found := _SECTION.search(text)) is not None:
+        rest = _SECTION.sub("", text[found.end() :])
+        return text[: found.start()] + section + rest
+    return f"{text.rstrip()}\n\n{section}" if text.strip() else section
+
+
+def _rendered(metadata: Mapping[str, Any], text: str) -> bytes:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    try:
+        card = ModelCard("---\n{}\n---\n")
+        card.data = ModelCardData(**metadata)
+        card.text = text
+        return str(card).encode()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise _unreadable(CARD, error) from None
+
+
+def _section(facts: CardFacts, licence: str | None, *, alone: bool) -> str:
+    """Markdown. ``alone``: nothing else says what the model is, so it has the title."""
+    lines = [SECTION_BEGIN, f"# {plain_text(facts.title)}" if alone else "## How these weights were made", ""]
+    training = facts.training
+    if training is not None:
+        lines += _training(training)
+    elif facts.base_model is not None:
+        lines += [f"The weights are those of {_link(facts.base_model)} in transformers' layout.", ""]
+    lines += ["**Verification.** " + plain_text(facts.verified, most=400), ""]
+    lines += [
+        "Digests of every tensor are in `smolconv_manifest.json`. Download the folder and run "
+        "`smolconv inspect --check FOLDER` to compare them.", "",
+    ]  # fmt: skip
+    if licence is None:
+        lines += ["**Licence.** None was given, and the source's card names none. Ask the authors before use.", ""]
+    return "\n".join([*lines, f"Published with smolconv {__version__}.", SECTION_END, ""])
+
+
+def _training(training: Training) -> list[str]:
+    repository = on_hub(training.source)
+    base = _link(repository) if repository else plain_text(named(training.source))
+    lines = [
+        f"Continued pretraining of {base} by the recipe {plain_text(training.recipe)}: {training.steps:,} steps, "
+        f"{training.tokens:,} tokens in rows of {training.sequence_length:,}.", "",
+        f"**Learning rate.** {training.schedule}", "", "**Data.**", "", "| stage | source | share |", "|---|---|---:|",
+    ]  # fmt: skip
+    lines += [
+        f"| {plain_text(stage)} | {plain_text(name)} | {share:.1%} |"
+        for stage, sources in training.stages
+        for name, share in sources
+    ]
+    if training.losses:
+        lines += ["", "**Training loss**, averaged around each step.", "", "| step | loss |", "|---:|---:|"]
+        lines += [f"| {step:,} | {loss:.4f} |" for step, loss in training.losses]
+    if training.evaluations:
+        lines += ["", "**Evaluation** on held-out data.", "", "| data | loss before | loss after |", "|---|---:|---:|"]
+        lines += [f"| {plain_text(name)} | {first:.4f} | {last:.4f} |" for name, first, last in training.evaluations]
+    else:
+        lines += ["", "**Evaluation.** The run has no evaluation on held-out data."]
+    return [*lines, ""]
+
+
+def _link(repo: str) -> str:
+    return f"[{plain_text(repo)}](https://huggingface.co/{repo})"
