@@ -18,6 +18,8 @@ _EPILOG = """
     smolconv publish run/export/hf team/law --source run --licence mit
 """
 
+_REPEAT = "smolconv_proof.json has every digest and limit: smolconv verify --check-proof repeats the comparison."
+
 
 @app.command(epilog=_EPILOG)
 def publish(
@@ -77,19 +79,40 @@ def _verified(folder: Path, source: str | None, run: Path | None) -> str:
     from smolconv import api
     from smolconv.errors import ParityFailed, UsageError
     from smolconv.hub.card import named
+    from smolconv.inspection import PROOF
 
+    card = folder / PROOF
+    if source is None and card.is_file():
+        return _by_card(folder, card)
     if source is None:
         against = "SRC" if run is None else str(run / "checkpoints")
         raise UsageError(
             f"{folder} has not been verified, so nothing was uploaded.\n"
-            "Expected --source, the checkpoint that the weights come from.\n"
+            "Expected --source, the checkpoint that the weights come from, or a card of verify --proof in the folder.\n"
             f"Verify and publish: smolconv publish {folder} owner/name --source {against}"
         )
-    report = api.verify(source, folder, bar=console.progress_bar)
+    report = api.verify(source, folder, proof=card, bar=console.progress_bar)
     if not report.passed:
         raise ParityFailed(
             f"{folder} is not the model of {source}: {report.reason}.\n"
             "Expected the same tensors and the same logits. Nothing was uploaded.\n"
             f"See where they differ: smolconv verify {source} {folder} --per-layer"
         )
-    return f"smolconv compared the weights with {named(source)}: {report.reason}."
+    return f"smolconv compared the weights with {named(source)}: {report.reason}. {_REPEAT}"
+
+
+def _by_card(folder: Path, path: Path) -> str:
+    from smolconv.errors import ParityFailed
+    from smolconv.layouts.registry import read_checkpoint
+    from smolconv.verification.proof import doubts, other_weights, read_proof
+
+    card = read_proof(path)
+    wrong = [*doubts(card), *other_weights(card, read_checkpoint(folder))]
+    wrong += [] if card.passed else [f"the two were not the same model: {card.reason}"]
+    if wrong:
+        raise ParityFailed(
+            f"{path} does not hold for the weights beside it: {wrong[0]}.\n"
+            "Expected a card of these weights that passed. Nothing was uploaded.\n"
+            "Make another: smolconv publish with --source and the checkpoint that the weights come from."
+        )
+    return f"smolconv compared the weights with {card.a.name} on {card.made}: {card.reason}. {_REPEAT}"

@@ -264,6 +264,7 @@ ROWS: Mapping[str, Callable[[Path], object]] = {
 }  # fmt: skip
 #: Rows whose commands other tests run.
 ELSEWHERE = {
+    "a verified model": "test_publish.py",
     "a GGUF file of SmolLM2": "test_gguf.py", "a recipe, or a run that was stopped": "the first training run below",
     "a run that trains": "test_runs.py", "a command that fails": "test_doctor.py",
 }  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_verified_folder_is_published_with_a_card_without_a_path_and_read_agai
     card = files["README.md"].decode()
     assert said["licence"] == "mit" and metadata(files["README.md"])["license"] == "mit"
     assert publisher.hub.repositories["team/tiny"].private
-    assert "# tiny" in card and "tp2-pp1-dp2-zero1" in card and said["verified"].split(": ")[1] in card
+    assert "# tiny" in card and "tp2-pp1-dp2-zero1" in card and said["verified"].split(": ")[1].split(". ")[0] in card
     assert str(tmp_path) not in card and str(FIXTURES) not in card
     assert files["model.safetensors"] == (HF / "model.safetensors").read_bytes()
     assert not {"modeling_own.py", ".env"} & set(files) and "modeling_own.py" in said["warnings"][0]
@@ -150,6 +150,31 @@ def test_what_is_not_verified_is_not_uploaded(publisher: Publisher, folder: Path
         assert publisher("publish", folder, "team/none", "--source", TINY, *words).code == 2
     assert publisher("publish", folder / "nowhere", "team/none", "--source", TINY).code == 2
     assert "team/none" not in publisher.hub.repositories
+
+
+def test_a_card_of_proof_goes_up_and_is_believed_for_its_own_weights_only(publisher: Publisher, folder: Path) -> None:
+    done = publisher("publish", folder, "lab/proof", "--source", TINY)
+    assert done.code == 0, done.stderr
+    there = publisher.files("lab/proof")
+    (folder / "smolconv_proof.json").write_bytes(there["smolconv_proof.json"])
+    assert str(TINY.parent).encode() not in there["smolconv_proof.json"]
+    fetched = publisher("verify", TINY, "hf://lab/proof", "--check-proof", folder / "smolconv_proof.json")
+    assert fetched.code == 0 and "PROOF HOLDS" in fetched.stdout, fetched.stderr
+    again = publisher("publish", folder, "lab/by-card")
+    assert again.code == 0 and f"compared the weights with {TINY.name}" in again.stderr, again.stderr
+
+    weights = folder / "model.safetensors"
+    whole, damaged = weights.read_bytes(), bytearray(weights.read_bytes())
+    damaged[-3] ^= 0x40
+    weights.write_bytes(damaged)
+    refused = publisher("publish", folder, "lab/changed")
+    assert refused.code == 1 and "1 tensor other than on the card" in refused.stderr
+    weights.write_bytes(whole)
+    card = json.loads(there["smolconv_proof.json"])
+    (folder / "smolconv_proof.json").write_text(json.dumps({**card, "spec_differences": ["x"]}))
+    refused = publisher("publish", folder, "lab/changed")
+    assert refused.code == 1 and "its figures say the opposite" in refused.stderr
+    assert "lab/changed" not in publisher.hub.repositories
 
 
 def test_an_upload_that_breaks_off_leaves_no_commit_and_is_made_up_for(publisher: Publisher, folder: Path) -> None:

@@ -302,6 +302,14 @@ def differences(proof: Proof, again: Proof) -> list[str]:
     return found
 
 
+def other_weights(proof: Proof, checkpoint: Checkpoint) -> list[str]:
+    """Where the card's B has other tensors than this checkpoint."""
+    here = _side(checkpoint, "", False, lambda _: None)["tensors"]
+    on_card = {name: each.model_dump() for name, each in proof.b.tensors.items()}
+    apart = sorted(name for name in on_card.keys() | here.keys() if on_card.get(name) != here.get(name))
+    return [f"{counted(len(apart), 'tensor')} other than on the card, first {apart[0]}"] if apart else []
+
+
 def _figures(card: ProvenLogits, here: ProvenLogits, options: ProvenOptions) -> list[str]:
     found = []
     if (card.positions, card.tokens_from) != (here.positions, here.tokens_from):
