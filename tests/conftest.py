@@ -25,7 +25,7 @@ _LONG = (
     "bad_input", "deepspeed_bad_input", "programs", "tokenize", "nothing_executes", "directions", "communication",
     "training_export", "doctor", "resume_damage", "engines", "gpu_check", "estimate", "fuzz", "token_record",
     "continue_train", "run_checkpoints", "node_failure", "runs", "deepspeed_names", "training_frozen",
-    "training_bad_input", "verify_report", "packaging",
+    "training_bad_input", "verify_report", "packaging", "docs", "publish", "proof", "api",
 )  # fmt: skip
 
 
