@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -176,6 +177,16 @@ def test_every_page_is_reached_from_the_readme() -> None:
             reached.add(page)
             todo += [(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(page.read_text())]
     assert {REPOSITORY / page for page in PAGES} <= reached
+
+
+def test_the_site_is_built_without_a_warning_and_has_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("zensical")
+    runpy.run_path(str(REPOSITORY / "docs" / "build_site.py"))["build"](tmp_path / "site")
+    settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    listed = re.findall(r"[\w/-]+\.md", json.dumps(settings["nav"]))
+    assert sorted(listed) == sorted(set(listed))
+    assert {page.removeprefix("docs/") for page in PAGES[1:]} <= set(listed)
+    assert all((tmp_path / "site" / name).with_suffix(".html").exists() for name in listed if "README" not in name)
 
 
 # --- blocks are run ---------------------------------------------------------------------------------------------------
