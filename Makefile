@@ -16,7 +16,7 @@ PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site lint format fuzz figures bench clean
+.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site reference lint format fuzz figures bench clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -32,6 +32,7 @@ help:
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
 	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make site                the documentation as HTML in site/; a link that leads nowhere is an error"
+	@echo "make reference           docs/reference.md from the commands' help and the docstrings"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
@@ -113,6 +114,9 @@ test-transformers4: $(V4)/installed
 		tests/test_verify_forward.py tests/test_false_alarms.py tests/test_gguf.py tests/test_hub.py \
 		tests/test_tokenize.py tests/test_training_model.py tests/test_training_losses.py \
 		tests/test_brought_huggingface.py
+
+reference: $(VENV)/installed
+	$(BIN)/python docs/build_reference.py
 
 site: $(VENV)/installed
 	$(BIN)/python docs/build_site.py

@@ -51,7 +51,8 @@ class Block:
         for line in text.splitlines():
             words = line.strip().removeprefix("$ ")
             if words.startswith("smolconv "):
-                found.append(shlex.split(words.partition(";")[0], comments=True)[1:])
+                given = shlex.split(words.partition(";")[0], comments=True)[1:]
+                found.append(given[: next((i for i, word in enumerate(given) if word in (">", "|", "&&")), None)])
         return found
 
 
@@ -187,6 +188,12 @@ def test_the_site_is_built_without_a_warning_and_has_every_page(tmp_path: Path) 
     assert sorted(listed) == sorted(set(listed))
     assert {page.removeprefix("docs/") for page in PAGES[1:]} <= set(listed)
     assert all((tmp_path / "site" / name).with_suffix(".html").exists() for name in listed if "README" not in name)
+
+
+def test_the_reference_is_that_of_the_commands_and_docstrings() -> None:
+    """Else: make reference."""
+    made = runpy.run_path(str(REPOSITORY / "docs" / "build_reference.py"))["reference"]()
+    assert (REPOSITORY / "docs" / "reference.md").read_text() == made
 
 
 # --- blocks are run ---------------------------------------------------------------------------------------------------
