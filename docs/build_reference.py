@@ -17,8 +17,8 @@ from smolconv.commands.app import app
 REFERENCE = Path(__file__).resolve().parent / "reference.md"
 _HEAD = """# Reference
 
-Written by `make reference` from the commands' help and the docstrings. What scripts rely on, exit codes and JSON fields,
-is in [cli.md](cli.md).
+Written by `make reference` from the commands' help and the docstrings. Exit codes and JSON fields, on which scripts
+rely, are in [cli.md](cli.md).
 """
 
 
