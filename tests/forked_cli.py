@@ -14,6 +14,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,19 +37,21 @@ _IMPORTED = (
 
 
 def run(
-    words: Sequence[str], cwd: Path | None, *, torch: bool, seconds: int = SECONDS, memory_bytes: int | None = None
-) -> tuple[int, str, str]:
+    words: Sequence[str], cwd: Path | None, *, torch: bool, seconds: int = SECONDS, memory_bytes: int | None = None,
+    disk_free_bytes: int | None = None, programs: Path | None = None,
+) -> tuple[int, str, str]:  # fmt: skip
     """Exit code, stdout and stderr of ``smolconv`` with these words; ``torch``: it may well need it.
 
     After ``seconds``, of the clock or of the processor, it is killed: -9 or -24. ``memory_bytes`` is what it may map
-    beside what was there at its start.
+    beside what was there at its start, ``disk_free_bytes`` what it finds free on every disk; ``programs`` is a folder of programs that it finds first.
     """
     server = _server(torch)
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         asked = {
             "words": list(words), "cwd": str(cwd or Path.cwd()), "folder": folder,
-            "seconds": seconds, "memory_bytes": memory_bytes,
+            "seconds": seconds, "memory_bytes": memory_bytes, "disk_free_bytes": disk_free_bytes,
+            "programs": str(programs) if programs else None,
         }  # fmt: skip
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
@@ -113,6 +116,11 @@ def _limit(asked: dict[str, Any]) -> None:
     if asked["memory_bytes"] is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + asked["memory_bytes"],) * 2)
+    if asked["disk_free_bytes"] is not None:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=asked["disk_free_bytes"])
+    if asked["programs"] is not None:
+        os.environ["PATH"] = os.pathsep.join((asked["programs"], os.environ["PATH"]))
 
 
 def _child(asked: dict[str, Any]) -> None:

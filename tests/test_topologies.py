@@ -66,15 +66,21 @@ def place(tmp_path_factory):
             (top / source).parent.mkdir(exist_ok=True)
             if not (top / source).exists():
                 (top / source).symlink_to(tokens)
+    (top / "programs").mkdir()
+    for name in ("sbatch", "srun"):
+        (top / "programs" / name).symlink_to("/bin/false")
     return top
 
 
-def dry_run(place: Path, name: str, nodes: int, *words: str) -> Finished:
+def dry_run(place: Path, name: str, nodes: int, *words: str, disk_free_bytes: int = 10**15) -> Finished:
+    """On a cluster's login node: this machine may have no Slurm, and less room than the 43 GB that a checkpoint takes."""
     given = (
         "continue-train", name, "--dry-run", "--json", "--launcher", "slurm", "--nnodes", str(nodes),
         "--nproc-per-node", "8", "--set", f"model.source={name}", *(ANEW if name == SHORT else ()), *words,
     )  # fmt: skip
-    return Finished(*forked_cli.run(given, place, torch=False))
+    return Finished(
+        *forked_cli.run(given, place, torch=False, disk_free_bytes=disk_free_bytes, programs=place / "programs")
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,3 +123,8 @@ def test_a_division_that_fails_proposes_the_nearest_that_work(place):
     proposed = [f"parallelism.sequence_ranks={size}" for size in (2, 4, 8)]
     first = lines.index(proposed[0])
     assert lines[first : first + 4] == [*proposed, "192, 96 or 64 ranks"]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(place):
+    code, _, stderr = dry_run(place, SHORT, 48, disk_free_bytes=43 * 10**9)
+    assert code == 4 and "has 43.00 GB free, and the run needs 43.05 GB" in stderr, stderr
