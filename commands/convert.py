@@ -243,11 +243,12 @@ def convert(
 
 def _push(target: Path, repo: str, source: str, result: ConversionResult) -> str:
     """The address of the commit."""
-    from smolconv.hub.card import facts_of_source, named
+    from smolconv.hub.card import HOW_TO_REPEAT, facts_of_source, named
     from smolconv.hub.push import push_folder
 
     assert result.verification is not None  # --push verifies
     verified = f"smolconv compared the weights with {named(source)}: {result.verification['reason']}."
+    verified += f" {HOW_TO_REPEAT}" if result.verification["proof"] is not None else ""
     facts = facts_of_source(source, repo.partition("/")[2], verified)
     pushed = push_folder(target, repo, facts, message=f"Convert {named(source)} with smolconv")
     console.warn(pushed.notes)
@@ -270,6 +271,8 @@ def _say_result(result: ConversionResult, summary: Mapping[str, Any]) -> None:
     _say_account(plan.account)
     if result.verification is not None:
         console.say(f"PASS  {result.verification['reason']}")
+        if result.verification["proof"] is not None:
+            console.say(f"proof: {plan.target / result.verification['proof']}")
     console.line(str(plan.target))
     if "pushed" in summary:
         console.line(summary["pushed"])

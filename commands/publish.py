@@ -18,8 +18,6 @@ _EPILOG = """
     smolconv publish run/export/hf team/law --source run --licence mit
 """
 
-_REPEAT = "smolconv_proof.json has every digest and limit: smolconv verify --check-proof repeats the comparison."
-
 
 @app.command(epilog=_EPILOG)
 def publish(
@@ -78,8 +76,8 @@ def _verified(folder: Path, source: str | None, run: Path | None) -> str:
     """How the weights were verified, in a sentence. Raises ``UsageError`` where nothing says so."""
     from smolconv import api
     from smolconv.errors import ParityFailed, UsageError
-    from smolconv.hub.card import named
-    from smolconv.inspection import PROOF
+    from smolconv.hub.card import HOW_TO_REPEAT, named
+    from smolconv.storage.manifest import PROOF
 
     card = folder / PROOF
     if source is None and card.is_file():
@@ -98,13 +96,15 @@ def _verified(folder: Path, source: str | None, run: Path | None) -> str:
             "Expected the same tensors and the same logits. Nothing was uploaded.\n"
             f"See where they differ: smolconv verify {source} {folder} --per-layer"
         )
-    return f"smolconv compared the weights with {named(source)}: {report.reason}. {_REPEAT}"
+    return f"smolconv compared the weights with {named(source)}: {report.reason}. {HOW_TO_REPEAT}"
 
 
 def _by_card(folder: Path, path: Path) -> str:
     from smolconv.errors import ParityFailed
+    from smolconv.hub.card import HOW_TO_REPEAT
     from smolconv.layouts.registry import read_checkpoint
-    from smolconv.verification.proof import doubts, other_weights, read_proof
+    from smolconv.verification.proof import read_proof
+    from smolconv.verification.proof_check import doubts, other_weights, weaknesses
 
     card = read_proof(path)
     wrong = [*doubts(card), *other_weights(card, read_checkpoint(folder))]
@@ -115,4 +115,5 @@ def _by_card(folder: Path, path: Path) -> str:
             "Expected a card of these weights that passed. Nothing was uploaded.\n"
             "Make another: smolconv publish with --source and the checkpoint that the weights come from."
         )
-    return f"smolconv compared the weights with {card.a.name} on {card.made}: {card.reason}. {_REPEAT}"
+    weak = "".join(f" Note that {each}." for each in weaknesses(card))
+    return f"smolconv compared the weights with {card.a.name} on {card.made}: {card.reason}.{weak} {HOW_TO_REPEAT}"

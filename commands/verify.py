@@ -123,6 +123,8 @@ def _check(found: ProofCheck, card: Path, *, per_layer: bool, as_json: bool) -> 
         _show(found.report, per_layer=per_layer)
         for line in found.differences:
             console.show(f"proof     [red]differs[/]  {console.escape(line)}")
+        for line in found.weaknesses:
+            console.show(f"proof     [yellow]weaker[/]   {console.escape(line)}")
         if found.holds:
             console.show(f"[green]PROOF HOLDS[/]  {console.escape(card.name)}: the same tensors, limits and verdict")
         else:

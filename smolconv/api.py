@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, Topology, TrainingProgress
 from smolconv.errors import NotInstalled, UsageError, pip_install
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from smolconv.verification.proof import Proof
 
 Source = str | PathLike[str]
+#: Gates of ``verify`` whose limits can be given.
+_GATES: tuple[Literal["max_abs", "kl", "top1"], ...] = ("max_abs", "kl", "top1")
 #: numpy has no such dtypes; ml_dtypes adds them.
 _OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
@@ -353,8 +355,9 @@ def run_conversion(
 
 
 def _verified(plan: ConversionPlan, folder: Path, bar: Bar) -> Mapping[str, Any]:
+    """Compare, and write the card of proof where others can repeat it from the source as it is stored."""
     from smolconv.layouts.layout import ReadOptions
-    from smolconv.verification.compare import AsStored, verify_conversion
+    from smolconv.verification.compare import CONVERSION_POSITIONS, AsStored, VerifyOptions, verify_conversion
 
     options = plan.options
     as_stored = plan.prepared.parameters == plan.source.parameters and plan.prepared.spec == plan.source.spec
@@ -362,7 +365,31 @@ def _verified(plan: ConversionPlan, folder: Path, bar: Bar) -> Mapping[str, Any]
         config=options.config, step=options.step, architecture=options.architecture, layout=options.source_layout
     )  # fmt: skip
     source = AsStored(folder=plan.source.root, options=read)
-    return verify_conversion(plan.prepared, folder, source=source if as_stored else None, bar=bar).to_json()
+    report = verify_conversion(plan.prepared, folder, source=source if as_stored else None, bar=bar)
+    if not (report.passed and as_stored):
+        return {**report.to_json(), "proof": None}
+    optimizer = plan.prepared.has_optimizer and plan.prepared.tensors == plan.source.tensors
+    if not optimizer:
+        report = replace(report, optimizer=None, optimizer_differences=())
+    asked = VerifyOptions(optimizer=optimizer, length=CONVERSION_POSITIONS)
+    return {**report.to_json(), "proof": _conversion_card(plan, folder, report, asked, bar)}
+
+
+def _conversion_card(
+    plan: ConversionPlan, folder: Path, report: VerifyReport, asked: VerifyOptions, bar: Bar
+) -> str | None:
+    """The card's name, written into ``folder``; None where the default reading of it is another model."""
+    from smolconv.layouts.registry import read_checkpoint
+    from smolconv.storage.manifest import PROOF
+
+    written = read_checkpoint(folder)
+    if written.spec != plan.source.spec:
+        return None
+    options = plan.options
+    words = _reading_words((options.source_layout, None), (options.config, None), options.architecture)
+    card = _card(report, asked, (plan.source, written), (plan.uri, plan.target), bar, words)
+    _write_card(card, folder / PROOF)
+    return PROOF
 
 
 def convert(
@@ -401,24 +428,23 @@ def verify(
             "a proof is of the text that ships with smolconv, so that others can repeat it.\n"
             "Leave out --text and --tokens."
         )
+    if unknown := gates.keys() - _GATES:
+        raise UsageError(f"there is no gate {min(unknown)!r} to set; there are {', '.join(_GATES)}.")
     if proof is not None and not Path(proof).absolute().parent.is_dir():
         raise UsageError(f"--proof {proof}: the folder {Path(proof).absolute().parent} is not there.")
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=None if text is None else Path(text),
         tokens=None if tokens is None else Path(tokens), length=length, documents=documents,
         compute=DTYPE_WORDS.get(compute, compute), device=device, engine=engine,
-        gates={"max_abs": None, "kl": None, "top1": None, **gates},
+        gates={**dict.fromkeys(_GATES), **gates},
     )  # fmt: skip
     report, sides = _compared(
         a, b, options, layouts=(layout_a, layout_b), configs=(config, config_b), architecture=architecture, bar=bar
     )  # fmt: skip
     if proof is not None:
-        from smolconv.storage.atomic import appearing_whole
-        from smolconv.verification.proof import proof_text
-
-        card = _card(report, options, sides, (a, b), bar)
-        with appearing_whole(Path(proof)) as part:
-            part.write_text(proof_text(card), encoding="utf-8")
+        words = _reading_words((layout_a, layout_b), (config, config_b), architecture)
+        card = _card(report, options, sides, (a, b), bar, words)
+        _write_card(card, Path(proof))
     return report
 
 
@@ -448,7 +474,7 @@ def _compared(
 
 def _card(
     report: VerifyReport, options: VerifyOptions, sides: tuple[Checkpoint, Checkpoint], uris: tuple[Source, Source],
-    bar: Bar,
+    bar: Bar, words: Sequence[str] = (),
 ) -> Proof:  # fmt: skip
     from smolconv.hub.address import is_hub_uri
     from smolconv.verification.proof import make_proof
@@ -456,14 +482,39 @@ def _card(
     names = [uri if is_hub_uri(uri := fspath(given)) else Path(uri).resolve().name for given in uris]
     sets = [each.tensors.values() if options.optimizer else [each.parameters] for each in sides]
     with bar("digests of the tensors", sum(len(found) for side in sets for found in side)) as advance:
-        return make_proof(report, options, sides, names, advance)
+        return make_proof(report, options, sides, names, words=words, advance=advance)
+
+
+def _write_card(card: Proof, path: Path) -> None:
+    from smolconv.storage.atomic import appearing_whole
+    from smolconv.verification.proof import proof_text
+
+    with appearing_whole(path) as part:
+        part.write_text(proof_text(card), encoding="utf-8")
+
+
+def _reading_words(
+    layouts: tuple[str | None, str | None], configs: tuple[Source | None, Source | None], architecture: str | None
+) -> list[str]:
+    """Options that say how to read A and B, as the command line has them; of a path the name."""
+    paths = [None if each is None else Path(each).name for each in configs]
+    given = {
+        "--from": layouts[0], "--from-b": layouts[1], "--config": paths[0], "--config-b": paths[1],
+        "--architecture": architecture,
+    }  # fmt: skip
+    return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProofCheck:
-    """Whether a card holds for two checkpoints: what it says against itself, and what was found otherwise."""
+    """Whether a card holds for two checkpoints.
+
+    ``differences`` are its contradictions and what was found to be different. ``weaknesses`` is what a reader should
+    know of a card that holds: limits that were asked for, a tier that was left out.
+    """
 
     differences: tuple[str, ...]
+    weaknesses: tuple[str, ...]
     report: VerifyReport
 
     @property
@@ -472,7 +523,8 @@ class ProofCheck:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "schema": 1, "holds": self.holds, "differences": list(self.differences), "report": self.report.to_json()
+            "schema": 1, "holds": self.holds, "differences": list(self.differences),
+            "weaknesses": list(self.weaknesses), "report": self.report.to_json(),
         }  # fmt: skip
 
 
@@ -486,20 +538,22 @@ def check_proof(
     Raises ``CorruptFile`` for what is no card, and what ``verify`` raises.
     """
     from smolconv.verification.compare import VerifyOptions
-    from smolconv.verification.proof import differences, doubts, read_proof
+    from smolconv.verification.proof import read_proof
+    from smolconv.verification.proof_check import differences, doubts, weaknesses
 
     card = read_proof(Path(proof))
     asked = card.options
     options = VerifyOptions(
         logits=asked.logits, optimizer=asked.optimizer, length=asked.length, documents=asked.documents,
         compute=asked.compute, engine=asked.engine, device=device,
-        gates={"max_abs": None, "kl": None, "top1": None, **asked.gates},
+        gates={name: asked.gates.get(name) for name in _GATES},
     )  # fmt: skip
     report, sides = _compared(
         a, b, options, layouts=(layout_a, layout_b), configs=(config, config_b), architecture=architecture, bar=bar
     )  # fmt: skip
     again = _card(report, options, sides, (a, b), bar)
-    return ProofCheck(differences=(*doubts(card), *differences(card, again)), report=report)
+    found = (*doubts(card), *differences(card, again))
+    return ProofCheck(differences=found, weaknesses=tuple(weaknesses(card)), report=report)
 
 
 def evaluate(checkpoints: Sequence[Source], *, bar: Bar = no_bar, **options: Any) -> Evaluation:

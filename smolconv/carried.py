@@ -11,12 +11,12 @@ from smolconv.checkpoint import Checkpoint, Slot, TrainingProgress
 from smolconv.errors import BadCheckpoint, counted, some_of
 from smolconv.layouts.assets import is_tokenizer
 from smolconv.layouts.registry import BY_WORD
-from smolconv.storage.manifest import MANIFEST
+from smolconv.storage.manifest import MANIFEST, PROOF
 from smolconv.tensors.dtypes import DTYPE_BYTES
 
 #: Beside a checkpoint, and nothing of it: written anew, or about the folder.
 _ABOUT_THE_FOLDER = frozenset(
-    (MANIFEST, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py", "zero_to_torch.py")
+    (MANIFEST, PROOF, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py", "zero_to_torch.py")
 )  # fmt: skip
 
 

@@ -13,25 +13,18 @@ from smolconv.checkpoint import Checkpoint
 from smolconv.errors import SmolconvError
 from smolconv.files import is_there
 from smolconv.models.huggingface import parameter_shapes
-from smolconv.models.spec import ModelSpec, spec_differences
+from smolconv.models.spec import spec_differences, spec_to_json
 from smolconv.storage.integrity import refuse_seals
-from smolconv.storage.manifest import MANIFEST, check_manifest, find_manifest, source_seals
+from smolconv.storage.manifest import MANIFEST, PROOF, check_manifest, find_manifest, source_seals
 from smolconv.storage.torch_archive.records import is_torch_archive
-
-#: A card of ``smolconv verify --proof``, by the name that inspect looks for.
-PROOF = "smolconv_proof.json"
-
-
-def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    """The spec's fields as plain JSON types."""
-    return {**asdict(spec), "use_rope": [int(on) for on in spec.use_rope]}
 
 
 def _proof(folder: Path, problems: list[str]) -> dict[str, Any] | None:
     """What a card in the folder says, which nobody has repeated here."""
     if not is_there(folder / PROOF):
         return None
-    from smolconv.verification.proof import doubts, read_proof
+    from smolconv.verification.proof import read_proof
+    from smolconv.verification.proof_check import doubts
 
     try:
         card = read_proof(folder / PROOF)

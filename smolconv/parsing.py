@@ -26,9 +26,12 @@ _MOST_DIGITS = 40
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> dict[str, Any]:
-    """A JSON object. Raises ``MissingFile`` and ``MachineError``, and ``CorruptFile`` for anything else."""
-    return parse_json_object(read_bytes(path, most_bytes), path)
+def read_json(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object; ``unique`` refuses names that are there twice.
+
+    Raises ``MissingFile`` and ``MachineError``, and ``CorruptFile`` for anything else.
+    """
+    return parse_json_object(read_bytes(path, most_bytes), path, unique=unique)
 
 
 def finite_json(value: Any) -> Any:
@@ -40,10 +43,10 @@ def finite_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_json_object(data: bytes, where: object) -> dict[str, Any]:
-    """A JSON object that was read from ``where``. Raises ``CorruptFile``."""
+def parse_json_object(data: bytes, where: object, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object that was read from ``where``; ``unique`` as for ``parse_json``. Raises ``CorruptFile``."""
     try:
-        value = parse_json(data)
+        value = parse_json(data, unique=unique)
     except ValueError as error:
         raise CorruptFile(f"{where} is not valid JSON ({error}).\nCopy the file again.") from None
     if not isinstance(value, dict):

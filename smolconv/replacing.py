@@ -10,7 +10,7 @@ from pathlib import Path
 from smolconv.errors import SmolconvError
 from smolconv.layouts.layout import OwnFiles
 from smolconv.layouts.registry import detect_layout
-from smolconv.storage.manifest import MANIFEST, read_manifest
+from smolconv.storage.manifest import MANIFEST, PROOF, read_manifest
 
 _SHOWN_FILES = 3
 
@@ -42,7 +42,7 @@ def lost_with(target: Path) -> str | None:
             of_step = own.step is None or target in (path.parent, own.step) or own.step in path.parents
             fits = of_step and bool(own.pattern) and re.fullmatch(own.pattern, inside) is not None
             fits = fits or (bool(own.beside) and re.fullmatch(own.beside, inside) is not None)
-            if inside not in known and not fits and inside not in (MANIFEST, "README.md"):
+            if inside not in known and not fits and inside not in (MANIFEST, PROOF, "README.md"):
                 others.append(inside)
         if len(others) >= _SHOWN_FILES:
             break

@@ -16,9 +16,11 @@ from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri, parse_hub_uri
 from smolconv.layouts.layout import SECTION_BEGIN, SECTION_END, plain_text, repository_of
 from smolconv.parsing import parse_yaml_mapping
+from smolconv.storage.manifest import PROOF
 from smolconv.version import __version__
 
 CARD = "README.md"
+HOW_TO_REPEAT = f"{PROOF} has every digest and limit: smolconv verify --check-proof repeats the comparison."
 _LICENCE = ("license", "license_name", "license_link")
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(rf"{re.escape(SECTION_BEGIN)}.*?{re.escape(SECTION_END)}\n?", re.DOTALL)

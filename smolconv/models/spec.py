@@ -7,7 +7,7 @@ the spec; layouts carry it beside. A field that we cannot represent is refused, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from smolconv.errors import UnsupportedModel
@@ -73,6 +73,11 @@ class ModelSpec:
             return None
         interval = self.use_rope.index(False) + 1
         return interval if all(on == ((i + 1) % interval != 0) for i, on in enumerate(self.use_rope)) else None
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """The fields as plain JSON types."""
+    return {**asdict(spec), "use_rope": [int(on) for on in spec.use_rope]}
 
 
 def spec_differences(a: ModelSpec, b: ModelSpec) -> list[str]:

@@ -28,6 +28,8 @@ from smolconv.storage.planned import PlannedFile, WrittenTensor
 from smolconv.tensors.lazy import LazyTensor
 
 MANIFEST = "smolconv_manifest.json"
+#: A card of proof, by the name under which smolconv writes and looks for it.
+PROOF = "smolconv_proof.json"
 SCHEMA = 1
 #: Room for 384 ranks of a 3B model with Adam's state: 460,000 tensors.
 _MOST_BYTES = 1 << 28

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from smolconv.verification.forward import Side
 
 #: Of ``convert --verify``, whose tensors were compared bit for bit already.
-_CONVERSION_POSITIONS = 512
+CONVERSION_POSITIONS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +288,6 @@ def verify_conversion(
     rows = prepared.spec.vocab_size
     if read_back.spec.vocab_size > rows:
         read_back = without_padding(read_back, rows)
-    options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=_CONVERSION_POSITIONS)
+    options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=CONVERSION_POSITIONS)
     report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)), bar=bar)
     return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))

@@ -30,6 +30,8 @@ _VOCABULARY_ROWS = 2048
 _FLOOR_POSITIONS = 512
 #: Modules that ``first_divergence`` may name; finer ones are listed in ``layers``.
 _MODULES = ("embed_tokens", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm")
+#: By dtype, the gates that every comparison has; ``documents`` where rows are packed, ``nll`` where there are targets.
+GATES = {"float32": ("max_abs", "kl", "top1"), "bfloat16": ("kl", "top1", "flips")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolconv.checkpoint import Checkpoint, Slot
-from smolconv.errors import CorruptFile, counted
+from smolconv.errors import CorruptFile
+from smolconv.models.spec import spec_to_json
 from smolconv.parsing import finite_json, read_json
 from smolconv.processes import usable_cores
 from smolconv.tensors.lazy import LazyTensor
@@ -29,12 +32,10 @@ from smolconv.version import __version__
 PROOF_SCHEMA = "smolconv_proof.schema.json"
 #: Tensors of a 3B model take 60 kB; a thousand times as many are no model of ours.
 MOST_BYTES = 64 << 20
-#: How much further a limit may be than the one found on another machine, whose noise floor is another.
-_LOOSER = 2.0
-#: NLL of two machines for the same model and text, in nats.
-_NLL = {"float32": 1e-3, "bfloat16": 2e-2}
 _PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 _Text = Annotated[str, Field(max_length=10_000)]
+#: Gates whose limits a user may set.
+AskedGate = Literal["max_abs", "kl", "top1"]
 
 
 class _Strict(BaseModel):
@@ -55,7 +56,7 @@ class ProvenSide(_Strict):
     name: _Text = Field(description="The folder's name, or hf://owner/name.")
     revision: _Text | None = Field(description="The commit on the Hub, where the folder is a snapshot of one.")
     layout: _Text
-    architecture: _Text
+    spec: dict[str, Any] = Field(description="The architecture: every field of the model's spec.")
     tensors: dict[str, ProvenTensor]
     optimizer: dict[str, dict[str, ProvenTensor]] = Field(description="By slot; empty unless it was compared.")
 
@@ -69,7 +70,7 @@ class ProvenOptions(_Strict):
     documents: Annotated[int, Field(ge=1, le=1 << 20)]
     compute: Literal["float32", "bfloat16"]
     engine: Literal["ours", "transformers", "deepspeed", "nanotron"]
-    gates: dict[str, float | None] = Field(description="Limits that were asked for, in place of the measured ones.")
+    gates: dict[AskedGate, float] = Field(description="Limits that were asked for, in place of the measured ones.")
 
 
 class ProvenTensors(_Strict):
@@ -149,38 +150,50 @@ class Proof(_Strict):
             and (self.logits is None or all(gate.holds(name) for name, gate in self.logits.gates.items()))
         )
 
+    def command_words(self) -> list[str]:
+        """Those of ``command`` that follow from the names and options."""
+        asked = self.options
+        words = ["smolconv", "verify", self.a.name, self.b.name, "--length", str(asked.length)]
+        for name, limit in asked.gates.items():
+            words += [f"--gate-{name.replace('_', '-')}", f"{limit:g}"]
+        words += ["--optimizer"] if asked.optimizer else []
+        words += ["--no-logits"] if not asked.logits else []
+        words += ["--compute", asked.compute] if asked.compute != "float32" else []
+        words += ["--documents", str(asked.documents)] if asked.documents != 1 else []
+        words += ["--engine", asked.engine] if asked.engine != "ours" else []
+        return words
+
 
 def make_proof(
-    report: VerifyReport, options: VerifyOptions, sides: Sequence[Checkpoint], names: Sequence[str],
-    advance: Callable[[int], None] = lambda _: None,
+    report: VerifyReport, options: VerifyOptions, sides: Sequence[Checkpoint], names: Sequence[str], *,
+    words: Sequence[str] = (), advance: Callable[[int], None] = lambda _: None,
 ) -> Proof:  # fmt: skip
-    """The card of a verification; every tensor is read once more for its digest. ``advance``: after each tensor."""
+    """The card of a verification; every tensor of A is read once more for its digest, and those of B that differ.
+
+    ``words`` are options of the command that say how to read A and B. ``advance`` is called after each tensor.
+    """
     found = report.to_json()
-    asked = {name: limit for name, limit in (options.gates or {}).items() if limit is not None}
-    words = [
-        f"--length {options.length}",
-        *(f"--gate-{name.replace('_', '-')} {limit:g}" for name, limit in asked.items()),
-    ]
-    words += ["--optimizer"] if options.optimizer else []
-    words += ["--no-logits"] if not options.logits else []
-    words += [f"--compute {options.compute}"] if options.compute != "float32" else []
-    words += [f"--documents {options.documents}"] if options.documents != 1 else []
-    words += [f"--engine {options.engine}"] if options.engine != "ours" else []
     logits = found["logits"]
+    a = _side(sides[0], names[0], options.optimizer, advance)
+    tiers = {Slot.PARAMETER.value: (report.tensors, a["tensors"])}
+    tiers |= {slot: (tier, a["optimizer"].get(slot, {})) for slot, tier in (report.optimizer or {}).items()}
+    # Reading the second side again could only find what the comparison has found.
+    equal = {slot: listed for slot, (tier, listed) in tiers.items() if tier.passed}
     document = {
         "schema": 1,
         "made": date.today().isoformat(),
-        "command": " ".join(["smolconv verify", *names, *words]),
+        "command": "",
         "versions": {"smolconv": __version__, "python": platform.python_version(), **_versions()},
         "machine": {
             "system": platform.system(), "architecture": platform.machine(), "processor": _processor(),
             "cores": usable_cores(),
         },
-        "a": _side(sides[0], names[0], options.optimizer, advance),
-        "b": _side(sides[1], names[1], options.optimizer, advance),
+        "a": a,
+        "b": _side(sides[1], names[1], options.optimizer, advance, equal),
         "options": {
             "logits": options.logits, "optimizer": options.optimizer, "length": options.length,
-            "documents": options.documents, "compute": options.compute, "engine": options.engine, "gates": asked,
+            "documents": options.documents, "compute": options.compute, "engine": options.engine,
+            "gates": {name: limit for name, limit in (options.gates or {}).items() if limit is not None},
         },
         "spec_differences": report.spec_differences,
         "tensors": _tensors(found["tensors"]),
@@ -193,26 +206,41 @@ def make_proof(
         "passed": report.passed,
         "reason": report.reason,
     }  # fmt: skip
-    return Proof.model_validate_json(json.dumps(finite_json(document)))
+    proof = Proof.model_validate_json(json.dumps(finite_json(document)))
+    return proof.model_copy(update={"command": shlex.join([*proof.command_words(), *words])})
 
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ProvenTensors.model_fields}
 
 
-def _side(checkpoint: Checkpoint, name: str, optimizer: bool, advance: Callable[[int], None]) -> dict[str, Any]:
-    def proven(found: Mapping[str, LazyTensor]) -> dict[str, Any]:
-        listed = {}
-        for tensor_name, tensor in found.items():
-            listed[tensor_name] = {"dtype": tensor.dtype, "shape": tensor.shape, "sha256": sha256_of(tensor)}
+def read_side(checkpoint: Checkpoint, name: str) -> ProvenSide:
+    """A checkpoint as a card has it, without Adam's state; every tensor is read."""
+    side = _side(checkpoint, name, False, lambda _: None)
+    return ProvenSide.model_validate_json(json.dumps(finite_json(side)))
+
+
+def _side(
+    checkpoint: Checkpoint, name: str, optimizer: bool, advance: Callable[[int], None],
+    equal: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    """``equal``: digests by slot of tensors that were found to be the same, bit for bit, where dtype and shape are."""
+
+    def proven(slot: Slot) -> dict[str, Any]:
+        listed, known = {}, equal.get(slot.value, {})
+        for tensor_name, tensor in checkpoint.tensors.get(slot, {}).items():
+            told = {"dtype": tensor.dtype, "shape": tensor.shape}
+            same = known.get(tensor_name)
+            reused = same is not None and told.items() <= same.items()
+            listed[tensor_name] = same if reused else {**told, "sha256": sha256_of(tensor)}
             advance(1)
         return listed
 
     slots = [slot for slot, found in checkpoint.tensors.items() if found and slot is not Slot.PARAMETER]
     return {
         "name": name, "revision": checkpoint.revision, "layout": checkpoint.layout,
-        "architecture": checkpoint.spec.architecture, "tensors": proven(checkpoint.parameters),
-        "optimizer": {slot.value: proven(checkpoint.tensors[slot]) for slot in slots} if optimizer else {},
+        "spec": spec_to_json(checkpoint.spec), "tensors": proven(Slot.PARAMETER),
+        "optimizer": {slot.value: proven(slot) for slot in slots} if optimizer else {},
     }  # fmt: skip
 
 
@@ -244,7 +272,7 @@ def _processor() -> str:
 
 def read_proof(path: Path) -> Proof:
     """Raises ``MissingFile``, and ``CorruptFile`` for anything that is no card of a known version."""
-    document = read_json(path, MOST_BYTES)
+    document = read_json(path, MOST_BYTES, unique=True)
     if document.get("schema") != 1:
         raise CorruptFile(
             f"{path}: schema is {document.get('schema')!r:.40}; smolconv {__version__} reads schema 1.\n"
@@ -258,76 +286,6 @@ def read_proof(path: Path) -> Proof:
         raise CorruptFile(
             f"{path}: {where}: {first['msg']}.\nExpected a card as docs/proof.md describes it. Copy the file again."
         ) from None
-
-
-def doubts(proof: Proof) -> list[str]:
-    """What a card says against itself, in a few words each: a verdict, or a digest, that its own figures contradict."""
-    found = []
-    for name, gate in (proof.logits.gates if proof.logits else {}).items():
-        if gate.passed != gate.holds(name):
-            said = "passed" if gate.passed else "failed"
-            found.append(f"gate {name} is called {said}, with {gate.value} and a limit of {gate.limit:g}")
-    if proof.passed != proof.verdict():
-        found.append(f"the card says passed: {str(proof.passed).lower()}, and its figures say the opposite")
-    if proof.tensors.compared != len(proof.a.tensors.keys() & proof.b.tensors.keys()):
-        found.append(f"{proof.tensors.compared} tensors are called compared, and other ones are listed")
-    if proof.tensors.equal == proof.tensors.compared:
-        apart = [
-            name for name, one in proof.a.tensors.items()
-            if (other := proof.b.tensors.get(name)) and one.dtype == other.dtype and one != other
-        ]  # fmt: skip
-        found += [f"{counted(len(apart), 'tensor')} called equal with other digests, first {apart[0]}"] if apart else []
-    if proof.options.logits and proof.logits is None and proof.passed and "left out" not in proof.reason:
-        found.append("logits were to be compared, and the card has none")
-    return found
-
-
-def differences(proof: Proof, again: Proof) -> list[str]:
-    """What another verification of the same two checkpoints found otherwise than the card."""
-    found = []
-    for label, one, other in (("A", proof.a, again.a), ("B", proof.b, again.b)):
-        if one.layout != other.layout:
-            found.append(f"{label} is a {other.layout} checkpoint here, and {one.layout} on the card")
-        sets = [("", one.tensors, other.tensors)]
-        sets += [(f"{slot} ", one.optimizer.get(slot, {}), other.optimizer.get(slot, {}))
-                 for slot in sorted(one.optimizer.keys() | other.optimizer.keys())]  # fmt: skip
-        for slot, on_card, here in sets:
-            apart = sorted(name for name in on_card.keys() | here.keys() if on_card.get(name) != here.get(name))
-            if apart:
-                found.append(f"{label}: {slot}{counted(len(apart), 'tensor')} other than on the card, first {apart[0]}")
-    if proof.passed != again.passed:
-        found.append(f"the card says passed: {str(proof.passed).lower()}; here: {again.reason}")
-    if proof.logits is not None and again.logits is not None:
-        found += _figures(proof.logits, again.logits, proof.options)
-    return found
-
-
-def other_weights(proof: Proof, checkpoint: Checkpoint) -> list[str]:
-    """Where the card's B has other tensors than this checkpoint."""
-    here = _side(checkpoint, "", False, lambda _: None)["tensors"]
-    on_card = {name: each.model_dump() for name, each in proof.b.tensors.items()}
-    apart = sorted(name for name in on_card.keys() | here.keys() if on_card.get(name) != here.get(name))
-    return [f"{counted(len(apart), 'tensor')} other than on the card, first {apart[0]}"] if apart else []
-
-
-def _figures(card: ProvenLogits, here: ProvenLogits, options: ProvenOptions) -> list[str]:
-    found = []
-    if (card.positions, card.tokens_from) != (here.positions, here.tokens_from):
-        told = f"{card.positions} positions of {card.tokens_from}"
-        found.append(f"the card's logits are of {told}; here {here.positions} of {here.tokens_from}")
-    for name, gate in here.gates.items():
-        said = card.gates.get(name)
-        if said is None:
-            found.append(f"the card has no gate {name}")
-        elif options.gates.get(name) is None and (
-            said.limit < gate.limit - 0.02 if name == "top1" else said.limit > _LOOSER * gate.limit
-        ):
-            found.append(f"the limit of {name} is {said.limit:g} on the card, and {gate.limit:g} here")
-    for name in ("nll_a", "nll_b"):
-        one, other = getattr(card, name), getattr(here, name)
-        if (one is None) != (other is None) or abs((one or 0) - (other or 0)) > _NLL[options.compute]:
-            found.append(f"{name} is {one} on the card, and {other} here")
-    return found
 
 
 def proof_schema() -> dict[str, Any]:
