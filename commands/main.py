@@ -34,6 +34,7 @@ from smolconv.commands import (  # noqa: F401  (they register themselves)
 )
 from smolconv.commands.app import app
 from smolconv.errors import Interrupted, SignalReceived, SmolconvError
+from smolconv.hub.address import require_known
 
 
 def main() -> None:
@@ -61,8 +62,14 @@ def main() -> None:
 
 
 def _common_first(words: list[str]) -> list[str]:
-    """The common options in front, where Typer looks for them, wherever they were written."""
+    """The common options in front, where Typer looks for them, wherever they were written.
+
+    Raises ``UsageError`` for an address that no command can open, before it becomes a local path.
+    """
     end = words.index("--") if "--" in words else len(words)
+    for word in words[:end]:
+        if "://" in word:
+            require_known(word)
     common = [word for word in words[:end] if word in ("-q", "--quiet", "-v", "--verbose", "--debug")]
     return common + [word for word in words[:end] if word not in common] + words[end:]
 

@@ -24,7 +24,7 @@ from smolconv.carried import Account, account
 from smolconv.checkpoint import Checkpoint, Slot, SourceRecord, without_padding
 from smolconv.errors import BadCheckpoint, ParityFailed, UsageError, counted, some_of
 from smolconv.files import FileState, require_unchanged, states_of
-from smolconv.hub.address import is_hub_uri
+from smolconv.hub.address import is_hub_uri, require_known
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
 from smolconv.layouts.assets import given_tokenizer, without_own_code
@@ -171,6 +171,7 @@ def plan_conversion(
     ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
     _checked(options)
+    require_known(str(target))
     _refuse_swapped(source, target)
     with_optimizer = options.optimizer is not False
     folder = open_source(

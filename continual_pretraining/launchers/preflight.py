@@ -49,7 +49,7 @@ from smolconv.errors import (
     pip_install,
     some_of,
 )
-from smolconv.hub.address import is_hub_uri
+from smolconv.hub.address import is_hub_uri, require_known
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
 from smolconv.layouts.deepspeed.version import check_deepspeed
@@ -296,6 +296,11 @@ def _missing_folders(paths: Sequence[str], source: str) -> Iterator[MissingFile]
         )
         return
     for path in paths:
+        try:
+            require_known(path)
+        except UsageError as error:
+            yield MissingFile(f"data: {error}")
+            continue
         yield MissingFile(
             f"data: {path} is not there.\nA folder of token files was expected. Make it from text: "
             f"smolconv tokenize TEXT {shlex.quote(path)} {words}"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from smolconv.continual_pretraining.launchers.registry import LauncherName
 from smolconv.continual_pretraining.recipe.schedules import Schedule
@@ -22,9 +22,21 @@ from smolconv.continual_pretraining.recipe.section import (
     PositiveFloat,
     Section,
 )
+from smolconv.errors import UsageError
+from smolconv.hub.address import require_known
+
+
+def _local(path: str) -> str:
+    try:
+        require_known(path)
+    except UsageError as error:
+        raise ValueError(str(error).replace("\n", " ").removesuffix(".")) from None
+    return path
+
 
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+LocalPath = Annotated[str, AfterValidator(_local)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -271,7 +283,7 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    output: str = "run"  #: the run's folder
+    output: LocalPath = "run"  #: the run's folder
     seed: NotNegative = 0  #: of torch; training draws no random numbers
     model: Model
     start: Start = Start()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from smolconv.errors import UsageError
 
 SCHEME = "hf://"
+#: Such as s3://bucket/folder; one slash is left of the two where the text went through a ``Path``.
+_ADDRESS = re.compile(r"(?!hf://)([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,27 @@ class HubSource:
 
 def is_hub_uri(text: str) -> bool:
     return text.startswith(SCHEME)
+
+
+def require_known(text: str) -> None:
+    """Raise ``UsageError`` for an address that smolconv cannot open."""
+    found = _ADDRESS.match(text)
+    if found is None:
+        return
+    scheme, rest = found[1].lower(), found[2].lstrip("/")
+    if scheme == "hf":
+        advice = f"Two slashes were expected: {SCHEME}{rest}."
+    elif "huggingface.co/" in rest:
+        folder = rest.partition("huggingface.co/")[2].split("/tree/")[0]
+        advice = f"For a repository on the Hub write {SCHEME}{folder}."
+    elif scheme == "file":
+        advice = f"Write the path alone: /{rest}."
+    else:
+        advice = "Copy it to a local disk first, or mount it (docs/faq.md has the commands)."
+    raise UsageError(
+        f"{scheme}://{rest} is not an address that smolconv can open.\n"
+        f"A local path or {SCHEME}owner/name was expected.\n{advice}"
+    )
 
 
 def parse_hub_uri(uri: str) -> HubSource:

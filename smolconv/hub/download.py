@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from smolconv.errors import BadCheckpoint, MachineError, MissingFile, UnknownLayout, some_of
-from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri
+from smolconv.hub.address import HubSource, is_hub_uri, parse_hub_uri, require_known
 from smolconv.hub.commit import HubPath, open_commit
 from smolconv.hub.digests import check_cached
 from smolconv.hub.errors import branches, client_errors
@@ -45,6 +45,7 @@ def open_source(
     Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
     """
     if not is_hub_uri(str(uri)):
+        require_known(str(uri))
         return source_folder(_finished(Path(uri)))
     wanted = _Wanted(optimizer=optimizer, step=step, layout=layout, with_config=config is not None)
     source = parse_hub_uri(str(uri))
