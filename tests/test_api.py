@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import FIXTURES, environment, files_below, hf_weights
 from fake_hub import FakeHub
 from safetensors.torch import load_file
@@ -93,6 +94,52 @@ def test_a_partitioned_engines_masters_and_moments_are_those_of_the_live_engine(
         assert all(torch.equal(found[name].torch(), expected[name]) for name in found)
     assert opened.optimizer is not None and opened.progress is not None
     assert smolconv.open_checkpoint(case / "checkpoint", config=case / "config.json", optimizer=False).optimizer is None
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in (FIXTURES / "nanotron" / "smollm2-tiny").glob("tp*")))
+def test_every_division_of_a_nanotron_model_is_the_model_that_nanotron_converted(case: str) -> None:
+    folder = FIXTURES / "nanotron" / "smollm2-tiny"
+    opened, expected = smolconv.open_checkpoint(folder / case), hf_weights(folder / "expected_hf")
+    assert opened.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(opened[name].torch(), tensor), name
+        assert np.array_equal(opened[name][1:3].numpy(), tensor[1:3].numpy())  # rows of one rank, or of two
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["universal-from-zero3-ws3-uneven", "zero3-bf16-frozen-uneven-ws3", "zero2-roundrobin-alignment-ws3",
+     "zero1-bf16-ws3-uneven", "zero1-elastic-ws3-uneven", "zero0-bf16", "autotp2-zero1-bf16", "autotp2-zero3-ws4"],
+)  # fmt: skip
+def test_every_kind_of_deepspeed_folder_has_the_live_engines_state(case: str) -> None:
+    folder = DEEPSPEED / case
+    opened = smolconv.open_checkpoint(folder / "checkpoint", config=folder / "config.json")
+    masters, checked = load_file(folder / "expected" / "fp32.safetensors"), 0
+    for slot, file in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        path = folder / "expected" / f"{file}.safetensors"
+        expected = load_file(path) if path.exists() else {}
+        for name, tensor in opened.slots.get(slot, {}).items():
+            assert torch.equal(tensor.torch(), expected[name]), (slot, name)
+            first, last = tensor.shape[0] // 3, tensor.shape[0] // 3 + 2
+            assert torch.equal(tensor[first:last].torch(), expected[name][first:last])
+            checked += 1
+    assert checked >= 2 * len(masters)
+    for name in opened:
+        assert torch.equal(opened[name].torch(), masters[name].to(opened[name].torch().dtype)), name
+
+
+def test_a_folder_in_several_files_is_what_transformers_wrote(tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    opened, expected = smolconv.open_checkpoint(tmp_path), model.state_dict()
+    assert opened.keys() == expected.keys()
+    assert all(torch.equal(opened[name].torch(), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
