@@ -336,7 +336,7 @@ def test_a_decay_that_moves_within_the_steps_that_are_made_is_said(recorded, ste
     given = recipe(schedule=WSD).schedule.model_dump(mode="json") if recorded else None
     run = decayed_run(tmp_path / "run", *steps, schedule=given)
     notes = " ".join(check_run(recipe(schedule={**WSD, **changed}), run, "auto"))
-    assert "the decay has moved within the steps that are made" in notes and said in notes
+    assert "the decay has moved within the steps already trained" in notes and said in notes
     assert f"go on from it with --resume {run / 'checkpoints' / 'step-6'}." in notes
 
 

@@ -29,11 +29,11 @@ import pytest
 from conftest import FIXTURES, files_below
 from training import recipe_document, token_folder
 
-from smolconv.continual_pretraining.launchers import beside
+from smolconv.continual_pretraining.launchers import supervisor
 from smolconv.continual_pretraining.launchers.deepspeed import read_hostfile
 from smolconv.continual_pretraining.launchers.ends import end_of, ends_folder, failure_file, report_left
 from smolconv.continual_pretraining.launchers.launch import launch, launch_command, placement
-from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher
+from smolconv.continual_pretraining.launchers.launcher import SUPERVISOR, Launcher
 from smolconv.continual_pretraining.launchers.output import drawing_environment, plain
 from smolconv.continual_pretraining.launchers.registry import NAMES, find_launcher
 from smolconv.continual_pretraining.recipe.files import dump_recipe
@@ -215,12 +215,12 @@ def test_a_second_job_that_slurm_starts_says_once_that_it_is_refused(tmp_path, m
     (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe()))
     (run / "logs" / "rank-00001.log").write_text("of the first start\n")
     held = worker.lock_run(run)
-    monkeypatch.setattr(beside, "die_with", lambda parent: None)
+    monkeypatch.setattr(supervisor, "die_with", lambda parent: None)
     monkeypatch.setattr(signal, "pthread_sigmask", lambda how, mask: set())  # this process goes on
-    monkeypatch.setattr(sys, "argv", ["beside", str(run), "--attempt", "second"])
+    monkeypatch.setattr(sys, "argv", ["supervisor", str(run), "--attempt", "second"])
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    assert beside.main() == 4
+    assert supervisor.main() == 4
     assert (run / "logs" / "rank-00001.log").read_text() == "of the first start\n"
     assert report_left(run, "second", 2, 1) == 4
     said = capfd.readouterr().err
@@ -348,7 +348,7 @@ def test_a_signal_before_a_rank_listens_is_an_interruption_and_not_a_failed_mach
     code, stderr = launched.end()
     assert code == 130 and stderr.splitlines() == [
         "SIGTERM: the ranks stop, after a save if training has begun.",
-        "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were.",
+        "Interrupted: stopped by a signal during its start. Nothing was trained; checkpoints are unchanged.",
     ]
 
 
@@ -503,14 +503,14 @@ def test_a_rank_that_failed_says_so_although_it_is_told_to_stop_in_that_moment(t
     (tmp_path / "recipe.resolved.yaml").write_text(dump_recipe(recipe(rank=1, do="fail", step=1)))
     told_to_stop = """
 import os, signal
-from smolconv.continual_pretraining.launchers import beside
-leave_end = beside.leave_end
+from smolconv.continual_pretraining.launchers import supervisor
+leave_end = supervisor.leave_end
 def left(folder, end):
     first = leave_end(folder, end)
     os.kill(os.getpid(), signal.SIGTERM)
     return first
-beside.leave_end = left
-beside._run_and_exit()
+supervisor.leave_end = left
+supervisor._run_and_exit()
 """
     ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
     ended = subprocess.run(
@@ -548,7 +548,7 @@ def test_a_second_start_that_fails_does_not_end_the_first_ones_save(tmp_path, la
     second = Launched(recipe(launch={"launcher": launcher}, rank=0, do="fail", step=1), run)
     assert second.end()[0] == 6
     for pid in pids:
-        os.kill(parent(pid), signal.SIGUSR1)  # as Slurm does: to the process beside each rank
+        os.kill(parent(pid), signal.SIGUSR1)  # as Slurm does: to each rank's supervisor
     code, stderr = first.end()
     assert code == 75, stderr
     for rank in (0, 1):
@@ -615,7 +615,7 @@ def test_a_rank_that_fails_on_one_node_ends_another_that_hangs(tmp_path, capfd):
         }  # fmt: skip
         (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe(**fake)))
         words = [
-            BESIDE,
+            SUPERVISOR,
             str(run),
             "--worker",
             "fake_worker",
@@ -760,7 +760,7 @@ def test_deepspeeds_own_parser_understands_our_words(tmp_path):
     words = launch_command(recipe(launch={"launcher": "deepspeed", "hostfile": str(hosts)}), Path("/run"))
     given = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
     assert (given.num_nodes, given.num_gpus, given.hostfile, given.module) == (2, 2, str(hosts), False)
-    rank = ["--in", str(Path.cwd()), BESIDE, "/run", "--resume", "auto"]
+    rank = ["--in", str(Path.cwd()), SUPERVISOR, "/run", "--resume", "auto"]
     assert (given.user_script, given.user_args) == (str(BOOTSTRAP), rank)
     assert fetch_hostfile(given.hostfile) == read_hostfile(hosts)
 

@@ -378,7 +378,7 @@ def test_a_tracker_that_fails_later_is_left_and_the_run_goes_on(tmp_path, monkey
             watched.step(record(step))
     assert [step for step, _ in fake.logged] == [1, 2] and len(other.logged) == 6 and len(lines(tmp_path)) == 6
     said = capfd.readouterr().err
-    assert said.count("wandb") == 1 and "wandb failed at step 3 and gets nothing more: the server has gone" in said
+    assert said.count("wandb") == 1 and "wandb failed at step 3 and is switched off: the server has gone" in said
 
 
 # --- what the machine could do ---------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
     """As a file of nulls that a lost node leaves: 16 GB, on a disk that has no such file."""
     folder = trained(tmp_path / "run", 3)
     os.truncate(folder / "metrics.jsonl", 1 << 34)
-    with pytest.raises(CorruptFile, match=r"metrics\.jsonl, line 4: it has more than 1,048,576 bytes"):
+    with pytest.raises(CorruptFile, match=r"metrics\.jsonl, line 4: it is longer than 1,048,576 bytes"):
         read_run(folder)
 
 
@@ -396,7 +396,7 @@ def test_the_last_events_of_each_kind_are_kept_and_the_others_counted(tmp_path):
     found = read_run(folder)
     assert [len(found.events[kind]) for kind in ("saved", "note", "resumed")] == [200, 200, 1]
     page = render_html([found])
-    assert "save 9999" in page and "save 9799" not in page and "10,600 earlier ones" in page and "<kind" not in page
+    assert "save 9999" in page and "save 9799" not in page and "10,600 earlier events" in page and "<kind" not in page
 
 
 def test_many_sources_share_one_curve_beyond_the_first(tmp_path):

@@ -230,8 +230,8 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
         ("_sequences: 4", "_sequences: 4\n  global_batch_tokens: 512", "small.yaml:15: parallelism: give one of"),
         ("  peak_lr", "  weight_decay: 0.1\n  peak_lr", "small.yaml:14: schedule.weight_decay: no such key. It belongs to optimizer."),
         ("    time: 24", "    signal: 1\n    time: 24", "small.yaml:19: launch.slurm.signal: no such key."),
-        ("name: small", "name: small\nname: again", "small.yaml:2: name is there twice, first in line 1."),
-        ("  source: a", "  source: a\n  source: b", "small.yaml:4: model.source is there twice, first in line 3."),
+        ("name: small", "name: small\nname: again", "small.yaml:2: name occurs twice, first in line 1."),
+        ("  source: a", "  source: a\n  source: b", "small.yaml:4: model.source occurs twice, first in line 3."),
         ("  source: a", "\tsource: a", "small.yaml:3: not YAML: a tab"),
         ("name: small", "name: small: er", "small.yaml:1: not YAML: a second colon in the line"),
         ("name: small", "name: [small", "small.yaml:2: not YAML"),
@@ -281,7 +281,7 @@ LADDER = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1
         ("name: small", f"name: {'[' * 3000}", "nested more than 64 deep"),
         ("1_000", "9" * 5000, "small.yaml:13: '99999"),
         ("1_000", "9" * 20, "small.yaml:13: schedule.train_steps is 99999999999999999999; expected less than"),
-        ("  source: a", '  source: "a\\0b"', "small.yaml:3: 'a\\x00b' has a character that no text has"),
+        ("  source: a", '  source: "a\\0b"', "small.yaml:3: 'a\\x00b' has a character that is not valid in text"),
         ("  source: a", '  source: "a\\uD800b"', "small.yaml:3:"),
         ("  source: a", "  source: a\x07", "small.yaml: not YAML: unacceptable character #x0007"),
         ("  peak_lr: 2e-4", "  peak_lr: 2e-4\n  decay: cosine-restarts\n  cycles: 100000000", "schedule.cycles is 100000000"),
@@ -302,7 +302,7 @@ def test_what_would_fill_the_memory_or_no_text_holds_is_a_mistake_of_the_file(ol
         (f"data.stages.{'9' * 5000}.name=x", "data.stages has 1 items"),
         ("name=\udcff", "not UTF-8"),
         ("launch.environment={A=B: c}", "launch.environment.A=B"),
-        ('name="a\\0"', "has a character that no text has"),
+        ('name="a\\0"', "has a character that is not valid in text"),
         (f"{'a' * 100_000}=1", "no such key"),
     ],
 )
@@ -354,7 +354,7 @@ def test_overrides_change_values_sections_and_list_items():
         ("data.stages.1.name=x", "--set data.stages.1.name=x: data.stages has 1 items; expected 0 to 0, not '1'"),
         ("data.stages.first.name=x", "not 'first'"),
         ("data.stages.0.sources.0.wieght=1", "Did you mean weight?"),
-        ("model.source.deeper=1", "model.source is 'a' and has nothing below it"),
+        ("model.source.deeper=1", "model.source is 'a', not a section"),
         ("export={format: [hf]}", "--set export={format: [hf]}: export.format: no such key. Did you mean formats?"),
         ("schedule.train_steps", "expected section.key=value"),
         ("=3", "expected section.key=value"),
@@ -440,10 +440,10 @@ def test_what_a_scheduler_leaves_out_is_filled_in_as_nanotron_does(tmp_path, sch
 @pytest.mark.parametrize(
     ("theta", "positions", "written", "said"),
     [
-        (5000.0, 1024, (10_000, 2048), ("raised to it", "raised to it")),
+        (5000.0, 1024, (10_000, 2048), ("raised, as", "raised, as")),
         (10_000.0, 2048, (None, None), ()),
         (100_000.0, 8192, (None, None), ("left out", "left out")),  # as SmolLM2-135M and its Instruct model
-        (100_000.0, 1024, (None, 2048), ("left out", "raised to it")),
+        (100_000.0, 1024, (None, 2048), ("left out", "raised, as")),
     ],
 )
 def test_the_yamls_theta_and_context_do_not_lower_the_sources(theta, positions, written, said, tmp_path):
@@ -771,7 +771,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ('optimizer.no_decay=["("]', "'(' is no regular expression"),
+        ('optimizer.no_decay=["("]', "'(' is not a regular expression"),
         ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1"),
         (
             "evaluation={every_steps: 1, sources: [{path: x/val}, {path: y/val}]}",

@@ -566,7 +566,7 @@ def test_nothing_is_asked_of_a_run_that_does_not_train(tmp_path, held):
         with pytest.raises(UsageError, match=r"nothing trains in .*: the run is stopped"):
             ask(run, wait=True, timeout=1, say=quiet)
     held(run)
-    with pytest.raises(UsageError, match="very beginning of a start"):
+    with pytest.raises(UsageError, match="only just started"):
         stop_run(run, wait=True, timeout=1, say=quiet)
     with pytest.raises(BadCheckpoint, match="no run's folder"):
         stop_run(tmp_path, wait=True, timeout=1, say=quiet)

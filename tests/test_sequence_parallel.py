@@ -194,7 +194,7 @@ def test_the_published_recipes_run_on_the_published_numbers_of_ranks(name, ranks
 )  # fmt: skip
 def test_ranks_that_cannot_share_a_step_are_refused_with_the_nearest_that_can(name, ranks, heads, proposed):
     given = load_recipe(name, ["parallelism.sequence_ranks=1"])
-    with pytest.raises(UsageError, match=f"which {ranks} ranks cannot share evenly") as error:
+    with pytest.raises(UsageError, match=f"which {ranks} ranks cannot divide evenly") as error:
         accumulation_steps(given, ranks, heads)
     lines = [line.strip() for line in str(error.value).splitlines()[2:]]
     found = iter(lines)
@@ -209,7 +209,7 @@ def test_ranks_that_cannot_share_a_step_are_refused_with_the_nearest_that_can(na
 
 def test_ranks_that_are_no_groups_are_refused():
     given = load_recipe("smollm3-3b-long-context-64k")
-    with pytest.raises(UsageError, match="12 ranks, in groups of 8, cannot share evenly"):
+    with pytest.raises(UsageError, match="12 ranks, in groups of 8, cannot divide evenly"):
         accumulation_steps(given, 12)
 
 

@@ -258,7 +258,7 @@ def test_a_job_that_is_signalled_in_its_start_is_queued_again_once(cluster, tmp_
             cluster.wait(job.number, "PENDING")
             cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+5")
     assert job.end() == ("FAILED", "130:0"), job.log()
-    assert "a second time in a row" in job.log()
+    assert "twice in a row" in job.log()
 
 
 @pytest.mark.slurm
@@ -376,7 +376,7 @@ def test_a_job_that_slurm_refuses_is_a_failed_machine_with_slurms_words(cluster,
         env={**cluster.environment, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
     )  # fmt: skip
     assert done.returncode != 0
-    assert "MachineError: sbatch did not take the job" in done.stderr and "invalid partition" in done.stderr
+    assert "MachineError: sbatch rejected the job" in done.stderr and "invalid partition" in done.stderr
     assert (run / "slurm" / "submitted.sh").is_file()
 
 

@@ -43,7 +43,7 @@ def test_a_job_that_was_stopped_by_request_is_not_queued_again(tmp_path, status,
     )  # fmt: skip
     queued = "requeue 7\n" in (tmp_path / "scontrol-asked").read_text()
     assert done.returncode == status and queued is not asked, done.stderr
-    assert ("not queued again" in done.stderr) is asked
+    assert ("not requeued" in done.stderr) is asked
 
 
 # --- a real cluster ---------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_run_on_two_nodes_saves_stops_and_goes_on_by_commands(cluster, tmp_pat
     assert cluster.wait(number, "COMPLETED", "FAILED", "PENDING") == "FAILED"
     job = cluster.job(number)
     assert (job["ExitCode"], job["Restarts"]) == ("75:0", "0")
-    assert "not queued again" in (run / "logs" / f"slurm-{number}.log").read_text()
+    assert "not requeued" in (run / "logs" / f"slurm-{number}.log").read_text()
     assert (shell.state()["state"], shell.state()["step"]) == ("stopped", last)
 
     again = shell.submit("--set", f"schedule.train_steps={last + 3}")

@@ -96,7 +96,7 @@ def test_files_at_the_end_are_read_after_the_others_as_if_they_had_always_been_t
     assert before + after == read(recipe, 1, 30, None)[0]
     assert any(file == "e.ds" for step in after for _, file, _ in step)
     assert place.events == (
-        "data: one changed since step 5: 1 file at the end (e.ds). It is read on, every sample in its place.",
+        "data: one changed since step 5: 1 file at the end (e.ds). All samples keep their numbers, so it continues.",
     )
     assert list(place.record[str(one)]) == ["b.ds", "d.ds", "e.ds"]
 
@@ -386,7 +386,7 @@ def test_a_run_and_its_dry_run_refuse_a_file_before_others_in_the_same_words(run
         "continue-train", recipe, "--dry-run", "--set", "data.on_change=restart-source",
         before="import smolconv.commands.continue_train",
     )  # fmt: skip
-    assert said.code == 0 and "begins again at its first sample" in said.stderr
+    assert said.code == 0 and "restarts from its first sample" in said.stderr
 
 
 @pytest.mark.parametrize("named", [None, 4])

@@ -276,7 +276,7 @@ def test_a_format_is_believed_whatever_the_suffix_says(tokenizer: Path, tmp_path
     lines = jsonl(tmp_path / "rows.json", TEXTS)
     tokenized(lines, tmp_path / "jsonl", tokenizer, shuffle_seed=None, format="jsonl")
     assert documents(tmp_path / "jsonl") == encoded(tokenizer, TEXTS, 0)
-    with pytest.raises(UsageError, match=r"rows.json: its suffix says nothing.*\n.*--format jsonl"):
+    with pytest.raises(UsageError, match=r"rows.json: its suffix does not tell.*\n.*--format jsonl"):
         tokenized(lines, tmp_path / "no", tokenizer)
     with pytest.raises(CorruptFile):  # no line of it is JSON
         tokenized(folder / "e.md", tmp_path / "wrong", tokenizer, format="jsonl")
@@ -331,9 +331,9 @@ def test_it_is_said_when_no_document_or_every_one_is_held_out(tokenizer: Path, t
     source = jsonl(tmp_path / "a.jsonl", MANY)
     result = tokenized(source, tmp_path / "out", tokenizer, hold_out="0.000001%")
     assert (result.documents, result.held_out_documents) == (300, 0)
-    assert any("0 of 300 documents are held out by 0.000001%" in warning for warning in result.warnings)
+    assert any("--hold-out 0.000001% selected 0 of 300 documents" in warning for warning in result.warnings)
     assert not (tmp_path / "out-held-out").exists()
-    with pytest.raises(UsageError, match=r"beside those that --hold-out 99.999999% keeps"):
+    with pytest.raises(UsageError, match=r"besides those that --hold-out 99.999999% keeps"):
         tokenized(source, tmp_path / "all", tokenizer, hold_out="99.999999%")
     assert not (tmp_path / "all").exists() and not (tmp_path / "all-held-out").exists()
 
@@ -469,9 +469,9 @@ def test_broken_input_leaves_no_output(
     [
         (["missing.jsonl"], {}, "missing.jsonl is not there"),
         (["empty"], {}, "holds no text"),
-        (["a.csv"], {}, "suffix says nothing"),
+        (["a.csv"], {}, "suffix does not tell"),
         (["b" * 5000 + ".jsonl"], {}, "is not there"),
-        (["two\nlines.jsonl"], {}, "in one line"),
+        (["two\nlines.jsonl"], {}, "without line breaks"),
         (["a.jsonl"], {"eos": "\udcff"}, "is not a token"),
         (["a.jsonl"], {"tokenizer": "t" * 5000}, "no such file or folder"),
         (["a.jsonl", "a.jsonl"], {}, "named twice"),
@@ -479,13 +479,13 @@ def test_broken_input_leaves_no_output(
         (["a.jsonl"], {"separator": "\n"}, "--separator divides .txt files"),
         (["a.jsonl"], {"shuffle_seed": None, "max_tokens_per_file": 10}, "needs shuffling"),
         (["a.jsonl"], {"tokenizer": "no-such-thing"}, "no such file or folder"),
-        (["a.jsonl"], {"tokenizer": None}, "which tokenizer"),
-        (["a.jsonl"], {"model": "m"}, "both say which tokenizer"),
+        (["a.jsonl"], {"tokenizer": None}, "no tokenizer given"),
+        (["a.jsonl"], {"model": "m"}, "both choose the tokenizer"),
         *(
             (["a.jsonl"], {"hold_out": share}, "--hold-out .*: expected a share")
             for share in ("0.5", "0%", "100%", "-1%", "nan%", "1e-2%", "%", "\u0661%")
         ),
-        (["a.jsonl"], {"hold_out_target": Path("x")}, "is for --hold-out"),
+        (["a.jsonl"], {"hold_out_target": Path("x")}, "needs --hold-out"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -505,7 +505,7 @@ def test_what_makes_no_sense_is_refused(
 def test_a_tokenizer_that_cuts_documents_is_refused(tmp_path: Path) -> None:
     cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     cutting = byte_tokenizer(tmp_path / "cutting", truncation=cut)
-    with pytest.raises(UsageError, match="asks for truncation"):
+    with pytest.raises(UsageError, match="applies truncation"):
         plan_tokenization(
             [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", TokenizeOptions(tokenizer=str(cutting))
         )
@@ -867,7 +867,7 @@ def test_an_eos_that_never_occurs_without_an_index_is_told(tmp_path: Path) -> No
     folder = write_folder(tmp_path, [[5, 6, 0], [7, 0]])
     (folder / "00000_unshuffled.ds.index").unlink()
     report = report_tokens(folder, sequence_length=2, eos_token_id=9)
-    assert report["documents"] == 0 and "documents end in no common token" in report["problems"][0]
+    assert report["documents"] == 0 and "documents do not end in a common token" in report["problems"][0]
 
 
 def test_documents_are_shown_as_text(tokenizer: Path, tmp_path: Path, smolconv: Callable[..., Finished]) -> None:

@@ -118,7 +118,7 @@ def test_a_long_row_that_a_rank_has_alone_is_tiled(place):
 def test_a_division_that_fails_proposes_the_nearest_that_work(place):
     """384 ranks without groups cannot share 192 micro-batches; pairs can, at the same loss."""
     code, _, stderr = dry_run(place, SHORT, 48, "--set", "parallelism.sequence_ranks=1")
-    assert code == 2 and "which 384 ranks cannot share evenly" in stderr, stderr
+    assert code == 2 and "which 384 ranks cannot divide evenly" in stderr, stderr
     lines = [line.strip() for line in stderr.splitlines()]
     proposed = [f"parallelism.sequence_ranks={size}" for size in (2, 4, 8)]
     first = lines.index(proposed[0])

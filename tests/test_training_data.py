@@ -452,7 +452,7 @@ def test_epochs_are_passes_over_the_folders() -> None:
 
 
 def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:
-    with pytest.raises(UsageError, match="cannot be shared out among 4 ranks"):
+    with pytest.raises(UsageError, match="cannot be divided among 4 ranks"):
         open_data(recipe_data(TWO_STAGES), world_size=4)
 
 
@@ -647,8 +647,8 @@ def beyond(ends: Any) -> Any:
 BROKEN: dict[str, tuple[Callable[[Path], None], type[SmolconvError], str]] = {
     "missing": (shutil.rmtree, MissingFile, "is not a folder"),
     "empty": (lambda f: void(list(map(Path.unlink, f.iterdir()))), MissingFile, r"holds no token files \(\*.ds\)"),
-    "in a subfolder": (into_subfolder, MissingFile, "There are some in .*/x"),
-    "half a token": (add_bytes("", b"\0"), CorruptFile, "83817 bytes, which is no multiple of its token size"),
+    "in a subfolder": (into_subfolder, MissingFile, "Some are in .*/x"),
+    "half a token": (add_bytes("", b"\0"), CorruptFile, "83817 bytes, which is not a multiple of its token size"),
     "a token more": (add_bytes("", b"\0\0"), CorruptFile, "has 41909 tokens .* counts 41908"),
     "index of bytes": (add_bytes(".index", b"\0"), CorruptFile, "8 bytes a document"),
     "index too short": (edit_index(lambda ends: ends[:-1]), CorruptFile, "has 41908 tokens .* ends at"),
@@ -696,7 +696,7 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_passed_over(suffix, m
 def test_a_file_that_shrinks_after_it_was_opened_is_said(tmp_path: Path) -> None:
     folder = TokenFolder.open(copy_of("loss_2byte", tmp_path), 127)
     tokens_file(folder.path).write_bytes(b"")
-    with pytest.raises(SourceChanged, match=r"00000_unshuffled\.ds has become shorter"):
+    with pytest.raises(SourceChanged, match=r"00000_unshuffled\.ds is shorter"):
         folder.files[0].ids  # noqa: B018 - a look maps it
 
 

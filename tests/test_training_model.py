@@ -818,7 +818,7 @@ def with_liger(monkeypatch: pytest.MonkeyPatch, plain: torch.nn.Module) -> Any:
 
 def test_ligers_functions_are_called_as_they_document(monkeypatch, plain):
     calls = fake_liger(monkeypatch, plain)
-    with pytest.raises(UsageError, match="kernels run on GPUs"):
+    with pytest.raises(UsageError, match="kernels need GPUs"):
         training(plain, liger="on")
     built, given = with_liger(monkeypatch, plain), batch([[7, 25]])
     assert calls == [{"model": built}]

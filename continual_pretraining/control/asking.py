@@ -1,4 +1,4 @@
-"""Asking a run that trains to save, or to save and end; and waiting for what comes of it."""
+"""Asks a training run to save, or to save and stop, and waits for the result."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from smolconv.files import MOST_NAME_BYTES, open_file, read_bytes, reading
 
 _EVERY_SECONDS = 0.3
 _ORDERLY = (0, StoppedBySignal.exit_code, 130)
-#: Of the end of events.jsonl, where the answer to a request stands.
+#: Bytes read from the end of events.jsonl, which holds the answer to a request.
 _MOST_TAIL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a request."""
+    """The result of a request."""
 
     run: Path
     asked: str  #: stop or save
     result: str  #: asked, saved, stopped, finished, cancelled
     message: str
     checkpoint: Path | None = None
-    exit_code: int | None = None  #: of the run, where it has ended
+    exit_code: int | None = None  #: of the run, if it has ended
 
     def to_json(self) -> dict[str, Any]:
-        """As docs/cli.md has it."""
+        """The JSON object described in docs/cli.md."""
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         return {
             "run": str(self.run), "asked": self.asked, "result": self.result, "message": self.message,
@@ -48,30 +48,30 @@ class Outcome:
 
 
 def stop_run(run: Path, *, wait: bool, timeout: float, say: Callable[[str], None]) -> Outcome:
-    """Have the run save after the step that it is at, and end; take a job that waits out of the queue.
+    """Ask the run to save after its current step and stop. A job that waits in the queue is cancelled.
 
-    Raises ``UsageError`` when nothing trains there; ``MachineError`` when the run does not end within ``timeout``
-    seconds, or ends otherwise.
+    Raises ``UsageError`` if nothing trains there; ``MachineError`` if the run does not end within ``timeout`` seconds,
+    or ends in another way.
     """
     status = read_status(run)
     if status.state in ("pending", "submitted") and status.job is not None:
         cancel_job(status.job)
         return Outcome(
-            run=run, asked="stop", result="cancelled", message=f"job {status.job} was taken out of the queue",
+            run=run, asked="stop", result="cancelled", message=f"job {status.job} was removed from the queue",
             checkpoint=status.checkpoint,
         )  # fmt: skip
     request = _Request(run, status, STOP)
     if not wait:
-        return Outcome(run=run, asked="stop", result="asked", message="it saves after its step, and ends")
-    say(f"{run} was asked to stop; it saves after the step that it is at. Ctrl-C ends only this wait.")
+        return Outcome(run=run, asked="stop", result="asked", message="it will save after its step and stop")
+    say(f"{run} was asked to stop; it saves after its current step. Ctrl-C ends only this wait.")
     ended = request.wait(request.ended, timeout)
     return request.told(ended, "stop")
 
 
 def save_run(run: Path, *, wait: bool, timeout: float, say: Callable[[str], None]) -> Outcome:
-    """Have the run save after the step that it is at, and train on.
+    """Ask the run to save after its current step and continue training.
 
-    Raises as ``stop_run`` does, and ``MachineError`` when the save fails.
+    Raises as ``stop_run``, and ``MachineError`` if the save fails.
     """
     status = read_status(run)
     if status.state == "exporting":
@@ -81,8 +81,8 @@ def save_run(run: Path, *, wait: bool, timeout: float, say: Callable[[str], None
         )  # fmt: skip
     request = _Request(run, status, f"{SAVE}{secrets.token_hex(6)}")
     if not wait:
-        return Outcome(run=run, asked="save", result="asked", message="it saves after its step, and trains on")
-    say(f"{run} was asked to save after the step that it is at. Ctrl-C ends only this wait.")
+        return Outcome(run=run, asked="save", result="asked", message="it will save after its step and continue")
+    say(f"{run} was asked to save after its current step. Ctrl-C ends only this wait.")
     try:
         found = request.wait(lambda: request.saved() or request.ended(), timeout)
     finally:
@@ -92,26 +92,26 @@ def save_run(run: Path, *, wait: bool, timeout: float, say: Callable[[str], None
     step, failure = found
     if failure:
         raise MachineError(
-            f"{run} could not save step {step}: {failure}\nIt trains on, and tries again at its next save."
+            f"{run} could not save step {step}: {failure}\nIt continues training, and tries again at its next save."
         )
     folder = step_folder(run, step)
     return Outcome(run=run, asked="save", result="saved", message=f"step {step:,} is saved", checkpoint=folder)
 
 
 class _Request:
-    """A request from its file's creation on."""
+    """A pending request; its file exists."""
 
     def __init__(self, run: Path, status: RunStatus, name: str) -> None:
         self.run, self.record = run, _living(status)
         self.path = self.record.asked(run) / name
-        #: Whether a lock that nobody holds says that the run has ended.
+        #: Whether a free lock means that the run has ended.
         self._sees_lock = is_trained(run) or self.record.host == socket.gethostname()
         self._lost = False
         self._end: StartRecord | None = None
         try:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         except FileExistsError:
-            pass  # somebody else has asked for the same
+            pass  # there is already the same request
         except OSError as error:
             raise MachineError(
                 f"{self.path} cannot be written: {error.strerror or error}.\nA request is a file in the run's folder, "
@@ -123,46 +123,46 @@ class _Request:
             self.path.unlink()
 
     def wait(self, ready: Callable[[], Any], timeout: float) -> Any:
-        """What ``ready`` gives, once it does. Raises ``MachineError`` after ``timeout`` seconds."""
+        """Wait for a result of ``ready``. Raises ``MachineError`` after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while (found := ready()) is None:
             if time.monotonic() >= deadline:
-                left = "stays" if self.path.name == STOP else "is taken back"
+                left = "stays" if self.path.name == STOP else "is withdrawn"
                 raise MachineError(
-                    f"{self.run} has not done what it was asked within {timeout:g} s; the request {left}.\n"
-                    "A step, a save or an evaluation may take longer: `smolconv runs` tells how far it is.\n"
-                    "A run that hangs is ended by Ctrl-C twice, scancel, or SIGKILL to its launcher."
+                    f"{self.run} did not respond within {timeout:g} s; the request {left}.\n"
+                    "A step, a save or an evaluation may take longer: `smolconv runs` shows the run's progress.\n"
+                    "To end a run that hangs: Ctrl-C twice, scancel, or SIGKILL to its launcher."
                 )
             time.sleep(_EVERY_SECONDS)
         return found
 
     def ended(self) -> StartRecord | None:
-        """How the start ended, once it has. Raises ``MachineError`` when it died."""
-        held = is_trained(self.run)  # first the lock: who ends writes that down before it lets the lock go
+        """How the start ended; None while it runs. Raises ``MachineError`` if it died."""
+        held = is_trained(self.run)  # the lock first: an ending start writes its record before it releases the lock
         now = StartRecord.read(self.run)
         if now is None or now.attempt != self.record.attempt:
             if self._end is not None:
                 return self._end
             raise MachineError(
-                f"{self.run} has been started anew meanwhile, and how the start before ended is not known.\n"
+                f"{self.run} was started again meanwhile, so how the earlier start ended is not known.\n"
                 "Repeat the command to ask the new one."
             )
         if now.ended is not None:
             self._end = now
-            return None if held else now  # the same command, which may follow at once, needs the lock
+            return None if held else now  # wait for the lock, which a command that follows at once needs
         if held or not self._sees_lock:
             self._lost = False
             return None
         if self._lost:
             raise MachineError(
-                f"{self.run} died before it could do what it was asked (it held the lock, and ended without a word).\n"
-                f"Its logs: {self.run / 'logs'}. The checkpoints that were there are whole; the same command resumes."
+                f"{self.run} died before it could respond (its lock was released without a record of its end).\n"
+                f"Its logs: {self.run / 'logs'}. Its checkpoints are intact; the same command resumes."
             )
-        self._lost = True  # once more, for file systems on which a file is seen later than a lock
+        self._lost = True  # check once more, because some file systems show a file later than a lock
         return None
 
     def saved(self) -> tuple[int, str] | None:
-        """The step that was saved for the request, and why it could not be; None until either is known."""
+        """The step saved for the request, and the reason if the save failed; None until then."""
         with suppress(SmolconvError, ValueError):
             step = int(read_bytes(self.path, MOST_NAME_BYTES, noted=False) or b"-1")
             path = self.run / EVENTS
@@ -178,11 +178,11 @@ class _Request:
         return None
 
     def told(self, ended: StartRecord, asked: str) -> Outcome:
-        """What an end means for who asked. Raises ``MachineError`` for one that is no orderly one."""
+        """The outcome for the asker. Raises ``MachineError`` unless the run ended in order."""
         if ended.exit_code not in _ORDERLY or (asked == "save" and ended.exit_code == 130):
             why = ended.message.partition("\n")[0] or "it left no reason"
             raise MachineError(
-                f"{self.run} ended before it did what it was asked, with exit code {ended.exit_code}: {why}\n"
+                f"{self.run} ended before it responded, with exit code {ended.exit_code}: {why}\n"
                 f"Its logs: {self.run / 'logs'}. `smolconv continue-train` continues from its last checkpoint."
             )
         done = ended.exit_code == 0
@@ -194,15 +194,15 @@ class _Request:
 
 
 def _living(status: RunStatus) -> StartRecord:
-    """The start that a request is for. Raises ``UsageError`` where none trains."""
+    """The start to send a request to. Raises ``UsageError`` if none trains."""
     if status.state not in ALIVE and status.certain:
         raise UsageError(
             f"nothing trains in {status.run}: the run is {status.state}{status.note and f' ({status.note})'}.\n"
-            "`smolconv runs` lists those that train."
+            "`smolconv runs` lists the runs that train."
         )
     if status.record is None or status.record.ended is not None:
         raise UsageError(
-            f"{status.run} is at the very beginning of a start, or trains by an early version: it takes no requests.\n"
+            f"{status.run} has only just started, or trains with an early version: it takes no requests.\n"
             "Repeat the command in a moment, or send SIGTERM to the launcher."
         )
     return status.record

@@ -1,4 +1,4 @@
-"""What Slurm's queue says of jobs, on machines that can ask it."""
+"""Asks Slurm's queue about jobs, on machines that have squeue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from smolconv.errors import MachineError, NotInstalled
 
-#: States in which a job waits, and in which it runs: JOB STATE CODES of squeue's manual. Any other is over.
+#: States of waiting and of running jobs: JOB STATE CODES in squeue's manual. In any other state the job has ended.
 WAITING = frozenset(
     {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )
@@ -18,7 +18,7 @@ _SECONDS = 20
 
 
 def job_states(numbers: Iterable[int]) -> dict[int, str] | None:
-    """States by number of the jobs that are still in the queue; None where nobody can say."""
+    """States of the jobs in the queue, by number; None if Slurm cannot be asked."""
     wanted = sorted(set(numbers))
     if not wanted:
         return {}
@@ -29,14 +29,14 @@ def job_states(numbers: Iterable[int]) -> dict[int, str] | None:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode and "Invalid job id" not in done.stderr:  # so it says when all have left the queue
+    if done.returncode and "Invalid job id" not in done.stderr:  # its answer when all jobs have left the queue
         return None
     found = (re.fullmatch(r"(\d{1,18})\s+(\w+)", line.strip()) for line in done.stdout.splitlines())
     return {int(match[1]): match[2] for match in found if match}
 
 
 def cancel_job(number: int) -> None:
-    """Take a job out of the queue. Raises ``NotInstalled`` and ``MachineError``."""
+    """Cancel a job. Raises ``NotInstalled`` and ``MachineError``."""
     if shutil.which("scancel") is None:
         raise NotInstalled(f"scancel is not on this machine: cancel job {number} from a login node of its cluster.")
     try:
@@ -48,5 +48,5 @@ def cancel_job(number: int) -> None:
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise MachineError(
-            f"scancel {number} failed: {said}\nThe job stays in the queue. Try again, or ask your cluster."
+            f"scancel {number} failed: {said}\nThe job stays in the queue. Try again, or ask the cluster's support."
         )

@@ -1,4 +1,4 @@
-"""Runs below a folder: what state each is in, from small files, its lock and Slurm's queue."""
+"""Finds runs below a folder, and each one's state from small files, its lock and Slurm's queue."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ State = Literal[
     "new", "submitted", "pending", "starting", "running", "saving", "exporting",
     "stopped", "finished", "failed", "dead", "unreadable",
 ]  # fmt: skip
-#: States in which a process trains, or is about to.
+#: States in which a process trains or is about to.
 ALIVE = ("starting", "running", "saving", "exporting")
 MOST_DEPTH, MOST_FOLDERS = 4, 10_000
-#: Of the end of metrics.jsonl: two lines that name as many sources as lines may.
+#: Bytes read from the end of metrics.jsonl: two lines of maximum length.
 _MOST_TAIL_BYTES = 1 << 21
-#: A run whose lock cannot be seen from here is taken for a living one for so long after its last sign of life.
+#: A run whose lock is not visible on this machine counts as alive for this long after its last sign of life.
 _TRUSTED_SECONDS = 600.0
-#: A training run that makes no step for so long, and for so many times what its last one took, is told of.
+#: A note is added if a training run makes no step for this long and for this many times its last step's duration.
 _SILENT_SECONDS, _SILENT_STEPS = 300.0, 20
 _SCRIPT = re.compile(r"job-(\d{1,18})\.sh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run as it is seen from outside. Ages are in seconds."""
+    """A run's state as seen by other processes. Ages are in seconds."""
 
     run: Path
     state: State
-    certain: bool = True  #: False where a lock on another machine, or Slurm, could not be asked
+    certain: bool = True  #: False if a lock on another machine, or Slurm, could not be checked
     note: str = ""
     name: str | None = None
     step: int | None = None
@@ -57,7 +57,7 @@ class RunStatus:
     record: StartRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As docs/cli.md has it."""
+        """The JSON object described in docs/cli.md."""
         record = self.record
         return {
             "run": str(self.run), "name": self.name, "state": self.state, "certain": self.certain, "note": self.note,
@@ -81,12 +81,12 @@ class Listing:
 
 
 def list_runs(folder: Path) -> Listing:
-    """The run that ``folder`` is, or those below it, a few levels down, in the order of their paths.
+    """The run in ``folder``, or the runs a few levels below it, sorted by path.
 
-    A run that cannot be read is listed as such. Raises ``MissingFile`` where there is no folder.
+    A run that cannot be read is listed as such. Raises ``MissingFile`` if the folder does not exist.
     """
     if not os.path.isdir(folder):
-        raise MissingFile(f"{folder} is no folder.\nA run's folder, or one that holds some, was expected.")
+        raise MissingFile(f"{folder} is not a folder.\nExpected a run's folder, or one that contains runs.")
     warnings: list[str] = []
     found = [_Seen.read(run) for run in _find_runs(folder, warnings)]
     states = job_states(number for seen in found for number in seen.jobs)
@@ -94,11 +94,11 @@ def list_runs(folder: Path) -> Listing:
 
 
 def read_status(run: Path) -> RunStatus:
-    """One run's. Raises ``MissingFile`` where there is none, and what makes it unreadable."""
+    """The state of one run. Raises ``MissingFile`` if there is none, and any error that makes it unreadable."""
     if not _is_run(run):
         raise MissingFile(
-            f"{run} is no run's folder: it has no {RECIPE}.\n"
-            "Name the folder that `smolconv continue-train` wrote (its recipe's output); `smolconv runs` lists them."
+            f"{run} is not a run's folder: it has no {RECIPE}.\n"
+            "Give the folder that `smolconv continue-train` wrote (its recipe's output); `smolconv runs` lists them."
         )
     seen = _Seen.read(run)
     if seen.problem is not None:
@@ -111,14 +111,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def _find_runs(top: Path, warnings: list[str]) -> Iterator[Path]:
-    """Links are not followed, hidden folders and what lies in a run not looked into."""
+    """Find runs. Does not follow links, or search hidden folders and the inside of runs."""
     looked, level = 0, [top]
     for depth in range(MOST_DEPTH + 1):
         below: list[Path] = []
         for folder in level:
             looked += 1
             if looked > MOST_FOLDERS:
-                warnings.append(f"only the first {MOST_FOLDERS:,} folders below {top} were looked into")
+                warnings.append(f"only the first {MOST_FOLDERS:,} folders below {top} were searched")
                 return
             if _is_run(folder):
                 yield folder
@@ -127,7 +127,7 @@ def _find_runs(top: Path, warnings: list[str]) -> Iterator[Path]:
                     with os.scandir(folder) as entries:
                         names = [each.name for each in entries if each.is_dir(follow_symlinks=False)]
                 except OSError as error:
-                    warnings.append(f"{folder} cannot be looked into: {error.strerror or error}")
+                    warnings.append(f"{folder} cannot be searched: {error.strerror or error}")
                     continue
                 below += [folder / name for name in sorted(names) if not name.startswith(".")]
         level = below
@@ -135,7 +135,7 @@ def _find_runs(top: Path, warnings: list[str]) -> Iterator[Path]:
 
 @dataclass(kw_only=True)
 class _Seen:
-    """What lies in a run's folder."""
+    """The contents of a run's folder."""
 
     run: Path
     problem: SmolconvError | None = None
@@ -144,7 +144,7 @@ class _Seen:
     record: StartRecord | None = None
     held: bool = False
     last: MetricsLine | None = None
-    last_written: float | None = None  #: when the last line was, in seconds since the epoch
+    last_written: float | None = None  #: time of the last line, in seconds since the epoch
     checkpoint: Path | None = None
     checkpoint_written: float | None = None
     saving: bool = False
@@ -163,7 +163,7 @@ class _Seen:
         return seen
 
     def _look(self) -> None:
-        # First the lock: who ends writes that down before it lets the lock go.
+        # The lock first: an ending start writes its record before it releases the lock.
         self.held = is_trained(self.run)
         self.record = StartRecord.read(self.run)
         recipe = load_recipe(self.run / RECIPE)
@@ -185,7 +185,7 @@ class _Seen:
         with reading(path), open(open_file(path, noted=False), "rb") as file:
             written = os.fstat(file.fileno()).st_mtime
             for _, line in lines_backwards(file.fileno(), most_bytes=_MOST_TAIL_BYTES):
-                with suppress(ValueError):  # the last may be cut, or be none of ours
+                with suppress(ValueError):  # the last line may be cut or foreign
                     self.last = metrics_line(line)
                     self.last_written = written if self.last.time is None else self.last.time
                     return
@@ -196,7 +196,7 @@ class _Seen:
         return [number for number in (own, self.submitted) if number is not None]
 
     def _is_job(self, record: StartRecord) -> bool:
-        """Whether the start is the newest job that was submitted, and not within a job of somebody's own."""
+        """Whether the start is the newest submitted job, and not part of a job that the user wrote."""
         return record.job is not None and record.job == self.submitted
 
     def status(self, queue: Mapping[int, str] | None) -> RunStatus:
@@ -232,7 +232,7 @@ class _Seen:
                 return self._alive(record), True
             return self._silent(record, queued, now)
         if self.held:
-            return "starting", True  # by a start that has written nothing down yet
+            return "starting", True  # the start has not written its record yet
         if queued:
             return ("pending" if queued in WAITING else "starting"), True
         newer = self.submitted is not None and (record is None or record.job is None or self.submitted > record.job)
@@ -244,7 +244,7 @@ class _Seen:
         if self.last is None and self.checkpoint is None:
             return "new", True
         done = self.last is not None and self.last.step >= (self.train_steps or 0)
-        return ("finished" if done else "stopped"), False  # by a version that wrote nothing down
+        return ("finished" if done else "stopped"), False  # an early version wrote no record
 
     def _alive(self, record: StartRecord) -> State:
         if record.phase == "training":
@@ -252,9 +252,9 @@ class _Seen:
         return "exporting" if record.phase == "exporting" else "starting"
 
     def _silent(self, record: StartRecord, queued: str | None, now: float) -> tuple[State, bool]:
-        """Of a start that has not ended, and whose lock nobody holds as far as can be seen from here."""
+        """The state of a start without a recorded end, whose lock is free as far as this machine can see."""
         if queued in WAITING:
-            return "pending", True  # it was queued again when its node failed
+            return "pending", True  # requeued when its node failed
         here = record.host == socket.gethostname()
         if here or (self._is_job(record) and queued == ""):
             return "dead", True
@@ -263,7 +263,7 @@ class _Seen:
 
 
 def _matches(folder: Path, name: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """Names in a folder, if it is there."""
+    """Names in a folder; empty if it does not exist."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if match := name.fullmatch(entry.name):

@@ -1,8 +1,8 @@
-"""Which source each sample of a stage comes from, as nanotron decides it, without a list of all of them.
+"""Chooses the source of each sample of a stage as nanotron does, without a list of all samples.
 
-nanotron (``build_blending_indices``, taken from Megatron) gives sample i to the source that lags most behind its share:
-the largest ``weight * max(i, 1) - samples so far``, in float64, the first of equals. Each choice depends on all before
-it, and nanotron keeps the whole list: 10 bytes a sample. Here it is a stream whose state is one count a source.
+nanotron (``build_blending_indices``, taken from Megatron) takes sample i from the source that is furthest behind its
+share: the largest ``weight * max(i, 1) - samples so far``, in float64, the first of equals. Each choice depends on all
+earlier ones, and nanotron keeps the whole list: 10 bytes per sample. Here it is a stream with one count per source.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Lanes are runs of samples that are computed side by side; one numpy call then chooses for all lanes.
+#: Lanes are runs of samples that are computed in parallel: one numpy call chooses for all lanes.
 _LANES = 256
 _LANE_SAMPLES = 256
 
 
 class Blend:
-    """An endless stream of source numbers, at the place that its counts say.
+    """An endless stream of source numbers, which can start at any point.
 
-    ``weights`` are shares of any sum, normalised as nanotron does. ``counts`` are the samples that each source has
-    given so far in this stage; without them the stream begins.
+    ``weights`` may have any sum; they are normalised as in nanotron. ``counts``: samples taken from each source so far
+    in this stage; without them the stream starts at the beginning.
     """
 
     def __init__(self, weights: Sequence[float], counts: Sequence[int] | None = None) -> None:
         shares = np.array(weights, dtype=np.float64)
         assert len(shares) and (shares > 0).all(), f"weights must be positive: {weights}"
-        # numpy's sum, which pairs up from the eighth source on, is what nanotron divides by.
+        # nanotron divides by numpy's sum, which adds pairwise from eight sources on.
         self._shares = shares / shares.sum()
         self._counts = np.array(counts if counts is not None else [0] * len(shares), dtype=np.int64)
         assert len(self._counts) == len(shares)
-        self._ahead = np.empty(0, np.int16)  #: choices that are made but not taken
-        self._ahead_counts = self._counts.astype(np.float64)  #: after them
+        self._ahead = np.empty(0, np.int16)  #: choices computed but not taken yet
+        self._ahead_counts = self._counts.astype(np.float64)  #: counts after them
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Samples that each source has given so far."""
+        """Samples taken from each source so far."""
         return tuple(self._counts.tolist())
 
     def take(self, samples: int) -> NDArray[np.int16]:
@@ -57,7 +57,7 @@ class Blend:
         return taken
 
     def skip(self, samples: int) -> None:
-        """Go on without looking at the choices. Costs as much time as ``take``, and no memory."""
+        """Advance without returning the choices. Takes as much time as ``take``, but no memory."""
         while samples > 0:
             samples -= len(self.take(min(samples, _LANES * _LANE_SAMPLES)))
 
@@ -65,10 +65,10 @@ class Blend:
 def _choose(shares: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
     """The sources of the next ``_LANES * _LANE_SAMPLES`` samples, and the counts after them.
 
-    Lanes start from guessed counts. A lane stands once the one before it stands and ends in the counts that it was
-    started from; others are computed again from there. The first lane stands at once, so every round adds at least one,
-    and what is returned is exactly the sequential result. Shares pull the counts together again after a wrong start, so
-    that a few rounds are enough.
+    Lanes start from guessed counts. A lane is final once the lane before it is final and ends with the counts that
+    this lane started from; other lanes are computed again from there. The first lane is final at once, so every round
+    adds at least one, and the result is exactly the sequential one. A few rounds are enough, because shares pull the
+    counts together after a wrong start.
     """
     begins = counts.sum() + _LANE_SAMPLES * np.arange(_LANES, dtype=np.float64)
     starts = _rounded(shares, begins)

@@ -1,4 +1,4 @@
-"""The folders that a recipe names, open for reading."""
+"""Opens the token folders of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_folders(data: Data, position: Position | None, vocab_size: int | None) -> dict[str, TokenFolder]:
-    """By path, the folders of the stages that the position has not left behind. One rank's serve all.
+    """The folders of stages that are not finished at the position, by path. One rank can open them for all.
 
     Raises as ``TrainingData`` does.
     """
@@ -22,7 +22,7 @@ def open_folders(data: Data, position: Position | None, vocab_size: int | None) 
 
 
 def folders_ahead(data: Data, position: Position | None) -> list[tuple[str, str]]:
-    """(path, name) of the folders of the stages that the position has not left behind, each once."""
+    """(path, name) of the folders of stages that are not finished at the position, each once."""
     names = [stage.name for stage in data.stages]
     left = position["stages"][-1]["name"] if position and position["stages"] else None
     found: dict[str, str] = {}
@@ -33,12 +33,12 @@ def folders_ahead(data: Data, position: Position | None) -> list[tuple[str, str]
 
 
 def open_held_out(source: Source, data: Data, vocab_size: int | None) -> TokenFolder:
-    """A source of the evaluation, named as its losses are. Raises what ``TokenFolder.open`` does."""
+    """A held-out folder, named like its losses. Raises what ``TokenFolder.open`` does."""
     return open_folder(source.path, source.name or plain_path(source.path).rpartition("/")[2], data, vocab_size)
 
 
 def check_sources(data: Data) -> None:
-    """Refuse what cannot be counted apart: a folder twice in a stage, or one name for two folders."""
+    """Refuse what cannot be counted separately: a folder twice in a stage, or one name for two folders."""
     paths: dict[str, str] = {}
     for stage in data.stages:
         folders = [plain_path(source.path) for source in stage.sources]
@@ -57,7 +57,7 @@ def check_sources(data: Data) -> None:
 
 
 def open_folder(path: str, name: str, data: Data, vocab_size: int | None) -> TokenFolder:
-    """One folder, as ``data`` reads it. Raises what ``TokenFolder.open`` does."""
+    """Open one folder with the settings of ``data``. Raises what ``TokenFolder.open`` does."""
     return TokenFolder.open(
         path, data.sequence_length, name=name, file_seed=data.file_seed, vocab_size=vocab_size,
         eos_token_id=data.eos_token_id if data.boundaries == "eos" else None,
@@ -65,10 +65,10 @@ def open_folder(path: str, name: str, data: Data, vocab_size: int | None) -> Tok
 
 
 def plain_path(path: str) -> str:
-    """What folders are told apart by."""
+    """The key that identifies a folder."""
     return path.rstrip("/")
 
 
 def recorded_as(source: Source) -> str:
-    """The folder's name in the record of the checkpoint that a run begins from."""
+    """The folder's name in the record of the source checkpoint."""
     return plain_path(source.recorded_as or source.path)

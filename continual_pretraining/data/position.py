@@ -1,9 +1,9 @@
-"""The place in the data, and the place of a run that nanotron trained.
+"""The position in the data, and its derivation for a run that nanotron trained.
 
 A position is plain JSON: ``{"step", "stages": [{"name", "start_step", "sequence_length", "sources": [{"path", "name",
-"weight", "samples"}]}]}``, with every stage that began, and the samples that it really read of each source. The weight
-is null where another program's record, which has none, was taken over. A source that began again at its first sample
-is in ``"restarted"`` too: by path, the input tokens that had been read of it by then.
+"weight", "samples"}]}]}``, with every stage that has begun and the samples it actually read from each source. The
+weight is null if it comes from another program's record, which has no weights. A source that restarted from its first
+sample is also in ``"restarted"``: by path, the input tokens read from it before.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from smolconv.continual_pretraining.recipe.schema import Data, Stage
 
 Position = Mapping[str, Any]
-#: Nothing was read: the data begins at the first step that is asked for, whatever its number.
+#: Nothing was read: the data begins at the first step requested, whatever its number.
 BEGINNING: Position = {"step": 0, "stages": []}
 
 
-#: Products of two such numbers are still told apart by 64 bits.
+#: Products of two such numbers still fit 64 bits.
 _MOST = 1 << 40
 
 
 def is_number_of(value: Any) -> bool:
-    """Whether it is a count of steps, samples or tokens."""
+    """Whether it is a valid count of steps, samples or tokens."""
     return is_count(value) and value <= _MOST
 
 
@@ -50,7 +50,7 @@ _SOURCE: _Fields = {
 
 
 def check_position(found: object) -> None:
-    """Raise ``ValueError`` with the field, what was found and what was expected, for what is no position."""
+    """Raise ``ValueError`` with the field, the value found and what was expected, if it is not a position."""
     _check(found, _POSITION, "position")
     assert isinstance(found, dict)
     for i, stage in enumerate(found["stages"]):
@@ -73,22 +73,22 @@ def _check(found: object, fields: _Fields, where: str) -> None:
 
 
 def samples_of(stages: Iterable[Mapping[str, Any]], path: str, sequence_length: int) -> int:
-    """How many samples of a folder these stages have read, in windows of ``sequence_length``."""
+    """Samples that these stages have read from a folder, in windows of ``sequence_length``."""
     total = 0
     for stage in stages:
         samples = sum(source["samples"] for source in stage["sources"] if plain_path(source["path"]) == path)
-        # Another length has other windows. nanotron continues at so many tokens, and so do we.
+        # Another length has other windows. Like nanotron, continue after the same number of tokens.
         total += samples * stage["sequence_length"] // sequence_length
     return total
 
 
 def restarted_at(position: Position, path: str, sequence_length: int) -> int:
-    """How many samples of a folder had been read when it began again at its first; 0 where it never did."""
+    """Samples read from a folder before it restarted from its first; 0 if it never did."""
     return int(position.get("restarted", {}).get(path, 0)) // sequence_length
 
 
 def tokens_of(position: Position) -> dict[str, int]:
-    """Consumed input tokens by the name of a source."""
+    """Consumed input tokens by source name."""
     tokens: dict[str, int] = {}
     for stage in position["stages"]:
         for source in stage["sources"]:
@@ -97,7 +97,7 @@ def tokens_of(position: Position) -> dict[str, int]:
 
 
 def stages_of(position: Position) -> tuple[DataStage, ...]:
-    """A position as nanotron counts it, for exports: consumed tokens are input tokens, by folder path."""
+    """A position in nanotron's form, for exports: consumed input tokens by folder path."""
     return tuple(
         DataStage(
             name=stage["name"],
@@ -113,23 +113,22 @@ def stages_of(position: Position) -> tuple[DataStage, ...]:
 
 
 def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> dict[str, Any]:
-    """Where a run that nanotron trained up to ``step`` stands in the recipe's data.
+    """The position in the recipe's data of a run that nanotron trained up to ``step``.
 
-    Folders are matched by path. The source's last stage continues when the recipe has a stage of its name; otherwise
-    the recipe's stage begins, and its folders are read on from where the source's stages left them.
+    Folders are matched by path. The source's last stage continues if the recipe has a stage with its name; otherwise
+    the recipe's stage begins, and its folders continue where the source's stages ended.
 
-    In its later stages nanotron counts tokens per folder at the wrong place of the blend, some samples off. What it
-    reads is the blend itself, so the counts of the last stage are those of the blend, replayed (6 to 11 million samples
-    a second); its record must come within a sample a source. Offsets of earlier stages are as recorded: nanotron used
-    them.
-
-    Raises ``UsageError`` that names what does not match.
+    In its later stages nanotron's token counts per folder are off by some samples, although it reads the blend
+    correctly. So the counts of the last stage come from replaying the blend (6 to 11 million samples per second), and
+    the record must match within one sample per source. Offsets of earlier stages are taken as recorded, because
+    nanotron used them.
+    Raises ``UsageError`` that names the mismatch.
     """
     check_sources(data)
     if not stages:
         raise UsageError(
-            "start.data: the source has no record of its data.\nOnly a nanotron checkpoint, or one that was converted "
-            "from it with its progress, knows its place.\nSet start.data: false to begin with the data's first samples."
+            "start.data: the source has no record of its data.\nOnly a nanotron checkpoint, or a conversion of one "
+            "with its progress, has it.\nSet start.data: false to begin with the data's first samples."
         )
     names = {
         recorded_as(source): (source.path, name)
@@ -146,27 +145,27 @@ def position_from_stages(stages: Sequence[DataStage], data: Data, step: int) -> 
             raise UsageError(
                 f"start.data: the source is in stage {goes_on.name!r}, which the recipe begins at step "
                 f"{goes_on.start_step}; training would begin at step {step + 1}, in stage {first.name!r}.\n"
-                "Set start.learning_rate: true to go on at the source's step, or start.data: false."
+                "Set start.learning_rate: true to continue at the source's step, or start.data: false."
             )
     elif not any(source["path"] in known for stage in history for source in stage["sources"]):
         consumed = sorted({source["path"] for stage in history for source in stage["sources"]})
         raise UsageError(
             f"start.data: the source's last stage is {stages[-1].name!r} and it read {consumed}, but the recipe has "
             f"the stages {[stage.name for stage in data.stages]} and reads {sorted(names)}.\n"
-            "Going on needs the name of the stage, or at least one folder, by the same path.\n"
+            "To continue, the name of the stage or the path of at least one folder must match.\n"
             "Give the recipe's stage the source's name, give its sources recorded_as, or set start.data: false."
         )
     return {"step": step, "stages": history}
 
 
 def _recorded(stage: DataStage, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    length = stage.sequence_length or 4096  # as nanotron reads a missing one
+    length = stage.sequence_length or 4096  # nanotron's default
     tokens = stage.consumed_tokens_per_dataset_folder or {}
     if stage.consumed_train_samples * length != sum(tokens.values()):
         raise UsageError(
             f"start.data: the source's stage {stage.name!r} consumed {stage.consumed_train_samples} samples of "
             f"{length} tokens, but its folders sum up to {sum(tokens.values())} tokens.\n"
-            "What is not counted by folder would be read twice.\nSet start.data: false to begin with the first samples."
+            "The difference would be read twice.\nSet start.data: false to begin with the first samples."
         )
     sources = []
     for recorded, count in tokens.items():
@@ -182,7 +181,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
     if length != sequence_length:
         raise UsageError(
             f"start.data: stage {stage.name!r} was read in sequences of {length}, but data.sequence_length is "
-            f"{sequence_length}.\nOther windows have no place in common.\n"
+            f"{sequence_length}.\nWindows of different lengths do not match.\n"
             f"Set data.sequence_length={length}, or give the recipe's stage another name."
         )
     consumed = stage.consumed_tokens_per_dataset_folder or {}
@@ -193,7 +192,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
     if missing or unknown:
         raise UsageError(
             f"start.data: the source's stage {stage.name!r} did not read {missing or 'other folders'}"
-            f" and read {unknown or 'no others'}.\nA stage continues with the folders that it began with, by path.\n"
+            f" and read {unknown or 'no others'}.\nA stage must continue with the same folders, by path.\n"
             "Give each source of the recipe the source's name for it (recorded_as), or its stage another name."
         )
     blend = Blend([source.weight for source in now.sources])
@@ -202,7 +201,7 @@ def _continued(stage: DataStage, now: Stage, sequence_length: int) -> dict[str, 
         if recorded and abs(recorded[path] - read) > len(paths):
             raise UsageError(
                 f"start.data: by the recipe's weights, stage {stage.name!r} read {read} samples of {path}; the source "
-                f"recorded {recorded[path]}.\nThe weights differ from those it was trained with.\n"
+                f"recorded {recorded[path]}.\nThe recipe's weights differ from those of the training.\n"
                 "Set the source's weights, or give the recipe's stage another name."
             )
     return {

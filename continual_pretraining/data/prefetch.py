@@ -1,4 +1,4 @@
-"""What an iterator gives, made ahead by a thread of its own."""
+"""Prefetches the items of an iterator in a thread."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 class Prefetched(Iterator[T], Generic[T]):
-    """The items in order, at most ``ahead`` of them before they are asked for. None and errors cannot be items."""
+    """Yields the items in order, and prefetches at most ``ahead``. Items must not be None or exceptions."""
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
         self._ahead: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=ahead)
         self._stopped = threading.Event()
-        # The thread holds no reference to us, so that it ends when we are forgotten.
+        # The thread holds no reference to this object, so it ends when the object is garbage-collected.
         self._thread = threading.Thread(
             target=_read_ahead, args=(items, self._ahead, self._stopped), name="data", daemon=True
         )
@@ -31,7 +31,7 @@ class Prefetched(Iterator[T], Generic[T]):
         raise StopIteration if item is None else item
 
     def close(self) -> None:
-        """End the thread, and the iteration of whoever waits for it."""
+        """End the thread and any iteration that waits for it."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(queue.Full):

@@ -1,8 +1,8 @@
-"""The rows of each training step: stages, blended sources, the place in them, and their share of a rank.
+"""The rows of each training step: stages, blended sources, positions in them, and each rank's share.
 
-Which rows step k trains on is a function of how many samples came before it, never of the ranks. A stage's blend begins
-anew with the stage; a folder is read on from where earlier stages left it. A *sample* is one window of a source,
-counted from the folder's first; after the last one the folder begins again.
+The rows of step k depend only on how many samples came before, never on the ranks. Each stage has a new blend; a folder
+continues where earlier stages stopped. A *sample* is one window of a source, counted from the folder's first; after the
+last one the folder starts over.
 """
 
 from __future__ import annotations
@@ -30,37 +30,35 @@ from smolconv.errors import SmolconvError, UsageError
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.recipe.schema import Data, Stage
 
-#: Steps that are prepared ahead of the one that trains.
+#: Steps that are prepared in advance.
 _PREPARED_STEPS = 2
-#: Small steps of so many tokens are read at once: a read has costs of its own, whatever its size.
+#: Small steps are read together up to this many tokens, because each read has a fixed cost.
 _TOKENS_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """What one rank trains on in one step."""
+    """One rank's data for one step."""
 
     step: int
     stage: str
     micro_batches: list[Batch]  #: of this rank
-    tokens: dict[str, int]  #: source name -> input tokens that the run has consumed with this step, on all ranks
+    tokens: dict[str, int]  #: source name -> input tokens consumed by the run up to this step, on all ranks
     position: dict[str, Any]  #: after this step; the same on all ranks
 
 
 class TrainingData:
-    """A recipe's data, open for reading.
+    """A recipe's data, opened for reading.
 
     Micro-batch m of a step holds its samples ``m * B`` to ``m * B + B - 1``, and rank r takes the micro-batches r,
-    r + W, r + 2W and so on, so that rows and micro-batches are the same for every world size W.
+    r + W, r + 2W and so on, so rows and micro-batches are the same for every world size W.
 
-    ``position`` is that of the last step done, or ``BEGINNING``. Without one, reading a step replays the blend from
-    step 1 on, at some 6 to 11 million samples a second (``benchmarks/results/data.md``): minutes for 2 billion.
-
-    ``folders`` are what ``open_folders`` gave, which is called without them: many ranks that all open thousands of
-    files would keep a shared file system from its work.
-
-    Raises ``UsageError`` where the recipe contradicts itself, the folders or the position, and what
-    ``TokenFolder.open`` raises.
+    ``position`` is that after the last completed step, or ``BEGINNING``. Without it, reading a step replays the blend
+    from step 1, at 6 to 11 million samples per second (``benchmarks/results/data.md``): minutes for 2 billion.
+    ``folders``: the result of ``open_folders``, by default opened here. Many ranks that each open thousands of files
+    would overload a shared file system.
+    Raises ``UsageError`` if the recipe contradicts itself, the folders or the position, and what ``TokenFolder.open``
+    raises.
     """
 
     def __init__(
@@ -79,8 +77,8 @@ class TrainingData:
         if rest or micro_batches % world_size:
             raise UsageError(
                 f"A global batch of {global_batch_sequences} sequences, in micro-batches of {micro_batch_sequences}, "
-                f"cannot be shared out among {world_size} ranks.\n"
-                "Every rank gets the same number of whole micro-batches.\n"
+                f"cannot be divided among {world_size} ranks.\n"
+                "Every rank needs the same number of whole micro-batches.\n"
                 "Change the number of ranks, parallelism.micro_batch_sequences or the global batch."
             )
         self.data, self.rank, self.world_size = data, rank, world_size
@@ -92,17 +90,17 @@ class TrainingData:
 
     @property
     def folders(self) -> Mapping[str, TokenFolder]:
-        """By path, those of the stages that are still to be read."""
+        """The folders of stages that are still read, by path."""
         return self._folders
 
     def steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
-        """The steps in order. A thread prepares the next ones meanwhile; its errors are raised here."""
+        """Yield the steps in order. A thread prepares the next ones; its errors are raised here."""
         steps = Prefetched(self.read_steps(first_step, last_step), _PREPARED_STEPS)
         self._prefetching.add(steps)
         return steps
 
     def read_steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
-        """The same in the caller's own thread."""
+        """The same in the calling thread."""
         place = _Place(self.data, self.global_batch_sequences, first_step, self._position)
         together = max(1, _TOKENS_TOGETHER // (self.global_batch_sequences * self.data.sequence_length))
         step = first_step
@@ -122,7 +120,7 @@ class TrainingData:
         except SmolconvError:
             if len(steps) == 1:
                 raise
-            # Those before the step with the bad row are whole.
+            # Steps before the one with the bad row are complete.
             for each in steps:
                 yield from self._read(stage, [each])
             return
@@ -134,10 +132,9 @@ class TrainingData:
             )  # fmt: skip
 
     def epochs(self, last_step: int) -> dict[str, float]:
-        """How often each source's folder will have been read when ``last_step`` is done, by the shares of the stages.
+        """How many times each source's folder will have been read after ``last_step``, by the shares of the stages.
 
-        Within one sample of what is read, for each stage and source; stages that were left behind count as they were
-        recorded.
+        Exact within one sample per stage and source; finished stages count as recorded.
         """
         place = _Place(self.data, self.global_batch_sequences, 1, self._position or BEGINNING)
         done = self._position["step"] if self._position else 0
@@ -156,7 +153,7 @@ class TrainingData:
         return [by_name[row.source].describe(row) for row in batch.rows]
 
     def close(self) -> None:
-        """End the threads. Whoever still iterates over ``steps`` finds their end."""
+        """End the threads and any iteration over ``steps``."""
         for steps in self._prefetching:
             steps.close()
         self._prefetching.clear()
@@ -176,16 +173,16 @@ class TrainingData:
 
 
 class _Chosen(NamedTuple):
-    """A step's samples, before they are read."""
+    """The samples of a step, before they are read."""
 
     step: int
-    sources: np.ndarray[Any, Any]  #: of all ranks, by number in the stage
+    sources: np.ndarray[Any, Any]  #: for all ranks, by number in the stage
     starts: list[int]  #: each source's first sample
     position: dict[str, Any]  #: after the step
 
 
 class _Place:
-    """Where in its stages a run is: what earlier stages read, and the blend of the one that it is in."""
+    """A run's position in its stages: what earlier stages read, and the blend of the current stage."""
 
     def __init__(self, data: Data, samples_per_step: int, first_step: int, position: Position | None) -> None:
         self.data = data
@@ -205,7 +202,7 @@ class _Place:
             step = next_step
 
     def enter(self, step: int) -> None:
-        """Make the stage of ``step`` the current one: begin it, or go on with it."""
+        """Make the stage of ``step`` the current one, by beginning or continuing it."""
         stage = next(stage for stage in reversed(self.data.stages) if stage.start_step <= step)
         if getattr(self, "stage", None) is stage:
             return
@@ -214,7 +211,7 @@ class _Place:
         if self.history and self.history[-1]["name"] == stage.name:
             counts = [source["samples"] for source in self._checked(self.history.pop())["sources"]]
         self.blend = Blend([source.weight for source in stage.sources], counts)
-        # Of another sequence length, what was read before a restart may be rounded otherwise than all that was read.
+        # With another sequence length, the tokens before a restart and the total may round differently.
         self.offsets = [
             max(self.read_before(source.path), -count) for source, count in zip(stage.sources, self.blend.counts)
         ]
@@ -222,13 +219,13 @@ class _Place:
         self._record()
 
     def next_stage_start(self, otherwise: int) -> int:
-        """The first step that the current stage does not make."""
+        """The first step after the current stage."""
         return min(
             (each.start_step for each in self.data.stages if each.start_step > self.stage.start_step), default=otherwise
         )
 
     def read_before(self, path: str) -> int:
-        """Samples of a folder that the stages before read; fewer than none where it has begun again since."""
+        """Samples of a folder read by earlier stages; negative if it has restarted since."""
         path, length = plain_path(path), self.data.sequence_length
         return samples_of(self.history, path, length) - restarted_at(self.begun, path, length)
 
@@ -247,7 +244,7 @@ class _Place:
         }  # fmt: skip
 
     def _checked(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The current stage's record, which must speak of the recipe's stage: a changed blend has no place to go on."""
+        """The current stage's record, which must match the recipe's stage: a changed blend cannot continue."""
         stage = self.stage
         for what, was, now in (
             ("data.sequence_length", record["sequence_length"], self.data.sequence_length),
@@ -260,9 +257,9 @@ class _Place:
         ):
             if was != now:
                 raise UsageError(
-                    f"data: stage {stage.name} began with {what} {was}, but the recipe says {now}.\n"
-                    "Within a stage the blend continues as it began.\n"
-                    "Put them back, or add a stage of another name that starts at the next step."
+                    f"data: stage {stage.name} began with {what} {was}, but the recipe has {now}.\n"
+                    "The blend cannot change within a stage.\n"
+                    "Restore the recipe, or add a stage with another name that starts at the next step."
                 )
         return record
 
@@ -271,10 +268,10 @@ def evaluation_batches(
     folder: TokenFolder, data: Data, sequences: int, micro_batch_sequences: int, rank: int, world_size: int,
     vocab_size: int | None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """The first ``sequences`` windows of a folder (all, where there are fewer), as this rank's micro-batches.
+    """The first ``sequences`` windows of a folder (or all, if there are fewer), as this rank's micro-batches.
 
-    Every rank gets equally many batches, since a forward pass under ZeRO-3 takes all ranks: where none is left, the
-    last one comes again with all labels -100 and no ``rows``.
+    Every rank gets the same number of batches, because a forward pass under ZeRO-3 needs all ranks: a rank that has
+    none left repeats the last one with all labels -100 and no ``rows``.
     """
     reader = _reader(data, vocab_size)
     starts = range(0, min(sequences, folder.windows), micro_batch_sequences)
@@ -296,7 +293,7 @@ def _reader(data: Data, vocab_size: int | None) -> RowReader:
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:
-    """Into micro-batches; views of the same arrays."""
+    """Split into micro-batches, which are views of the same arrays."""
     for first in range(0, len(batch.rows), size):
         part = slice(first, first + size)
         yield Batch(

@@ -1,10 +1,10 @@
-"""What the token folders held when a checkpoint was saved, and whether a run can go on in what they hold now.
+"""Records the token folders' files with a checkpoint, and decides whether a run can continue with their present files.
 
-A sample is a number, counted through a folder's files in the order of reading. A file that is added before others, or
-taken away, moves every sample behind it: the run would train rows a second time and leave others out.
+A sample is a number, counted through a folder's files in reading order. Adding a file before others, or removing one,
+shifts every sample after it: the run would train some rows twice and skip others.
 
-A record is plain JSON: by a folder's path its files in the order of reading, ``{name: [tokens, ids, index, loss]}``
-with digests of the three files, null for one that is not there.
+A record is plain JSON: for each folder's path its files in reading order, ``{name: [tokens, ids, index, loss]}`` with
+digests of the three files, null for a missing one.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from smolconv.files import open_file, reading
 FolderRecord = Mapping[str, Sequence[Any]]
 TokenRecord = Mapping[str, FolderRecord]
 
-#: A file of up to so many bytes is digested whole, a longer one in four ranges: a folder may hold terabytes. Ends of
-#: documents are sums, so that a document of another length changes all that follow it in an index.
+#: Files up to this size are hashed completely, longer ones in four ranges: a folder may hold terabytes. An index holds
+#: cumulative ends, so a document of another length changes everything after it.
 _DIGESTED_BYTES = 1 << 18
 _RANGES = 4
-#: Files that are read at the same time: a shared file system answers slowly, but many at once.
+#: Files that are read in parallel: a shared file system is slow, but serves many requests at once.
 _THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPlace:
-    """Where a run continues in its data."""
+    """The position in the data at which a run continues."""
 
     position: Position | None  #: None: the data's beginning
-    record: TokenRecord  #: of the folders as they are now, and of those that are no longer read
-    events: tuple[str, ...] = ()  #: what has changed, for the log
+    record: TokenRecord  #: of the present folders, and of those that are no longer read
+    events: tuple[str, ...] = ()  #: changes, for the log
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Change:
-    """How a folder differs from its record."""
+    """The difference between a folder and its record."""
 
     what: str
-    moves: bool  #: samples are others than they were, beyond what ``edits`` says
-    lengthens: bool  #: there are files more
-    edits: bool  #: tokens differ within documents that are as long as they were
+    moves: bool  #: samples have changed, beyond ``edits``
+    lengthens: bool  #: files were added
+    edits: bool  #: tokens differ within documents of unchanged length
 
 
 def check_record(found: object) -> None:
-    """Raise ``ValueError`` for what is no record."""
+    """Raise ``ValueError`` if it is not a record."""
     if not isinstance(found, dict) or not all(isinstance(files, dict) for files in found.values()):
-        raise ValueError("token_files is no object of folders with their files")
+        raise ValueError("token_files is not an object of folders with their files")
     for path, files in found.items():
         for name, file in files.items():
             whole = isinstance(file, list) and len(file) == 4 and is_number_of(file[0]) and isinstance(file[1], str)
@@ -67,7 +67,7 @@ def check_record(found: object) -> None:
 
 
 def record_of(folders: Mapping[str, TokenFolder]) -> dict[str, FolderRecord]:
-    """By path. A few reads for each file; raises what ``open_file`` does."""
+    """The record by path. A few reads per file; raises what ``open_file`` does."""
     with ThreadPoolExecutor(_THREADS) as threads:
         return {
             path: dict(zip([file.path.name for file in folder.files], threads.map(_record, folder.files)))
@@ -78,11 +78,11 @@ def record_of(folders: Mapping[str, TokenFolder]) -> dict[str, FolderRecord]:
 def place_in_data(
     recipe: Recipe, position: Position | None, recorded: TokenRecord, vocab_size: int, since: str
 ) -> DataPlace:
-    """The place after ``position`` in the folders as they are now; ``since`` names the step of what was ``recorded``.
+    """The place after ``position`` in the present folders; ``since`` names the step that was ``recorded``.
 
-    A source continues where its samples have kept their places: files were added at the end of the order within its
-    first epoch, or tokens edited within documents. Any other change is refused with ``UsageError``, or lets the source
-    begin again with ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
+    A source continues if its samples have kept their numbers: files were added at the end within its first epoch, or
+    tokens were edited within documents. Any other change raises ``UsageError``, or restarts the source with
+    ``data.on_change: restart-source``. Raises what ``TokenFolder.open`` does, too.
     """
     data, evaluation = recipe.data, recipe.evaluation
     folders = open_folders(data, position, vocab_size)
@@ -99,18 +99,18 @@ def place_in_data(
         what, windows = change.what, _windows(recorded[path], data)
         if not change.moves and (read <= windows or not change.lengthens):
             events.append(
-                f"data: {folder.name} changed since {since}: {what}. It is read on, every sample in its place."
+                f"data: {folder.name} changed since {since}: {what}. All samples keep their numbers, so it continues."
             )
             continue
         if not change.moves:
-            what += f", after the first epoch of {counted(windows, 'sample')}: the next epochs would begin elsewhere"
+            what += f", after the first epoch of {counted(windows, 'sample')}: later epochs would shift"
         if data.on_change == "refuse":
             refused.append((folder, what, read))
             continue
         restarted[path] = read * data.sequence_length
         events.append(
-            f"data: {folder.name} changed since {since}: {what}. It begins again at its first sample "
-            f"(data.on_change: restart-source): rows of the {read:,} that were read may be trained a second time."
+            f"data: {folder.name} changed since {since}: {what}. It restarts from its first sample "
+            f"(data.on_change: restart-source): the {read:,} rows that were read may be trained a second time."
         )
     if refused:
         raise _refusal(refused, since)
@@ -135,10 +135,10 @@ def _refusal(refused: Sequence[tuple[TokenFolder, str, int]], since: str) -> Usa
     lines = [f"data: the files of {folder.name} changed since {since}: {what}." for folder, what, _ in refused]
     read = " and ".join(f"{counted(samples, 'sample')} of {folder.path}" for folder, _, samples in refused)
     return UsageError(
-        "\n".join(lines) + f"\n{read} were read, counted through the files in their order. Going on would train some "
-        "rows again and leave others out.\nPut the files back as they were, and new ones into a folder of their own; "
-        "or set data.on_change: restart-source. A source that changed then begins again at its first sample, so that "
-        "what was read of it may be trained twice; the others go on."
+        "\n".join(lines) + f"\n{read} were read, counted through the files in order. Continuing would train some "
+        "rows twice and skip others.\nRestore the files, and put new ones into another folder; "
+        "or set data.on_change: restart-source. A changed source then restarts from its first sample, so "
+        "rows that were read may be trained twice; the other sources continue."
     )
 
 
@@ -153,12 +153,12 @@ def _incomparable(
             continue
         yield (
             f"evaluation: {folder.name} changed since {since}: {change.what}. "
-            "Its losses from here on cannot be compared with those before."
+            "Its losses can no longer be compared with earlier ones."
         )
 
 
 def _change(before: FolderRecord, now: FolderRecord, loss_masks: bool) -> _Change | None:
-    """None where nothing differs."""
+    """None if nothing differs."""
     added, gone = [name for name in now if name not in before], [name for name in before if name not in now]
     kept = [name for name in now if name in before]
     other = [name for name in kept if not _same(before[name], now[name], loss_masks)]
@@ -182,7 +182,7 @@ def _change(before: FolderRecord, now: FolderRecord, loss_masks: bool) -> _Chang
 
 
 def _same(before: Sequence[Any], now: Sequence[Any], loss_masks: bool) -> bool:
-    """Whether a file's documents lie where they did: by its index, else by its tokens."""
+    """Whether a file's documents have kept their positions: by its index, else by its tokens."""
     by_index = None not in (before[2], now[2])
     documents = before[2] == now[2] if by_index else before[1] == now[1]
     return before[0] == now[0] and documents and (not loss_masks or before[3] == now[3])
@@ -193,13 +193,13 @@ def _windows(files: FolderRecord, data: Data) -> int:
 
 
 def _record(file: TokenFile) -> list[Any]:
-    index = None if file.documents is None else file.beside("index")
-    loss = file.beside("loss") if file.has_loss else None
+    index = None if file.documents is None else file.companion("index")
+    loss = file.companion("loss") if file.has_loss else None
     return [file.tokens, *(None if path is None else _digest(path) for path in (file.path, index, loss))]
 
 
 def _digest(path: Path) -> str:
-    """Of the size and of what is read of a file."""
+    """The digest of a file's size and of the ranges that are read."""
     descriptor = open_file(path)
     with reading(path), open(descriptor, "rb", buffering=0):
         size = os.fstat(descriptor).st_size

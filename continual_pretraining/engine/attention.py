@@ -1,8 +1,8 @@
-"""Attention that stays within documents, for transformers' models.
+"""Attention within documents, for transformers' models.
 
-A micro-batch is flattened to one row of T tokens, and documents are ranges of it; no mask is ever built. The rows of a
-micro-batch are documents too, or begin some, so they never see each other. Shapes use: B rows, S tokens of a row,
-T = B·S, N documents, H query heads, K key/value heads, D head size.
+A micro-batch is flattened to one row of T tokens, and documents are ranges of it; no mask is built. Every row of a
+micro-batch begins a document, so rows never see each other. Shapes use: B rows, S tokens of a row, T = B·S,
+N documents, H query heads, K key/value heads, D head size.
 
 Importing this module registers the attention with transformers, under ``ATTENTION``.
 """
@@ -21,18 +21,18 @@ from transformers import AttentionInterface
 
 from smolconv.errors import NotInstalled, UsageError
 
-#: The name that a config gives as its attention implementation.
+#: The name of the attention implementation in a config.
 ATTENTION = "smolconv_packed"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:
-    """Where the documents of one flattened micro-batch lie: found once a forward pass, used by every layer."""
+    """The documents of one flattened micro-batch, found once per forward pass and used by every layer."""
 
-    cu_seqlens: torch.Tensor  #: int32 [N + 1], where documents begin, and T
+    cu_seqlens: torch.Tensor  #: int32 [N + 1], the starts of documents, and T
     max_length: int
-    order: torch.Tensor | None  #: int64 [T], which token comes at each place; None: as they are
-    groups: tuple[tuple[int, int], ...]  #: (length, how many documents), in the order of the places
+    order: torch.Tensor | None  #: int64 [T], the token at each place; None: unchanged order
+    groups: tuple[tuple[int, int], ...]  #: (length, number of documents), by place
     kernel: Kernel
 
 
@@ -45,11 +45,10 @@ def pack(
 ) -> Packing:  # fmt: skip
     """Find the documents of ``positions``, int64 [B, S], which are 0 where a document begins.
 
-    ``by_length`` gives an order in which documents of equal length lie together, for ``attend_by_document``.
-    ``padding`` tokens after the last row are a document of their own, and count in T.
-    Cheapest where ``positions`` are on the CPU: their boundaries are needed there, and a GPU would be waited for.
-
-    Raises ``ValueError`` when a row does not begin a document: it would continue the row before it.
+    ``by_length`` sorts documents of equal length together, for ``attend_by_document``. ``padding`` tokens after the
+    last row form a separate document, and count in T.
+    Fastest if ``positions`` are on the CPU: the boundaries are needed there, and reading them from a GPU would wait.
+    Raises ``ValueError`` if a row does not begin a document: it would continue the previous row.
     """
     places = positions.detach().cpu().numpy()
     if places[:, 0].any():
@@ -61,8 +60,8 @@ def pack(
     lengths = np.diff(bounds)
     order, known = None, np.unique(lengths, return_counts=True)
     if by_length and len(known[0]) > 1:
-        # The tokens are moved once a forward pass, so that no layer gathers them. The rest of the model looks at one
-        # token at a time, and the loss is a sum: neither minds the order.
+        # The tokens are reordered once per forward pass, so that no layer gathers them. The rest of the model works on
+        # single tokens and the loss is a sum, so the order does not matter there.
         order = move(torch.from_numpy(np.argsort(np.repeat(lengths, lengths), kind="stable")), device)
     return Packing(
         cu_seqlens=move(torch.from_numpy(bounds.astype(np.int32)), device),
@@ -74,7 +73,7 @@ def pack(
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``. On the way to a GPU it is pinned: the CPU would otherwise wait until it is there."""
+    """Copy ``tensor`` to ``device``. For a GPU it is pinned first, so that the CPU does not wait for the copy."""
     if device.type != "cuda":
         return tensor.to(device)
     return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
@@ -84,13 +83,13 @@ def packed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, packing: Packing | None = None, scaling: float | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """What transformers' layers call. ``packing`` has come to them as a keyword of the model's forward."""
+    """The function that transformers' layers call. ``packing`` is passed as a keyword of the model's forward."""
     if packing is None or attention_mask is not None:
-        raise ValueError(f"{ATTENTION} needs the documents' places and no mask: call the model through TrainingForward")
+        raise ValueError(f"{ATTENTION} needs packing and no mask: call the model through TrainingForward")
     return packing.kernel(query, key, value, packing, scaling or query.shape[-1] ** -0.5), None
 
 
-# And no mask for it: transformers then makes none, and does not look for documents in the positions, on the GPU.
+# No mask function: transformers then builds no mask, and does not search the positions for documents on the GPU.
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
@@ -100,19 +99,19 @@ AttentionInterface.register(ATTENTION, packed_attention)
 def attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
-    """torch's own attention, one call for all documents of a length; tokens lie in ``packing.order``.
+    """torch's own attention, with one call for all documents of the same length; tokens are in ``packing.order``.
 
-    The cost is that of each document alone: it grows with the sum of squares of their lengths.
+    The cost grows with the sum of squares of the documents' lengths.
     """
     given = query.dtype
     query, key, value = (tensor[0].to(multiplied_dtype(tensor)) for tensor in (query, key, value))
     if query.is_cuda and query.dtype == torch.float32:
-        # In float32 no kernel on GPUs takes fewer key/value heads but the one that writes all scores: 69 GB for 16
-        # heads and a document of 32,768 tokens.
+        # In float32 the only GPU kernel that takes fewer key/value heads stores all scores: 69 GB for 16 heads and a
+        # document of 32,768 tokens.
         key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
     sizes = [length * count for length, count in packing.groups]
     parts = []
-    # split, and not slices: its backward is one copy, where each slice's fills a whole tensor with zeros first.
+    # split instead of slices: its backward is one copy, while each slice's backward fills a tensor with zeros.
     for (length, count), *group in zip(packing.groups, *(tensor.split(sizes, 1) for tensor in (query, key, value))):
         # [heads, count·length, D] -> [count, heads, length, D]
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in group)
@@ -124,7 +123,7 @@ def attend_by_document(
 
 
 def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float) -> torch.Tensor:
-    """flash-attn's kernel (2.x), which takes fewer key/value heads as they are."""
+    """flash-attn's kernel (2.x), which supports fewer key/value heads."""
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
@@ -136,23 +135,23 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: 
 
 
 def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float) -> torch.Tensor:
-    """torch's own variable-length kernel, with the arguments of the installed release."""
+    """torch's variable-length kernel, with the arguments of the installed release."""
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = _parameters(varlen_attn)
     options: dict[str, Any] = {}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     if "window_size" in accepted:
-        options["window_size"] = (-1, 0)  # what it knows as causal
+        options["window_size"] = (-1, 0)  # causal
     else:  # torch 2.10
         options["is_causal"] = True
     if "scale" in accepted:
         options["scale"] = scale
-    elif (factor := scale * q.shape[-1] ** 0.5) != 1.0:  # torch 2.10 divides by the root of D
+    elif (factor := scale * q.shape[-1] ** 0.5) != 1.0:  # torch 2.10 always divides by sqrt(D)
         q = q * factor
     if "enable_gqa" in accepted:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:  # torch 2.10 and 2.11 document as many key/value heads as query heads
+    else:  # torch 2.10 and 2.11 require as many key/value heads as query heads, by their documentation
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
     bounds, longest = packing.cu_seqlens, packing.max_length
     out: torch.Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
@@ -174,7 +173,7 @@ def choose_attention(asked: str, device: str, dtype: torch.dtype) -> str:
     """The name of a kernel in ``KERNELS`` for a recipe's ``model.attention``.
 
     "auto" is flash-attn, else torch's varlen_attn, else documents; the first two run in bfloat16 on NVIDIA GPUs of
-    compute capability 8.0 and above. Asked for by name where it cannot run: ``NotInstalled``, or ``UsageError``.
+    compute capability 8.0 and above. A kernel chosen by name that cannot run raises ``NotInstalled`` or ``UsageError``.
     """
     if asked == "documents":
         return asked
@@ -202,7 +201,7 @@ def _unable(device: str, dtype: torch.dtype) -> str | None:
 def _no_flash() -> str | None:
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError:  # also for an installation that was built for another torch
+    except ImportError:  # also if it was built for another torch
         return "flash-attn is not installed"
     return None
 
@@ -216,9 +215,9 @@ def _no_varlen() -> str | None:
 
 
 def multiplied_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype to multiply ``tensor`` in: its own, or float32 where a CPU has no instructions for bfloat16.
+    """The dtype for products of ``tensor``: its own, or float32 on a CPU without bfloat16 instructions.
 
-    torch's bfloat16 is then emulated one number at a time. Measured on an AVX2 machine, one thread: attention with its
+    There torch emulates bfloat16 one number at a time. Measured on an AVX2 machine, one thread: attention with its
     backward pass over 16 documents of 128 tokens (9 and 3 heads of 64) takes 166 ms in bfloat16, 43 ms in float32; a
     product of 256 x 576 and 576 x 4096 takes 123 ms and 16 ms.
     """

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a recipe. What is not said here is DeepSpeed's default."""
+"""The DeepSpeed configuration of a recipe. Everything else keeps DeepSpeed's default."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 
-#: Elements of a bucket; larger parameters, such as the embedding, go alone. DeepSpeed's default is ten times as much,
-#: 2 GB in fp32.
+#: Elements per bucket; larger parameters, such as the embedding, are sent alone. DeepSpeed's default is ten times as
+#: many, 2 GB in fp32.
 _BUCKET_ELEMENTS = 50_000_000
-#: How many logits exist at once, in fp32. On a CPU 128 to 512 rows (V = 49152) took the same time within 3 %; a GPU is
-#: given more rows, since every round adds to a gradient of [V, E].
+#: Logits that exist at once, in fp32. On a CPU, 128 to 512 rows (V = 49152) took the same time within 3 %. A GPU gets
+#: more rows, because every round adds to a gradient of [V, E].
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-#: Of a tile of the MLP. SmolLM3-3B's widest tensors and their gradients are then 1.1 GB, and the products as large as
-#: those of two rows of 4k.
+#: Tokens per tile of the MLP. SmolLM3-3B's widest tensors and their gradients then take 1.1 GB, and products are as
+#: large as for two rows of 4k.
 TILE_TOKENS = 8192
 
 
 def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given as ``config``, for ranks that exchange gradients by ``backend``.
+    """The ``config`` of ``deepspeed.initialize``, for ranks that exchange gradients by ``backend``.
 
-    Gradients are accumulated in fp32, whatever dtype the model computes in. Learning rate and weight decay are not in
-    it: the trainer sets them at every step.
+    Gradients are accumulated in fp32, whatever dtype the model computes in. Learning rate and weight decay are not
+    included: the trainer sets them at every step.
 
-    Raises ``UsageError`` when the recipe cannot be run on ``world_size`` ranks.
+    Raises ``UsageError`` if the recipe cannot run on ``world_size`` ranks.
     """
     given = recipe.parallelism
     accumulation = accumulation_steps(recipe, world_size)
@@ -56,11 +56,11 @@ def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dic
     if given.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
-        # DeepSpeed is not told of sequence parallelism: it would not partition its states over all ranks.
+        # Sequence parallelism is hidden from DeepSpeed, which otherwise would not partition its states over all ranks.
         "train_batch_size": recipe.global_batch_sequences * given.sequence_ranks,
         "train_micro_batch_size_per_gpu": given.micro_batch_sequences,
         "gradient_accumulation_steps": accumulation,
-        # ZeRO-0 in fp32 clips without telling the norm, so the trainer does it there.
+        # ZeRO-0 in fp32 clips without returning the norm, so the trainer clips there.
         "gradient_clipping": 0.0 if given.zero_stage == 0 and not bf16 else recipe.optimizer.max_grad_norm,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
@@ -68,7 +68,7 @@ def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dic
         "zero_force_ds_cpu_optimizer": False,
     }
     if bf16:
-        # A step whose gradients are not finite is left out at every stage, also in bf16.
+        # Steps with non-finite gradients are skipped at every stage, also in bf16.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if given.zero_stage:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -76,21 +76,21 @@ def engine_config(recipe: Recipe, world_size: int, backend: str = "gloo") -> dic
 
 
 def _reduction(*, scattered: bool) -> dict[str, bool]:
-    """How ZeRO-1 and 2 sum gradients: on the ranks that keep them, or on all.
+    """How ZeRO-1 and 2 sum gradients: only on the ranks that keep them, or on all.
 
-    The first sends half as much, but gloo computes it from the second, and copies more.
+    The first sends half as much, but gloo implements it by the second, with more copies.
     """
     if not scattered:
         return {"reduce_scatter": False}
-    # By default DeepSpeed's "scatter" still sums whole buckets over all ranks.
+    # By default even DeepSpeed's "scatter" sums whole buckets over all ranks.
     return {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False, "overlap_comm": True}
 
 
 def accumulation_steps(recipe: Recipe, world_size: int, heads: int | None = None) -> int:
-    """Micro-batches that a rank computes in one step, by itself or with its neighbours.
+    """Micro-batches that a rank computes in one step, alone or with its group.
 
-    Raises ``UsageError`` with what would fit when ranks cannot share them evenly; ``heads`` are the model's query
-    heads, where they are known.
+    Raises ``UsageError`` with settings that fit if ranks cannot divide them evenly. ``heads``: the model's query heads,
+    if known.
     """
     given, micro_batches = recipe.parallelism, recipe.micro_batches_per_step
     data_ranks, rest = divmod(world_size, given.sequence_ranks)
@@ -98,7 +98,7 @@ def accumulation_steps(recipe: Recipe, world_size: int, heads: int | None = None
         groups = f", in groups of {given.sequence_ranks}," if given.sequence_ranks > 1 else ""
         raise UsageError(
             f"a global batch of {recipe.global_batch_sequences} sequences is {micro_batches} micro-batches of "
-            f"{given.micro_batch_sequences}, which {world_size} ranks{groups} cannot share evenly.\n"
+            f"{given.micro_batch_sequences}, which {world_size} ranks{groups} cannot divide evenly.\n"
             "Choose one of these, the nearest first, or change the global batch:\n  "
             + "\n  ".join(_fitting(recipe, world_size, heads))
         )
@@ -106,7 +106,7 @@ def accumulation_steps(recipe: Recipe, world_size: int, heads: int | None = None
 
 
 def _fitting(recipe: Recipe, world_size: int, heads: int | None) -> Iterator[str]:
-    """What divides evenly. Other groups come first: they change neither the loss nor what was asked for."""
+    """Settings that divide evenly. Other group sizes come first: they change neither the loss nor the batch."""
     given, batch = recipe.parallelism, recipe.global_batch_sequences
     size, micro, micro_batches = given.sequence_ranks, given.micro_batch_sequences, recipe.micro_batches_per_step
     groups = [n for n in divisors(world_size) if micro_batches % (world_size // n) == 0]
@@ -120,16 +120,16 @@ def _fitting(recipe: Recipe, world_size: int, heads: int | None) -> Iterator[str
 
 
 def tokens_of_rank(recipe: Recipe) -> int:
-    """Of a micro-batch, which neighbours share."""
+    """A rank's tokens of a micro-batch, which its group shares."""
     given = recipe.parallelism
     return -(-given.micro_batch_sequences * recipe.data.sequence_length // given.sequence_ranks)
 
 
 def tiles_mlp(recipe: Recipe) -> bool:
-    """Whether the MLP is computed by tiles of ``TILE_TOKENS``, and again by tiles in the backward pass.
+    """Whether the MLP is computed in tiles of ``TILE_TOKENS``, and recomputed in tiles in the backward pass.
 
-    With activation checkpointing it is computed again there anyway, and "auto" tiles where a rank has more than two
-    tiles. The published 4k recipes have less.
+    Activation checkpointing recomputes it anyway; with it, "auto" uses tiles if a rank has more than two. The
+    published 4k recipes have fewer.
     """
     given, tokens = recipe.model, tokens_of_rank(recipe)
     if given.tiled_mlp == "auto":
@@ -138,7 +138,7 @@ def tiles_mlp(recipe: Recipe) -> bool:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, in order."""
+    """All divisors, in order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

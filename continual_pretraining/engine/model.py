@@ -1,6 +1,6 @@
-"""The model that is trained: transformers' own, with packed attention and a loss that never holds all logits.
+"""The training model: transformers' model with packed attention and a loss that never holds all logits.
 
-It is a subclass of the transformers class and wraps nothing, so that its parameters keep their canonical names.
+It subclasses the transformers class instead of wrapping it, so parameters keep their canonical names.
 Shapes use: B rows, S tokens of a row, T = B·S, E hidden size, V vocabulary.
 """
 
@@ -33,21 +33,21 @@ from smolconv.errors import NotInstalled, TrainingStopped, UnsupportedModel, Usa
 from smolconv.models.huggingface import spec_from_hf, spec_to_hf
 from smolconv.models.registry import family_of
 
-#: Of one function, in torch.compile. torch's 8 would be used up by what comes before the first step: with and without
-#: rotation, the leak test, the start gate, and each held-out source's last batch.
+#: Recompilations of one function by torch.compile. Its default of 8 would be used up before the first step: layers with
+#: and without rotation, the leak test, the start gate, and each held-out source's last batch.
 MAX_GRAPHS = 64
 
 
 def build_model(
     config: Mapping[str, Any], model: recipe.Model, device: str, sequence: SequenceRanks = ALONE
 ) -> torch.nn.Module:  # fmt: skip
-    """The training model of a Hugging Face ``config``, on ``device`` and in training mode. Its weights are not set.
+    """Build the training model of a Hugging Face ``config``, on ``device`` and in training mode.
 
-    They are what the memory held before: load a checkpoint. ``model``'s rope_theta and max_positions replace the
-    config's. Weights are in ``model.dtype``, rotary frequencies in float32. ``sequence`` shares every micro-batch.
+    Its weights are uninitialised: load a checkpoint. ``model``'s rope_theta and max_positions replace the config's.
+    Weights are in ``model.dtype``, rotary frequencies in float32. The ranks of ``sequence`` share every micro-batch.
 
-    Raises ``UnsupportedModel`` for a config that we cannot represent or that drops attention weights, ``UsageError``
-    and ``NotInstalled`` for an attention or for Liger's kernels where they cannot be had.
+    Raises ``UnsupportedModel`` for a config that smolconv cannot represent or that has attention dropout,
+    ``UsageError`` and ``NotInstalled`` if the attention or Liger's kernels are not available.
     """
     if config.get("attention_dropout"):
         raise UnsupportedModel(
@@ -62,16 +62,16 @@ def build_model(
         rope_theta=model.rope_theta or spec.rope_theta,
         max_positions=model.max_positions or spec.max_positions,
     )
-    # A padding token would have no gradient in transformers' embedding, and stop it when beyond the vocabulary.
+    # transformers' embedding gives a padding token no gradient, and raises if its id is beyond the vocabulary.
     raw = spec_to_hf(spec, {**config, "pad_token_id": None, "use_cache": False}, model.dtype)
     hf_config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     hf_config._attn_implementation = ATTENTION
     with torch.device("meta"):
         built = _training_class(family.hf_class)(hf_config)
     built.to(dtype).to_empty(device=device)
-    if spec.tied:  # two tensors since to_empty
+    if spec.tied:  # to_empty has separated them
         built.lm_head.weight = built.model.embed_tokens.weight
-    # No checkpoint stores these, and on the meta device they were never computed.
+    # No checkpoint stores the frequencies, and on the meta device they were never computed.
     built.model.rotary_emb = type(built.model.rotary_emb)(config=hf_config).to(device)
     built.attention = choose_attention(model.attention, device, dtype)
     built.sequence, built.attend = sequence, sequence.attention(KERNELS[built.attention])
@@ -86,7 +86,7 @@ def build_model(
     if model.compile:
         _compile(built, checkpointing)
     elif checkpointing is not None:
-        # v4's name, and v5's
+        # the names in v4 and v5
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable(_CHECKPOINTING)
         for layer in built.model.layers:
@@ -95,7 +95,7 @@ def build_model(
 
 
 class TrainingForward:
-    """Mixed in before a transformers model: its forward pass gives the loss of packed documents."""
+    """Mixin for a transformers model: its forward pass returns the loss of packed documents."""
 
     attention: str  #: the kernel's name
     attend: Callable[..., torch.Tensor]
@@ -108,11 +108,11 @@ class TrainingForward:
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy summed over the labels that are not ``IGNORED_LABEL``, fp32, and how many they are, int64.
+        """Cross entropy summed over all labels except ``IGNORED_LABEL``, fp32, and the number of those labels, int64.
 
-        All are int64 [B, S]: ``positions`` are 0 where a document begins, and ``labels`` are what follows each token,
+        All inputs are int64 [B, S]. ``positions`` are 0 where a document begins; ``labels`` are the next tokens,
         already shifted. Without any label the sum is 0, with a graph. Leave ``positions`` on the CPU: see ``pack``.
-        Ranks that share the micro-batch are all given the whole, and each returns the sum over its own tokens.
+        Ranks that share a micro-batch all get the whole, and each returns the sum over its own tokens.
         """
         shape = input_ids.shape
         for name, given in (("input_ids", input_ids), ("positions", positions), ("labels", labels)):
@@ -139,7 +139,7 @@ class TrainingForward:
         return self.lm_head(hidden[0], targets[0]), (targets != IGNORED_LABEL).sum()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Some DeepSpeed releases cast a whole module to bfloat16, and rotary frequencies then lose their digits.
+        # Some DeepSpeed releases cast the whole module to bfloat16, in which rotary frequencies lose precision.
         before = dict(self.model.rotary_emb.named_buffers())  # type: ignore[attr-defined]
         applied = super()._apply(fn, recurse)  # type: ignore[misc]
         for name, buffer in self.model.rotary_emb.named_buffers():  # type: ignore[attr-defined]
@@ -158,14 +158,14 @@ _CHECKPOINTING: Mapping[str, Any] = {"use_reentrant": False, "preserve_rng_state
 
 
 def _checkpointing(model: recipe.Model) -> Callable[..., Any] | None:
-    """torch's checkpoint of a function and its arguments, as the recipe wants it; None: without."""
+    """torch's activation checkpointing with the recipe's settings; None if it is off."""
     if not model.activation_checkpointing:
         return None
     return functools.partial(_checkpoint_to_host if model.activation_offload else checkpoint, **_CHECKPOINTING)
 
 
 def _checkpoint_to_host(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    """What is kept of a layer, its input, waits in the host's memory for the backward pass."""
+    """Keep a checkpointed layer's input in host memory until the backward pass."""
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, **options)
 
@@ -174,9 +174,9 @@ def _checkpoint_to_host(function: Callable[..., Any], *inputs: Any, **options: A
 
 
 class SummedCrossEntropy(torch.nn.Linear):  # type: ignore[misc]
-    """The language model's head and the loss in one: under ZeRO-3 its weight is whole while a module is called."""
+    """Head and loss in one module, because ZeRO-3 gathers a weight only while its module is called."""
 
-    fused: Callable[..., torch.Tensor] | None = None  #: Liger's, (weight, hidden, labels)
+    fused: Callable[..., torch.Tensor] | None = None  #: Liger's function of (weight, hidden, labels)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Summed cross entropy, fp32, of ``hidden`` [T, E] and ``labels`` [T]."""
@@ -188,9 +188,9 @@ class SummedCrossEntropy(torch.nn.Linear):  # type: ignore[misc]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
-    """Gradients are made in the forward pass, while the logits of some rows are there: nothing is computed twice.
+    """Computes gradients in the forward pass, chunk by chunk while the logits exist, so nothing is computed twice.
 
-    The gradient of the weight is summed in fp32 over the chunks and is held, [V, E], until the backward pass.
+    The weight's gradient [V, E] is summed in fp32 over the chunks and kept until the backward pass.
     """
 
     @staticmethod
@@ -204,12 +204,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden, weight = ctx.saved_tensors
-        # In place: a second backward pass through the same graph is refused by autograd.
+        # In place: autograd refuses a second backward pass through the same graph.
         return (hidden * scale).to(hidden.dtype), weight.mul_(scale).to(ctx.dtype), None
 
 
 class _Gradients:
-    """Of a loss that is being summed, by its inputs."""
+    """The gradients of the summed loss by its inputs."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
@@ -232,8 +232,8 @@ def _chunked_cross_entropy(
         loss -= (logits.gather(1, wanted) * kept).sum()
         if gradients is None:
             continue
-        # Of the logits: probabilities less one at the label. Rows without a label are cleared in the products, which
-        # are smaller.
+        # Gradient of the logits: probabilities, minus one at the label. Rows without a label are cleared in the
+        # products, which are smaller.
         probabilities = logits.exp_()
         probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
         of_logits = probabilities.to(weight.dtype)
@@ -246,17 +246,17 @@ def _chunked_cross_entropy(
             gradients.weight.addmm_(of_logits.t(), masked)
         else:
             gradients.weight += of_logits.t() @ masked
-        del logits, probabilities, of_logits  # before the next ones are made
+        del logits, probabilities, of_logits  # free them before the next chunk
     return loss
 
 
-# --- faster, where it can be had --------------------------------------------------------------------------------------
+# --- optional speed-ups -----------------------------------------------------------------------------------------------
 
 
 def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
-    """liger_kernel.transformers for a recipe's ``model.liger``; None where it is to be left out.
+    """liger_kernel.transformers for a recipe's ``model.liger``; None if it is not used.
 
-    "auto" continues without it, and warns where it is installed. Raises ``NotInstalled`` and ``UsageError`` for "on".
+    "auto" continues without it, with a warning if it is installed. "on" raises ``NotInstalled`` and ``UsageError``.
     """
     on_gpu = device.startswith("cuda")
     if asked == "off" or (asked == "auto" and not on_gpu):
@@ -264,7 +264,7 @@ def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
     try:
         import liger_kernel.transformers as liger
 
-        getattr(liger, _patch_name(architecture))  # imported only now, and with it what it expects of transformers
+        getattr(liger, _patch_name(architecture))  # this imports it, which fails with unsupported transformers
     except (ImportError, AttributeError, RuntimeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel"
         why = str(error).partition("\n")[0].rstrip(".")
@@ -283,7 +283,7 @@ def _wanted_liger(asked: str, device: str, architecture: str) -> Any | None:
             )
         return None
     if not on_gpu:
-        raise UsageError(f"model.liger is on, but Liger's kernels run on GPUs, and this run is on {device}.")
+        raise UsageError(f"model.liger is on, but Liger's kernels need GPUs, and this run is on {device}.")
     return liger
 
 
@@ -294,9 +294,9 @@ def _patch_name(architecture: str) -> str:
 def _use_liger(built: Any, architecture: str, liger: Any) -> None:
     """Liger's RMSNorm, rotary embedding, SwiGLU and its loss from hidden states.
 
-    Liger replaces the first three in transformers' module for the whole process, besides those of ``built``. The module
-    gets its own back, since an export is verified in this process on the CPU, which Triton refuses. What rotates has no
-    other place than the module, so it chooses by where its tensors are.
+    Liger replaces the first three in transformers' module for the whole process, in addition to ``built``'s. The module
+    gets its originals back, because this process verifies exports on the CPU, which Triton does not support. The rotary
+    function exists only in the module, so it dispatches on the device of its tensors.
     """
     modeling = sys.modules[type(built.model).__module__]
     before = dict(vars(modeling))
@@ -310,7 +310,7 @@ def _use_liger(built: Any, architecture: str, liger: Any) -> None:
     modeling.apply_rotary_pos_emb = _on_gpus(fused, modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
     built.lm_head.fused = liger.LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
-    ).forward  # not the module itself, which would become a part of the head
+    ).forward  # not the module, which would become a submodule of the head
 
 
 def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,27 +322,27 @@ def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[.
 
 
 def _compile(built: Any, checkpointing: Callable[..., Any] | None) -> None:
-    """Each layer in place, which keeps the names. Attention stays outside: every packing would be compiled anew."""
+    """Compile each layer in place, which keeps names. Attention is excluded: every packing would be compiled again."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MAX_GRAPHS)
     built.attend = torch.compiler.disable(built.attend)
     for layer in built.model.layers:
-        # One graph for each number of tokens: a run has few. Otherwise the leak test's would make the steps' dynamic.
+        # One graph per number of tokens; a run has few. Otherwise the leak test would make the steps' graph dynamic.
         layer.compile(dynamic=False)
         if checkpointing is not None:
-            # Outside of what is compiled. transformers' own has been inside since v5: attention breaks off the graph
-            # there, and torch then leaves the whole layer uncompiled without a word.
+            # Checkpointing stays outside the compiled code. transformers v5 has its own inside: attention breaks the
+            # graph there, and torch silently leaves the whole layer uncompiled.
             layer._compiled_call_impl = functools.partial(checkpointing, layer._compiled_call_impl)
 
 
 class _Float32Linear(torch.nn.Linear):  # type: ignore[misc]
-    """A bfloat16 layer on a CPU that cannot multiply bfloat16: see ``multiplied_dtype``."""
+    """A bfloat16 layer on a CPU without bfloat16 instructions: see ``multiplied_dtype``."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return _Float32Product.apply(inputs, self.weight, self.bias)
 
 
 class _Float32Product(torch.autograd.Function):  # type: ignore[misc]
-    """``F.linear`` computed in float32; inputs, results and gradients keep their dtype, and so does what is saved."""
+    """``F.linear`` in float32. Inputs, results, gradients and saved tensors keep their dtype."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -370,22 +370,22 @@ class _Float32Product(torch.autograd.Function):  # type: ignore[misc]
 def check_no_leak(
     model: torch.nn.Module, vocab_size: int, sequence_length: int, device: str, sequence: SequenceRanks = ALONE
 ) -> None:  # fmt: skip
-    """Refuse to train when a document's loss depends on the document before it, or on nothing before it.
+    """Refuse to train if a document's loss depends on the document before it, or not on its own earlier tokens.
 
-    ``model`` is one of ours or an engine that holds one. Every rank calls this, and does the same three forward passes
-    of one row, whose last two thirds are a document: its loss must not move when the first third is another text, and
-    must move when its own first token is another one.
+    ``model`` is a training model or an engine that holds one. Every rank calls this and runs the same three forward
+    passes of one row. The last two thirds of the row are a document: its loss must not change with the text of the
+    first third, and must change with its own first token.
 
     Raises ``TrainingStopped``.
     """
     if sequence_length < 4 or vocab_size < 2:
-        return  # no room for two documents with something to say
-    # Not a half, where ranks that share the row may cut it.
+        return  # too short for two documents
+    # Not one half, where ranks that share the row may cut it.
     first = sequence_length // 3
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (1, sequence_length), generator=generator)
     positions = torch.cat([torch.arange(first), torch.arange(sequence_length - first)])[None]
-    # The changed token's own row is left out: only through attention can it reach the others.
+    # The changed token's own loss is excluded: it can reach the others only through attention.
     labels = tokens.roll(-1, 1)
     labels[:, : first + 1] = IGNORED_LABEL
 
@@ -394,7 +394,7 @@ def check_no_leak(
         ids[:, changed] = (ids[:, changed] + 1) % vocab_size
         with torch.no_grad():
             found = model(input_ids=ids.to(device), positions=positions, labels=labels.to(device))[0]
-        return sequence.totals(found)[0]  # no rank may go on where another one stops
+        return sequence.totals(found)[0]  # all ranks must decide the same
 
     training = model.training
     model.eval()
@@ -403,7 +403,7 @@ def check_no_leak(
     finally:
         model.train(training)
     name = getattr(getattr(model, "module", model), "attention", "the model's")
-    # The same numbers are computed in the same order, so that nothing but a leak can change them.
+    # The same numbers are computed in the same order, so only a leak can change them.
     if other_document != alone:
         raise TrainingStopped(
             f"documents of a packed row see each other in {name} attention: the loss of one is {alone!r}, and "
@@ -412,5 +412,5 @@ def check_no_leak(
     if own_token == alone:
         raise TrainingStopped(
             f"tokens of a document do not see the ones before them in {name} attention: the loss stays {alone!r} when "
-            "its first token is another one.\nCheck the checkpoint's weights; set model.attention to another one."
+            "its first token changes.\nCheck the checkpoint's weights; set model.attention to another one."
         )

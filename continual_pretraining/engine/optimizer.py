@@ -1,7 +1,7 @@
 """AdamW's parameter groups, and the update of a step.
 
-nanotron's rule: RMSNorm weights decay (not so in Hugging Face's Trainer), and the embedding unless it is excluded.
-What a recipe leaves out is as in the pretraining of the model's family.
+As in nanotron, RMSNorm weights decay (in Hugging Face's Trainer they do not), and so does the embedding unless it is
+excluded. Unset fields take the values of the model family's pretraining.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smolconv.models.family import Family
 if TYPE_CHECKING:
     import torch
 
-#: A tied head is the embedding; a regex that names either takes it.
+#: A tied head is the embedding; a regex that matches either name applies to it.
 _ALIASES: Mapping[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("lm_head.weight",)}
 
 
@@ -29,7 +29,7 @@ class Group:
     weight_decay: float
 
     def to_json(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As a --groups file of ``smolconv convert`` has it."""
+        """The group in the format of ``smolconv convert --groups``."""
         return {
             "names": list(self.names), "weight_decay": self.weight_decay, "lr": 0.0,
             "betas": list(optimizer.betas), "eps": optimizer.eps,
@@ -37,7 +37,7 @@ class Group:
 
 
 def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool, family: Family) -> tuple[Group, ...]:
-    """Decayed parameters first, then undecayed ones; a group without members is left out.
+    """Decayed parameters first, then undecayed ones; empty groups are omitted.
 
     ``optimizer.no_decay`` are regexes matched from the start of a name, or of its tied name.
     """
@@ -59,14 +59,14 @@ def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool, 
 
 
 def torch_groups(groups: Sequence[Group], parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """For torch's optimizers. By name: under ZeRO-3 a parameter's own shape is (0,)."""
+    """Groups for torch's optimizers. By name: under ZeRO-3 a parameter's own shape is (0,)."""
     return [
         {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups
     ]
 
 
 def set_hyperparameters(param_groups: Sequence[dict[str, Any]], groups: Sequence[Group], optimizer: Optimizer) -> None:
-    """The recipe's own, in the place of those that loading a checkpoint brought."""
+    """Set the recipe's hyperparameters again, after loading a checkpoint has replaced them."""
     for running, group in zip(param_groups, groups, strict=True):
         running.update(weight_decay=group.weight_decay, betas=tuple(optimizer.betas), eps=optimizer.eps)
 

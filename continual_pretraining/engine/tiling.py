@@ -1,7 +1,7 @@
-"""The MLP of long rows by tiles of tokens, so that its widest tensors exist for one tile at a time.
+"""Computes the MLP of long rows in tiles of tokens, so that its widest tensors exist for one tile at a time.
 
-As TiledMLP in DeepSpeed's ALST (arXiv 2506.13996). A tile is computed without a graph, and once more in the backward
-pass, where it is walked back before the next one is computed. Shapes use: T tokens of a rank, E hidden size.
+Like TiledMLP in DeepSpeed's ALST (arXiv 2506.13996). A tile is computed without a graph, and again in the backward
+pass, which finishes each tile before the next one. Shapes use: T tokens of a rank, E hidden size.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-#: [..., T, E] of [..., T, E], each token by itself
+#: [..., T, E] -> [..., T, E], independently for each token
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 def tile_mlp(model: Any, tokens: int, *, compiled: bool = False) -> list[torch.nn.Module]:
-    """Have every MLP of a training model computed by tiles wherever it is given more than ``tokens``; returns them all.
+    """Make every MLP of a training model use tiles if it gets more than ``tokens``; returns all MLPs.
 
-    To be called before the engine is made, which under ZeRO-3 has to gather the weights of each MLP as a whole. With
-    ``compiled`` layers a tile is compiled too.
+    Must be called before the engine is created, which under ZeRO-3 has to gather the weights of each MLP as a whole.
+    With ``compiled`` layers a tile is compiled, too.
     """
     found = [layer.mlp for layer in model.model.layers]
     for mlp in found:
         tile = torch.compile(mlp.forward, dynamic=False) if compiled else mlp.forward
         tiled = functools.partial(_by_tiles, mlp, tile, tokens)
-        # Outside of the layer's graph, which would otherwise hold all tiles.
+        # Outside the layer's graph, which would otherwise hold all tiles.
         mlp.forward = functools.partial(
             _chosen, mlp.forward, torch.compiler.disable(tiled) if compiled else tiled, tokens
         )
@@ -39,7 +39,7 @@ def _chosen(whole: Compute, tiled: Compute, tokens: int, inputs: torch.Tensor) -
 
 def _by_tiles(mlp: torch.nn.Module, compute: Compute, tokens: int, inputs: torch.Tensor) -> torch.Tensor:
     length = inputs.shape[-2]
-    size = -(-length // -(-length // tokens))  # alike, so that they need two graphs at most
+    size = -(-length // -(-length // tokens))  # equal sizes, so that they need at most two graphs
     if not torch.is_grad_enabled():
         return _computed(compute, size, inputs)
     held = _Held.apply(inputs if inputs.requires_grad else inputs.detach().requires_grad_())
@@ -56,10 +56,10 @@ def _computed(compute: Compute, size: int, inputs: torch.Tensor) -> torch.Tensor
 
 
 class _Held(torch.autograd.Function):  # type: ignore[misc]
-    """Keeps the input of a tiled MLP in a node of its own, before the MLP is computed.
+    """Saves the input of a tiled MLP in a separate node, before the MLP is computed.
 
-    Activation checkpointing computes a layer again until it has found the last tensor that was kept, and the MLP is a
-    layer's last part. It is so computed twice, as without tiles, and not three times.
+    Activation checkpointing recomputes a layer up to the last saved tensor, and the MLP is a layer's last part. So the
+    MLP is computed twice, as without tiles, instead of three times.
     """
 
     @staticmethod
@@ -73,7 +73,7 @@ class _Held(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
-    """The gradients of the weights are summed over tiles in fp32, and given once: DeepSpeed expects each once."""
+    """Sums the weights' gradients over tiles in fp32 and returns them once: DeepSpeed expects each gradient once."""
 
     @staticmethod
     def forward(

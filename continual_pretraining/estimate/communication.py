@@ -1,7 +1,7 @@
-"""What ranks must send each other in a step. benchmarks/communication.py counts that no more is sent.
+"""The bytes that ranks send each other in a step. benchmarks/communication.py checks that no more is sent.
 
-Bytes are those that a rank sends on average in rings of W ranks: (W-1)/W of a tensor for a reduce-scatter or an
-all-gather, and twice that for an all-reduce.
+Bytes are a rank's average in rings of W ranks: (W-1)/W of a tensor for a reduce-scatter or an all-gather, and twice
+that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroTraffic:
-    """Bytes a rank and step."""
+    """Bytes per rank and step."""
 
     gradients: float
     weights: float
@@ -25,11 +25,11 @@ def zero_traffic(
     stage: int, parameters: int, ranks: int, accumulation: int, *, weight_bytes: int, gradient_bytes: int,
     gathers_for_each_pass: bool = False,
 ) -> ZeroTraffic:  # fmt: skip
-    """Of gradients and weights, in elements of ``gradient_bytes`` and ``weight_bytes``.
+    """Traffic of gradients and weights, whose elements have ``gradient_bytes`` and ``weight_bytes``.
 
-    ZeRO-0 sums gradients on all ranks, 1 on the ranks that keep them, 2 does so for every micro-batch, and both gather
-    the weights once. ZeRO-3 does as 2; where more parameters than DeepSpeed keeps gathered, it gathers them for every
-    forward and every backward pass.
+    ZeRO-0 sums gradients on all ranks. ZeRO-1 sums them on the ranks that keep them, ZeRO-2 does so for every
+    micro-batch, and both gather the weights once. ZeRO-3 is like 2, but a model with more parameters than DeepSpeed
+    keeps gathered is gathered for every forward and every backward pass.
     """
     gradients = {0: 2, 1: 1}.get(stage, accumulation) * gradient_bytes
     gathered = {0: 0, 3: 2 * accumulation if gathers_for_each_pass else 1}.get(stage, 1) * weight_bytes
@@ -38,6 +38,6 @@ def zero_traffic(
 
 
 def sequence_traffic(hidden_bytes: int, ranks: int, *, passes: int) -> float:
-    """Bytes a rank sends for each of its positions in a layer: ``hidden_bytes`` of q, k, v and attention's output go
-    by all-to-all in the forward pass, and their gradients come back in the backward one."""
+    """Bytes a rank sends per position and layer: q, k, v and attention's output, ``hidden_bytes``, by all-to-all in the
+    forward pass, and their gradients in the backward pass."""
     return passes * hidden_bytes * (ranks - 1) / ranks

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: memory of a rank by part, time, disk, the learning rate, epochs of the data.
+"""Estimates a run before it starts: memory of a rank by part, time, disk, the learning rate, epochs of the data.
 
 Pure arithmetic on a recipe and a model's dimensions. GB is 1e9 bytes.
 """
@@ -19,18 +19,18 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.models.spec import ModelSpec
 
-#: Beyond four passes repeated tokens are worth clearly less than new ones (Muennighoff et al., arXiv 2305.16264).
+#: After four epochs repeated tokens are clearly worth less than new ones (Muennighoff et al., arXiv 2305.16264).
 MAX_EPOCHS = 4.0
 MIN_SAVE_SECONDS, MAX_SAVE_SECONDS = 5 * 60, 6 * 60 * 60
 DAY = 86_400
 
-#: A shorter run, a try, may save as often as it likes.
+#: No warning about frequent saves for a shorter run, which is a trial.
 _LONG_RUN_SECONDS = 60 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceUse:
-    """What one stage takes of one source, in input tokens."""
+    """Input tokens that one stage reads from one source."""
 
     stage: str
     source: str
@@ -48,8 +48,8 @@ class Estimate:
     sequence_length: int
     tokens_per_step: int
     accumulation_steps: int
-    sequence_ranks: int  #: that share each micro-batch
-    first_step: int  #: later than 1 where a run, or the source's schedule, continues
+    sequence_ranks: int  #: ranks that share each micro-batch
+    first_step: int  #: later than 1 if a run, or the source's schedule, continues
     train_steps: int  #: the last step
     tokens: int  #: from the first step to the last
     flops_per_token: Mapping[str, float]  #: by formula
@@ -61,7 +61,7 @@ class Estimate:
     memory: tuple[Part, ...]
     disk: Disk
     save_seconds: float | None  #: training time between two checkpoints
-    learning_rates: tuple[tuple[int, float], ...]  #: (step, rate of that step), where something begins or ends
+    learning_rates: tuple[tuple[int, float], ...]  #: (step, its rate), at the steps where a phase begins or ends
     learning_rate_curve: tuple[float, ...]  #: evenly spaced from the first step to the last
     sources: tuple[SourceUse, ...]
     warnings: tuple[str, ...]
@@ -72,7 +72,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Of a rank, for what is offloaded; on CPUs, all."""
+        """Host memory of a rank: the offloaded parts; on CPUs, all."""
         return sum(part.bytes for part in self.memory if part.where == "host")
 
     @property
@@ -88,7 +88,7 @@ class Estimate:
         return None if self.seconds_per_step is None else self.steps * self.seconds_per_step / DAY
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The estimate as plain JSON types."""
         totals = {name: getattr(self, name) for name in ("gpu_bytes", "host_bytes", "steps_per_day", "days")}
         return {"schema": 1, **asdict(self), **totals}
 
@@ -97,15 +97,15 @@ def estimate(
     recipe: Recipe, spec: ModelSpec, world_size: int, *, first_step: int = 1,
     tokens_per_source: Mapping[str, int] | None = None, mfu: float = ASSUMED_MFU, on_gpus: bool = True,
 ) -> Estimate:  # fmt: skip
-    """``mfu`` is by the 6N formula; ``tokens_per_source`` are sizes of token folders by the names of the sources.
+    """``mfu`` is by the 6N formula; ``tokens_per_source``: sizes of token folders by source name.
 
-    Without ``on_gpus`` the ranks run on CPUs: memory is a process's, and time is not known.
-    ``first_step`` is the one that training begins with: time, tokens and checkpoints are counted from it.
+    Without ``on_gpus`` the ranks run on CPUs: memory is that of a process, and time is not estimated.
+    ``first_step`` is the first to train: time, tokens and checkpoints are counted from it.
 
-    Raises ``UsageError`` when the recipe cannot be divided among ``world_size`` ranks.
+    Raises ``UsageError`` if the recipe cannot be divided among ``world_size`` ranks.
     """
     if not 0 < mfu <= 1:
-        raise UsageError(f"an MFU of {mfu} was asked for; it is a share of the GPU's peak, above 0 and at most 1.")
+        raise UsageError(f"MFU {mfu} is not possible; expected a share of the GPU's peak, above 0 and at most 1.")
     accumulation = accumulation_steps(recipe, world_size)
     length = recipe.data.sequence_length
     by_6n, by_nanotron = flops_per_token(spec, length, "6N"), flops_per_token(spec, length, "nanotron")
@@ -142,7 +142,7 @@ def estimate(
 def source_uses(
     recipe: Recipe, tokens_per_source: Mapping[str, int], first_step: int = 1
 ) -> tuple[SourceUse, ...]:  # fmt: skip
-    """By stage and source, from ``first_step`` on. An epoch is the input tokens of a source's whole windows."""
+    """Use by stage and source, from ``first_step`` on. An epoch is the input tokens of a source's complete windows."""
     stages, steps, length = recipe.data.stages, recipe.schedule.train_steps, recipe.data.sequence_length
     ends = [*(stage.start_step for stage in stages[1:]), steps + 1]
     found = []

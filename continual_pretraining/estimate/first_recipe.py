@@ -1,6 +1,6 @@
-"""A recipe that starts, from a few answers: which checkpoint, which data, which GPUs.
+"""Writes a first recipe that can start, from a few answers: checkpoint, data and GPUs.
 
-Sizes follow from the model and the machine; matters of taste, such as the learning rate, say where they are from.
+Sizes follow from the model and the machine; choices such as the learning rate come with their source.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError, counted
 from smolconv.models.spec import ModelSpec
 
-#: Tokens of a step on GPUs, and rows of a step on a CPU, where a step shall take seconds.
+#: Tokens per step on GPUs, and rows per step on a CPU, where a step should take seconds.
 _STEP_TOKENS, _CPU_ROWS, _CPU_LENGTH = 1 << 18, 8, 256
-#: (parameters up to, rate): a tenth of the peak of SmolLM2's pretraining at 135M and 360M, at 1.7B, and of SmolLM3's.
+#: (parameters up to, rate): a tenth of the peak in the pretraining of SmolLM2 135M and 360M, of 1.7B, and of SmolLM3.
 _PEAK_RATES = ((1e9, 3e-4), (2.5e9, 5e-5), (float("inf"), 2e-5))
 _CPU_STEPS, _STEPS = 20, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A folder of token files, as a recipe names it."""
+    """A folder of token files in a recipe."""
 
     path: str
-    tokens: int | None  #: None: it is still to be made
+    tokens: int | None  #: None: it does not exist yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a first recipe is made of."""
+    """The answers for a first recipe."""
 
     name: str
     source: str
@@ -49,11 +49,11 @@ class Answers:
     gpu: Gpu
     processes: int  #: on CPUs
     memory_bytes: int | None  #: of the machine, on CPUs
-    steps: int | None  #: None: once over the data, at most 1,000
+    steps: int | None  #: None: one epoch, at most 1,000 steps
 
 
 def first_recipe(answers: Answers, spec: ModelSpec) -> str:
-    """The YAML text. Raises ``UsageError`` where the model does not fit."""
+    """The YAML text. Raises ``UsageError`` if the model does not fit."""
     on_gpus = answers.gpus > 0
     length = min(spec.max_positions, (4096 if parameter_count(spec) > 1e9 else 2048) if on_gpus else _CPU_LENGTH)
     ranks = answers.gpus if on_gpus else answers.processes
@@ -62,7 +62,7 @@ def first_recipe(answers: Answers, spec: ModelSpec) -> str:
     tokens = None if any(one.tokens is None for one in answers.data) else sum(one.tokens or 0 for one in answers.data)
     steps = answers.steps or _steps(tokens, rows * length, _STEPS if on_gpus else _CPU_STEPS)
     text = _text(answers, spec, length=length, rows=rows, steps=steps, division=division, fits=fits, tokens=tokens)
-    parse_recipe(text, answers.name)  # what cannot start is no recipe of ours
+    parse_recipe(text, answers.name)  # checks it
     return with_modeline(text)
 
 
@@ -96,13 +96,13 @@ def _division(answers: Answers, spec: ModelSpec, length: int, rows: int, ranks: 
     if not plan.options:
         nearest = plan.nearest
         lacks = plan.reason or (
-            f"what needs least takes {nearest.gpu_bytes / 1e9:.0f} of {answers.gpu.memory_bytes / 1e9:.0f} GB a GPU"
+            f"the smallest setting needs {nearest.gpu_bytes / 1e9:.0f} of {answers.gpu.memory_bytes / 1e9:.0f} GB a GPU"
             if nearest
             else ""
         )
         raise UsageError(
             f"{answers.source} cannot be trained on {counted(answers.gpus, answers.gpu.name + ' GPU')}: {lacks}.\n"
-            "Take more GPUs, or larger ones; `smolconv plan` shows what fits."
+            "Use more GPUs, or larger ones; `smolconv plan` shows what fits."
         )
     best = plan.options[0]
     division = _Division(
@@ -115,7 +115,7 @@ def _division(answers: Answers, spec: ModelSpec, length: int, rows: int, ranks: 
 
 
 def _base(length: int, rows: int, dtype: str) -> Recipe:
-    """What the memory and the time of a step depend on."""
+    """The settings that memory and time of a step depend on."""
     return Recipe.model_validate({
         "name": "first", "model": {"source": "source", "dtype": dtype},
         "data": {"sequence_length": length, "eos_token_id": 0, "stages": [{"name": "a", "sources": [{"path": "a"}]}]},
@@ -134,7 +134,7 @@ def _text(
     size = "" if tokens is None else f"; {tokens:,} tokens in all, of which {steps * rows * length:,} are read"
     lines = [
         f"# Written by smolconv recipe init: {answers.source} continues with your data. Every field: docs/recipes.md",
-        f"#   smolconv continue-train {answers.name}.yaml --dry-run     # what it takes, and whether it can start",
+        f"#   smolconv continue-train {answers.name}.yaml --dry-run     # its costs, and whether it can start",
         f"#   smolconv continue-train {answers.name}.yaml               # the same command resumes",
         f"name: {answers.name}",
         f"output: runs/{answers.name}",
@@ -165,7 +165,7 @@ def _text(
         f"  decay_steps: {max(1, steps // 5)}",
         "",
         "loss:",
-        "  normalisation: tokens  # so that the micro-batch may change in mid-run",
+        "  normalisation: tokens  # so that the micro-batch size may change during the run",
         "",
         f"parallelism:  # {fits}",
         f"  zero_stage: {division.zero_stage}",
@@ -194,7 +194,7 @@ def _launch(answers: Answers) -> list[str]:
 def _evaluation(answers: Answers, every: int) -> list[str]:
     if answers.held_out is None:
         return [
-            "# Loss on text that is not trained on: tokenize --hold-out 0.5% sets some aside. Then take the # away.",
+            "# Loss on text that is not trained on: tokenize --hold-out 0.5% sets some aside. Then uncomment this.",
             "# evaluation:", f"#   every_steps: {every}", "#   sources:", "#   - {path: tokens/held-out}",
         ]  # fmt: skip
     return [
@@ -210,7 +210,7 @@ def _weight(one: Data, all_: Sequence[Data]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As YAML reads it, in a flow mapping, too."""
+    """Text quoted for YAML, also within a flow mapping."""
     return (
         text if re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./:@+-]*", text) and not _is_number(text) else json.dumps(text)
     )
@@ -221,5 +221,5 @@ def _is_number(text: str) -> bool:
 
 
 def recipe_name(path: Path) -> str:
-    """What a run is called whose recipe is this file."""
+    """The run's name for this recipe file."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "run"

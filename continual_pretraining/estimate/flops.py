@@ -1,4 +1,4 @@
-"""How many parameters a model has, and what a token costs.
+"""Counts a model's parameters, and its FLOPs per token.
 
 Letters: S sequence length, Q query rows.
 """
@@ -12,22 +12,22 @@ from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec
 
 FlopsFormula = Literal["6N", "nanotron"]
-#: By which MFU is stated where one number is.
+#: The formula for MFU when a single number is given.
 FORMULA: FlopsFormula = "6N"
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """A tied head is the embedding, and counted once. SmolLM2-135M: 134,515,008."""
+    """All parameters; a tied head is counted once. SmolLM2-135M: 134,515,008."""
     return sum(parameter_sizes(spec).values())
 
 
 def flops_per_token(spec: ModelSpec, sequence_length: int, formula: FlopsFormula = FORMULA) -> float:
-    """Forward and backward of one input token; recomputed activations do not count.
+    """FLOPs of forward and backward per input token, without recomputed activations.
 
-    - ``6N``: six for every parameter, the embedding (or tied head) among them. Attention's own products do not count.
-    - ``nanotron``: three times the forward's matrix products as nanotron's ``get_flops`` counts them: two for every
-      element of a layer's matrices and of the head, and 4·Q·S in each layer for attention, over the full row of S
-      positions: neither causality nor boundaries of documents make it less. Embedding, norms and biases count nothing.
+    - ``6N``: six per parameter, including the embedding (or tied head), without attention's own products.
+    - ``nanotron``: three times the matrix products of the forward pass, counted like nanotron's ``get_flops``: two per
+      element of a layer's matrices and of the head, and 4·Q·S per layer for attention, over the full row of S
+      positions, regardless of causality and documents. Embedding, norms and biases are not counted.
     """
     if formula == "6N":
         return 6.0 * parameter_count(spec)

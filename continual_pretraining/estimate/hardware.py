@@ -1,4 +1,4 @@
-"""What GPUs can do and hold."""
+"""Data sheets of GPUs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from smolconv.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU, by its data sheet."""
+    """One type of GPU, by its data sheet."""
 
-    name: str  #: as ``smolconv plan --gpu`` is given it
-    device: str  #: a regex of what torch calls it
-    memory_bytes: int  #: as it is sold. It may have a little more, which fragmentation takes
+    name: str  #: for ``smolconv plan --gpu``
+    device: str  #: a regex for torch's name
+    memory_bytes: int  #: nominal. The real size may be slightly larger, which covers fragmentation
     tflops: float  #: dense bf16 with fp32 accumulation
     memory_bandwidth: float  #: bytes/s
-    link_bandwidth: float  #: bytes/s that it sends to the other GPUs of its node: NVLink, or PCIe
+    link_bandwidth: float  #: bytes/s sent to the other GPUs of its node, by NVLink or PCIe
 
 
 #: NVIDIA's datasheets print the double TFLOPS, "with sparsity", for Hopper and later: H100 (SXM 1,979, PCIe 1,513, NVL
 #: 1,671), H200 (SXM 1,979, NVL 1,671), HGX B200 (36 PFLOPS of 8). A100 312; L40S 362; Ada GPU architecture whitepaper:
-#: RTX 4090 165.2. NVLink's bandwidth is printed for both directions together. Bridges of NVL cards join only some GPUs
-#: of a node, so that these have PCIe's (64 GB/s by version 5, 32 by version 4). A slice of a GPU (MIG) has no row.
+#: RTX 4090 165.2. Data sheets give NVLink's bandwidth for both directions together. Bridges of NVL cards connect only
+#: some GPUs of a node, so NVL rows have PCIe's bandwidth (64 GB/s for version 5, 32 for 4). MIG slices have no row.
 GPUS = tuple(
     Gpu(
         name=name, device=device, memory_bytes=memory * 10**9, tflops=tflops, memory_bandwidth=bandwidth * 1e12,
@@ -44,29 +44,29 @@ GPUS = tuple(
     )
 )  # fmt: skip
 H100 = GPUS[0]
-#: By 6N, where nothing else is said.
+#: The default, by the 6N formula.
 ASSUMED_MFU = 0.3
-H100_TFLOPS = H100.tflops  #: what a run is planned for where nothing else is said
+H100_TFLOPS = H100.tflops  #: default for estimates
 GPU_MEMORY_BYTES = H100.memory_bytes
-#: CUDA context, cuBLAS workspaces and NCCL's buffers. Assumed, not measured here.
+#: CUDA context, cuBLAS workspaces and NCCL's buffers. An assumption, not a measurement.
 GPU_RUNTIME_BYTES = 1_500_000_000
-#: Of a node, joined by its links.
+#: GPUs per node.
 GPUS_OF_A_NODE = 8
 
 
 def find_gpu(name: str) -> Gpu:
-    """By its name in ``GPUS``. Raises ``UsageError``."""
+    """The GPU by its name in ``GPUS``. Raises ``UsageError``."""
     found = next((gpu for gpu in GPUS if gpu.name == name.lower()), None)
     if found is None:
         raise UsageError(
-            f"--gpu {name:.60}: no GPU of that name is known.\nKnown are {', '.join(gpu.name for gpu in GPUS)}. For "
-            "another one, give the nearest of them, --memory, and --set logging.peak_tflops=..."
+            f"--gpu {name:.60}: unknown GPU.\nExpected one of {', '.join(gpu.name for gpu in GPUS)}. For "
+            "another one, give the most similar of them, --memory, and --set logging.peak_tflops=..."
         )
     return found
 
 
 def peak_flops(device_name: str | None, peak_tflops: float | None = None) -> float | None:
-    """FLOP/s that one device could do in dense bf16: the recipe's ``peak_tflops``, or by its name; None: unknown."""
+    """Peak FLOP/s of one device in dense bf16: the recipe's ``peak_tflops``, or by the device's name; None: unknown."""
     if peak_tflops is not None:
         return peak_tflops * 1e12
     if device_name is None or "MIG" in device_name:

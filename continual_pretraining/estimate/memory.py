@@ -1,7 +1,7 @@
-"""Memory of a rank by part, counted from what DeepSpeed 0.19 allocates.
+"""Estimates a rank's memory by part, from DeepSpeed 0.19's allocations.
 
-As read in its source (``engine.py``, ``bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``) with the
-settings of ``engine_config``; docs/estimate.md has the formulas and what they leave out.
+According to its source (``engine.py``, ``bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``) with the
+settings of ``engine_config``; docs/estimate.md has the formulas and what they ignore.
 
 Letters: N parameters (a tied head counted once), W ranks, b bytes of a weight, S sequence length, E hidden size, F
 intermediate size, V vocabulary, Q and K query and key/value rows, H query heads, L layers. GB is 1e9 bytes.
@@ -51,9 +51,9 @@ class Part:
 def memory_parts(
     recipe: Recipe, spec: ModelSpec, world_size: int, device: Literal["cuda", "cpu"] = "cuda"
 ) -> tuple[Part, ...]:  # fmt: skip
-    """What a rank holds at its fullest, which is in a step's last micro-batch. On a CPU all of it is the host's.
+    """A rank's peak memory, reached in a step's last micro-batch. On a CPU, all of it is host memory.
 
-    Padding of flat groups to a multiple of 2W elements is left out, and so is what the allocator cannot use.
+    It ignores the padding of flat groups to a multiple of 2W elements, and fragmentation.
     """
     engine = _engine(recipe, spec, world_size)
     parts = [
@@ -73,7 +73,7 @@ def memory_parts(
 
 @dataclass(frozen=True, kw_only=True)
 class _Engine:
-    """What DeepSpeed's allocations depend on."""
+    """The inputs of DeepSpeed's allocations."""
 
     parameters: Mapping[str, int]  #: elements by name
     groups: tuple[int, ...]  #: elements of each optimizer group
@@ -82,9 +82,9 @@ class _Engine:
     offloads: bool
     offloads_weights: bool
     accumulates: bool
-    reduced: int  #: bytes of a gradient's element between ranks
+    reduced: int  #: bytes per gradient element sent between ranks
     bucket: int
-    buckets: int  #: one is filled while the other is reduced
+    buckets: int  #: with two, one is filled while the other is reduced
     prefetched: int
     world_size: int
 
@@ -98,7 +98,7 @@ class _Engine:
 
     @property
     def share(self) -> int:
-        """Elements of a rank's partition."""
+        """The number of elements in a rank's partition."""
         return math.ceil(self.n / self.world_size) if self.stage else self.n
 
     @property
@@ -107,8 +107,8 @@ class _Engine:
 
     @property
     def sums_on_parameters(self) -> bool:
-        """ZeRO-1 as the stages 1 and 2 share it, which sums fp32 gradients on the parameters. In bf16 without offload
-        ZeRO-1 is another class, BF16_Optimizer."""
+        """Whether ZeRO-1 is the class shared by stages 1 and 2, which sums fp32 gradients on the parameters. In bf16
+        without offload ZeRO-1 is another class, BF16_Optimizer."""
         return self.stage == 1 and (self.offloads or not self.mixed)
 
 
@@ -153,15 +153,15 @@ def _gradient_parts(given: _Engine) -> Iterator[Part]:
     if given.sums_on_parameters:
         yield _gpu("fp32 gradients", FP32 * given.n, "4·N")
     elif given.stage < 2:
-        # The model's own gradients stay allocated: they are zeroed, not freed.
+        # The model's own gradients are zeroed, not freed.
         yield _gpu("gradients", given.b * given.n, f"{given.b}·N")
         if given.mixed:
             yield _gpu("fp32 gradients", FP32 * given.n, "4·N")
         return
     if given.mixed:
-        yield _gpu(own, share, "4·N/W")  # also where the host has its own
+        yield _gpu(own, share, "4·N/W")  # also if the host has a copy
     elif not given.offloads:
-        # ZeRO-2: the sums so far beside those of a micro-batch.
+        # ZeRO-2: the sums so far and those of a micro-batch.
         yield _gpu(own, given.stage * share, f"{4 * given.stage}·N/W")
 
 
@@ -183,20 +183,20 @@ def _optimizer_parts(given: _Engine) -> Iterator[Part]:
 
 
 def _reduction_part(given: _Engine) -> Part:
-    """What gradients are put into for their reduction, flattened into, and cast into fp32."""
+    """Buffers for reducing gradients: the bucket, its flat copy and its fp32 cast."""
     b, bucket, reduced = given.b, given.bucket, given.reduced
     cast = reduced if reduced != b else 0
-    # A parameter larger than the bucket is reduced by itself.
+    # A parameter larger than the bucket is reduced alone.
     together = max(min(bucket, given.n), given.largest)
     beside = b * given.largest if given.largest > bucket else 0
     if given.sums_on_parameters:
         size = FP32 * (given.buckets * bucket + together) + (reduced * together if reduced < FP32 else 0)
     elif given.world_size == 1 and given.stage < 2:
-        size = 0  # the trainer leaves out what would be a copy for nobody
+        size = 0  # the trainer avoids the unused copy
     elif given.stage == 0:
         size = (b + cast) * _flattened_together(given.parameters.values())
     elif given.stage == 1:
-        # In place, or by parts: what is sent, and what comes.
+        # In place, or in parts: a send and a receive buffer.
         part = min(CAST_ELEMENTS, max(given.groups))
         size = 0 if reduced == FP32 else reduced * (part + math.ceil(part / given.world_size))
     elif given.stage == 2:
@@ -207,7 +207,7 @@ def _reduction_part(given: _Engine) -> Part:
 
 
 def _flattened_together(sizes: Iterable[int]) -> int:
-    """Elements of the largest copy that the engine's all-reduce makes; a tensor alone in its bucket is not copied."""
+    """Elements of the largest copy in the engine's all-reduce; a tensor alone in its bucket is not copied."""
     largest, bucket = 0, list[int]()
     for size in sizes:
         bucket.append(size)
@@ -219,9 +219,9 @@ def _flattened_together(sizes: Iterable[int]) -> int:
 
 
 def _activation_parts(recipe: Recipe, spec: ModelSpec, most_logits: int) -> list[Part]:
-    """What a micro-batch holds of activations at its fullest moment.
+    """The activations of a micro-batch at their peak.
 
-    That is the loss, at the end of the forward pass, or the first layer that is walked back, whichever holds more.
+    The peak is at the loss, at the end of the forward pass, or in the first layer of the backward pass.
     """
     given, head_elements = layer_bytes(recipe, spec), spec.hidden_size * spec.vocab_size
     b, positions = given.b, given.positions
@@ -242,7 +242,7 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec, most_logits: int) -> list
     ]
     back = [
         *given.walked_back(computed_again=computed_again),
-        # A tied one waits for the embedding's, which comes last.
+        # The gradient of a tied head is kept for the embedding's, which comes last.
         _gpu("gradient of the head", b * head_elements if spec.tied else 0, f"{b}·V·E"),
     ]
     return [
@@ -254,29 +254,29 @@ def _activation_parts(recipe: Recipe, spec: ModelSpec, most_logits: int) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What one layer of transformers' model holds, in bytes for each position of a rank, but for the tiles."""
+    """The memory of one layer of transformers' model, in bytes per position of a rank, except for the tiles."""
 
     b: int
     positions: int
     hidden: int
-    norm: int  #: kept of one
+    norm: int  #: kept for one norm
     attention: int  #: kept
-    attention_back: int  #: gradients while attention is walked back
+    attention_back: int  #: gradients in attention's backward pass
     mlp: int  #: kept
     mlp_back: int
-    made: int  #: kept, or made for a while where the MLP is tiled
-    tile: int  #: bytes, all positions of a tile together
+    made: int  #: kept, or temporary if the MLP is tiled
+    tile: int  #: bytes for all positions of a tile
     tile_sums: int  #: bytes
 
     @property
     def kept(self) -> int:
-        """Between the passes, without checkpointing."""
+        """Kept between the passes, without checkpointing."""
         return 2 * self.norm + self.attention + self.mlp
 
     def walked_back(self, *, computed_again: bool) -> list[Part]:
-        """What its backward pass holds beside what is kept between the passes.
+        """Memory of its backward pass, in addition to what is kept between the passes.
 
-        The MLP goes first, and leaves the room of itself and its norm to attention.
+        The MLP comes first, and then frees its memory and its norm's for attention.
         """
         again = self.kept if computed_again else 0
         mlp = self.positions * (self.mlp_back + self.hidden) + self.tile + self.tile_sums
@@ -293,22 +293,22 @@ class Layer:
 
 
 def layer_bytes(recipe: Recipe, spec: ModelSpec) -> Layer:
-    """By what autograd keeps, with attention that keeps no scores.
+    """The tensors that autograd keeps, for attention that keeps no scores.
 
-    Of both norms input and normalised in fp32 or b, and the output; rotated q, k and v, attention's output and log-sum;
-    four rows of the SwiGLU. Liger's kernels keep less: a norm's input and output, and three rows. Back through
-    attention go the gradients of its output, of q, k and v, and flash kernels' own: q's in fp32, and k's and v's for
-    every query head.
+    For both norms: input and normalised input in fp32 or b, and the output. For attention: rotated q, k and v, output
+    and log-sum. For the SwiGLU: four rows. Liger's kernels keep less: a norm's input and output, and three rows.
+    Attention's backward pass has the gradients of its output, of q, k and v, and those within flash kernels: q's in
+    fp32, and k's and v's for every query head.
     """
     b, fused = weight_bytes(recipe), recipe.model.liger == "on"
     hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.query_rows
-    # In float32, attention on a GPU is given the keys and values of every query head.
+    # In float32, attention on a GPU gets the keys and values of every query head.
     kv = query if b == FP32 else spec.kv_rows
-    # Neighbours share the tokens, and each is given the keys and values of its query heads.
+    # Neighbours share the tokens, and each gets the keys and values of its query heads.
     ranks, positions = recipe.parallelism.sequence_ranks, tokens_of_rank(recipe)
     kv *= ranks // math.gcd(ranks, spec.num_kv_heads) if kv < query else 1
     attention = b * (2 * query + 2 * kv) + FP32 * spec.num_heads
-    if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # of each query and key head by itself
+    if "model.layers.0.self_attn.q_norm.weight" in parameter_shapes(spec):  # one norm for each query and key head
         attention += (b if fused else FP32 + b) * (query + spec.kv_rows) + FP32 * (spec.num_heads + spec.num_kv_heads)
     attention_back = b * (2 * query + 2 * kv) + FP32 * query + (2 * b * query if kv < query else 0)
     norm = 2 * b * hidden if fused else (FP32 + 2 * b) * hidden
@@ -323,10 +323,10 @@ def layer_bytes(recipe: Recipe, spec: ModelSpec) -> Layer:
 
 
 def _loss_bytes(b: int, logits: int, head: int, *, several: bool) -> tuple[int, int]:
-    """Of the logits of a chunk, and of the head's gradient, when both together are largest.
+    """Bytes of a chunk's logits and of the head's gradient, when their sum is largest.
 
-    In bf16 the logits are cast to fp32 before their softmax, 2 + 4 + 4 bytes; then 4, and 2 for their gradients, beside
-    a product that is added to the sum of ``several`` chunks in fp32.
+    In bf16 the logits are cast to fp32 before their softmax, 2 + 4 + 4 bytes; then 4, and 2 for their gradients, while
+    a product is added to the sum of ``several`` chunks in fp32.
     """
     if b == FP32:
         return 2 * FP32 * logits, FP32 * head
@@ -336,7 +336,7 @@ def _loss_bytes(b: int, logits: int, head: int, *, several: bool) -> tuple[int, 
 
 
 def _save_parts(recipe: Recipe, given: _Engine) -> Iterator[Part]:
-    """What rank 0 copies before it writes: its checkpoint files. The other ranks' hold no weights."""
+    """Rank 0's copy of its checkpoint files before writing. Other ranks' files hold no weights."""
     if recipe.checkpoints.asynchronous:
         b, over = given.b, "N/W" if given.stage else "N"
         weights = b * given.n if given.stage < 3 else 0

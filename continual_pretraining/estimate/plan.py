@@ -1,6 +1,6 @@
-"""Which divisions of a recipe fit a number of GPUs, the fastest first.
+"""Finds the settings of a recipe that fit a number of GPUs, the fastest first.
 
-What is varied keeps the step: its sequences, and what its loss is averaged over. Pure arithmetic, without torch.
+They never change a step's sequences, or the average of its loss. Pure arithmetic, without torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from smolconv.errors import UsageError
 from smolconv.models.spec import ModelSpec
 
 MOST_GPUS = 65_536
-#: Sequences of a micro-batch that are tried: beyond, products gain nothing.
+#: Micro-batch sizes to try: larger ones do not make matrix products faster.
 _MOST_MICRO_BATCH = 128
-#: zero_stage and offload, and checkpointing and activation_offload, from what changes least.
+#: zero_stage and offload, and checkpointing and activation_offload, the simplest first.
 _ZERO = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"),
          (3, "all"))  # fmt: skip
 _CHECKPOINTING = ((False, False), (True, False), (True, True))
@@ -31,7 +31,7 @@ _CHECKPOINTING = ((False, False), (True, False), (True, True))
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One division, with what it takes."""
+    """One setting with its costs."""
 
     zero_stage: int
     offload: str
@@ -42,12 +42,12 @@ class Option:
     activation_offload: bool
     gpu_bytes: int
     host_bytes: int  #: of a rank
-    seconds_by_part: Mapping[str, float]  #: of a step
+    seconds_by_part: Mapping[str, float]  #: per step
     seconds_per_step: float
-    tokens_per_second: float  #: of one GPU
+    tokens_per_second: float  #: per GPU
     days: float
-    limit: str  #: what takes most of a step
-    words: tuple[str, ...]  #: of continue-train, that divide the recipe so
+    limit: str  #: the part that takes most of a step
+    words: tuple[str, ...]  #: options of continue-train for this setting
 
     @property
     def checkpointing(self) -> str:
@@ -60,15 +60,15 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a number of GPUs can do."""
+    """The settings for a number of GPUs."""
 
     gpus: int
-    options: tuple[Option, ...]  #: that fit, the fastest first
-    nearest: Option | None  #: where none fits, the one that lacks least
+    options: tuple[Option, ...]  #: those that fit, the fastest first
+    nearest: Option | None  #: if none fits, the one that lacks the least memory
     reason: str | None  #: why there is neither
 
     def smaller_and_smaller(self) -> Iterator[Option]:
-        """The fastest, and then each that needs less memory than all faster ones."""
+        """The fastest option, then each that needs less memory than all faster ones."""
         least: int | None = None
         for option in self.options:
             if least is None or option.gpu_bytes < least:
@@ -76,7 +76,7 @@ class Plan:
                 yield option
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The plan as plain JSON types."""
         return {
             "gpus": self.gpus, "options": [option.to_json() for option in self.options],
             "nearest": self.nearest and self.nearest.to_json(), "reason": self.reason,
@@ -84,7 +84,7 @@ class Plan:
 
 
 def check_gpus(counts: Sequence[int]) -> None:
-    """Raises ``UsageError`` for numbers of GPUs that are none."""
+    """Raise ``UsageError`` for invalid numbers of GPUs."""
     for count in counts:
         if not 1 <= count <= MOST_GPUS:
             raise UsageError(f"--gpus has {count}; expected numbers from 1 to {MOST_GPUS:,}, such as --gpus 8,96,384.")
@@ -97,7 +97,7 @@ def divisions_that_fit(
     recipe: Recipe, spec: ModelSpec, gpus: int, gpu: Gpu, *, network: float, memory_bytes: int | None = None,
     first_step: int = 1,
 ) -> Plan:  # fmt: skip
-    """For ``gpus`` GPUs of ``memory_bytes`` each, by default the GPU's own; ``network`` is bytes/s of one GPU.
+    """Plan for ``gpus`` GPUs of ``memory_bytes`` each, by default the data sheet's; ``network``: bytes/s per GPU.
 
     Raises ``UsageError`` for a recipe that is not in bfloat16.
     """
@@ -133,7 +133,7 @@ def divisions_that_fit(
 
 
 def _order(option: Option) -> tuple[float, ...]:
-    """By speed, in steps of half a percent; among equals what is simplest, and then what leaves most room."""
+    """Sort by speed, in steps of half a percent; among equals the simplest first, then that with most free memory."""
     return (
         round(_log_steps(option.seconds_per_step)), option.offload != "none", option.activation_offload,
         option.activation_checkpointing, option.sequence_ranks, option.zero_stage, option.gpu_bytes,
@@ -149,7 +149,7 @@ def _log_steps(seconds: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Division:
-    """How the ranks share a step's sequences."""
+    """How a step's sequences are divided among ranks."""
 
     sequence_ranks: int
     micro_batches: tuple[int, ...]  #: sequences of one, ascending
@@ -157,7 +157,7 @@ class _Division:
 
 def _divisions(recipe: Recipe, spec: ModelSpec, gpus: int) -> Iterator[_Division]:
     batch, own = recipe.global_batch_sequences, recipe.parallelism.micro_batch_sequences
-    # A mean of means of micro-batches changes with their size.
+    # A mean of micro-batch means changes with their size.
     sizes = range(1, _MOST_MICRO_BATCH + 1) if recipe.loss.normalisation == "tokens" else (own,)
     for ranks in range(1, min(spec.num_heads, gpus) + 1):
         if spec.num_heads % ranks or gpus % ranks:
@@ -176,7 +176,7 @@ def _no_division(recipe: Recipe, spec: ModelSpec, gpus: int) -> str:
     def shared(number: int, size: int) -> bool:
         return any(number % ranks == 0 and batch % (size * (number // ranks)) == 0 for ranks in groups_of)
 
-    # Where any size of micro-batches divides, one sequence does.
+    # If any micro-batch size divides the batch, one sequence does.
     smallest = 1 if by_tokens else own
     around = range(gpus - 1, 0, -1), range(gpus + 1, min(2 * gpus, MOST_GPUS) + 1)
     near = [next((n for n in numbers if shared(n, smallest)), None) for numbers in around]
@@ -186,7 +186,7 @@ def _no_division(recipe: Recipe, spec: ModelSpec, gpus: int) -> str:
         advice.append("let the size of micro-batches vary (--set loss.normalisation=tokens)")
     sizes = "" if by_tokens else f" in micro-batches of {own:,}"
     return (
-        f"a global batch of {batch:,} sequences{sizes} cannot be shared by {gpus:,} GPUs evenly: "
+        f"a global batch of {batch:,} sequences{sizes} cannot be divided evenly among {gpus:,} GPUs: "
         f"{', or '.join([*advice, 'change the global batch'])}."
     )
 
@@ -195,7 +195,7 @@ _SECTIONS = {"activation_checkpointing": "model", "activation_offload": "model"}
 
 
 def _changed(recipe: Recipe, **changes: Any) -> Recipe:
-    """Checked by nobody: ``engine_config`` refuses what DeepSpeed would not do."""
+    """Not validated here: ``engine_config`` refuses what DeepSpeed cannot do."""
     model = {name: value for name, value in changes.items() if _SECTIONS.get(name) == "model"}
     parallelism = {name: value for name, value in changes.items() if name not in model}
     return recipe.model_copy(
@@ -225,10 +225,10 @@ def _option(
 
 
 def _words(recipe: Recipe, given: Recipe, gpus: int) -> tuple[str, ...]:
-    """What differs from the recipe, and where the ranks go."""
+    """Options for the differences from the recipe, and for the placement of ranks."""
     on_a_node = max(n for n in range(1, min(gpus, GPUS_OF_A_NODE) + 1) if gpus % n == 0)
     nodes = gpus // on_a_node
-    # A recipe for one machine may name a launcher that has no other nodes.
+    # A recipe for one machine may name a launcher that cannot use several nodes.
     launcher = ["--launcher", "slurm"] if nodes > 1 and recipe.launch.nodes == 1 else []
     changes = [
         f"{section}.{name}={str(after[name]).lower()}"

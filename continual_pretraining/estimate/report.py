@@ -1,4 +1,4 @@
-"""An estimate as rows for people."""
+"""Formats an estimate as rows of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Headings with rows of a label and a value, in reading order."""
+    """Headings with rows of label and value, in reading order."""
     given, disk = estimate, estimate.disk
     run = [
         ("parameters", f"{given.parameters:,}"),
@@ -50,7 +50,7 @@ def render(estimate: Estimate) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _time(given: Estimate) -> list[tuple[str, str]]:
     if given.tokens_per_second is None or given.seconds_per_step is None:
-        return [("", "on CPUs it is not estimated: metrics.jsonl tells it after the first steps")]
+        return [("", "not estimated on CPUs: metrics.jsonl has it after the first steps")]
     gpus = f"{counted(given.world_size, 'GPU')} of {given.peak_tflops:g} TFLOPS"
     by_rank = given.tokens_per_second / given.world_size
     return [
@@ -75,7 +75,7 @@ def _steps(given: Estimate) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: "0.8 s", "40 minutes", "3.5 hours", "24 days"."""
+    """A duration as text: "0.8 s", "40 minutes", "3.5 hours", "24 days"."""
     for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f}".removesuffix(".0") + f" {unit}"

@@ -1,7 +1,7 @@
-"""How long a step takes on GPUs, from what they must compute, move and send.
+"""Estimates the time of a step on GPUs, from what they must compute, move and send.
 
-Calibrated on published runs of H100s in bf16 with dense models of 1 to 8 billion parameters: benchmarks/plan.py has
-them beside what this says. Nothing here was measured by us on a GPU, and other GPUs are by their data sheets.
+Calibrated on published runs of H100s in bf16 with dense models of 1 to 8 billion parameters; benchmarks/plan.py
+compares them with this estimate. We measured nothing here on a GPU; other GPUs are estimated by their data sheets.
 
 Letters: E hidden size, F intermediate size, V vocabulary, Q and K query and key/value rows, S sequence length, W ranks.
 """
@@ -20,32 +20,32 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.models.spec import ModelSpec
 
-#: Of the peak, in matrix products whose memory traffic is counted beside them, and in causal attention, whose backward
-#: pass computes the scores again: FLOPs of the half that is computed. Both were fitted to llm-foundry's MPT-3B at 4,096
-#: tokens; attention's alone explains what its rows of 8,192 to 65,536 tokens take longer.
+#: Shares of the peak: in matrix products, whose memory traffic is counted separately, and in causal attention, where
+#: only the computed half of the FLOPs counts and the backward pass recomputes the scores. Both were fitted to
+#: llm-foundry's MPT-3B at 4,096 tokens; attention's alone explains the extra time of rows of 8,192 to 65,536 tokens.
 PRODUCTS_SHARE, ATTENTION_SHARE = 0.72, 0.15
-#: Of the data sheets' bytes/s. Assumed.
+#: Share of the data sheets' bytes/s. Assumed.
 MEMORY_SHARE, LINK_SHARE = 0.8, 0.8
-#: How often what a layer keeps goes between memory and GPU beside the products: written, read, read again in
-#: the backward pass, and as a gradient. Assumed: kernels that are not fused.
+#: How often a layer's activations cross the memory bus besides the products: written, read, read again in the
+#: backward pass, and as a gradient. Assumed: kernels are not fused.
 PASSES = 4
-#: For each logit: in bf16 out of the product, to fp32, softmax, gradient, its cast, and two products that read it.
+#: Bytes per logit: in bf16 from the product, to fp32, softmax, gradient, its cast, and two products that read it.
 LOGIT_BYTES = 26
-#: Kernels of a layer's forward and backward pass, and how long Python takes to start one. Assumed.
+#: Kernels of a layer's forward and backward pass, and Python's time to launch one. Assumed.
 KERNELS_OF_A_LAYER, KERNEL_SECONDS = 150, 5e-6
-#: Between a GPU and its host (PCIe 5 x16), and the host's memory for each of 8 GPUs. Assumed.
+#: Bytes/s between a GPU and its host (PCIe 5 x16), and of host memory for each of 8 GPUs. Assumed.
 HOST_LINK, HOST_MEMORY = 50e9, 50e9
-#: Shares of the work of both passes.
+#: Shares of the work in the forward and the backward pass.
 _BACKWARD = 2 / 3
-#: Of attention, 2 products in the forward pass and 5 in the backward one.
+#: The same for attention: 2 products in the forward pass and 5 in the backward pass.
 _ATTENTION_FORWARD = 2 / 7
-#: Bytes of masters, moments and a gradient that an update reads and writes, and of the weight that it makes.
+#: Bytes of masters, moments and a gradient that an update reads and writes, and of the weight that it writes.
 _UPDATE_BYTES = 28
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one step, by what they go into. They follow each other: what is hidden is not in it."""
+    """Seconds of one step by part. The parts are sequential; overlapped work is not included."""
 
     seconds_by_part: Mapping[str, float]
 
@@ -60,10 +60,10 @@ class StepTime:
 
 
 def step_time(recipe: Recipe, spec: ModelSpec, world_size: int, gpu: Gpu, network: float) -> StepTime:
-    """Of ``world_size`` GPUs; ``network`` is what each sends to other nodes, bytes/s.
+    """The time of a step on ``world_size`` GPUs; ``network``: bytes/s that each sends to other nodes.
 
-    Documents are as long as rows: where they are shorter, attention takes less. Raises ``UsageError`` for a recipe that
-    cannot be divided so, or is not in bfloat16.
+    Assumes documents as long as rows; attention takes less for shorter ones. Raises ``UsageError`` for a recipe that
+    cannot be divided this way, or is not in bfloat16.
     """
     require_bfloat16(recipe)
     accumulation = accumulation_steps(recipe, world_size)
@@ -91,26 +91,26 @@ def step_time(recipe: Recipe, spec: ModelSpec, world_size: int, gpu: Gpu, networ
 
 
 def require_bfloat16(recipe: Recipe) -> None:
-    """Raises ``UsageError`` for a recipe whose time is not known."""
+    """Raise ``UsageError`` for a recipe whose time cannot be estimated."""
     if recipe.model.dtype != "bfloat16":
         raise UsageError(
-            f"model.dtype is {recipe.model.dtype}: the time of a step is known for bfloat16 alone.\n"
+            f"model.dtype is {recipe.model.dtype}: the time of a step can be estimated for bfloat16 only.\n"
             "Add --set model.dtype=bfloat16, or see continue-train --dry-run for the memory."
         )
 
 
 def _micro_batch(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> dict[str, float]:
-    """Seconds of a rank's share, forward and backward."""
+    """Seconds of a rank's forward and backward passes."""
     given, b = layer_bytes(recipe, spec), weight_bytes(recipe)
     positions, layers = given.positions, spec.num_layers
     hidden, inner, query, kv = spec.hidden_size, spec.intermediate_size, spec.query_rows, spec.kv_rows
     products = ((hidden, query), (hidden, kv), (hidden, kv), (query, hidden), *2 * ((hidden, inner),), (inner, hidden))
-    # Three products of the same three matrices: one forward, two backward.
+    # Three products per matrix: one forward, two backward.
     flops = 6.0 * positions * layers * sum(rows * columns for rows, columns in products)
     moved = 3.0 * b * layers * sum(positions * (rows + columns) + rows * columns for rows, columns in products)
     attention = 7.0 * query * recipe.data.sequence_length * positions * layers
     kept = float(PASSES) * positions * given.made * layers
-    if recipe.model.activation_checkpointing:  # another forward pass of the layers
+    if recipe.model.activation_checkpointing:  # recomputes the layers' forward pass
         flops, moved, kept = flops * 4 / 3, moved * 4 / 3, kept * 4 / 3
         attention *= 1 + _ATTENTION_FORWARD
     head = hidden * spec.vocab_size
@@ -134,10 +134,10 @@ def _bandwidth(within_a_node: bool, gpu: Gpu, network: float) -> float:
 
 
 def _between_sequence_ranks(recipe: Recipe, spec: ModelSpec) -> float:
-    """Bytes of a micro-batch. Attention waits for them."""
+    """Bytes per micro-batch, for which attention waits."""
     given, ranks = layer_bytes(recipe, spec), recipe.parallelism.sequence_ranks
     passes = 3 if recipe.model.activation_checkpointing else 2
-    rows = given.attention - FP32 * spec.num_heads  # q, k, v and the output, as they are given to attention
+    rows = given.attention - FP32 * spec.num_heads  # q, k, v and the output
     return given.positions * spec.num_layers * sequence_traffic(rows, ranks, passes=passes)
 
 
@@ -145,7 +145,7 @@ def _zero_traffic(recipe: Recipe, spec: ModelSpec, world_size: int, accumulation
     parameters, given = parameter_count(spec), recipe.parallelism
     anew = parameters > MAX_LIVE_PARAMETERS or given.offload == "all"
     if given.zero_stage == 3 and anew and spec.tied:
-        parameters += spec.hidden_size * spec.vocab_size  # gathered once more for its use as the head
+        parameters += spec.hidden_size * spec.vocab_size  # gathered again for the head
     return zero_traffic(
         given.zero_stage, parameters, world_size, accumulation, weight_bytes=weight_bytes(recipe),
         gradient_bytes=2 if given.reduce_dtype == "bfloat16" else FP32, gathers_for_each_pass=anew,
@@ -153,10 +153,10 @@ def _zero_traffic(recipe: Recipe, spec: ModelSpec, world_size: int, accumulation
 
 
 def _exposed(recipe: Recipe, traffic: ZeroTraffic, bandwidth: float, computing: float) -> float:
-    """Seconds of a step in which ranks wait for each other.
+    """Seconds per step in which ranks wait for communication.
 
     ZeRO-0, and ZeRO-1 in bf16, send after the last backward pass. ZeRO-2 reduces during each backward pass, and ZeRO-3
-    does all of it beside both passes.
+    communicates during both passes.
     """
     gradients, weights = traffic.gradients / bandwidth, traffic.weights / bandwidth
     if recipe.parallelism.zero_stage < 2:
@@ -174,14 +174,14 @@ def _share(recipe: Recipe, spec: ModelSpec, world_size: int) -> float:
 
 
 def _update_bytes(recipe: Recipe, spec: ModelSpec, world_size: int, accumulation: int) -> float:
-    """Of the GPU's memory in a step: gradients that are added in fp32 after each micro-batch, and the update."""
+    """Seconds of memory traffic per step: adding gradients in fp32 after each micro-batch, and the update."""
     b, offloads = weight_bytes(recipe), recipe.parallelism.offload != "none"
     added = accumulation * (2 * FP32 + 2 * b) * parameter_count(spec)
     return added + (0 if offloads else (_UPDATE_BYTES + b) * _share(recipe, spec, world_size))
 
 
 def _host_seconds(recipe: Recipe, spec: ModelSpec, world_size: int, accumulation: int) -> float:
-    """Nothing of it is hidden."""
+    """Seconds of offloading, none of which is overlapped."""
     b, share, found = weight_bytes(recipe), _share(recipe, spec, world_size), 0.0
     if recipe.parallelism.offload != "none":
         found += (FP32 + b) * share / HOST_LINK + (_UPDATE_BYTES + b) * share / HOST_MEMORY

@@ -1,4 +1,4 @@
-"""Whether one checkpoint is better than another: paired differences, resampled over documents."""
+"""Tests whether one checkpoint is better than another, by a bootstrap of paired differences over documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INTERVAL = (2.5, 97.5)  #: percentiles
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A checkpoint's figure less another's, over the same documents or samples."""
+    """A checkpoint's metric minus another's, over the same documents or samples."""
 
     checkpoint: str
     against: str
@@ -33,7 +33,7 @@ def compare(
     *, checkpoint: str, against: str, on: str, metric: str, difference: NDArray[np.float64],
     weights: NDArray[np.int64] | None = None, higher_is_better: bool, seed: int,
 ) -> Comparison:  # fmt: skip
-    """``difference`` are summed differences by document, [D]; ``weights`` how many tokens each has, else 1."""
+    """``difference``: summed differences per document, [D]; ``weights``: tokens per document, or 1."""
     counts = np.ones(len(difference)) if weights is None else weights.astype(np.float64)
     mean = float(difference.sum() / counts.sum()) if counts.sum() else float("nan")
     interval = _interval(difference, counts, seed)
@@ -47,7 +47,7 @@ def compare(
 
 
 def _interval(difference: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> tuple[float, float] | None:
-    """Of the mean by token: documents are drawn, and bring their tokens along."""
+    """The interval of the mean per token: documents are drawn with all their tokens."""
     size = len(difference)
     if size < 2 or not np.isfinite(difference).all():
         return None

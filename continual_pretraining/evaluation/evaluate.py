@@ -1,4 +1,4 @@
-"""One evaluation: checkpoints of any layout on tasks and on held-out token files, and their differences."""
+"""Evaluates checkpoints of any layout on tasks and on held-out token files, and compares them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from smolconv.progress import Bar
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is evaluated, and how."""
+    """Settings of an evaluation."""
 
     tasks: Sequence[str] = ()
     include: Path | None = None  #: folder of further tasks
@@ -46,8 +46,8 @@ class EvaluateOptions:
     engine_python: str | None = None  #: Python of lighteval's own environment
     limit: int | None = None  #: documents of each task and held-out folder
     seed: int = 0
-    length: int = 2048  #: predictions that see each other, of held-out documents
-    eos: int | None = None  #: ends held-out documents where there is no index
+    length: int = 2048  #: context length for held-out documents
+    eos: int | None = None  #: token that ends held-out documents without an index
     dtype: str = "float32"
     device: str = "cpu"
     batch_size: int = 8
@@ -59,7 +59,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one checkpoint achieved."""
+    """The results of one checkpoint."""
 
     name: str
     source: str
@@ -102,15 +102,15 @@ class Evaluation:
 
 
 class TaskEngine(Protocol):
-    """Who runs tasks."""
+    """The interface of a program that runs tasks."""
 
     def __call__(self, evaluated: Evaluated, work: Path) -> dict[str, TaskScore]: ...
 
 
 def evaluate(names: Sequence[str], options: EvaluateOptions, bar: Bar) -> Evaluation:
-    """Evaluate every checkpoint, and compare each with the first.
+    """Evaluate every checkpoint, and compare each with the first one.
 
-    What is wrong with words, folders, packages and headers is found before any model is loaded.
+    Errors in arguments, folders, packages and headers are found before any model is loaded.
     """
     if not options.tasks and not options.held_out:
         raise UsageError("nothing to evaluate: give --tasks NAME, --held-out TOKENS, or both.")
@@ -142,13 +142,13 @@ def _require_packages() -> None:
     missing = [name for name in ("torch", "transformers", "tokenizers") if find_spec(name) is None]
     if missing:
         raise NotInstalled(
-            f"evaluating needs {', '.join(missing)}.\nExpected torch and transformers beside smolconv.\n"
+            f"evaluating needs {', '.join(missing)}.\nExpected torch and transformers in smolconv's environment.\n"
             f"Install them: pip install {' '.join(missing)}"
         )
 
 
 def _labels(held_out: Sequence[HeldOut]) -> list[str]:
-    """Names of sources: the folder's, or its path where two have the same."""
+    """Names of sources: the folder's name, or its path if two have the same name."""
     names = [each.name for each in held_out]
     return [str(each.path) if names.count(each.name) > 1 else each.name for each in held_out]
 
@@ -162,7 +162,7 @@ def _held_out(
         sizes = token_bytes(evaluated.tokenizer_file, evaluated.vocab_size)
     if sizes is None:
         why = "has no tokenizer.json" if evaluated.tokenizer_file is None else "has a tokenizer that is not byte-level"
-        notes.append(f"{evaluated.name} {why}, so bits per byte are not known; losses are by token.")
+        notes.append(f"{evaluated.name} {why}, so bits per byte are not known; losses are per token.")
     length = min(options.length, side.max_positions)
     found = []
     for each in held_out:

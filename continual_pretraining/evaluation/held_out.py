@@ -1,7 +1,7 @@
-"""How well a checkpoint predicts held-out token files: loss by document, perplexity, bits per byte.
+"""Measures how well a checkpoint predicts held-out token files: loss per document, perplexity, bits per byte.
 
-Each document is read alone. Its first token is given; all others are predicted once, its EOS too. One that is longer
-than the context is cut into stretches of that many predictions, each of which sees only itself.
+Each document is evaluated alone. Its first token is given; all others are predicted once, including the EOS. A document
+longer than the context is cut into stretches of that many predictions, and each stretch sees only itself.
 Shapes use: D documents, N tokens, V vocabulary.
 """
 
@@ -24,11 +24,11 @@ from smolconv.verification.forward import ForwardPass, Side, return_freed_memory
 if TYPE_CHECKING:
     import torch
 
-#: Of documents that go through the model together, whose blocks are loaded once for all of them.
+#: Limit for the documents that go through the model together; each block is loaded once for all of them.
 _GROUP_TOKENS = 1 << 16
-#: Rows of equal length that are computed at once hold at most so many tokens.
+#: Limit of tokens in rows of equal length that are computed together.
 _ROW_TOKENS = 1 << 13
-#: Rows of the output matrix that are in memory at a time.
+#: Rows of the output matrix in memory at a time.
 _VOCABULARY_ROWS = 2048
 _NOBODY = -1  #: a target that is not predicted
 
@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where a document lies: tokens ``[start, stop)`` of a file."""
+    """The position of a document: tokens ``[start, stop)`` of a file."""
 
     file: TokenFile
     start: int
@@ -46,16 +46,16 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A folder of token files as documents of two tokens or more, or a sample of them."""
+    """The documents of a folder that have at least two tokens, or a sample of them."""
 
     name: str
     path: Path
     documents: Sequence[Span]
-    of: int  #: documents of the folder
+    of: int  #: all documents of the folder
 
     @property
     def tokens(self) -> int:
-        """Predictions, where no loss mask leaves any out."""
+        """The number of predictions, without a loss mask."""
         return sum(span.stop - span.start - 1 for span in self.documents)
 
 
@@ -65,7 +65,7 @@ class HeldOutScore:
 
     nll: NDArray[np.float64]  #: [D], nats, summed over a document's predictions
     tokens: NDArray[np.int64]  #: [D], predictions
-    nbytes: int | None  #: UTF-8 bytes of the predicted tokens; None without a tokenizer that tells them
+    nbytes: int | None  #: UTF-8 bytes of the predicted tokens; None if the tokenizer does not give them
 
     def to_json(self) -> dict[str, Any]:
         total, tokens = float(self.nll.sum()), int(self.tokens.sum())
@@ -81,15 +81,15 @@ class HeldOutScore:
 
 
 def open_held_out(path: Path, *, eos: int | None, limit: int | None, seed: int) -> HeldOut:
-    """The documents of a folder, by its index or else by ``eos``; ``limit`` draws so many of them at random.
+    """The documents of a folder, by its index or else by ``eos``. ``limit`` draws that many at random.
 
-    Raises as ``TokenFolder.open``, and ``UsageError`` where nothing tells documents apart or none can be scored.
+    Raises as ``TokenFolder.open``, and ``UsageError`` if documents cannot be separated or none can be scored.
     """
     folder = TokenFolder.open(path, 1)
     if eos is None and any(file.documents is None for file in folder.files):
         raise UsageError(
-            f"--held-out {path}: a token file has no .ds.index, so nothing tells where its documents end.\n"
-            "Expected an index beside each, or the id of the token that ends documents.\nAdd --eos ID."
+            f"--held-out {path}: a token file has no .ds.index, so the ends of its documents are not known.\n"
+            "Expected an index for each file, or the id of the token that ends documents.\nAdd --eos ID."
         )
     spans = [span for file in folder.files for span in _spans(file, eos)]
     if not spans:
@@ -125,7 +125,7 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> NDArray[np.int64] | None:
     for token, index in loaded.get_vocab(with_added_tokens=True).items():
         if index >= vocab_size:
             continue
-        # A byte-level token has a letter for each byte.
+        # A byte-level token has one character per byte.
         if index not in added:
             found[index] = len(token)
         elif not added[index].special:
@@ -148,10 +148,10 @@ class _Stretch:
 def score_held_out(
     side: Side, held_out: HeldOut, *, length: int, vocab_size: int, sizes: NDArray[np.int64] | None, progress: Progress,
 ) -> HeldOutScore:  # fmt: skip
-    """Losses of all documents. ``sizes`` are bytes by token, [V].
+    """The losses of all documents. ``sizes``: bytes per token, [V].
 
-    ``progress`` is told of predictions times blocks: ``work_of`` says how many there are. Raises ``CorruptFile`` for
-    tokens outside the vocabulary.
+    ``progress`` counts predictions times blocks; ``work_of`` gives the total. Raises ``CorruptFile`` for tokens outside
+    the vocabulary.
     """
     count = len(held_out.documents)
     nll, tokens, nbytes = np.zeros(count), np.zeros(count, np.int64), 0
@@ -167,7 +167,7 @@ def score_held_out(
 
 
 def work_of(held_out: HeldOut, blocks: int) -> int:
-    """What ``progress`` adds up to."""
+    """The total that ``progress`` reaches."""
     return held_out.tokens * (blocks + 1)
 
 
@@ -204,7 +204,7 @@ def _groups(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
 
 
 def _losses(side: Side, group: Sequence[_Stretch], vocab_size: int, progress: Progress) -> list[NDArray[np.float64]]:
-    """Nats of every target, by stretch."""
+    """The loss of every target in nats, by stretch."""
     import torch
 
     rows = _rows_of_equal_length(group)
@@ -230,7 +230,7 @@ def _losses(side: Side, group: Sequence[_Stretch], vocab_size: int, progress: Pr
 
 
 def _rows_of_equal_length(group: Sequence[_Stretch]) -> list[list[int]]:
-    """Numbers of stretches that need no padding beside each other."""
+    """Indices of stretches with equal lengths, which need no padding together."""
     by_length: dict[int, list[int]] = {}
     for index, stretch in enumerate(group):
         by_length.setdefault(len(stretch.inputs), []).append(index)
@@ -270,5 +270,5 @@ def _walk_vocabulary(side: Side, hidden: torch.Tensor, targets: torch.Tensor, vo
 
 
 def described(held_out: HeldOut) -> str:
-    """For people: how many documents of how many."""
+    """The documents used, of how many, as text."""
     return f"{counted(len(held_out.documents), 'document')} of {held_out.of:,}, {counted(held_out.tokens, 'token')}"

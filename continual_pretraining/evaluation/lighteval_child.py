@@ -1,6 +1,6 @@
-"""Run by lighteval's own Python, which has no smolconv: ``lighteval_child.py ASKED.json``; it writes the answer.
+"""Runs in lighteval's environment, which has no smolconv: ``lighteval_child.py ASKED.json``; it writes the results.
 
-Written for lighteval 0.13.0. What is particular to it is said where it is done.
+Written for lighteval 0.13.0. Comments mark what is specific to that version.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# lighteval imports a package named evaluate, which must not be a neighbour of this script.
+# lighteval imports a package named evaluate; a module of that name next to this script must not shadow it.
 if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]
 
@@ -33,7 +33,7 @@ def _plain_config(name: str, task: dict[str, Any]) -> Any:
 
 
 def _registered(asked: dict[str, Any]) -> ModuleType:
-    """Our tasks as a module, and, where all are ours, without lighteval's: to import those it fetches a pickle."""
+    """Our tasks as a module; if all tasks are ours, without lighteval's, whose import downloads a pickle."""
     from lighteval.tasks.registry import Registry
 
     if len(asked["plain"]) == len(asked["tasks"]):
@@ -47,7 +47,7 @@ def _registered(asked: dict[str, Any]) -> ModuleType:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Names and numbers of a mapping."""
+    """The numeric entries of a mapping."""
     kept = {}
     for name, value in values.items():
         if hasattr(value, "item"):
@@ -70,7 +70,7 @@ def main() -> None:
             launcher_type=ParallelismManager.NONE, custom_tasks_directory=module, max_samples=asked["limit"]
         ),
         evaluation_tracker=EvaluationTracker(output_dir=asked["work"], save_details=False),
-        # Left alone it applies a chat template wherever the tokenizer has one, and base models lose by it.
+        # By default it applies a chat template if the tokenizer has one, which lowers the scores of base models.
         model_config=TransformersModelConfig(
             model_name=asked["model"], dtype=asked["dtype"], batch_size=asked["batch_size"], device=asked["device"],
             override_chat_template=False,

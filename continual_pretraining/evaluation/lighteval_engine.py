@@ -1,4 +1,4 @@
-"""lighteval, in a process of its own and by the Python of an environment of its own: it needs xxhash below 4."""
+"""Runs lighteval in a child process with the Python of another environment, because it needs xxhash below 4."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from smolconv.errors import CorruptFile, MachineError, NotInstalled, UsageError
 from smolconv.parsing import read_json
 from smolconv.processes import EMPTY_FOLDER, safe_environment
 
-#: In the environment: the Python of lighteval's environment.
+#: Environment variable with the Python of lighteval's environment.
 LIGHTEVAL_PYTHON = "SMOLCONV_LIGHTEVAL_PYTHON"
 _CHILD = Path(__file__).absolute().parent / "lighteval_child.py"
 _INSTALL = (
-    "Make an environment for it:\n"
+    "Create an environment for it:\n"
     "  python3 -m venv lighteval-env\n"
     '  lighteval-env/bin/pip install torch "lighteval==0.13.0" "xxhash<4"\n'
-    f"and name its Python: --engine-python lighteval-env/bin/python, or {LIGHTEVAL_PYTHON}."
+    f"and pass its Python: --engine-python lighteval-env/bin/python, or {LIGHTEVAL_PYTHON}."
 )
 _MOST_LOG_LINES = 6
 
 
 class Lighteval:
-    """Tasks that were found, for one checkpoint after the other.
+    """The tasks, to run on one checkpoint after the other.
 
-    A plain multiple-choice task of lm-eval's form (its fields name the JSONL's) is given to lighteval as one of its
-    own; every other name is lighteval's. Raises ``NotInstalled`` where the Python has no lighteval.
+    A plain multiple-choice task file of lm-eval (its fields name those of a JSONL) is converted to a task of lighteval;
+    any other name must be one of lighteval's. Raises ``NotInstalled`` if the Python has no lighteval.
     """
 
     def __init__(self, names: Sequence[str], include: Path | None, *, python: str | None) -> None:
@@ -44,7 +44,7 @@ class Lighteval:
     def score(
         self, model: Path, work: Path, *, limit: int | None, batch_size: int, dtype: str, device: str
     ) -> dict[str, TaskScore]:
-        """Every task, on a Hugging Face folder. Raises ``MachineError`` with the end of what lighteval said."""
+        """Run every task on a Hugging Face folder. Raises ``MachineError`` with the end of lighteval's output."""
         for name, task in self._plain.items():
             folder = work / "data" / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ class Lighteval:
 
 
 def lacking_lighteval(given: str) -> str | None:
-    """Why a program is no Python that has lighteval; None where it is one."""
+    """Why ``given`` is not a Python with lighteval; None if it is one."""
     python = shutil.which(given)
     if python is None:
-        return f"{given:.200} is no program"
+        return f"{given:.200} is not a program"
     ended = subprocess.run(
         [os.path.abspath(python), "-c", "import importlib.util as u, sys; sys.exit(not u.find_spec('lighteval'))"],
         capture_output=True, env=safe_environment(), check=False, cwd=EMPTY_FOLDER,
@@ -96,13 +96,13 @@ def _find_python(given: str | None) -> str:
 
 
 def _question(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Which fields of the JSONL are what. Raises ``UsageError`` for a task that cannot be said so."""
+    """The roles of the JSONL's fields. Raises ``UsageError`` for a task that cannot be converted."""
     fields = [task.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
     files = list(task["dataset_kwargs"]["data_files"].values())
     plain = all(isinstance(field, str) and field.isidentifier() for field in fields)
     if task.get("output_type") != "multiple_choice" or not plain or len(files) != 1:
         raise UsageError(
-            f"--tasks {name}: lighteval cannot be given this task of lm-eval's.\n"
+            f"--tasks {name}: this task of lm-eval cannot be converted for lighteval.\n"
             "Expected output_type: multiple_choice, one data file, and names of its fields for doc_to_text, "
             "doc_to_choice and doc_to_target.\nRun it with --engine lm-eval."
         )
@@ -119,4 +119,4 @@ def _scores(answer: Mapping[str, Any], path: Path) -> dict[str, TaskScore]:
             for name, each in answer["tasks"].items()
         }  # fmt: skip
     except (KeyError, TypeError, AttributeError):
-        raise CorruptFile(f"{path} is not what our part of lighteval's process writes.\nRepeat the command.") from None
+        raise CorruptFile(f"{path} is not a result of smolconv's lighteval script.\nRepeat the command.") from None

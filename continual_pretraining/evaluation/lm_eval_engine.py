@@ -1,4 +1,4 @@
-"""lm-eval (EleutherAI's lm-evaluation-harness) in this process, on a model that is already loaded."""
+"""Runs lm-eval (EleutherAI's lm-evaluation-harness) in this process, on a loaded model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smolconv.errors import MachineError, NotInstalled, SmolconvError, UsageErro
 
 _MISSING = (
     "evaluating tasks needs lm-eval, which is not installed.\n"
-    "Expected lm-eval 0.4.9 or later beside torch and transformers; --held-out works without it.\n"
+    "Expected lm-eval 0.4.9 or later, torch and transformers; --held-out works without it.\n"
     'Install it: pip install "lm-eval>=0.4.9"'
 )
 #: Names of tasks, groups and tags in a task file.
@@ -34,16 +34,16 @@ def require_lm_eval() -> None:
 
 
 class LmEval:
-    """Tasks that were found, for one checkpoint after the other. Nothing is downloaded where all tasks are local.
+    """The tasks, to run on one checkpoint after the other. Nothing is downloaded if all tasks are local.
 
-    Raises ``UsageError`` for a task that nobody has, ``NotInstalled`` without lm-eval.
+    Raises ``UsageError`` for an unknown task, ``NotInstalled`` without lm-eval.
     """
 
     def __init__(self, names: Sequence[str], include: Path | None, *, quiet: bool) -> None:
         require_lm_eval()
         local: dict[str, Any] = {name: task for name in names if (task := plain_task(name, include)) is not None}
         if len(local) == len(names):
-            # Read when the libraries are imported: these tasks need no network, and shall not wait for one.
+            # The libraries read this on import: these tasks need no network, and must not wait for one.
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         self._quiet = quiet or not sys.stderr.isatty()
@@ -56,7 +56,7 @@ class LmEval:
             known = set(self._manager.all_tasks) | set(local)
             if others := [name for name in names if name not in known]:
                 _require_mentioned(others, known)
-                self._manager = TaskManager(include_path=folder)  # reads all of lm-eval's own, for a minute
+                self._manager = TaskManager(include_path=folder)  # parses all of lm-eval's tasks for a minute
                 known |= set(self._manager.all_tasks)
         for name in others:
             if name not in known:
@@ -66,7 +66,7 @@ class LmEval:
     def score(
         self, model: Any, tokenizer: Any, *, limit: int | None, batch_size: int, device: str
     ) -> dict[str, TaskScore]:
-        """Every task, and every group with its tasks. Raises ``MachineError`` for what a task's own code raises."""
+        """Run every task and group. Raises ``MachineError`` for exceptions in a task's code."""
         with _foreign_output():
             from lm_eval import simple_evaluate
 
@@ -77,7 +77,7 @@ class LmEval:
                 )  # fmt: skip
             except (SmolconvError, MemoryError):
                 raise
-            except Exception as error:  # a task may run anything
+            except Exception as error:  # a task may run any code
                 raise MachineError(
                     f"lm-eval could not evaluate {', '.join(map(_name, self._tasks))} "
                     f"({type(error).__name__}: {first_line(error):.300}).\n"
@@ -92,7 +92,7 @@ class LmEval:
         }
 
     def _harness_model(self, **options: Any) -> Any:
-        """lm-eval's model, whose progress bars show on a terminal only."""
+        """lm-eval's model, with progress bars only on a terminal."""
         from lm_eval.models.huggingface import HFLM
 
         found = HFLM(**options)
@@ -103,7 +103,7 @@ class LmEval:
 
 
 def _require_mentioned(names: Sequence[str], known: Iterable[str]) -> None:
-    """Raise ``UsageError`` for a name that stands nowhere in lm-eval's own task files: to parse them takes a minute."""
+    """Raise ``UsageError`` for a name that is in none of lm-eval's task files, before parsing them for a minute."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent
@@ -119,7 +119,7 @@ def _name(task: Any) -> str:
 
 
 def _score(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], higher: Mapping[str, Any]) -> TaskScore:
-    """A metric is named ``acc,none`` by metric and filter; the filter is left out where there is one alone."""
+    """A metric's name without the filter, as in ``acc,none``, if it has only one filter."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in values.items():
@@ -144,5 +144,5 @@ def _score(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], high
 
 
 def _foreign_output() -> contextlib.AbstractContextManager[Any]:
-    """stdout is for our results alone."""
+    """Redirect output to stderr: stdout is only for results."""
     return contextlib.redirect_stdout(sys.stderr)

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as what evaluation takes: a forward pass, transformers' model, a Hugging Face folder."""
+"""Opens a checkpoint of any layout for evaluation: as a forward pass, transformers' model or Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _HUGGINGFACE = "huggingface"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """A checkpoint that is open for evaluation."""
+    """A checkpoint opened for evaluation."""
 
-    name: str  #: as it was given
+    name: str  #: as given
     checkpoint: Checkpoint
     stored: AsStored
     tokenizer: Mapping[str, Path]  #: files by name; empty without one
 
     @property
     def vocab_size(self) -> int:
-        """Without rows that only pad the embedding."""
+        """The vocabulary without padding rows of the embedding."""
         return self.checkpoint.unpadded_vocab_size or self.checkpoint.spec.vocab_size
 
     @property
@@ -54,21 +54,21 @@ def open_evaluated(name: str, options: ReadOptions, tokenizer: Path | None) -> E
 
 
 def forward_of(evaluated: Evaluated, dtype: str, device: str) -> Side:
-    """The forward that verification takes, one block in memory at a time."""
+    """The forward pass of verification, with one block in memory at a time."""
     return side_of(evaluated.checkpoint, evaluated.stored, VerifyOptions(compute=dtype, device=device))
 
 
 def require_tokenizer(evaluated: Evaluated) -> None:
-    """Raise ``MissingFile``: tasks are text."""
+    """Raise ``MissingFile`` without a tokenizer: tasks are text."""
     if "tokenizer.json" not in evaluated.tokenizer and "tokenizer.model" not in evaluated.tokenizer:
         raise MissingFile(
             f"{evaluated.name} has no tokenizer, which tasks need (--held-out does not).\n"
-            "Expected tokenizer.json beside its weights.\nGive the model's own with --tokenizer FOLDER."
+            "Expected tokenizer.json next to its weights.\nGive the model's own with --tokenizer FOLDER."
         )
 
 
 def load_model(evaluated: Evaluated, dtype: str, device: str) -> Any:
-    """transformers' model, whole: from the folder where the layout is Hugging Face's, else from canonical tensors."""
+    """transformers' model, complete: from the folder if it is in Hugging Face's layout, else from canonical tensors."""
     import torch
 
     from smolconv.verification.hf import CanonicalWeights, FolderWeights, Weights, whole_model
@@ -85,7 +85,7 @@ def load_model(evaluated: Evaluated, dtype: str, device: str) -> Any:
 
 
 def load_tokenizer(evaluated: Evaluated, work: Path) -> Any:
-    """transformers' tokenizer, from copies of its files in ``work``. Raises ``MissingFile`` where it cannot be made."""
+    """transformers' tokenizer, from copies of its files in ``work``. Raises ``MissingFile`` if loading fails."""
     import transformers
 
     require_tokenizer(evaluated)
@@ -100,9 +100,9 @@ def load_tokenizer(evaluated: Evaluated, work: Path) -> Any:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library says not which errors it raises
+    except Exception as error:  # the library does not document its errors
         raise MissingFile(
-            f"{evaluated.name}: transformers makes no tokenizer of {', '.join(sorted(evaluated.tokenizer))} "
+            f"{evaluated.name}: transformers cannot load a tokenizer from {', '.join(sorted(evaluated.tokenizer))} "
             f"({type(error).__name__}: {first_line(error):.200}).\n"
             "Expected a tokenizer that transformers loads.\nGive the model's own with --tokenizer FOLDER."
         ) from error
@@ -110,13 +110,13 @@ def load_tokenizer(evaluated: Evaluated, work: Path) -> Any:
 
 @contextmanager
 def work_folder(place: Path | None) -> Iterator[Path]:
-    """A folder of our own below ``place``, or the system's temporary files, that is deleted afterwards."""
+    """A temporary folder in ``place`` or in the system's temporary folder, deleted at the end."""
     try:
         folder = tempfile.mkdtemp(prefix="smolconv-evaluate-", dir=place)
     except OSError as error:
         raise MachineError(
-            f"--work-dir {place or tempfile.gettempdir()}: no folder can be made there ({error.strerror}).\n"
-            "Expected a folder of this machine that can be written.\nChoose another with --work-dir."
+            f"--work-dir {place or tempfile.gettempdir()}: cannot create a folder there ({error.strerror}).\n"
+            "Expected a local folder that can be written.\nChoose another with --work-dir."
         ) from None
     try:
         yield Path(folder)
@@ -125,9 +125,9 @@ def work_folder(place: Path | None) -> Iterator[Path]:
 
 
 def huggingface_folder(evaluated: Evaluated, work: Path) -> Path:
-    """A folder that programs of others load: the checkpoint's own, or a conversion of its weights in ``work``.
+    """A Hugging Face folder for other programs: the checkpoint's own, or a conversion of its weights in ``work``.
 
-    Raises ``MachineError`` where the disk of ``work`` has no room for it.
+    Raises ``MachineError`` if the disk of ``work`` has too little space.
     """
     own = evaluated.checkpoint.layout == _HUGGINGFACE and evaluated.stored.options.config is None
     if own and evaluated.tokenizer is evaluated.checkpoint.assets:
@@ -144,7 +144,7 @@ def huggingface_folder(evaluated: Evaluated, work: Path) -> Path:
     if plan.bytes_written > free:
         raise MachineError(
             f"{work}: {free / 1e9:.1f} GB are free, but the Hugging Face folder of {evaluated.name} takes "
-            f"{plan.bytes_written / 1e9:.1f} GB.\nExpected room for the weights once.\n"
+            f"{plan.bytes_written / 1e9:.1f} GB.\nExpected space for one copy of the weights.\n"
             "Choose another place with --work-dir, or convert the checkpoint yourself and evaluate the result."
         )
     run_conversion(plan)

@@ -1,4 +1,4 @@
-"""Which tasks there are without a download, and what an engine says of a task."""
+"""Finds task files on this machine, and defines an engine's result for a task."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from smolconv.errors import CorruptFile, MissingFile, UsageError, some_of
 from smolconv.files import read_bytes
 from smolconv.parsing import parse_yaml_mapping
 
-#: The folder of the task that ships with smolconv.
+#: The folder with the task that ships with smolconv.
 SHIPPED = Path(__file__).absolute().parent / "shipped"
-#: Fields of lm-eval's task files that a plain task of ours may have: what else there is could change what is measured.
+#: Fields of lm-eval's task files that a convertible task may have: any other could change what is measured.
 _PLAIN = frozenset(
     {"task", "dataset_path", "dataset_kwargs", "test_split", "output_type", "doc_to_text", "doc_to_choice",
      "doc_to_target", "metric_list", "metadata", "tag"}
@@ -23,12 +23,12 @@ _PLAIN = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One checkpoint on one task."""
+    """The result of one checkpoint on one task."""
 
     metrics: Mapping[str, float]
     stderr: Mapping[str, float]
     samples: int
-    by_sample: Mapping[str, Mapping[str, float]]  #: metric -> sample's number -> value; metrics that are numbers only
+    by_sample: Mapping[str, Mapping[str, float]]  #: metric -> sample's index -> value; numeric metrics only
     higher_is_better: Mapping[str, bool]
 
     def to_json(self) -> dict[str, Any]:
@@ -42,10 +42,10 @@ def names_of(given: Sequence[str]) -> list[str]:
 
 
 def plain_task(name: str, include: Path | None) -> dict[str, Any] | None:
-    """The YAML of a task that lies in ``include`` or ships with smolconv; None where neither has it.
+    """The YAML of a task in ``include`` or shipped with smolconv; None if there is none.
 
-    Paths of its ``data_files`` are made absolute: they are taken as relative to the YAML's folder, by lm-eval to the
-    working folder.
+    Makes the paths of ``data_files`` absolute. They are relative to the YAML's folder; lm-eval would resolve them
+    against the working folder.
     """
     for folder in filter(None, (include, SHIPPED)):
         path = folder / f"{name}.yaml"
@@ -53,7 +53,7 @@ def plain_task(name: str, include: Path | None) -> dict[str, Any] | None:
             continue
         try:
             task = parse_yaml_mapping(read_bytes(path), path)
-        except CorruptFile:  # !function and !include are lm-eval's own to read
+        except CorruptFile:  # only lm-eval can read !function and !include
             return None
         files = (task.get("dataset_kwargs") or {}).get("data_files")
         if task.get("task") != name or not set(task) <= _PLAIN or not isinstance(files, dict):
@@ -66,7 +66,7 @@ def plain_task(name: str, include: Path | None) -> dict[str, Any] | None:
 
 
 def check_include(include: Path | None, asked_by: str = "--include-path") -> None:
-    """Raise ``MissingFile`` where what ``asked_by`` names is no folder."""
+    """Raise ``MissingFile`` if the folder given by the option ``asked_by`` does not exist."""
     if include is not None and not include.is_dir():
         raise MissingFile(
             f"{asked_by} {include}: no such folder.\nExpected a folder of lm-eval's task files (*.yaml).\n"
@@ -78,6 +78,6 @@ def unknown_task(name: str, known: Iterable[str], where: str) -> UsageError:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return UsageError(
         f"--tasks {name:.200}: {where} has no task of that name.\n"
-        + (f"Names near it: {some_of(near)}.\n" if near else "Expected the name of a task, a group or a tag.\n")
-        + "Tasks of your own are found with --include-path; smolconv_cloze ships with smolconv."
+        + (f"Similar names: {some_of(near)}.\n" if near else "Expected the name of a task, a group or a tag.\n")
+        + "Add your own tasks with --include-path; smolconv_cloze ships with smolconv."
     )

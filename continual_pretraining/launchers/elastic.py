@@ -1,6 +1,6 @@
-"""torchrun, silent about how its ranks ended: each leaves that in ``logs/ends``, and it is said once from there.
+"""Runs torchrun without its messages on how ranks ended: the launcher reports that once, from ``logs/ends``.
 
-torchrun itself would print a traceback of its own for every failure, and for every signal that it passes on.
+torchrun would print a traceback for every failure and for every signal that it passes on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 from smolconv.errors import first_line
 
-#: They tell of ranks that are sent signals or have ended; what goes wrong in a rendezvous is told by others.
+#: torchrun's loggers for signals to ranks and their ends. Other loggers report errors of the rendezvous.
 _LOGGERS = ("agent.server.api", "multiprocessing.api")
 
 

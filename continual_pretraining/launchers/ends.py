@@ -1,4 +1,4 @@
-"""How ranks ended: each by itself, what each leaves for its launcher, and what that makes of the run."""
+"""How ranks ended: one rank's end, the file it writes for its launcher, and the run's exit code from all of them."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from smolconv.layouts.documents import is_count, is_number
 from smolconv.parsing import read_json
 from smolconv.storage.atomic import appearing_whole
 
-SAVED = StoppedBySignal.exit_code  #: a rank's after a signal and a good save
-#: In an attempt's folder of ends: a rank has failed. One file for all to look at, however many ranks there are.
+SAVED = StoppedBySignal.exit_code  #: exit code of a rank that saved after a signal
+#: File in an attempt's folder of ends: a rank has failed. All ranks check this one file, however many there are.
 FAILED = "failed"
-LOST = "lost"  #: beside it: the first one that failed did so for want of another
+LOST = "lost"  #: file next to it: the first rank to fail did so because it lost another
 _KNOWN_CODES = frozenset({2, 3, 4, 5, 6, 70, 130})
-INTERRUPTED = "Interrupted: stopped by a signal in its start. Nothing was trained; checkpoints are as they were."
+INTERRUPTED = "Interrupted: stopped by a signal during its start. Nothing was trained; checkpoints are unchanged."
 _TAIL_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnd:
-    """How a rank ended, and when: the earliest failure is the cause of the others."""
+    """How and when a rank ended. The earliest failure is taken for the cause of the others."""
 
     rank: int
     exit_code: int
     seconds: float  #: since the epoch
     message: str = ""  #: "ErrorClass: what happened"; empty for 0
-    last_lines: tuple[str, ...] = ()  #: of the rank's log, with a message
+    last_lines: tuple[str, ...] = ()  #: of the rank's log, if there is a message
 
     def __post_init__(self) -> None:
         texts = (self.message, *self.last_lines)
         if not (is_count(self.rank) and is_count(self.exit_code) and is_number(self.seconds)) or self.exit_code > 255:
-            raise ValueError(f"no rank ended so: {self!r:.200}")
+            raise ValueError(f"not a valid end of a rank: {self!r:.200}")
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"rank {self.rank} said what is no text")
+            raise ValueError(f"rank {self.rank}: its message or last lines are not text")
 
 
 def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> RankEnd:
-    """How a rank ended, from its process's ``code`` and the failure file that it may have left.
+    """How a rank ended, by its process's return ``code`` and its failure file, if it wrote one.
 
-    ``log_start``: bytes of earlier starts in its log.
+    ``log_start``: bytes that earlier starts wrote to its log.
     """
     now = time.time()
     if code == 0:
@@ -61,16 +61,16 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
             raise ValueError("another start's")
         code, now = min(failure["exit_code"], 255), path.stat().st_mtime
         text = f"{failure['error']}: {failure['message']}"
-    except (SmolconvError, OSError, ValueError, KeyError):  # it had no time to write one
-        # Whoever sent it: Slurm signals every process of a task, ours perhaps after the rank.
+    except (SmolconvError, OSError, ValueError, KeyError):  # it wrote none
+        # The sender does not matter: Slurm signals every process of a task, the supervisor perhaps after the rank.
         if code == SAVED:
             text = ""
         elif code < 0 and -code in STOPS:
             text, code = INTERRUPTED, Interrupted.exit_code
         elif code < 0:
             text = f"MachineError: killed by {_signal_name(-code)}."
-            text += " Often that is for want of memory: `dmesg` says so." if -code == signal.SIGKILL else ""
-            # Its peers' failure files are stamped by a clock that lags by up to 10 ms, and its own death was seen late.
+            text += " Often the machine ran out of memory: check `dmesg`." if -code == signal.SIGKILL else ""
+            # Its peers' failure files are stamped by a clock that lags up to 10 ms, and its own death was noticed late.
             code, now = MachineError.exit_code, now - 0.1
         else:
             text = f"ended with exit code {code}."
@@ -80,9 +80,9 @@ def end_of(rank: int, code: int, run: Path, *, attempt: str, log_start: int) -> 
 
 
 def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool = False) -> int:
-    """Say on stderr how the run ended, when not well, and return its exit code. Only here it is said why a rank failed.
+    """Return the run's exit code, and report on stderr if it is not 0. Only here is the reason of a failure printed.
 
-    ``shown``: the failing rank's last lines have been shown by the process beside it.
+    ``shown``: the failed rank's supervisor has already printed its last lines.
     """
     end = _first_failure(ends)
     if end is None:
@@ -92,7 +92,7 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
     elif end.exit_code == Interrupted.exit_code:
         tell(end.message)
     else:
-        lost = is_lost(end)  # another than the rank that says so
+        lost = is_lost(end)  # this rank reports that it lost another
         if not shown and not lost:
             tell_last_lines(end, run)
         log = f"\nIts log: {log_file(run, end.rank)}" if end.last_lines and not lost else ""
@@ -101,12 +101,12 @@ def report(ends: Sequence[RankEnd], run: Path, world_size: int, *, shown: bool =
 
 
 def is_lost(end: RankEnd) -> bool:
-    """Whether it ended for want of another rank, of which there is no sign of life."""
+    """Whether the rank ended because another rank showed no sign of life."""
     return end.message.startswith(f"{LostRank.__name__}: ")
 
 
 def tell_last_lines(end: RankEnd, run: Path) -> None:
-    """Show the end of a failed rank's log, but for rank 0's, which was passed on."""
+    """Print the end of a failed rank's log; not for rank 0, whose output was shown."""
     if end.last_lines and end.rank != 0:
         tell("\n".join([f"the last lines of {log_file(run, end.rank)}:", *(f"  {line}" for line in end.last_lines)]))
 
@@ -114,10 +114,10 @@ def tell_last_lines(end: RankEnd, run: Path) -> None:
 def report_left(
     run: Path, attempt: str, world_size: int, status: int, *, stopped: bool = False, told: bool = False
 ) -> int:
-    """``report`` by what the ranks of an attempt left, whose launcher ended with ``status``.
+    """``report`` from the files that an attempt's ranks wrote; the launcher ended with ``status``.
 
-    ``stopped``: it was told to stop, perhaps before it had started a rank. ``told``: a rank that was stopped in its
-    start has said so itself.
+    ``stopped``: the launcher was told to stop, perhaps before it had started a rank. ``told``: a rank that was stopped
+    during its start has reported that itself.
     """
     ends = _read_ends(ends_folder(run, attempt))
     if told and (end := _first_failure(ends)) is not None and end.exit_code == Interrupted.exit_code:
@@ -137,12 +137,12 @@ def has_failed(folder: Path) -> bool:
 
 
 def was_lost(folder: Path) -> bool:
-    """Whether what the attempt failed of is a rank that was lost."""
+    """Whether the attempt failed because a rank was lost."""
     return os.path.exists(folder / LOST)
 
 
 def leave_end(folder: Path, end: RankEnd) -> bool:
-    """Write down how the rank ended, for its launcher; False when another of its attempt has failed before it."""
+    """Write how the rank ended, for its launcher. False if another rank of the attempt failed before."""
     path = folder / f"rank-{end.rank:05d}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def leave_end(folder: Path, end: RankEnd) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        pass  # the disk may be what failed; it is said on stderr all the same
+        pass  # the disk itself may have failed; stderr reports it anyway
     return True
 
 
@@ -181,16 +181,16 @@ def _read_ends(folder: Path) -> list[RankEnd]:
 
 
 def _first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
-    """The failure that came first; without any, a rank that saved and stopped; None when all are done.
+    """The first failure; without any, a rank that saved and stopped; None when all have finished.
 
-    A start that was stopped by a signal comes first where it came first: its peers then fail for want of it.
+    A rank stopped by a signal during its start counts among failures: its peers then fail because they lost it.
     """
     failed = [end for end in ends if end.exit_code not in (0, SAVED, Interrupted.exit_code)]
-    saved = [end for end in ends if end.exit_code == SAVED]  # then all have: they save together
+    saved = [end for end in ends if end.exit_code == SAVED]  # all or none: they save together
     stopped = [end for end in ends if end.exit_code == Interrupted.exit_code]
     found = [*failed, *stopped] if failed else saved or stopped
     first = min(found, key=lambda end: end.seconds, default=None)
-    # Of ranks that all refuse the same, the one whose output is shown.
+    # If several ranks fail with the same message, take the one whose output is shown.
     alike = [end for end in found if first and (end.exit_code, end.message) == (first.exit_code, first.message)]
     return min(alike, key=lambda end: end.rank, default=None)
 

@@ -1,4 +1,4 @@
-"""torchrun's and DeepSpeed's launchers as processes of ours, which start ``beside`` once for each rank."""
+"""Runs torchrun's or DeepSpeed's launcher as a child process; it starts a ``supervisor`` for each rank."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from smolconv.continual_pretraining.launchers.watching import GRACE_SECONDS, KIL
 from smolconv.continual_pretraining.run.folder import RESTARTS, refuse_trained
 from smolconv.errors import Interrupted
 
-#: In the environment of ``beside``: the process that it must not outlive, and where it says which attempt it is of.
+#: Environment of a ``supervisor``: the process that it must not outlive, and the file for its attempt's name.
 LAUNCHER_PID = "SMOLCONV_LAUNCHER_PID"
 ATTEMPT_FILE = "SMOLCONV_ATTEMPT_FILE"
-#: How long a launcher may take to end after a rank has failed, while the processes beside ranks end theirs. torchrun
-#: waits for a node that is gone for a quarter of an hour.
+#: Time for a launcher to end after a rank has failed, in which supervisors end their ranks. torchrun alone would wait
+#: 15 minutes for a lost node.
 _FRONT_END_GRACE_SECONDS = 2 * GRACE_SECONDS
 
 
@@ -35,7 +35,7 @@ class Outcome:
     """How a start ended."""
 
     exit_code: int
-    lost: bool  #: for want of a rank that showed no sign of life
+    lost: bool  #: because a rank showed no sign of life
 
 
 def run_front_end(
@@ -47,12 +47,12 @@ def run_front_end(
     as_group: bool = False,
     restart: int = 0,
 ) -> Outcome:
-    """Run another launcher on this machine, and tell from the ranks' own files how it went.
+    """Run another launcher on this machine, and report how it ended from the ranks' files.
 
-    ``one_of_several``: other machines have one of their own, so that the ranks say which attempt they belong to.
-    ``as_group``: its whole process group is told to stop, and waited for. ``restart``: how often it went on
-    after a rank was lost, whose lock on the run may stay for a while. Raises ``OutputLocked`` where another start
-    trains in the run's folder.
+    ``one_of_several``: each machine has its own launcher, so the ranks write down which attempt they belong to.
+    ``as_group``: signal the launcher's whole process group, and wait for it. ``restart``: how often the run was
+    continued after losing a rank, whose lock on the run may remain for a while. Raises ``OutputLocked`` if another
+    start trains in the run's folder.
     """
     if not restart:
         refuse_trained(start.run)
@@ -87,7 +87,7 @@ def run_front_end(
                 if not stopping:
                     stopping = True
                     tell_stopping(signum)
-                    (os.killpg if as_group else os.kill)(process.pid, signal.SIGTERM)  # both know no other
+                    (os.killpg if as_group else os.kill)(process.pid, signal.SIGTERM)  # both handle only this one
                 elif signum == signal.SIGINT:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)

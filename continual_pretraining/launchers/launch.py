@@ -1,12 +1,12 @@
-"""Starting a run's ranks by the launcher that its recipe names.
+"""Starts a run's ranks with the recipe's launcher.
 
-Every rank is the module ``run.worker``. Locally its parent is the launcher. With torchrun, DeepSpeed and Slurm it is
-``beside``, once for each rank, because those launchers turn every failure into exit code 1.
+Every rank runs the module ``run.worker``. Locally, the launcher is its parent process. With torchrun, DeepSpeed and
+Slurm, each rank's parent is a ``supervisor``, because those launchers turn every failure into exit code 1.
 
-All of them are started through ``smolconv/bootstrap``: nothing is imported from the folder that the user is in.
+All processes start through ``smolconv/bootstrap``, so nothing is imported from the working folder.
 
-An attempt is one start of a run. A second start that meets the first one's lock fails, in the same folder and at the
-same time, and neither may take the other's end for its own.
+An attempt is one start of a run. Two starts can overlap in one folder, where the second fails on the first one's lock;
+attempts keep their files apart.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 
 
 def placement(recipe: Recipe, heads: int | None = None) -> Placement:
-    """Where the recipe's ranks go; ``heads`` are the model's query heads, where they are known.
+    """Where the recipe's ranks run. ``heads``: the model's query heads, if known.
 
-    Raises ``UsageError`` when the launcher cannot place them so, or the step's micro-batches cannot be shared equally.
+    Raises ``UsageError`` if the launcher cannot place them, or if micro-batches do not divide equally among them.
     """
     nodes, ranks = _launcher(recipe).place(recipe.launch)
     placed = Placement(nodes=nodes, ranks_per_node=ranks or count_gpus() or 1)
@@ -31,21 +31,21 @@ def placement(recipe: Recipe, heads: int | None = None) -> Placement:
 
 
 def launch_command(recipe: Recipe, run: Path, *, resume: str = "auto", worker: str = WORKER) -> list[str]:
-    """What the launcher starts on this machine, as words of a shell; for Slurm, what starts one node's ranks."""
+    """The command that the launcher runs on this machine; for Slurm, the one that starts a node's ranks."""
     return _launcher(recipe).words(_start(recipe, run, resume, worker))
 
 
 def batch_script(recipe: Recipe, run: Path, *, resume: str = "auto", worker: str = WORKER) -> str | None:
-    """The script that a batch system is handed; None for launchers that start the ranks themselves."""
+    """The script to submit to a batch system; None for launchers that start the ranks themselves."""
     return _launcher(recipe).batch_script(_start(recipe, run, resume, worker))
 
 
 def launch(recipe: Recipe, run: Path, *, resume: str = "auto", worker: str = WORKER) -> int:
-    """Train ``run``, whose ``recipe.resolved.yaml`` is written, to its end; with Slurm, hand it over.
+    """Train ``run`` until it ends; with Slurm, submit it. Its ``recipe.resolved.yaml`` must exist.
 
-    Returns the exit code: 0, 75 when all ranks stopped after a save, else that of the rank that failed first. What
-    happened is on stderr by then. SIGTERM, SIGUSR1, SIGHUP and SIGINT are passed on to the ranks, which save and stop;
-    a second SIGINT kills them.
+    Returns the exit code: 0; 75 when all ranks stopped after a save; otherwise that of the rank that failed first, with
+    the reason on stderr. SIGTERM, SIGUSR1, SIGHUP and SIGINT are passed on to the ranks, which save and stop; a second
+    SIGINT kills them.
     """
     start = _start(recipe, run, resume, worker)
     (run / "logs").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every launcher offers: where a run's ranks go, the words that start them, and the start itself."""
+"""The interface of every launcher: place a run's ranks, build the command that starts them, and start them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smolconv.continual_pretraining.recipe.schema import Launch, Recipe
 from smolconv.processes import safe_environment, usable_cores
 
 WORKER = "smolconv.continual_pretraining.run.worker"
-BESIDE = "smolconv.continual_pretraining.launchers.beside"
+SUPERVISOR = "smolconv.continual_pretraining.launchers.supervisor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,56 +34,56 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of a run, as a launcher is given it."""
+    """One start of a run: the input of a launcher."""
 
     recipe: Recipe
     run: Path
     placed: Placement
     resume: str = "auto"
-    worker: str = WORKER  #: the module that is a rank
+    worker: str = WORKER  #: the module that each rank runs
 
     @property
-    def beside_words(self) -> list[str]:
-        """The module beside a rank, with its words, for launchers that start one for each."""
+    def supervisor_words(self) -> list[str]:
+        """The command of a rank's supervisor, for launchers that start one for each rank."""
         own = [] if self.worker == WORKER else ["--worker", self.worker]
-        return [BESIDE, str(self.run), "--resume", self.resume, *own]
+        return [SUPERVISOR, str(self.run), "--resume", self.resume, *own]
 
 
 class Launcher(ABC):
-    """One way to start ranks. It has no state."""
+    """A way to start ranks, without state."""
 
-    programs: Sequence[str] = ()  #: what it runs besides Python's own packages
-    starts_each_rank = False  #: its words are those of one rank, which it starts as often as there are ranks
+    programs: Sequence[str] = ()  #: programs it runs that are not Python packages
+    starts_each_rank = False  #: ``words`` is the command of one rank, which it starts for every rank
 
     def place(self, given: Launch) -> tuple[int, int | None]:
-        """Nodes, and ranks on each; None: one a GPU of this machine. Raises ``UsageError`` for what it cannot place."""
+        """Nodes, and ranks per node (None: one per local GPU). Raises ``UsageError`` if it cannot place them."""
         return given.nodes, given.ranks_per_node
 
     def asks_for_gpus(self, given: Launch) -> bool | None:
-        """Whether it asks for GPUs; None: it takes what the node has."""
+        """Whether it requests GPUs; None: it uses what the node has."""
         return None
 
     def started_by(self, given: Launch) -> Sequence[str]:
-        """Programs, besides Python's own packages, that this machine must have to start such a run."""
+        """Programs, other than Python packages, that this machine needs to start such a run."""
         return ()
 
     @abstractmethod
     def words(self, start: Start) -> list[str]:
-        """What it starts on this machine, as words of a shell."""
+        """The command that it runs on this machine."""
 
     def batch_script(self, start: Start) -> str | None:
-        """What it hands over instead of starting it here."""
+        """The batch script that it submits instead of starting ranks here; None if it starts them."""
         return None
 
     @abstractmethod
     def launch(self, start: Start) -> int:
-        """Start the ranks, wait for them, and return the run's exit code; or hand the run over, and return 0."""
+        """Start the ranks, wait for them and return the run's exit code; or submit the run and return 0."""
 
 
 def rank_environment(recipe: Recipe, local_world_size: int) -> dict[str, str]:
-    """Ours, with the recipe's variables and threads.
+    """This process's environment, with the recipe's variables and threads.
 
-    The recipe alone decides the threads: sums on CPU depend on them, and a resumed run shall give the same bits.
+    Only the recipe decides the threads: sums on CPU depend on them, and a resumed run must give the same bits.
     """
     threads = recipe.parallelism.threads or max(1, usable_cores() // local_world_size)
     given = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **recipe.launch.environment}
@@ -91,9 +91,9 @@ def rank_environment(recipe: Recipe, local_world_size: int) -> dict[str, str]:
 
 
 def count_gpus() -> int:
-    """GPUs that torch sees on this machine."""
+    """The number of GPUs that torch sees on this machine."""
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        return 0  # without the seconds that torch takes to import
+        return 0  # saves the seconds that importing torch takes
     try:
         import torch
     except ImportError:

@@ -1,4 +1,4 @@
-"""This machine: the ranks are our own children."""
+"""The local launcher: the ranks are child processes on this machine."""
 
 from __future__ import annotations
 

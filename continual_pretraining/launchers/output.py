@@ -1,7 +1,7 @@
-"""What a launcher shows on stderr, and what the log of a rank keeps.
+"""A launcher's output on stderr, and the ranks' logs.
 
-Ranks write to pipes and files. When we write to a terminal, rank 0 learns from its environment that it may draw on it,
-and its log keeps what stays in sight there: no colours, and nothing that was drawn over.
+Ranks write to pipes and files. If stderr is a terminal, rank 0's environment tells it that it may redraw lines and use
+colours. Its log keeps what stays visible: no colours and no overwritten text.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import BinaryIO
 
 from smolconv.continual_pretraining.watch.metrics import LIVE
 
-#: What libraries take for the wish to be coloured where there is no terminal.
+#: Variables that make libraries print colours without a terminal.
 _COLOURED = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", LIVE)
-#: Colours and the cursor's moves (CSI), titles and links (OSC), what has one letter, and one that is cut: ECMA-48.
+#: Escape sequences of ECMA-48: CSI (colours, cursor), OSC (titles, links), those with one letter, and a cut one.
 _ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])|\x1b")
 
 
 class Shown:
-    """Rank 0's output, which is shown and logged; open from its start to its end."""
+    """Rank 0's output, which is shown and logged; open while the rank runs."""
 
     def __init__(self, reading: int, log: BinaryIO) -> None:
         self.reading = reading
         self._log = log
-        self._line = bytearray()  # not ended yet
+        self._line = bytearray()  # the line so far
         os.set_blocking(reading, False)
 
     def pass_on(self) -> bool:
-        """Show and log what the rank has written by now; False when there is nothing."""
+        """Show and log what the rank has written; False if there is nothing new."""
         try:
             chunk = os.read(self.reading, 1 << 16)
         except BlockingIOError:
             return False
         *lines, rest = (self._line + chunk).split(b"\n")
         self._log.write(b"".join(plain(line) + b"\n" for line in lines))
-        # A live line may be drawn for days without an end. A return at the end may belong to a line break.
+        # A live line may be redrawn for days without a line feed. A final \r may be half of a line break.
         self._line = rest[rest.rfind(b"\r", 0, -1) + 1 :]
         show(chunk)
         return bool(chunk)
@@ -54,14 +54,14 @@ class Shown:
 
 
 def plain(line: bytes | bytearray) -> bytes:
-    """A line as a terminal leaves it: without escape codes, and without what was drawn over."""
+    """The line as a terminal finally shows it: without escape codes and overwritten text."""
     return _ESCAPES.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
 
 
 def drawing_environment(environment: Mapping[str, str], *, shown: bool) -> dict[str, str]:
-    """``environment``, and how a rank may draw: as on our terminal when it is ``shown`` there, else plainly.
+    """``environment`` with the terminal's width and colours if the rank is ``shown`` on one, else without colours.
 
-    Also where we write to a file or a pipe, as a job's log: what is drawn on cannot be read there.
+    A file or pipe, such as a job's log, is never drawn on: it would be unreadable.
     """
     if not shown or not os.isatty(2):
         return {name: value for name, value in environment.items() if name not in _COLOURED}
@@ -84,7 +84,7 @@ def tell_stopping(signum: int) -> None:
 
 
 def show(chunk: bytes) -> None:
-    """Bytes to stderr. Nobody listening any more is no reason to end a run: its logs go on."""
+    """Write bytes to stderr. A closed stderr does not end the run: its logs continue."""
     with suppress(OSError):
         while chunk:
             chunk = chunk[os.write(2, chunk) :]

@@ -1,6 +1,6 @@
-"""What a start needs, looked at before anything is written. The command and its dry run both ask here.
+"""Checks what a start needs before anything is written, for the command and its dry run.
 
-Everything that is missing is found in one go, each with what makes it: a user mends a recipe once, not five times.
+It finds everything that is missing at once, each with the command that provides it, so that a user edits a recipe once.
 """
 
 from __future__ import annotations
@@ -56,29 +56,29 @@ from smolconv.layouts.deepspeed.version import check_deepspeed
 from smolconv.models.spec import ModelSpec
 
 T = TypeVar("T")
-#: Of what is said of the problems.
+#: Limit of problems listed.
 _MOST_LINES = 7
-#: So many folders are named with a command each; of more, so many are named.
+#: Up to this many missing folders get their own command; of more, this many are named.
 _MOST_COMMANDS, _MOST_FOLDERS = 3, 20
 
 
 @dataclass
 class Preflight:
-    """What is known of a start. ``spec`` is None where the source cannot be read, or does not fit the recipe."""
+    """The result of the checks. ``spec`` is None if the source cannot be read or does not fit the recipe."""
 
     recipe: Recipe
     run: Path
-    spec: ModelSpec | None = None  #: of what is trained
-    engine: Mapping[str, Any] | None = None  #: DeepSpeed's configuration; None: the step cannot be divided so
+    spec: ModelSpec | None = None  #: of the trained model
+    engine: Mapping[str, Any] | None = None  #: DeepSpeed's configuration; None: the step cannot be divided that way
     world_size: int = 0
     on_gpus: bool = False  #: else on CPUs
     first_step: int = 1
-    tokens: dict[str, int] = field(default_factory=dict)  #: of the folders that are there, by the sources' names
-    told: list[str] = field(default_factory=list)  #: what the ranks will say, too
+    tokens: dict[str, int] = field(default_factory=dict)  #: of the existing folders, by source
+    told: list[str] = field(default_factory=list)  #: warnings that the ranks will print, too
     problems: list[SmolconvError] = field(default_factory=list)
 
     def attempt(self, look: Callable[[], T]) -> T | None:
-        """What ``look`` returns; None where it raises, which is then one of the problems."""
+        """The result of ``look``; None if it raises, and the error becomes one of the problems."""
         try:
             return look()
         except SmolconvError as error:
@@ -87,13 +87,13 @@ class Preflight:
 
     @property
     def error(self) -> SmolconvError | None:
-        """The problems as one error, of the first one's class and exit code."""
+        """All problems as one error, with the class and exit code of the first."""
         if len(self.problems) < 2:
             return next(iter(self.problems), None)
         found = list(dict.fromkeys(str(problem).replace("\n", " ") for problem in self.problems))
         if len(found) > _MOST_LINES:
             found[_MOST_LINES - 1 :] = [f"and {len(found) - _MOST_LINES + 1} more"]
-        first = f"{counted(len(self.problems), 'thing')} must be put right before {self.recipe.name} can start."
+        first = f"{counted(len(self.problems), 'thing')} must be fixed before {self.recipe.name} can start."
         lines = [first, *(f"- {text}" for text in found)]
         return type(self.problems[0])("\n".join(lines))
 
@@ -104,9 +104,9 @@ class Preflight:
 
 
 def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
-    """Look at packages, launcher, source or checkpoint, data, exports and disk. Reads headers; writes nothing.
+    """Check packages, launcher, source or checkpoint, data, exports and disk. Reads headers only; writes nothing.
 
-    Raises ``UsageError`` where the ranks cannot be placed, or cannot share a step; everything else is in ``problems``.
+    Raises ``UsageError`` if the ranks cannot be placed or cannot divide a step; everything else is in ``problems``.
     """
     found = Preflight(recipe, run)
     try:
@@ -114,7 +114,7 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
     except UsageError:
         source = found.attempt(lambda: _source(recipe))
         if source is not None:
-            placement(recipe, source[1].spec.num_heads)  # the same, with the sizes of groups that divide its heads
+            placement(recipe, source[1].spec.num_heads)  # again, with the group sizes that divide the model's heads
         raise
     found.on_gpus = _takes_gpus(recipe)
     found.problems += [*_require_packages(recipe, on_gpus=found.on_gpus), *_require_launcher(recipe)]
@@ -144,11 +144,11 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
     return found
 
 
-# --- what is installed --------------------------------------------------------------------------------------------
+# --- installed packages --------------------------------------------------------------------------------------------
 
 
 def _require_packages(recipe: Recipe, *, on_gpus: bool) -> Iterator[SmolconvError]:
-    """Of Python: those that every run imports, and those that a field of this recipe asks for."""
+    """Python packages that every run imports, and those that a field of this recipe needs."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         yield NotInstalled(f"continue-train needs {', '.join(missing)}: {pip_install(missing)}.")
@@ -164,7 +164,7 @@ def _require_packages(recipe: Recipe, *, on_gpus: bool) -> Iterator[SmolconvErro
         ("model.attention is flash", "flash_attn", recipe.model.attention == "flash"),
     ):
         if asked and not on_gpus:
-            yield UsageError(f"{name}, whose kernels run on GPUs, and this run is on CPUs.\nSet it to auto.")
+            yield UsageError(f"{name}, whose kernels need GPUs, but this run is on CPUs.\nSet it to auto.")
         elif asked and importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
             yield NotInstalled(f"{name}, but {package} is not installed.\npip install {package}, or set it to auto.")
@@ -192,12 +192,12 @@ def _require_launcher(recipe: Recipe) -> Iterator[SmolconvError]:
     for program in find_launcher(recipe.launch.launcher).started_by(recipe.launch):
         if shutil.which(program) is None:
             yield NotInstalled(
-                f"launch.launcher {recipe.launch.launcher} starts the ranks by {program}, which is not on this machine."
-                "\nStart the run where it is (docs/clusters.md), or choose another launcher with --launcher."
+                f"launch.launcher {recipe.launch.launcher} starts ranks with {program}, which is not on this machine."
+                "\nStart the run where it is installed (docs/clusters.md), or choose another launcher with --launcher."
             )
 
 
-# --- what it begins from ------------------------------------------------------------------------------------------
+# --- what the run starts from ----------------------------------------------------------------------------------------
 
 
 def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
@@ -209,13 +209,13 @@ def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
             raise
         raise MissingFile(
             f"model.source: {uri} is not there.\n"
-            f"A checkpoint of any layout was expected. Fetch one: hf download OWNER/NAME --local-dir {shlex.quote(uri)}"
-            "\nor name it on the Hub: --set model.source=hf://OWNER/NAME"
+            f"Expected a checkpoint of any layout. Fetch one: hf download OWNER/NAME --local-dir {shlex.quote(uri)}"
+            "\nor use one on the Hub: --set model.source=hf://OWNER/NAME"
         ) from error
 
 
 def _own(recipe: Recipe, run: Path, resume: str) -> tuple[Path, RunState] | None:
-    """The run's checkpoint that it continues from, as far as its small state says; None at the beginning."""
+    """The checkpoint that the run resumes from, by its small state file; None for a new run."""
     own = find_resume(run, resume)
     if own is None:
         return None
@@ -238,7 +238,7 @@ def _look_at_own(found: Preflight, own: Path, state: RunState, spec: ModelSpec) 
             checkpoint = checked_own(recipe, own, state)
         except BadCheckpoint:
             if recipe.checkpoints.on_damage == "previous":
-                return None  # the ranks read all of it, and go back
+                return None  # the ranks will read all of it, and fall back to an earlier one
             raise
         return plan_resumed(recipe, found.run, own, found.world_size, state, checkpoint)
 
@@ -261,11 +261,11 @@ def _look_at_source(found: Preflight, source: Checkpoint, trained: Checkpoint) -
     return planned
 
 
-# --- what it reads and writes -------------------------------------------------------------------------------------
+# --- data and disk -------------------------------------------------------------------------------------
 
 
 def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | None) -> None:
-    """Every folder that is still read: training's, and what is held out."""
+    """Every folder that the run still reads: training data and held-out data."""
     recipe, data = found.recipe, found.recipe.data
     vocab_size = None if spec is None else spec.vocab_size
     found.attempt(lambda: check_sources(data))
@@ -287,12 +287,12 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
 
 
 def _missing_folders(paths: Sequence[str], source: str) -> Iterator[MissingFile]:
-    """Each with the command that makes it; many of them in one."""
+    """Missing folders, each with the command that writes it; many of them in one problem."""
     words = f"--tokenizer {shlex.quote(source)}"
     if len(paths) > _MOST_COMMANDS:
         yield MissingFile(
-            f"data: {len(paths)} folders of token files are not there: {some_of(paths, _MOST_FOLDERS, more=True)}.\n"
-            f"Make each from text: smolconv tokenize TEXT FOLDER {words}"
+            f"data: {len(paths)} folders of token files are missing: {some_of(paths, _MOST_FOLDERS, more=True)}.\n"
+            f"Write each from text: smolconv tokenize TEXT FOLDER {words}"
         )
         return
     for path in paths:
@@ -302,19 +302,19 @@ def _missing_folders(paths: Sequence[str], source: str) -> Iterator[MissingFile]
             yield MissingFile(f"data: {error}")
             continue
         yield MissingFile(
-            f"data: {path} is not there.\nA folder of token files was expected. Make it from text: "
+            f"data: {path} is not there.\nExpected a folder of token files. Write it from text: "
             f"smolconv tokenize TEXT {shlex.quote(path)} {words}"
         )
 
 
 def _compare_data(found: Preflight, events: Callable[[], Sequence[str]]) -> None:
-    """Files that changed since they were read. Only where all are there: what is missing was said."""
+    """Files that changed since they were read. Checked only if none is missing, which is reported before."""
     if not found.problems:
         found.told.extend(events())
 
 
 def _require_space(found: Preflight, plan: ConversionPlan | None) -> None:
-    """Room for what the ranks load, and for one checkpoint, unless a full disk is to be trained through."""
+    """Disk space for what the ranks load and for one checkpoint, unless the run continues on a full disk."""
     assert found.spec is not None
     disk = disk_use(found.recipe, found.spec, found.first_step)
     start = 0 if plan is None else plan.bytes_written
@@ -324,6 +324,6 @@ def _require_space(found: Preflight, plan: ConversionPlan | None) -> None:
     if free < max(start, saved):
         raise MachineError(
             f"output: {folder} has {free / 1e9:.2f} GB free, and the run needs {max(start, saved) / 1e9:.2f} GB.\n"
-            f"Expected room for what the ranks load ({start / 1e9:.2f} GB) and then for a checkpoint "
+            f"Expected space for what the ranks load ({start / 1e9:.2f} GB) and then for a checkpoint "
             f"({saved / 1e9:.2f} GB).\nFree some space, or choose another disk with --output."
         )

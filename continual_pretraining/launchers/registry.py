@@ -1,4 +1,4 @@
-"""Which launchers there are."""
+"""The launchers by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.launchers.launcher import Launcher
 
-#: Each is a module of this folder, whose ``LAUNCHER`` it is.
+#: Each is the ``LAUNCHER`` of a module in this package.
 LauncherName = Literal[
     "local",
     "torchrun",

@@ -1,4 +1,4 @@
-"""Signals to a launcher, and the kernel's to its children."""
+"""Signals that a launcher receives, and those that the kernel sends its children when it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Signals:
-    """The signals that have come, and a descriptor that can be read when one has, a child's end included."""
+    """Received signals, and a descriptor that becomes readable when one arrives, SIGCHLD included."""
 
     def __init__(self) -> None:
         self.wakeup, self._writing = os.pipe()
@@ -25,7 +25,7 @@ class Signals:
         self._received: list[int] = []
 
     def take(self) -> list[int]:
-        """Those that have come since the last call. Waits for one, unless ``wakeup`` can be read."""
+        """The signals received since the last call. Waits for one unless ``wakeup`` is readable."""
         os.read(self.wakeup, 1 << 10)
         taken = self._received[:]
         del self._received[: len(taken)]
@@ -33,7 +33,7 @@ class Signals:
 
     @contextmanager
     def listening(self) -> Iterator[Signals]:
-        """In the main thread only."""
+        """Receive signals within the block. Only in the main thread."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             if signum != signal.SIGCHLD:
@@ -53,19 +53,19 @@ class Signals:
 
 
 def die_with_us(signum: signal.Signals) -> Callable[[], None]:
-    """For ``preexec_fn``: the kernel sends ``signum`` to the child when we end, even by SIGKILL."""
+    """For ``preexec_fn``: make the kernel send ``signum`` to the child when this process ends, even by SIGKILL."""
     ours, prctl = os.getpid(), ctypes.CDLL(None).prctl
 
     def before_exec() -> None:
         prctl(_PR_SET_PDEATHSIG, int(signum))
-        if os.getppid() != ours:  # we ended before the kernel knew
+        if os.getppid() != ours:  # the parent ended before the call
             os._exit(1)
 
     return before_exec
 
 
 def die_with(parent: int) -> None:
-    """The kernel kills this process when its ``parent`` ends."""
+    """Make the kernel kill this process when its ``parent`` ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
         sys.exit(SmolconvError.exit_code)

@@ -1,4 +1,4 @@
-"""Slurm: a run's batch script, one task a node, and its submission. Slurm's options are as of 22.05, and newer."""
+"""Slurm: writes a run's batch script, with one task per node, and submits it. For Slurm 22.05 and later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolconv.continual_pretraining.launchers.ends import LOST, SAVED
-from smolconv.continual_pretraining.launchers.launcher import BESIDE, Launcher, Start
+from smolconv.continual_pretraining.launchers.launcher import SUPERVISOR, Launcher, Start
 from smolconv.continual_pretraining.launchers.torchrun import PATIENCE, node_words
 from smolconv.continual_pretraining.recipe.schema import Launch
 from smolconv.continual_pretraining.run.batch import sbatch
@@ -42,14 +42,14 @@ class Slurm(Launcher):
         return ("sbatch",)
 
     def words(self, start: Start) -> list[str]:
-        """torchrun for one node's ranks, without the words that differ between nodes; they are in the script."""
-        return [*node_words(start.placed), *script_words(*start.beside_words)]
+        """The torchrun command for one node's ranks; the script adds the options that differ between nodes."""
+        return [*node_words(start.placed), *script_words(*start.supervisor_words)]
 
     def batch_script(self, start: Start) -> str:
-        """The script that trains the run on the recipe's nodes, and is queued again when the walltime ends it."""
+        """The script that trains the run on the recipe's nodes, and requeues itself when the walltime ends it."""
         given, run, placed = start.recipe.launch, start.run, start.placed
         name, size = start.recipe.name, f"{placed.nodes} nodes of {placed.ranks_per_node} ranks"
-        outcome = [*module_words(BESIDE, str(run)), "--world-size", str(placed.world_size), "--outcome"]
+        outcome = [*module_words(SUPERVISOR, str(run)), "--world-size", str(placed.world_size), "--outcome"]
         parts = [
             "#!/bin/bash",
             f"# {name}: {size}. Written by smolconv {__version__} continue-train.",
@@ -63,12 +63,12 @@ class Slurm(Launcher):
             "",
             *_meeting(given),
             *_resuming(start),
-            "# How the ranks of another job or an earlier start ended must not be taken for how these did.",
+            "# Separates how these ranks end from the ranks of another job or an earlier start.",
             'export ATTEMPT="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
             "",
             f'before="$({_last_saved(run)})"',
             *_starting(start, self.words(start)),
-            "# torchrun tells success from failure only. The ranks' own code: 0 done, "
+            "# torchrun reports success or failure only. Exit code of the ranks: 0 done, "
             f"{SAVED} saved and stopped, else failed.",
             f'{_join(outcome)} "$status" --attempt "$ATTEMPT"',
             "status=$?",
@@ -82,7 +82,7 @@ class Slurm(Launcher):
 
 
 def _options(start: Start) -> list[str]:
-    """Those of sbatch."""
+    """The options of sbatch."""
     given = start.recipe.launch.slurm
     gpus = given.gpus_per_node
     if gpus is None and not any(_OPTION_FOR_GPUS.match(option) for option in given.options):
@@ -98,7 +98,7 @@ def _options(start: Start) -> list[str]:
         f'--output="{start.run / "logs" / "slurm-%j.log"}"',
         "--open-mode=append",
         "--requeue" if given.requeue else "--no-requeue",
-        # To the tasks, not to this script (no B:), so that it reaches every rank.
+        # Without B: the signal goes to the tasks instead of the script, so it reaches every rank.
         f"--signal=USR1@{given.signal_seconds}",
         *given.options,
     ]  # fmt: skip
@@ -109,7 +109,7 @@ def _options(start: Start) -> list[str]:
 
 
 def _nodes(start: Start) -> list[str]:
-    """How many, with a task on each. Of a range Slurm gives no more nodes than there are tasks: srun says it then."""
+    """Nodes, one task on each. For a range srun sets the tasks: sbatch would give only as many nodes as tasks."""
     least, nodes = start.recipe.launch.least_nodes, start.placed.nodes
     return [f"--nodes={least}-{nodes}"] if least else [f"--nodes={nodes}", "--ntasks-per-node=1"]
 
@@ -117,7 +117,7 @@ def _nodes(start: Start) -> list[str]:
 def _meeting(given: Launch) -> list[str]:
     host = 'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     return [
-        "# Where the ranks meet: the first node, at a port of this job's own, below the ports that Linux gives away.",
+        "# Rendezvous of the ranks: the first node, at a port chosen by the job id, below Linux's ephemeral ports.",
         *([] if "MASTER_ADDR" in given.environment else [host]),
         "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
         "export MASTER_ADDR MASTER_PORT",
@@ -129,7 +129,7 @@ def _resuming(start: Start) -> list[str]:
     if start.resume == "auto":
         return []
     lines = [f"export RESUME={shlex.quote(start.resume)}", '[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || RESUME=auto']
-    return _titled("Queued again, the run continues from its own last checkpoint.", lines)
+    return _titled("After a requeue, the run continues from its last checkpoint.", lines)
 
 
 def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:
@@ -148,11 +148,11 @@ def _starting(start: Start, torchrun: Sequence[str]) -> list[str]:
     if start.recipe.launch.least_nodes:
         options += ' --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1'
     return [
-        "# One task a node. Its script is in single quotes: the number of a node is known only to the task on it.",
-        "# USR1 is for the ranks. torchrun would end by it, and inherits from the task that it is ignored.",
-        "# torchrun's own patience with ranks that save before they stop is 30 seconds.",
+        "# One task per node. Its script is in single quotes, because only the task knows its node's number.",
+        "# USR1 is for the ranks. It would end torchrun, so the task ignores it and torchrun inherits that.",
+        "# torchrun gives ranks only 30 seconds to save and stop unless told otherwise.",
         *(f"export {name}={value}" for name, value in PATIENCE.items()),
-        "# SBATCH_EXPORT=NONE would otherwise be for the tasks too, which need what is exported above.",
+        "# The tasks need the variables exported above, even with SBATCH_EXPORT=NONE.",
         f"srun --export=ALL{options} --kill-on-bad-exit=1 bash -c {shlex.quote(task)}",
         "status=$?",
         "",
@@ -164,17 +164,17 @@ def _queueing_again(run: Path) -> list[str]:
     lost = f'{_join([str(run / "logs" / "ends")])}/"$ATTEMPT"/{LOST}'
     return [
         "",
-        "# Saved before the walltime: back into the queue, to go on. "
-        f"A signal in the start ({interrupted}) loses nothing and",
-        "# does the same, but not twice in a row: a start that takes too long would be repeated for ever.",
-        "# A rank without a sign of life: its node may have died. Not a second time without a save in between.",
-        "# Nothing else is queued again.",
+        "# Requeue after a save before the walltime. "
+        f"Also after a signal during the start ({interrupted}), but not twice",
+        "# in a row: a start that takes too long would be repeated for ever.",
+        "# Also after a lost rank, whose node may have died, but not a second time without a save in between.",
+        "# Nothing else is requeued.",
         f'started={_join([str(run / "logs" / "interrupted-start-")])}"$SLURM_JOB_ID"',
         f'asked={_join([str(asked_folder(run, ""))])}/"$ATTEMPT"/{STOP}',
         'if [ -e "$asked" ]; then',
-        '    echo "Stopped by smolconv stop: not queued again." >&2',
+        '    echo "Stopped by smolconv stop: not requeued." >&2',
         f'elif [ "$status" -eq {interrupted} ] && [ -e "$started" ]; then',
-        '    echo "Stopped in its start a second time in a row: not queued again. Give the job more time." >&2',
+        '    echo "Stopped during its start twice in a row: not requeued. Give the job more time." >&2',
         f'elif [ "$status" -eq {interrupted} ] && touch "$started"; then',
         '    scontrol requeue "$SLURM_JOB_ID"',
         f'elif [ "$status" -eq {SAVED} ]; then',
@@ -187,14 +187,14 @@ def _queueing_again(run: Path) -> list[str]:
 
 
 def _last_saved(run: Path) -> str:
-    """A command that says which checkpoint is the last, or nothing."""
+    """A shell command that prints the name of the last checkpoint, or nothing."""
     return f"cat {shlex.quote(str(run / 'checkpoints' / 'latest'))} 2>/dev/null"
 
 
 def submit(script: str, run: Path) -> int:
-    """Hand the script to sbatch, and keep it as ``RUN/slurm/job-N.sh``. Returns the job's number.
+    """Submit the script with sbatch, and keep it as ``RUN/slurm/job-N.sh``. Returns the job's number.
 
-    Raises ``NotInstalled`` without sbatch, ``MachineError`` when Slurm refuses the job.
+    Raises ``NotInstalled`` without sbatch, ``MachineError`` if Slurm rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise NotInstalled("sbatch is not on this machine: submit from a login node of the cluster (docs/clusters.md).")
@@ -208,7 +208,7 @@ def submit(script: str, run: Path) -> int:
         # "Requested node configuration is not available", "Invalid generic resource (gres) specification"
         no_gpus = "--gpus-per-node" in script and re.search("configuration|gres", str(error))
         hint = "\nTo train on nodes without GPUs: --set launch.slurm.gpus_per_node=0." if no_gpus else ""
-        raise MachineError(f"sbatch did not take the job: {error}{hint}\nThe script is kept: {path}") from None
+        raise MachineError(f"sbatch rejected the job: {error}{hint}\nThe script is kept: {path}") from None
     path.replace(folder / f"job-{number}.sh")
     return number
 
@@ -222,7 +222,7 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _lines(words: Sequence[str]) -> str:
-    """The words of a command, an option a line."""
+    """The words of a command, one option per line."""
     text = "exec"
     for index, word in enumerate(words):
         begins = word.startswith("--") or (word == shlex.quote(str(BOOTSTRAP)) and index > 1)

@@ -1,4 +1,4 @@
-"""Starting the processes of ranks, and watching them until all have ended."""
+"""Starts the processes of ranks, and watches them until all have ended."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from smolconv.continual_pretraining.run.folder import refuse_trained, remove_sta
 from smolconv.continual_pretraining.run.ranks import ATTEMPT
 from smolconv.errors import Interrupted, MachineError
 
-#: What the others get to end by themselves after a rank has failed, before SIGKILL. A rank that waits for the dead one
-#: inside a collective never gets to look at the signal.
+#: Time that the other ranks get to end after one has failed, before SIGKILL. A rank that waits inside a collective for
+#: the dead one never handles the signal.
 GRACE_SECONDS = 15.0
-KILLED = "the ranks were killed by a second Ctrl-C; checkpoints are as they were."
+KILLED = "the ranks were killed by a second Ctrl-C; checkpoints are unchanged."
 
 
 def run_ranks(
@@ -33,12 +33,12 @@ def run_ranks(
     abandoned: Callable[[bool], bool] = lambda stopping: False,
     told_elsewhere: bool = False,
 ) -> list[RankEnd]:
-    """Run one process a rank until all have ended, and say how; ranks that we had to kill are left out.
+    """Run one process per rank until all have ended, and return how; ranks that we killed are left out.
 
-    When one fails the others get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. ``abandoned`` is asked about once a
-    second whether the ranks shall end for a reason of its own; its argument says whether they were told to stop.
-    ``told_elsewhere``: the user is told by another process that ranks stop for a signal. Must be called in the main
-    thread, since it takes signals. Raises ``OutputLocked``, before it writes into the logs, where another start trains.
+    When one fails, the others get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. ``abandoned`` is called about once a
+    second; if it returns True, the ranks are stopped. Its argument is whether they were already told to stop.
+    ``told_elsewhere``: another process tells the user that ranks stop for a signal. Must be called in the main
+    thread, since it handles signals. Raises ``OutputLocked``, before it writes to the logs, if another start trains.
     """
     refuse_trained(run)
     with Signals().listening() as signals, selectors.DefaultSelector() as selector:
@@ -49,7 +49,7 @@ def run_ranks(
                 selector.register(rank.shown.reading, selectors.EVENT_READ, rank.shown)
         stopping, deadline = False, float("inf")
         try:
-            # Not by its return code, which a signal's sender asks for, too: how each ended has to be looked at.
+            # The return code is not enough, because a signal can set it, too: look at how each rank ended.
             while running := [rank for rank in ranks if rank.end is None]:
                 for key, _ in selector.select(timeout=min(1.0, max(0.0, deadline - time.monotonic()))):
                     if key.data is None:
@@ -61,7 +61,7 @@ def run_ranks(
                 ends = [rank.end for rank in ranks if rank.end and rank.end.exit_code]
                 if deadline == float("inf") and (ends or abandoned(stopping)):
                     deadline = time.monotonic() + GRACE_SECONDS
-                    # Ranks that have saved are closing, and no longer listen.
+                    # Ranks that have saved are closing, and no longer handle signals.
                     if not all(end.exit_code == SAVED for end in ends) or not ends:
                         _send(running, signal.SIGTERM)
                 elif time.monotonic() >= deadline:
@@ -77,18 +77,18 @@ def run_ranks(
 
 @dataclass
 class _Rank:
-    """A rank's process, from its start until its end is known."""
+    """A rank's process."""
 
     number: int
     process: subprocess.Popen[bytes]
     attempt: str
-    log_start: int  #: bytes of earlier starts in its log
+    log_start: int  #: bytes that earlier starts wrote to its log
     shown: Shown | None  #: rank 0's output; the others write their logs themselves
-    killed: bool = False  #: by us
+    killed: bool = False  #: by this process
     end: RankEnd | None = None
 
     def look(self, run: Path) -> None:
-        """Whether it has ended, and how."""
+        """Check whether it has ended, and how."""
         if self.process.poll() is None:
             return
         if self.shown is not None:
@@ -111,7 +111,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str], number: int, ru
         reading, theirs = os.pipe()
         shown = Shown(reading, log)
     try:
-        # Ctrl-C in a terminal goes to its whole process group: a session of their own keeps the ranks out of it.
+        # Ctrl-C in a terminal goes to its whole process group: a new session keeps it from the ranks.
         process = subprocess.Popen(
             words, env=drawing_environment(environment, shown=shown is not None), stdin=subprocess.DEVNULL,
             stdout=theirs, stderr=theirs, start_new_session=True,
@@ -128,13 +128,13 @@ def _start(words: Sequence[str], environment: Mapping[str, str], number: int, ru
 
 
 def _obey(received: Sequence[int], running: Sequence[_Rank], stopping: bool, told_elsewhere: bool) -> bool:
-    """Pass signals on; whether the ranks have been told to stop. Raises ``Interrupted`` by a second Ctrl-C."""
+    """Pass signals on. Returns whether the ranks were told to stop. Raises ``Interrupted`` on a second Ctrl-C."""
     for signum in received:
         if not stopping:
             stopping = True
             if not told_elsewhere:
                 tell_stopping(signum)
-            # A worker listens to SIGTERM and SIGUSR1; what Ctrl-C means is ours to say.
+            # A worker handles SIGTERM and SIGUSR1; Ctrl-C is translated here.
             _send(running, signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM)
         elif signum == signal.SIGINT:
             _kill(running)
@@ -149,7 +149,7 @@ def _send(ranks: Sequence[_Rank], signum: signal.Signals) -> None:
 
 
 def _kill(ranks: Sequence[_Rank]) -> None:
-    """SIGKILL for the ranks and the processes that they have started."""
+    """Send SIGKILL to the ranks and the processes that they started."""
     for rank in ranks:
         if rank.process.poll() is None:
             rank.killed = True

@@ -1,4 +1,4 @@
-"""Recipes as files: YAML in, with a line for every mistake; YAML out; the recipes that ship."""
+"""Reads recipes from YAML, with the line of every mistake, writes them, and lists the shipped ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from smolconv.files import read_bytes
 from smolconv.parsing import require_small_yaml
 
 _SHIPPED = Path(__file__).parent.parent / "recipes"
-_ADVICE = "docs/recipes.md lists every field; `smolconv recipe show try-out` prints a whole recipe."
+_ADVICE = "docs/recipes.md lists every field; `smolconv recipe show try-out` prints a complete recipe."
 
-#: The longest that is published has 10 KB. A recipe of this size is read within seconds.
+#: The longest published one has 10 KB. A recipe of this size is read within seconds.
 _MOST_BYTES = 1 << 20
-#: Digits of a whole number; 2^64 has as many.
+#: Most digits of a whole number: as many as 2^64 has.
 _MOST_DIGITS = 20
 _MOST_MISTAKES = 6
 RECIPE = "recipe.resolved.yaml"  #: of a run, in its folder
@@ -49,7 +49,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def read_recipe(path_or_name: str | Path) -> str:
-    """The text of the file itself, else of the shipped recipe of that name. Raises ``UsageError``."""
+    """The text of the file, or of the shipped recipe with that name. Raises ``UsageError``."""
     path = _find(path_or_name)
     try:
         return read_bytes(path, _MOST_BYTES).decode()
@@ -73,7 +73,7 @@ def _find(path_or_name: str | Path) -> Path:
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """As ``load_recipe``, of the text of a file; errors call it ``where``."""
+    """Like ``load_recipe``, from text; errors name it ``where``."""
     document = _Document(where, text)
     for override in overrides:
         document.override(override)
@@ -88,13 +88,13 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Every field as YAML, defaults too; ``load_recipe`` gives an equal recipe back."""
+    """Every field as YAML, including defaults; ``load_recipe`` returns an equal recipe."""
     values = recipe.model_dump(mode="json")
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def notes(recipe: Recipe) -> list[str]:
-    """What was done to the recipe's figures, and what is allowed but perhaps not meant."""
+    """Notes on numbers that were changed, and on what is allowed but perhaps not intended."""
     found = []
     named = [(f"data: stage {stage.name!r}", stage.sources) for stage in recipe.data.stages]
     for title, sources in named:
@@ -121,7 +121,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read as text."""
+    """Quotes text that YAML 1.1 or 1.2 would not read as text."""
 
 
 _SCALARS = {
@@ -137,7 +137,7 @@ for _kind, _pattern in _SCALARS.items():
 
 
 class _Document:
-    """A recipe's plain values, and where each of them stands: a line of the file, or an override."""
+    """A recipe's plain values, each with its origin: a line of the file, or an override."""
 
     def __init__(self, where: str, text: str) -> None:
         self.where = where
@@ -165,7 +165,7 @@ class _Document:
             at: Place = (*place, key)
             if key in found:
                 first = f", first in line {self.origins[at][0]}" if override is None else ""
-                raise UsageError(f"{origin}: {_dotted(at)} is there twice{first}. Remove one of them.")
+                raise UsageError(f"{origin}: {_dotted(at)} occurs twice{first}. Remove one of them.")
             if override is None:
                 self.origins[at] = (line, origin)
             found[key] = self._plain(value_node, at, override)
@@ -202,15 +202,15 @@ class _Document:
             else:
                 below = value[step] if isinstance(step, int) else value.get(step)
                 if below is None and _is_section(place):
-                    below = value[step] = {}  # the file leaves it out
+                    below = value[step] = {}  # not in the file
                 if not isinstance(below, dict | list):
-                    raise UsageError(f"{name}: {_dotted(place)} is {_shown(below)} and has nothing below it.")
+                    raise UsageError(f"{name}: {_dotted(place)} is {_shown(below)}, not a section.")
                 value = below
 
     def mistakes(self, error: ValidationError) -> list[str]:
-        """A sentence for each, in the order of the file; of very many, for some."""
+        """A sentence for each mistake, in the order of the file, up to a limit."""
         errors: list[Any] = error.errors()[:_MOST_MISTAKES]
-        # pydantic counts only a list's good items, and misses the key that a misspelt one stands for.
+        # pydantic counts only a list's valid items, and reports a misspelt key's intended key as missing.
         wrong = [one for one in errors if not (one["type"] == "too_short" and one["input"])]
         misspelt = {
             (*one["loc"][:-1], near)
@@ -224,7 +224,7 @@ class _Document:
         place: Place = tuple(error["loc"])
         message = str(error["msg"]).removeprefix("Value error, ")
         if error["type"] == "value_error" and (named := re.match(r"[a-z_]+(?:\.[a-z_]+)*", message)):
-            # A check over several fields speaks of them by name.
+            # A check over several fields names them in its message.
             mentioned = (*place, *named[0].split("."))
             place = mentioned if mentioned in self.origins else place
         line, origin = next(self.origins[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.origins)
@@ -245,7 +245,7 @@ class _Document:
 
 
 def _compose(text: str, where: str) -> yaml.Node:
-    """The parsed text without any value made of it; an empty one is null."""
+    """The parsed text as nodes, before values are constructed; empty text is null."""
     try:
         require_small_yaml(text)
         node = yaml.compose(text, Loader=_Loader)
@@ -279,15 +279,15 @@ def _scalar(node: yaml.Node, origin: str) -> Any:
         if kind == "float":
             return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
     except ValueError:
-        raise UsageError(f"{origin}: {_shown(text)} is not the {kind} that its tag says.") from None
+        raise UsageError(f"{origin}: {_shown(text)} is not a valid {kind}, which its tag requires.") from None
     if kind != "str":
-        raise UsageError(f"{origin}: the tag {node.tag} has no place in a recipe.")
+        raise UsageError(f"{origin}: a recipe cannot have the tag {node.tag}.")
     return _text(text, origin)
 
 
 def _text(text: str, origin: str) -> str:
     if "\0" in text or text != text.encode(errors="ignore").decode():
-        raise UsageError(f"{origin}: {_shown(text)} has a character that no text has. Take it out.")
+        raise UsageError(f"{origin}: {_shown(text)} has a character that is not valid in text. Remove it.")
     return text
 
 
@@ -308,7 +308,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _fields(place: Place) -> Mapping[str, Any] | None:
-    """The fields of the section at ``place``; None where there is none, as for free keys."""
+    """The fields of the section at ``place``; None if it is not a section, as for free keys."""
     model: type[BaseModel] = Recipe
     in_list = False
     for key in place:
@@ -326,7 +326,7 @@ def _fields(place: Place) -> Mapping[str, Any] | None:
 
 
 def _is_section(place: Place) -> bool:
-    """Whether named keys lie at ``place``: a section's, or free ones such as environment variables."""
+    """Whether ``place`` has named keys: a section's, or free ones such as environment variables."""
     field = (_fields(place[:-1]) or {}).get(str(place[-1]))
     return _fields(place) is not None or (field is not None and str(field.annotation).startswith("dict["))
 
@@ -338,18 +338,18 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _unknown(place: Place) -> str:
-    """What is wrong with a key that the schema does not know, and what was perhaps meant."""
+    """The message for a key that is not in the schema, with a suggestion."""
     key = str(place[-1])
     known = _fields(place[:-1]) or {}
     near = _near(key, known)
     if not near:
         elsewhere = [section for section, fields in _sections() if key in fields]
-        near = f" It belongs to {' and '.join(elsewhere)}." if elsewhere else f" Known here: {', '.join(known)}."
+        near = f" It belongs to {' and '.join(elsewhere)}." if elsewhere else f" Known keys: {', '.join(known)}."
     return f"{_dotted(place)}: no such key.{near}"
 
 
 def _sections(place: Place = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every section by its dotted place, lists of them by their first item."""
+    """Every section by its dotted place; a list of sections by its first item."""
     fields = _fields(place) or {}
     yield _dotted(place) or "the top", fields
     for name, field in fields.items():

@@ -1,4 +1,4 @@
-"""A recipe's JSON schema, by which editors complete and check a YAML file while it is written."""
+"""The JSON schema of recipes, with which editors complete and check a YAML file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from smolconv.continual_pretraining.recipe.schema import Recipe
 
-#: The schema as a file that is installed with smolconv: what ``recipe schema`` printed. A test compares them.
+#: The schema as an installed file: the output of ``recipe schema``. A test compares them.
 SCHEMA_FILE = Path(__file__).parent.parent / "recipes" / "recipe.schema.json"
 _MODELINE = "# yaml-language-server: $schema="
 _FIELD = re.compile(r"^    (\w+): .*?  #: (.+)$", re.MULTILINE)
@@ -29,18 +29,18 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def with_modeline(text: str) -> str:
-    """A recipe's text, whose first line tells editors where the schema is."""
+    """A recipe's text with a first line that tells editors where the schema is."""
     rest = text.partition("\n")[2] if text.startswith(_MODELINE) else text
     return f"{_MODELINE}{SCHEMA_FILE}\n{rest}"
 
 
 def _meanings(section: type[BaseModel]) -> dict[str, str]:
-    """What is said of each field beside it, in the class's source."""
+    """The comment of each field in the class's source."""
     return dict(_FIELD.findall(inspect.getsource(section)))
 
 
 def _sections(of: Any) -> Iterator[type[BaseModel]]:
-    """A section, and all sections in its fields."""
+    """A section and all sections in its fields."""
     if isinstance(of, type) and issubclass(of, BaseModel):
         yield of
         for field in of.model_fields.values():

@@ -1,6 +1,6 @@
-"""nanotron's training YAML as a recipe, with an account of every field of it.
+"""Translates nanotron's training YAML to a recipe, and accounts for every field.
 
-A field is carried, dropped for a stated reason, or unknown. Fields are named by their dotted place in the YAML.
+A field is carried over, dropped for a stated reason, or unknown. Fields are named by their dotted place in the YAML.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_
 from smolconv.models.spec import ModelSpec
 from smolconv.parsing import parse_yaml_mapping
 
-#: Patterns of fields, in order, and why they have no place in a recipe. The first that matches counts.
+#: Patterns of dropped fields, with the reason. The first match counts.
 _DROPPED = {
     "model.model_config.z_loss_*": "z-loss is not computed here (SmolLM3's was switched off)",
     "model.model_config.*": "the model's shape is read from the checkpoint",
@@ -46,7 +46,7 @@ _DROPPED = {
     "checkpoints.save_final_state": "the last step is always saved",
     "general.consumed_train_samples": "progress is read from the checkpoint",
     "general.step": "progress is read from the checkpoint",
-    "general.benchmark_csv_path": "metrics.jsonl has what it would hold",
+    "general.benchmark_csv_path": "metrics.jsonl has the same numbers",
     "general.ignore_sanity_checks": "checks are not optional",
     "general.project": "set logging.trackio or logging.wandb to report to a project",
     "logging.log_level*": "log levels are the command line's -q and -v",
@@ -54,37 +54,37 @@ _DROPPED = {
     "lighteval*": "use smolconv evaluate on the checkpoints",
     "profiler*": "there is no profiler",
     "s3_upload*": "checkpoints stay on disk; export.push uploads the result",
-    "tokenizer*": "the data are tokenised already; its EOS is data.eos_token_id",
-    "data_stages.*.data.num_loading_workers": "one thread reads ahead",
+    "tokenizer*": "the data is already tokenised; its EOS is data.eos_token_id",
+    "data_stages.*.data.num_loading_workers": "one thread prefetches",
     "data_stages.*.data.seed": "it permutes files only with shuffle_files",
     "data_stages.*.data.dataset.token*": "read from the .ds.metadata files",
     "data_stages.*.data.dataset.vocab_size": "the vocabulary is the checkpoint's",
     "data_stages.*.data.dataset.return_positions": "data.mask_documents decides",
     "data_stages.*.data.dataset.use_old_brrr_dataloader": "there is one reader",
     "data_stages.*.data.dataset.skip_in_stream": "there is one reader",
-    "data_stages.*.data.dataset.pad_samples_to_global_batch_size": "a source begins anew at its end",
+    "data_stages.*.data.dataset.pad_samples_to_global_batch_size": "a source restarts at its end",
     "data_stages.*.data.dataset.dataset_max_tokens": "a source is used whole",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """A recipe, and what became of every field of the YAML it was made from."""
+    """A recipe translated from a YAML, with the fate of each of its fields."""
 
     recipe: Recipe
-    carried: Mapping[str, str]  #: field -> where it is in the recipe
-    dropped: Mapping[str, str]  #: field -> why it is not
+    carried: Mapping[str, str]  #: field -> its place in the recipe
+    dropped: Mapping[str, str]  #: field -> the reason
     unknown: tuple[str, ...]  #: fields that nanotron's published configs do not have
-    notes: tuple[str, ...]  #: what the user should look at
+    notes: tuple[str, ...]  #: what the user should check
 
 
 def recipe_from_nanotron(path: Path, *, eos: int | None = None, source: str | None = None) -> Translation:
     """Translate the training config at ``path``.
 
-    ``eos`` is the end-of-document token of the data, and has to be given unless the tokenizer's is known. ``source``
-    is the checkpoint to start from; by default the one that the YAML resumes from, else the one that it writes.
+    ``eos`` is the data's end-of-document token; it is required unless the tokenizer's is known. ``source`` is the
+    checkpoint to start from; by default the one that the YAML resumes from, else the one that it writes.
 
-    Raises ``UsageError`` when the config has no recipe that trains the same.
+    Raises ``UsageError`` if no recipe trains the same.
     """
     try:
         config = parse_yaml_mapping(read_bytes(path), path)
@@ -93,11 +93,11 @@ def recipe_from_nanotron(path: Path, *, eos: int | None = None, source: str | No
     try:
         return _Translator(config, path).translate(eos, source)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: a field is of an unexpected kind ({error}); expected nanotron's config.") from None
+        raise UsageError(f"{path}: a field has an unexpected type ({error}); expected nanotron's config.") from None
 
 
 class _Translator:
-    """Takes fields out of a config one by one, and remembers what for."""
+    """Takes fields out of a config one by one, and records the use of each."""
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         self.config, self.path = config, path
@@ -107,7 +107,7 @@ class _Translator:
         self.notes: list[str] = []
 
     def take(self, field: str, to: str, default: Any = None, *, needed: bool = False) -> Any:
-        """The field's value, carried to ``to``; null counts as not given."""
+        """The field's value, carried over to ``to``; null counts as missing."""
         value = self.left.pop(field, None)
         if field in _all(self.config):
             self.carried[field] = to
@@ -171,7 +171,7 @@ class _Translator:
         else:
             self.drop(resumed, "it is null: the run itself is the source")
             source = self.take(written, "model.source", needed=True)
-        self._elsewhere("model.source", [str(source)], "copy it to a disk and name that place, or give --source")
+        self._note_unreadable("model.source", [str(source)], "copy it to this machine, or give --source")
         dtype = self.take("model.dtype", "model.dtype", "bfloat16")
         if dtype not in ("bfloat16", "float32"):
             raise UsageError(f"{self.path}: model.dtype is {dtype!r}; expected bfloat16 or float32.")
@@ -191,19 +191,19 @@ class _Translator:
         }
 
     def _spec_of(self, source: str) -> ModelSpec | None:
-        """The source's, where it can be read here; its headers only where it is on the Hub."""
+        """The source's spec, if it can be read here; from the Hub only its headers."""
         try:
             return read_checkpoint(open_source(source, headers_only=True), ReadOptions(optimizer=False)).spec
         except (SmolconvError, OSError) as error:
             if is_hub_uri(source):
-                self.notes.append(f"{source} could not be asked for its rope theta and context: {first_line(error)}")
+                self.notes.append(f"could not read rope theta and context of {source}: {first_line(error)}")
             return None
 
     def _not_lower(self, name: str, wanted: float | None, own: float | None) -> float | None:
-        """What the recipe says of rope theta or context: nothing where it would be the source's own, or less."""
+        """The recipe's rope theta or context; None if it equals the source's or is lower."""
         if wanted is None or own is None or wanted == own:
             return None if own is not None else wanted
-        does = "left out, as it would lower it" if wanted < own else "raised to it, as a long-context stage does"
+        does = "left out, because it would lower it" if wanted < own else "raised, as for a long-context stage"
         self.notes.append(f"model.{name}: the YAML says {wanted:,.12g}, the source {own:,.12g}: {does}.")
         return None if wanted < own else wanted
 
@@ -227,16 +227,16 @@ class _Translator:
         if len(shuffled) > 1:
             raise UsageError(
                 f"{self.path}: the stages permute their files by different seeds ({shuffled}), a recipe has one. "
-                "Make a config of each stage."
+                "Write one config per stage."
             )
         masking = "model.model_config._use_doc_masking"
         return {
             "sequence_length": self.sequence_length,
             "eos_token_id": self._eos(eos),
-            # nanotron's Llama has no masking at all.
+            # nanotron's Llama never masks documents.
             "mask_documents": bool(self.take(masking, "data.mask_documents", False)),
             "file_seed": shuffled.pop(),
-            # nanotron sorts its stages, too.
+            # nanotron also sorts its stages.
             "stages": sorted((stage for stage, _ in found), key=lambda stage: int(stage["start_step"])),
         }
 
@@ -258,10 +258,10 @@ class _Translator:
         return made, self.take(f"{at}.data.seed", "data.file_seed", 42) if shuffled else None
 
     def _sources(self, at: str, to: str, stage: str) -> list[dict[str, Any]]:
-        # nanotron reads the local copy where one is named.
+        # nanotron reads the local copy if one is named.
         folders = _listed(self.take(f"{at}.dataset_read_path", f"{to}.*.path"))
         if folders:
-            # By which its checkpoints count what was read.
+            # The name by which its checkpoints count tokens.
             recorded = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.recorded_as"))
         else:
             folders = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.path"))
@@ -270,7 +270,7 @@ class _Translator:
             placeholder = f"data/{re.sub(r'[^A-Za-z0-9._-]+', '-', stage)}"
             other = self.drop(f"{at}.hf_dataset_or_datasets", "tokenise it first: smolconv tokenize")
             for field in [field for field in self.left if field == at or field.startswith(f"{at}.")]:
-                self.drop(field, "it describes no token files")
+                self.drop(field, "it does not describe token files")
             self.notes.append(
                 f"stage {stage!r} has no token files ({other or 'random tokens'}): put a folder of tokens at "
                 f"{placeholder}."
@@ -290,14 +290,14 @@ class _Translator:
             source = {"path": str(folder), "weight": weight} | ({} if plain else {"name": name})
             sources.append(source | ({} if of_record == folder else {"recorded_as": str(of_record)}))
         read = [source["path"] for source in sources]
-        self._elsewhere(f"{to}.*.path", read, "replace each by a folder of token files on this machine")
+        self._note_unreadable(f"{to}.*.path", read, "replace each by a folder of token files on this machine")
         return sources
 
-    def _elsewhere(self, field: str, paths: list[str], remedy: str) -> None:
-        """Note the paths that cannot be read here: those of S3, and those of another machine's disks."""
+    def _note_unreadable(self, field: str, paths: list[str], remedy: str) -> None:
+        """Note the paths that cannot be read: on S3, or on another machine's disks."""
         local = [path for path in paths if path.startswith("/") and not os.path.lexists(path)]
         remote = [path for path in paths if path.startswith("s3:")]
-        for found, why in ((remote, "on S3, which is not read here"), (local, "not on this machine")):
+        for found, why in ((remote, "on S3, which smolconv does not read"), (local, "not on this machine")):
             if found:
                 count, verb = (f"{len(found)} folders (", ") are") if len(found) > 1 else ("", " is")
                 self.notes.append(f"{field}: {count}{some_of(found, 2)}{verb} {why}: {remedy}.")
@@ -307,13 +307,13 @@ class _Translator:
         configured = self.left.get("model.model_config.eos_token_id")
         eos = given
         if eos is None and isinstance(name, str):
-            own = eos_of_folder(Path(name))  # as transformers, which looks for a folder of that name first
+            own = eos_of_folder(Path(name))  # like transformers, which first looks for a folder of that name
             eos = KNOWN_EOS.get(name) if own is None else own
         if eos is None:
             raise UsageError(
                 f"{self.path}: the end-of-document token is not known: nanotron asks the tokenizer "
-                f"({name}), which is not a folder here, and model_config.eos_token_id ({configured}) need not be the "
-                "same. Give the one that ends the documents in the data with --eos ID."
+                f"({name}), which is not a local folder, and model_config.eos_token_id ({configured}) may differ. "
+                "Pass the token that ends the data's documents with --eos ID."
             )
         if configured is not None and configured != eos:
             self.notes.append(
@@ -330,24 +330,24 @@ class _Translator:
         peak = float(self.take(f"{at}learning_rate", "schedule.peak_lr", needed=True))
         warmup = int(self.take(f"{at}lr_warmup_steps", "schedule.warmup_steps", 0))
         start = int(self.take(f"{at}lr_decay_starting_step", "schedule.decay_start_step", warmup))
-        # nanotron's Config fills it in so, leaving the decay's start out of account.
+        # nanotron's Config fills it in like this, ignoring the decay's start.
         decay_steps = int(self.take(f"{at}lr_decay_steps", "schedule.decay_steps", steps - warmup))
         shape = self.take(f"{at}lr_decay_style", "schedule.decay", "linear")
         low = float(self.take(f"{at}min_decay_lr", "schedule.min_lr", peak))
         if self.take(f"{at}lr_warmup_style", "schedule.warmup_steps", "linear") == "constant":
             if low != peak:
                 raise UsageError(
-                    f"{self.path}: {at}lr_warmup_style is constant before a decay, which no recipe says exactly. "
+                    f"{self.path}: {at}lr_warmup_style is constant before a decay, which a recipe cannot express. "
                     "Make it linear: the first lr_warmup_steps then train at a lower rate."
                 )
             warmup = 0
         elif low == peak:
-            warmup = max(warmup, 1)  # nanotron's first step is at 0 also without a warm-up
+            warmup = max(warmup, 1)  # nanotron's first step has rate 0 even without a warm-up
         made: dict[str, Any] = {"train_steps": steps, "peak_lr": peak, "warmup_steps": warmup}
         if low == peak:
             return made
         if decay_steps <= 0:
-            raise UsageError(f"{self.path}: {at}lr_decay_steps is {decay_steps}; a decay of no length has no recipe.")
+            raise UsageError(f"{self.path}: {at}lr_decay_steps is {decay_steps}; a decay needs at least 1 step.")
         return made | {"decay": shape, "decay_start_step": start, "decay_steps": decay_steps, "min_lr": low}
 
     def _optimizer(self) -> dict[str, Any]:
@@ -368,7 +368,7 @@ class _Translator:
         }
 
     def _canonical(self, patterns: list[str]) -> list[str]:
-        """Regexes over canonical names that match the parameters which ``patterns`` match by nanotron's names."""
+        """Regexes over canonical names that match the same parameters as ``patterns`` over nanotron's names."""
         if not patterns:
             return []
         config = self.config.get("model", {}).get("model_config", {})
@@ -384,7 +384,7 @@ class _Translator:
                 f"{self.path}: optimizer.weight_decay_exclude_named_params {patterns}: not a regex: {error}."
             ) from None
         named = [(rule.layout, rule.canonical) for rule in table.rules]
-        if spec.tied:  # nanotron looks at both names of the one tensor
+        if spec.tied:  # nanotron checks both names of the tensor
             named.append(("model.lm_head.pp_block.weight", ("model.embed_tokens.weight",)))
         idle = [p for p, regex in zip(patterns, compiled) if not any(regex.match(name) for name, _ in named)]
         if idle:
@@ -425,7 +425,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _leaves(value: Any, at: str = "") -> Iterable[tuple[str, Any]]:
-    """Fields by dotted place. A list of plain values is one field, an empty section too."""
+    """Fields by dotted place. A list of plain values and an empty section each count as one field."""
     below: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         below = value.items()
@@ -442,17 +442,17 @@ def _all(config: dict[str, Any]) -> set[str]:
 
 
 def _names(folders: list[Any]) -> list[str]:
-    """The end of each path, as long as it takes to tell them apart: metrics count by these."""
+    """The shortest ends of the paths that are unique: source names in the metrics."""
     parts = [str(folder).rstrip("/").split("/") for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{'/'.join(part)}#{i}" for i, part in enumerate(parts)]  # a folder that is there twice
+    return [f"{'/'.join(part)}#{i}" for i, part in enumerate(parts)]  # the same folder occurs twice
 
 
 def _regexes(names: list[str], num_layers: int) -> list[str]:
-    """One regex for a parameter of all layers, or of some."""
+    """One regex for a parameter in all layers, or in some."""
     layers: dict[str, list[str]] = {}
     for name in names:
         found = re.fullmatch(r"(model\.layers\.)(\d+)(\..+)", name)

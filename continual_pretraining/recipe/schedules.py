@@ -1,7 +1,7 @@
-"""The learning rate of a recipe, a pure function of the completed steps, and the table of its decays.
+"""The learning rate as a function of completed steps, and the table of decays.
 
-W is ``warmup_steps``, S the completed steps before the decay, D its length. Step k of the run trains at the rate of
-k - 1 completed steps: with a warm-up step 1 at 0, step W + 1 as the first at the peak, step S + 1 still at it.
+W is ``warmup_steps``, S the completed steps before the decay, D its length. Step k of the run trains at the rate for
+k - 1 completed steps. With a warm-up, step 1 trains at 0, step W + 1 is the first at the peak, and step S + 1 the last.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from smolconv.layouts.nanotron import schedule as nanotron
 
 @dataclass(frozen=True, kw_only=True)
 class Decay:
-    """How the rate falls from the peak to ``min_lr``, and what a recipe has to say for it."""
+    """A decay from the peak to ``min_lr``, and the fields that it needs."""
 
-    share: Callable[[Schedule, int, int], float]  #: of peak_lr - min_lr that is left after k of D steps, 0 <= k < D
-    formula: str  #: the share in words for docs/recipes.md, with p = k / D
-    needs: tuple[str, ...] = ()  #: fields of ``Schedule`` that are its alone
-    #: What of them cannot be with a decay of D steps.
+    share: Callable[[Schedule, int, int], float]  #: share of peak_lr - min_lr left after k of D steps, 0 <= k < D
+    formula: str  #: the share as text for docs/recipes.md, with p = k / D
+    needs: tuple[str, ...] = ()  #: fields of ``Schedule`` that only this decay uses
+    #: The error if those fields do not fit a decay of D steps.
     mistake: Callable[[Schedule, int], str | None] = lambda schedule, steps: None
-    turns: Callable[[Schedule, int], tuple[int, ...]] = lambda schedule, steps: ()  #: every k where a new part begins
+    turns: Callable[[Schedule, int], tuple[int, ...]] = lambda schedule, steps: ()  #: every k at which a part begins
 
 
 def _nanotrons(shape: str, formula: str) -> Decay:
@@ -41,7 +41,7 @@ def _nanotrons(shape: str, formula: str) -> Decay:
 
 
 def _restarted(schedule: Schedule, k: int, steps: int) -> float:
-    # In whole numbers: rounded, a step that begins a cycle could lie at the end of the one before.
+    # In integers: with rounding, a step that begins a cycle could fall at the end of the previous one.
     return (1 + math.cos(math.pi * ((schedule.cycles or 1) * k % steps / steps))) / 2
 
 
@@ -55,7 +55,7 @@ def _restarts(schedule: Schedule, steps: int) -> tuple[int, ...]:
     return tuple(-(-steps * cycle // cycles) for cycle in range(1, cycles))
 
 
-#: Every decay by the name that recipes give it. Whatever differs between them is said here and nowhere else.
+#: Every decay by its name in recipes. All differences between decays are in this table.
 DECAYS: Mapping[str, Decay] = {
     "linear": _nanotrons("linear", "1 - p"),
     "cosine": _nanotrons("cosine", "(1 + cos(pi p)) / 2"),
@@ -100,7 +100,7 @@ class Schedule(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """A schedule with nothing left open, in completed steps."""
+    """A schedule with all defaults resolved, in completed steps."""
 
     warmup_steps: int
     decay: str  #: of ``DECAYS``, or "none"
@@ -113,7 +113,7 @@ class Phases:
 
 
 def resolved(schedule: Schedule) -> Phases:
-    """Where the phases of ``schedule`` lie. A decay without any step left to it is none."""
+    """The phases of ``schedule``. A decay without steps counts as none."""
     start = schedule.decay_start_step
     if start is None:
         start = schedule.warmup_steps
@@ -151,7 +151,7 @@ def turning_steps(schedule: Schedule) -> set[int]:
 
 
 def notes(schedule: Schedule) -> list[str]:
-    """What is allowed, but perhaps not meant."""
+    """Warnings about what is allowed but perhaps not intended."""
     found = []
     phases = resolved(schedule)
     if schedule.warmup_steps >= schedule.train_steps:
@@ -176,16 +176,16 @@ def notes(schedule: Schedule) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class MovedDecay:
-    """A decay in which steps were made, and which another schedule puts elsewhere."""
+    """A decay that has begun, and that another schedule moves."""
 
-    last_undecayed_step: int  #: a run that continues from it, or from one before, follows the new schedule throughout
+    last_undecayed_step: int  #: a run resumed from this step or an earlier one follows the new schedule throughout
     says: str
 
 
 def moved_decay(old: Schedule, new: Schedule, completed_steps: int) -> MovedDecay | None:
     """Whether a run of ``completed_steps`` by ``old`` continues from within a decay that ``new`` moves.
 
-    Also the reverse: a decay of ``new`` that would have begun before steps that were made without it.
+    Also if a decay of ``new`` would have begun before steps that were trained without it.
     """
     was, now = resolved(old), resolved(new)
     begun = [p.decay_start_step for p in (was, now) if p.decay != "none" and p.decay_start_step < completed_steps]
@@ -196,7 +196,7 @@ def moved_decay(old: Schedule, new: Schedule, completed_steps: int) -> MovedDeca
     return MovedDecay(
         last_undecayed_step=min(begun),
         says=(
-            f"schedule: the decay has moved within the steps that are made. It was {_decay_text(was)} and is now "
+            f"schedule: the decay has moved within the steps already trained. It was {_decay_text(was)} and is now "
             f"{_decay_text(now)}. Step {completed_steps} trained at {trained:.3g}; step {completed_steps + 1} will at "
             f"{learning_rate(new, completed_steps):.3g}."
         ),

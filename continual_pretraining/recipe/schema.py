@@ -41,31 +41,31 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
-    """What is trained, and how its forward pass is computed. The architecture itself is read from the source."""
+    """The model to train, and how to compute its forward pass. The architecture is read from the source."""
 
     source: str  #: a checkpoint of any layout, or hf://owner/name
-    config: str | None = None  #: for a source without one, as convert's --config
-    architecture: str | None = None  #: of a nanotron source, as convert's --architecture
-    step: NotNegative | None = None  #: of a run folder with several
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are float32 always
+    config: str | None = None  #: for a source without one, like convert's --config
+    architecture: str | None = None  #: of a nanotron source, like convert's --architecture
+    step: NotNegative | None = None  #: which one of a run folder with several
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  #: of weights and activations; masters are always float32
     rope_theta: PositiveFloat | None = None  #: to change the source's, for long context
     max_positions: Positive | None = None  #: the same for its context
-    allow_lowering: bool = False  #: let either be less than the source's, which makes its loss begin higher
+    allow_lowering: bool = False  #: allow values below the source's, which raise the initial loss
     attention: Literal["auto", "flash", "varlen", "documents"] = "auto"
     activation_checkpointing: bool = False
-    activation_offload: bool = False  #: to the host, what checkpointing keeps of each layer
-    tiled_mlp: Literal["auto", "on", "off"] = "auto"  #: auto: with checkpointing and over 16,384 tokens of a rank
+    activation_offload: bool = False  #: keep checkpointed layer inputs in host memory
+    tiled_mlp: Literal["auto", "on", "off"] = "auto"  #: auto: with checkpointing and over 16,384 tokens per rank
     liger: Literal["auto", "on", "off"] = "auto"  #: auto: when installed and on a GPU
     compile: bool = False
 
 
 class Start(Section):
-    """What is taken from the source besides its weights, each on its own."""
+    """What to take from the source besides its weights; each field is independent."""
 
     optimizer: bool = False  #: Adam's masters, moments and step
-    learning_rate: bool = False  #: go on at the source's step of the schedule; off: at step 1
-    data: bool = False  #: go on at the source's place in the data; off: at its beginning
-    gate: bool = True  #: compare the first loss with the source model's, and refuse to train when they differ
+    learning_rate: bool = False  #: continue at the source's step of the schedule; off: at step 1
+    data: bool = False  #: continue at the source's position in the data; off: at its beginning
+    gate: bool = True  #: compare the first loss with the source model's, and refuse to train if they differ
     gate_tolerance: PositiveFloat | None = None  #: None: 1e-4 in float32, 0.02 in bfloat16
 
 
@@ -75,7 +75,7 @@ class Source(Section):
     path: str
     weight: PositiveFloat = 1.0  #: shares are normalised to a sum of 1 within their stage
     name: str | None = None  #: in metrics; None: the folder's name
-    recorded_as: str | None = None  #: by start.data's source checkpoint, as s3://...; None: by this path
+    recorded_as: str | None = None  #: the source checkpoint's name for it, such as s3://...; None: this path
 
 
 def _names(sources: Sequence[Source]) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 class Stage(Section):
-    """From which step on which sources are blended; the blend begins anew with each stage."""
+    """The sources to blend from a step on; each stage starts a new blend."""
 
     name: str
     start_step: Positive = 1
@@ -97,7 +97,7 @@ class Stage(Section):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Normalised, in the order of the sources."""
+        """The normalised weights, in the order of the sources."""
         total = sum(source.weight for source in self.sources)
         return tuple(source.weight / total for source in self.sources)
 
@@ -112,22 +112,22 @@ class Stage(Section):
 
 
 class Data(Section):
-    """Which tokens are trained on, in which order. Token files hold windows of sequence_length + 1 tokens."""
+    """The tokens to train on, and their order. Token files are read in windows of sequence_length + 1 tokens."""
 
     sequence_length: Positive
-    eos_token_id: NotNegative  #: ends a document; compared with the files' own boundaries
+    eos_token_id: NotNegative  #: ends a document; compared with the files' boundaries
     boundaries: Literal["eos", "index"] = "eos"  #: where documents begin: after an EOS, or by the .ds.index
     mask_documents: bool = True  #: attention stays within a document, and its first token is not predicted
     file_seed: NotNegative | None = None  #: permutes a folder's files; None: sorted
-    loss_masks: bool = True  #: leave tokens out of the loss that a .ds.loss file marks with 0
-    on_change: Literal["refuse", "restart-source"] = "refuse"  #: a source whose files changed since the checkpoint
+    loss_masks: bool = True  #: exclude tokens from the loss that a .ds.loss file marks with 0
+    on_change: Literal["refuse", "restart-source"] = "refuse"  #: if a source's files changed since the checkpoint
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _in_order(self) -> Data:
         steps = [stage.start_step for stage in self.stages]
         if steps[0] != 1 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-            raise ValueError(f"stages start at steps {steps}: the first must be 1, and each later than the one before")
+            raise ValueError(f"stages start at steps {steps}: the first must be 1, and each later than the previous")
         if len({stage.name for stage in self.stages}) < len(steps):
             raise ValueError("two stages have the same name")
         return self
@@ -136,7 +136,7 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW with decoupled weight decay on fp32 masters."""
 
-    weight_decay: NotNegativeFloat | None = None  #: None: as its family was pretrained, 0.01 for Llama, else 0.1
+    weight_decay: NotNegativeFloat | None = None  #: None: as the family was pretrained, 0.01 for Llama, else 0.1
     no_decay: tuple[str, ...] | None = None  #: regexes from a name's start; None: by family, Llama [], else embedding
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -149,7 +149,7 @@ class Optimizer(Section):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
 
 
@@ -158,33 +158,33 @@ class Parallelism(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = "none"  #: "all" (ZeRO-3): parameters too
-    sequence_ranks: Positive = 1  #: neighbours that share each micro-batch's tokens; divides the query heads
+    sequence_ranks: Positive = 1  #: neighbouring ranks that share each micro-batch's tokens; divides the query heads
     micro_batch_sequences: Positive = 1
-    global_batch_sequences: Positive | None = None  #: one of the two is given
+    global_batch_sequences: Positive | None = None  #: give this or global_batch_tokens
     global_batch_tokens: Positive | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  #: of gradients between ranks; bfloat16 rounds their sums
     threads: Positive | None = None  #: of a rank on CPU; None: the machine's cores divided by its ranks
 
 
 class Loss(Section):
-    """What is minimised: cross entropy in float32."""
+    """The loss: cross entropy in float32."""
 
     normalisation: Literal["micro-batches", "tokens"] = "micro-batches"  #: mean of micro-batch means, or of all tokens
 
 
 class Checkpoints(Section):
-    """When the run saves itself."""
+    """When to save checkpoints, and which to keep."""
 
     every_steps: Positive = 1000
-    keep: Positive | None = None  #: how many of the newest stay; None: all
-    keep_every_steps: Positive | None = None  #: these stay whatever ``keep`` says
-    asynchronous: bool = True  #: training continues while a copy in the host's memory is written
+    keep: Positive | None = None  #: how many of the newest to keep; None: all
+    keep_every_steps: Positive | None = None  #: always keep these, whatever ``keep`` says
+    asynchronous: bool = True  #: continue training while a copy in host memory is written
     on_full_disk: Literal["stop", "continue"] = "stop"
-    on_damage: Literal["stop", "previous"] = "stop"  #: the latest is damaged: refuse, or go on from one before it
+    on_damage: Literal["stop", "previous"] = "stop"  #: if the latest is damaged: refuse, or resume from an earlier one
 
 
 class Logging(Section):
-    """Where the run can be watched, beside its own metrics.jsonl."""
+    """Where to report the run, besides its metrics.jsonl."""
 
     every_steps: Positive = 1  #: lines on the terminal; metrics.jsonl has every step
     tensorboard: bool = False
@@ -194,7 +194,7 @@ class Logging(Section):
 
 
 class Spikes(Section):
-    """A loss far above the recent ones. A skipped step is counted and logged, and changes no weights."""
+    """Losses far above the recent ones. A skipped step is counted and logged, but changes no weights."""
 
     action: Literal["log", "skip"] = "log"
     sigmas: PositiveFloat = 6.0
@@ -205,16 +205,16 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][^\s,]*$")]
 
 
 class Evaluation(Section):
-    """Loss on held-out token files, before the first step and then regularly; tasks on checkpoints that were saved."""
+    """Loss on held-out token files, before the first step and then regularly; tasks on saved checkpoints."""
 
     every_steps: Positive | None = None  #: needed with sources
     sequences: Positive = 64  #: of each source, from its beginning
     sources: tuple[Source, ...] = ()
-    tasks: tuple[TaskName, ...] = ()  #: names for `smolconv evaluate`; they run beside the training
+    tasks: tuple[TaskName, ...] = ()  #: names for `smolconv evaluate`; they run during training
     tasks_every_steps: Positive | None = None  #: of saved steps and the last one; None: every saved step
-    tasks_as: Literal["process", "slurm"] = "process"  #: beside rank 0, or as a job of its own
+    tasks_as: Literal["process", "slurm"] = "process"  #: on rank 0's node, or as a separate job
     tasks_device: Literal["cpu", "cuda"] = "cpu"  #: cuda in a process takes memory of rank 0's first GPU
-    include_path: str | None = None  #: a folder of your own lm-eval tasks
+    include_path: str | None = None  #: a folder with your own lm-eval tasks
 
     @model_validator(mode="after")
     def _told_apart(self) -> Evaluation:
@@ -229,12 +229,12 @@ class Evaluation(Section):
 
 
 class Export(Section):
-    """What is written to ``export/`` after the last step, from the last checkpoint."""
+    """What to write to ``export/`` after the last step, from the last checkpoint."""
 
     formats: Annotated[tuple[Literal["hf", "nanotron"], ...], Field(min_length=1)] = ("hf",)
     verify: bool = True
     push: HubRepository | None = None  #: owner/name on the Hub, for hf
-    optimizer: bool = False  #: with Adam's state and the progress
+    optimizer: bool = False  #: include Adam's state and the progress
 
     @model_validator(mode="after")
     def _pushes_what_is_written(self) -> Export:
@@ -244,7 +244,7 @@ class Export(Section):
 
 
 class Slurm(Section):
-    """The batch script's own lines."""
+    """Lines of the batch script."""
 
     partition: str | None = None
     account: str | None = None
@@ -252,22 +252,22 @@ class Slurm(Section):
     time: str = "24:00:00"
     gpus_per_node: NotNegative | None = None  #: None: ranks per node, unless options ask for GPUs; 0: train on CPUs
     cpus_per_task: Positive | None = None
-    signal_seconds: Positive = 300  #: SIGUSR1 this long before the walltime: the run saves and is queued again
+    signal_seconds: Positive = 300  #: SIGUSR1 this long before the walltime: the run saves and is requeued
     requeue: bool = True
-    setup: tuple[str, ...] = ()  #: shell lines before the run: modules, activation of an environment
-    options: tuple[str, ...] = ()  #: further #SBATCH options, as "--exclusive"
+    setup: tuple[str, ...] = ()  #: shell lines before the run, such as loading modules or activating an environment
+    options: tuple[str, ...] = ()  #: further #SBATCH options, such as "--exclusive"
 
 
 class Launch(Section):
-    """Where the ranks run. Options of the command line come before these."""
+    """Where the ranks run. Command-line options override these."""
 
     launcher: LauncherName = "local"
     nodes: Positive = 1
-    ranks_per_node: Positive | None = None  #: None: one a GPU, or 1 on CPU
+    ranks_per_node: Positive | None = None  #: None: one per GPU, or 1 on CPU
     hostfile: str | None = None
     rendezvous: str | None = None  #: host:port, for torchrun over several nodes
-    least_nodes: Positive | None = None  #: go on with so many when others are lost; None: with all, or not at all
-    silence_seconds: Annotated[int, Field(ge=10)] = 60  #: a rank without a sign of life for so long ends the run
+    least_nodes: Positive | None = None  #: continue with at least this many if others are lost; None: only with all
+    silence_seconds: Annotated[int, Field(ge=10)] = 60  #: a rank without a sign of life for this long ends the run
     environment: dict[Variable, str] = Field(default_factory=dict)
     slurm: Slurm = Slurm()
 
@@ -312,7 +312,7 @@ class Recipe(Section):
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Data-parallel ranks times accumulation steps: the same however the run is divided over ranks."""
+        """Data-parallel ranks times accumulation steps, which does not depend on the number of ranks."""
         return self.global_batch_sequences // self.parallelism.micro_batch_sequences
 
     @model_validator(mode="after")
@@ -327,11 +327,13 @@ class Recipe(Section):
             )
         if self.global_batch_sequences % given.micro_batch_sequences:
             raise ValueError(
-                f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be cut into "
+                f"parallelism: a global batch of {self.global_batch_sequences} sequences cannot be divided into "
                 f"micro-batches of {given.micro_batch_sequences}"
             )
         if self.model.activation_offload and not self.model.activation_checkpointing:
-            raise ValueError("model.activation_offload needs model.activation_checkpointing: it moves what that keeps")
+            raise ValueError(
+                "model.activation_offload needs model.activation_checkpointing: it offloads the inputs kept"
+            )
         if given.offload == "all" and given.zero_stage != 3:
             raise ValueError("parallelism.offload: all needs zero_stage 3")
         if given.offload != "none" and given.zero_stage == 0:
@@ -339,8 +341,8 @@ class Recipe(Section):
         evaluated = None if self.evaluation is None else self.evaluation.tasks_every_steps
         if evaluated and evaluated % self.checkpoints.every_steps:
             raise ValueError(
-                f"evaluation.tasks_every_steps {evaluated} is no multiple of checkpoints.every_steps "
-                f"{self.checkpoints.every_steps}: tasks run on checkpoints that were saved"
+                f"evaluation.tasks_every_steps {evaluated} is not a multiple of checkpoints.every_steps "
+                f"{self.checkpoints.every_steps}: tasks run on saved checkpoints"
             )
         for stage in self.data.stages[1:]:
             if stage.start_step > self.schedule.train_steps:

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of."""
+"""The base class of a recipe's sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of a recipe. An unknown key is an error: a misspelt one would silently train something else."""
+    """A section of a recipe. An unknown key is an error, because a misspelt one would silently train something else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 

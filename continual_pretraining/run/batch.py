@@ -1,4 +1,4 @@
-"""Handing a script to Slurm: a run's own, and those of what runs beside it."""
+"""Submits batch scripts to Slurm, for a run and for its task evaluations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from smolconv.errors import MachineError
 
 
 def sbatch(script: Path, *, environment: Mapping[str, str] | None = None, seconds: float | None = None) -> int:
-    """The number of the job that Slurm makes of the script.
+    """Submit the script and return the job's number.
 
-    Raises ``MachineError`` with what Slurm said where it makes none, or does not answer within ``seconds``.
+    Raises ``MachineError`` with Slurm's message if it rejects the job, or does not answer within ``seconds``.
     """
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a published model's card says of the run that trained it, by names and never by paths."""
+"""Facts about the training run for a published model's card; names only, never paths."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MOST_ROWS = 10
 
 
 def run_of_export(folder: Path) -> Path | None:
-    """The run whose ``export/`` the folder lies in; None where it lies elsewhere."""
+    """The run in whose ``export/`` the folder is; None for any other folder."""
     run = folder.resolve().parent.parent
     return run if folder.resolve().parent.name == _EXPORT and (run / RECIPE).is_file() else None
 
 
 def training_of(run: Path) -> Training:
-    """What the run's recipe, metrics and events say. Raises ``CorruptFile`` and ``MissingFile``."""
+    """Facts from the run's recipe, metrics and events. Raises ``CorruptFile`` and ``MissingFile``."""
     recipe, history = load_recipe(run / RECIPE), read_run(run)
     return Training(
         recipe=recipe.name,
@@ -52,7 +52,7 @@ def _schedule(schedule: Schedule) -> str:
 
 
 def _rows(curve: Curve) -> tuple[tuple[int, float], ...]:
-    """At most ten of its means, the first and the last among them."""
+    """At most ten of the curve's means, including the first and the last."""
     means = curve.means()
     last = len(means) - 1
     chosen = range(len(means)) if last < _MOST_ROWS else (round(i * last / (_MOST_ROWS - 1)) for i in range(_MOST_ROWS))
@@ -60,7 +60,7 @@ def _rows(curve: Curve) -> tuple[tuple[int, float], ...]:
 
 
 def facts_of_run(run: Path, title: str, verified: str, licence: str | None = None) -> CardFacts:
-    """The card's facts of a model that the run exported."""
+    """The card's facts for a model that the run exported."""
     training = training_of(run)
     return CardFacts(
         title=title, verified=verified, licence=licence, base_model=on_hub(training.source),

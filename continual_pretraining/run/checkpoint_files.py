@@ -1,7 +1,7 @@
-"""The files of a run's checkpoint: which there must be, what they held when they were saved, and whether they still do.
+"""Checks the files of a run's checkpoint: that all are there, that none is added, and that none has changed.
 
-A step's folder holds exactly what the trainer writes. DeepSpeed picks files by patterns and by older names, so that a
-file more may be loaded in place of the right one.
+A step's folder must hold exactly what the trainer writes. DeepSpeed finds files by patterns and by older names, so an
+extra file might be loaded in place of the right one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _RANK = re.compile(r"(?:zero_pp_rank_|rank-)(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A step's folder whose files are the right ones by their names and sizes; what is in them is not known yet."""
+    """A step's folder with the right files by name and size. Their contents are not checked yet."""
 
     folder: Path
     state: RunState
@@ -55,7 +55,7 @@ def random_file(rank: int) -> str:
 
 
 def file_names(state: RunState) -> tuple[set[str], set[str]]:
-    """What the trainer writes for such a state, below the step's folder: what must be there, and what may be."""
+    """Names below the step's folder that the trainer must write for this state, and those that it may write."""
     ranks, bf16 = range(state.world_size), state.dtype == "bfloat16"
     needed = {STATE, CONFIG}
     needed |= {model_file(rank) for rank in ranks} if state.zero_stage == 3 else {model_file(None)}
@@ -69,7 +69,7 @@ def file_names(state: RunState) -> tuple[set[str], set[str]]:
 def refuse_foreign(folder: Path) -> None:
     """Raise ``MixedCheckpoint`` for the first file that a run of this state does not save.
 
-    Nothing is said of a folder whose state cannot be read: ``examine`` says what is wrong with it.
+    Ignores a folder whose state cannot be read; ``examine`` reports that.
     """
     try:
         known = set.union(*file_names(_state(folder)))
@@ -79,24 +79,23 @@ def refuse_foreign(folder: Path) -> None:
         if name in known and entry.is_symlink():
             raise MixedCheckpoint(
                 f"{_shown(name)} in {folder.name} is a symbolic link, which continue-train does not save.\n"
-                f"A file of its own was expected: {folder / name}.\n"
-                "Copy the file itself there, if it is this checkpoint's."
+                f"Expected a regular file: {folder / name}.\n"
+                "If the link's target belongs to this checkpoint, copy it there."
             )
         if name not in known:
             raise MixedCheckpoint(
                 f"{_shown(name)} in {folder.name} was not saved by continue-train.\n"
-                f"A run continues only from what it saved itself; {folder / name} is no file of {_saved_as(folder)}.\n"
-                "Move it out of the folder, and look at where it came from."
+                f"A run continues only from its own files; {folder / name} does not belong to {_saved_as(folder)}.\n"
+                "Move it out of the folder, and check where it came from."
             )
 
 
 def _state(folder: Path) -> RunState:
-    """The state, but not by way of a link or a device."""
+    """Read the state, but not through a link or from a device."""
     path = folder / STATE
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise MixedCheckpoint(
-            f"{STATE} in {folder.name} is no file of its own.\nA regular file was expected: {path}.\n"
-            "Copy the file itself there."
+            f"{STATE} in {folder.name} is not a regular file.\nExpected a regular file: {path}.\nCopy the file there."
         )
     return RunState.read(folder)
 
@@ -107,7 +106,7 @@ def _saved_as(folder: Path) -> str:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything in a step's folder by its name below it, folders other than ``random`` unopened."""
+    """Everything in a step's folder by relative name; of its subfolders only ``random`` is listed."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name == RANDOM and entry.is_dir(follow_symlinks=False):
             for below in sorted(os.scandir(entry.path), key=lambda entry: entry.name):
@@ -117,15 +116,15 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def examine(folder: Path) -> Contents:
-    """Look at the names and sizes of all files, and at what the run itself says of them.
+    """Compare the names and sizes of all files with the run's records.
 
-    Raises ``BadCheckpoint`` and its kinds for a checkpoint that is not what the trainer saved.
+    Raises ``BadCheckpoint`` or a subclass if the checkpoint is not what the trainer saved.
     """
     refuse_foreign(folder)
     state = _state(folder)
     if (step := step_of(folder)) not in (None, state.step):
         raise MixedCheckpoint(
-            f"{STATE} in {folder.name} is of step {state.step}.\n{folder} was expected to hold step {step} alone."
+            f"{STATE} in {folder.name} is of step {state.step}.\nExpected {folder} to hold only step {step}."
         )
     sizes = {name: entry.stat().st_size for name, entry in _entries(folder) if entry.is_file(follow_symlinks=False)}
     needed, _ = file_names(state)
@@ -135,13 +134,13 @@ def examine(folder: Path) -> Contents:
             raise MissingFile(f"{name} in {folder.name} is missing.\n{folder / name} was saved with it.")
         if name in recorded and recorded[name].nbytes != sizes[name]:
             raise DigestMismatch(
-                f"{name} in {folder.name} has {sizes[name]:,} bytes, and had {recorded[name].nbytes:,} when it was "
-                f"saved.\nThe whole file was expected: {folder / name}."
+                f"{name} in {folder.name} has {sizes[name]:,} bytes, but {recorded[name].nbytes:,} when it was "
+                f"saved.\nExpected the complete file: {folder / name}."
             )
     if recorded and (unlisted := sorted(set(sizes) - set(recorded) - {MANIFEST})):
         raise MixedCheckpoint(
             f"{unlisted[0]} in {folder.name} was not saved with it: {MANIFEST} does not list it.\n"
-            f"A run continues only from what it saved itself: {folder / unlisted[0]}.\nMove it out of the folder."
+            f"A run continues only from its own files: {folder / unlisted[0]}.\nMove it out of the folder."
         )
     return Contents(
         folder=folder, state=state, bytes_by_name=sizes, digests={name: file.digest for name, file in recorded.items()}
@@ -149,7 +148,7 @@ def examine(folder: Path) -> Contents:
 
 
 def read_own(folder: Path) -> Checkpoint:
-    """A step's folder as DeepSpeed's, whatever else lies in it; its assets are those of the folder alone."""
+    """Read a step's folder as a DeepSpeed checkpoint, ignoring other files; assets come only from this folder."""
     try:
         found = read_deepspeed(folder, ReadOptions())
     finally:
@@ -158,9 +157,9 @@ def read_own(folder: Path) -> Checkpoint:
 
 
 def compare_states(contents: Contents) -> None:
-    """What DeepSpeed's files say of the step and its ranks must be what ``trainer.json`` says.
+    """Check that DeepSpeed's files have the step and ranks of ``trainer.json``.
 
-    Raises ``MixedCheckpoint`` where it is not, and what ``read_deepspeed`` raises.
+    Raises ``MixedCheckpoint`` if they differ, and what ``read_deepspeed`` raises.
     """
     folder, state = contents.folder, contents.state
     checkpoint = read_own(folder)
@@ -170,29 +169,29 @@ def compare_states(contents: Contents) -> None:
     said = (None if found is None else found.step, topology.zero_stage, ranks, dtype)
     if said != (state.step, state.zero_stage, state.world_size, state.dtype):
         raise MixedCheckpoint(
-            f"{STATE} in {folder.name} is of another checkpoint than the files beside it.\n"
+            f"{STATE} in {folder.name} belongs to another checkpoint than the other files.\n"
             f"It says step {state.step}, {_saved_as(folder)}; they say step {said[0]}, {said[2]} of ZeRO-{said[1]} in "
             f"{said[3]} ({folder})."
         )
 
 
 def check_bytes(contents: Contents, name: str) -> None:
-    """Read a whole file. Raises ``BadCheckpoint`` where it does not hold what was saved, or asks for what is unsafe."""
+    """Read a whole file. Raises ``BadCheckpoint`` if it is not what was saved, or if its pickle is unsafe."""
     path = contents.folder / name
     if name in contents.digests and digest_file(path).digest != contents.digests[name]:
         raise DigestMismatch(
             f"{name} in {contents.folder.name} is damaged: its bytes are not those that were saved.\n"
-            f"The digest {contents.digests[name]} was expected of {path}."
+            f"Expected the digest {contents.digests[name]} for {path}."
         )
     if name.endswith(".pt"):
         read_torch_archive(path, allow=STAND_INS)
         if name not in contents.digests:
-            # An earlier version of ours recorded none: an archive's own CRC-32s are all there is.
+            # Early versions recorded no digests: only the archive's CRC-32s can be checked.
             refuse_seals(path, archive_seals([path]), 1)
 
 
 def share_of(contents: Contents, rank: int, world_size: int) -> list[str]:
-    """The files that a rank checks: evenly by bytes, and those that it will load where that is as even."""
+    """The files that a rank checks: split evenly by bytes, preferably those that it will load."""
     loads, mine = [0] * world_size, []
     for name, nbytes in sorted(contents.bytes_by_name.items(), key=lambda item: (-item[1], item[0])):
         match, least = _RANK.search(name), min(loads)
@@ -205,7 +204,7 @@ def share_of(contents: Contents, rank: int, world_size: int) -> list[str]:
 
 
 def problem_in(contents: Contents, names: list[str]) -> SmolconvError | None:
-    """The first thing that is wrong with these files, as an error to be raised where all ranks know of it."""
+    """The first problem with these files, as an error to raise once all ranks know of it."""
     for name in names:
         try:
             check_bytes(contents, name)
@@ -218,8 +217,8 @@ def problem_in(contents: Contents, names: list[str]) -> SmolconvError | None:
 
 def unreadable(path: Path, error: OSError) -> MachineError:
     return MachineError(
-        f"{path.name} cannot be read: {error.strerror or error}.\nA readable file was expected: {path}.\n"
-        "Check its permissions and the disk, or go on from an earlier checkpoint with --resume PATH."
+        f"{path.name} cannot be read: {error.strerror or error}.\nExpected a readable file: {path}.\n"
+        "Check its permissions and the disk, or resume from an earlier checkpoint with --resume PATH."
     )
 
 
@@ -227,7 +226,7 @@ def unreadable(path: Path, error: OSError) -> MachineError:
 
 
 def write_manifest(folder: Path, step: int, source: str, files: Mapping[str, FileDigest]) -> None:
-    """``smolconv_manifest.json`` beside the files that it lists."""
+    """The ``smolconv_manifest.json`` of the folder."""
     import deepspeed
     import torch
 
@@ -255,7 +254,7 @@ def _recorded(folder: Path, state: RunState) -> dict[str, FileDigest]:
     if manifest.step != state.step or not needed - {MANIFEST} <= set(files) <= needed | allowed:
         raise MixedCheckpoint(
             f"{MANIFEST} in {folder.name} belongs to another checkpoint than {STATE}.\n"
-            f"Step {state.step} of {_saved_as(folder)} was expected; it is of step {manifest.step!r:.60} "
+            f"Expected step {state.step} of {_saved_as(folder)}, found step {manifest.step!r:.60} "
             f"({folder / MANIFEST})."
         )
     return files

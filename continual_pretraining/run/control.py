@@ -1,8 +1,8 @@
-"""What can be known of a run's start from outside of it, and asked of it.
+"""State and requests of a run, for other processes.
 
-``run.json`` says who trains here, since when, and how it ended. A request is a file in ``logs/asked/ATTEMPT``: it
-reaches rank 0 from every machine that shares the run's folder, whatever has started the run. The folder's name is the
-start's, so that no request of an earlier start reaches a later one.
+``run.json`` says which start trains here, since when, and how it ended. A request is a file in
+``logs/asked/ATTEMPT``, so it reaches rank 0 from every machine that shares the run's folder, with every launcher. The
+folder is named after the start, so that a request to an earlier start never reaches a later one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from smolconv.storage.atomic import appearing_whole
 
 RECORD = "run.json"
 STOP = "stop"  #: the file of a request to save and end
-SAVE = "save-"  #: how the file of a request to save begins; whoever asks adds a name, rank 0 writes the step into it
-STOPPED_IN_START = "stopped by smolconv stop in its start. Nothing was trained; checkpoints are as they were."
+SAVE = "save-"  #: prefix of a request to save; the asking process adds a name, rank 0 writes the step into the file
+STOPPED_IN_START = "stopped by smolconv stop during its start. Nothing was trained; checkpoints are unchanged."
 Phase = Literal["starting", "training", "exporting", "ended"]
 #: How often rank 0 looks for requests.
 _EVERY_SECONDS = 0.5
@@ -44,7 +44,7 @@ _MOST_MESSAGE = 2000
 class StartRecord:
     """One start of a run."""
 
-    attempt: str  #: what its requests are told apart by
+    attempt: str  #: name of the start, and of the folder of its requests
     host: str  #: rank 0's
     pid: int
     launcher: str
@@ -55,7 +55,7 @@ class StartRecord:
     phase: Phase
     ended: str | None = None
     exit_code: int | None = None
-    message: str = ""  #: why it ended, where that was not because all was done
+    message: str = ""  #: why it ended, if it did not finish
 
     def __post_init__(self) -> None:
         counts = (self.pid, self.ranks, self.nodes, 0 if self.job is None else self.job)
@@ -63,16 +63,16 @@ class StartRecord:
         times = [self.began, *([] if self.ended is None else [self.ended])]
         code = self.exit_code is None or (is_count(self.exit_code) and self.exit_code <= 255)
         if not (all(map(is_count, counts)) and all(isinstance(text, str) for text in texts) and code):
-            raise ValueError(f"no start of a run has {self!r:.200}")
+            raise ValueError(f"not a valid start of a run: {self!r:.200}")
         if not all(map(is_timestamp, times)) or self.phase not in get_args(Phase):
-            raise ValueError(f"no start began at {self.began!r:.60}, or is {self.phase!r:.60}")
+            raise ValueError(f"began {self.began!r:.60} or phase {self.phase!r:.60} is not valid")
         ended = {self.phase == "ended", self.ended is not None, self.exit_code is not None}
         if not is_file_name(self.attempt) or len(ended) > 1:
-            raise ValueError(f"no start is called {self.attempt!r:.60}, or has ended by {self.exit_code!r}")
+            raise ValueError(f"attempt {self.attempt!r:.60} or exit_code {self.exit_code!r} is not valid")
 
     @staticmethod
     def read(run: Path) -> StartRecord | None:
-        """Of the newest start; None where there was none yet. Raises ``CorruptFile`` for what is no record."""
+        """The record of the newest start; None before the first. Raises ``CorruptFile`` for an invalid record."""
         path = run / RECORD
         if not is_there(path):
             return None
@@ -95,10 +95,10 @@ def asked_folder(run: Path, attempt: str) -> Path:
 
 
 class Control:
-    """Rank 0's, from the moment at which it has the run's lock. A thread looks for requests.
+    """Exists on rank 0 while it holds the run's lock. A thread looks for requests.
 
-    A request to stop does what SIGTERM does in each phase, and says so: a save and an end after the step, an end in the
-    start and in the export.
+    A request to stop acts like SIGTERM in each phase: save and end after the step, or end at once during the start
+    and the export.
     """
 
     def __init__(self, run: Path, record: StartRecord) -> None:
@@ -112,23 +112,23 @@ class Control:
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.parent.iterdir():
             with suppress(OSError):
-                other.rmdir()  # of a start that nothing was asked of
+                other.rmdir()  # empty: that start had no requests
         self._folder.mkdir(exist_ok=True)
         self._record(record)
         threading.Thread(target=self._watch, name="requests", daemon=True).start()
 
     def enter(self, phase: Phase, listen: Callable[[], object] = lambda: None) -> None:
-        """Begin a phase; ``listen`` sets its handler of SIGTERM, before which no request is passed on."""
+        """Begin a phase. ``listen`` installs its handler of SIGTERM; no request is passed on before that."""
         with self._phases:
             listen()
             self._record(replace(self.record, phase=phase))
 
     def take_saves(self) -> list[str]:
-        """The requests to save that are there by now; for all of them, ``answer`` follows."""
+        """The pending requests to save; ``answer`` must follow for all of them."""
         return list(self._saves)
 
     def answer(self, saves: Collection[str], step: int) -> None:
-        """Tell who asked which step is saved for them."""
+        """Tell the askers which step is saved for them."""
         self._answered.update(saves)
         self._saves.difference_update(saves)
         for name in saves:
@@ -136,13 +136,13 @@ class Control:
                 part.write_text(str(step))
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop looking for requests."""
         with self._phases:
             self._closed.set()
 
     def _record(self, record: StartRecord) -> None:
         self.record = record
-        with suppress(OSError):  # a disk without room ends no run that needs none
+        with suppress(OSError):  # a full disk must not end the run here
             record.write(self.run)
 
     def _watch(self) -> None:
@@ -166,7 +166,7 @@ class Control:
 
 @contextmanager
 def controlled(run: Path, recipe: Recipe, world_size: int, *, first: bool) -> Iterator[Control | None]:
-    """A rank's time from the run's lock to its end: rank 0's ``Control``, and None on the others."""
+    """From the run's lock until the rank ends: rank 0's ``Control``, and None on other ranks."""
     if not first:
         yield None
         return
@@ -185,7 +185,7 @@ def controlled(run: Path, recipe: Recipe, world_size: int, *, first: bool) -> It
 
 
 def record_end(run: Path, exit_code: int, message: str) -> None:
-    """Write down how the start ended whose rank 0 this process is; nothing on other ranks. The first reason counts."""
+    """Record how the start ended, if this process is its rank 0. Only the first reason is kept."""
     with suppress(SmolconvError, OSError):
         record = StartRecord.read(run)
         if record and record.ended is None and (record.pid, record.host) == (os.getpid(), socket.gethostname()):

@@ -1,4 +1,4 @@
-"""What is written after the last step: the model in the layouts that others read, compared with what was trained."""
+"""Exports the model after the last step, and compares each export with the trained weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FOLDER = "export"
 
 
 def check_exports(export: Export, trained: Checkpoint, run: Path) -> None:
-    """Plan every export from the checkpoint that will be trained. Raises ``UsageError`` for one that cannot be made."""
+    """Plan every export from the checkpoint that will be trained. Raises ``UsageError`` if one is impossible."""
     for layout in export.formats:
         try:
             plan_from_checkpoint(trained, str(trained.root), run / FOLDER / layout, _options(export, layout))
         except BadCheckpoint as error:
             raise UsageError(
-                f"export.formats: {layout} cannot hold what would be trained, from {trained.root}.\n{error}\n"
-                f"Nothing was trained. Take {layout} out of export.formats, or train another source."
+                f"export.formats: {layout} cannot hold the model of {trained.root}.\n{error}\n"
+                f"Nothing was trained. Remove {layout} from export.formats, or train another source."
             ) from None
 
 
@@ -36,11 +36,10 @@ def _options(export: Export, layout: str) -> ConvertOptions:
 
 
 def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str, torch.Tensor] | None) -> list[str]:
-    """Convert ``checkpoint`` to every format below ``run/export``; returns what to tell the user.
+    """Convert ``checkpoint`` to every format below ``run/export``; returns messages for the user.
 
-    With ``export.verify``, and before a push, what was written must equal ``weights``, the engine's own, bit for bit,
-    and compute the same logits as the checkpoint. Raises ``ParityFailed`` otherwise; what was written is then kept as
-    ``.failed``.
+    With ``export.verify``, and before a push, each export must equal ``weights``, the engine's own, bit for bit, and
+    compute the same logits as the checkpoint. Otherwise it is kept as ``.failed`` and ``ParityFailed`` is raised.
     """
     said = []
     for layout in export.formats:
@@ -73,7 +72,7 @@ def export_run(export: Export, run: Path, checkpoint: Path, weights: Mapping[str
 
 
 def _compared(target: Path, weights: Mapping[str, torch.Tensor]) -> int:
-    """How many tensors equal the engine's: all of them. Raises ``ParityFailed`` for the first that does not."""
+    """The number of tensors, all equal to the engine's. Raises ``ParityFailed`` for the first that is not."""
     import torch
 
     from smolconv.verification.forward import to_torch
@@ -88,5 +87,5 @@ def _compared(target: Path, weights: Mapping[str, torch.Tensor]) -> int:
         names = (target.with_name(f"{target.name}.failed{number}") for number in ("", *range(2, 1000)))
         failed = next(name for name in names if not name.exists() and not name.is_symlink())
         target.rename(failed)
-        raise ParityFailed(f"{target}: {wrong} is not what the engine holds. What was written is kept as {failed}.")
+        raise ParityFailed(f"{target}: {wrong} differs from the engine's. The export is kept as {failed}.")
     return len(written)

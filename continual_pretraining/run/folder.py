@@ -1,4 +1,4 @@
-"""A run's folder before its ranks start: which recipe it was trained by, and whether another may go on with it."""
+"""Checks a run's folder before its ranks start: its recipe, and whether the new recipe may continue it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from smolconv.files import open_file
 from smolconv.storage.atomic import appearing_whole
 
 LOCK = "run.lock"  #: held by rank 0 for as long as it trains
-RESTARTS = "SMOLCONV_RESTARTS"  #: in the environment: how often torchrun's launcher went on after a rank was lost
-START = "start"  #: what a start converted for its ranks; of no use once they have ended, or saved
-#: What of them does not: whose name a source was recorded by before the run began, and what to do when files change.
+RESTARTS = "SMOLCONV_RESTARTS"  #: environment variable: how often torchrun's launcher continued after losing a rank
+START = "start"  #: files that a start converted for its ranks; useless once the ranks have ended or saved
+#: Exceptions in those sections: the name that a source was recorded by before the run, and the reaction to changes.
 _UNDECIDING = re.compile(r"data\.(on_change|stages\.\d+\.sources\.\d+\.recorded_as)")
-#: Fields, and sections of them, that decide which model a step trains on which tokens. A checkpoint that was trained by
-#: others would go on as something that neither recipe describes.
+#: Fields and sections that decide which model a step trains on which tokens. With other values, a checkpoint would
+#: continue as something that neither recipe describes.
 _DECIDING = (
     "model.source", "model.config", "model.step", "model.rope_theta", "model.max_positions", "data",
     "optimizer.betas", "optimizer.eps", "optimizer.no_decay", "loss", "global batch", "micro-batch",
@@ -41,14 +41,14 @@ class Change:
     field: str
     old: object
     new: object
-    decides: bool  #: the model or its data
+    decides: bool  #: whether it changes the model or its data
 
     def __str__(self) -> str:
         return f"{self.field}: {self.old} -> {self.new}"
 
 
 def as_it_began(recipe: Recipe, run: Path, resume: str) -> Recipe:
-    """The recipe, whose fields that it leaves to the model's family stay what the run that continues has them at."""
+    """The recipe; fields that it leaves to the model's family keep the values of the run that continues."""
     checkpoint = None if resume == "never" else find_resume(run, resume)
     path = None if checkpoint is None else _run_of(checkpoint, run) / RECIPE
     if path is None or not os.path.lexists(path):
@@ -63,9 +63,9 @@ def _run_of(checkpoint: Path, run: Path) -> Path:
 
 
 def changes(old: Recipe, new: Recipe) -> list[Change]:
-    """Where ``new`` differs from ``old``, in the order of fields."""
+    """The fields in which ``new`` differs from ``old``, in order."""
     before, after = dict(_fields(old)), dict(_fields(new))
-    # With a mean over all tokens the loss does not depend on how a step is cut up.
+    # With a mean over all tokens, the loss does not depend on how a step is split.
     by_tokens = old.loss.normalisation == new.loss.normalisation == "tokens"
     return [
         Change(
@@ -83,18 +83,18 @@ def _decides(field: str) -> bool:
 
 
 def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
-    """What the user should know before the run continues, or begins. Writes nothing.
+    """Notes for the user before the run continues or begins. Writes nothing.
 
-    Stages that have not begun may be added, changed and taken out: a decay is often decided on late.
+    Stages that have not begun may be added, changed or removed: a decay is often decided late.
 
-    Raises ``UsageError`` when the checkpoint that it would go on from was trained by a recipe that decides otherwise or
-    lies beyond the recipe's last step, and when ``--resume never`` meets checkpoints; ``MissingFile`` when there is no
-    checkpoint where ``resume`` says.
+    Raises ``UsageError`` if the checkpoint was trained with a recipe that differs in a deciding field, if it is beyond
+    the recipe's last step, or if ``--resume never`` finds checkpoints; ``MissingFile`` if ``resume`` names no
+    checkpoint.
     """
     if resume == "never" and latest(run) is not None:
         raise UsageError(
-            f"{run} holds a run's checkpoints, which --resume never would write over.\n"
-            "Choose another folder with --output, or leave --resume never out to go on."
+            f"{run} holds a run's checkpoints, which --resume never would overwrite.\n"
+            "Choose another folder with --output, or drop --resume never to continue."
         )
     checkpoint = find_resume(run, resume)
     if checkpoint is None:
@@ -123,21 +123,21 @@ def check_run(recipe: Recipe, run: Path, resume: str) -> list[str]:
 
 
 def check_steps(recipe: Recipe, step: int, checkpoint: Path) -> None:
-    """Raise ``UsageError`` when a checkpoint lies beyond the last step of the recipe: an export would be of neither."""
+    """Raise ``UsageError`` for a checkpoint beyond the recipe's last step: an export would match neither."""
     last = recipe.schedule.train_steps
     if step <= last:
         return
     earlier = _newest_until(checkpoint, last)
     raise UsageError(
         f"{checkpoint.name} has made {counted(step, 'step')}, but schedule.train_steps is {last:,}.\n"
-        f"A run continues from a step that its recipe makes ({checkpoint}). Nothing was trained or exported.\n"
+        f"A run continues only from a step within its recipe ({checkpoint}). Nothing was trained or exported.\n"
         f"Set schedule.train_steps to {step} or more"
         + (f", or go back with --resume {earlier}." if earlier else f"; no checkpoint until step {last:,} is left.")
     )
 
 
 def moved_decay_notes(recipe: Recipe, old: Schedule | None, step: int, checkpoint: Path, option: str) -> list[str]:
-    """That the rate jumps, and the newest checkpoint from which it would not, by the option that names it."""
+    """Say that the rate jumps, and name the newest checkpoint from which it would not."""
     moved = None if old is None else moved_decay(old, recipe.schedule, step)
     if moved is None:
         return []
@@ -154,7 +154,7 @@ def _newest_until(checkpoint: Path, step: int) -> Path | None:
 
 
 def _state(checkpoint: Path) -> RunState | None:
-    """None for a state that cannot be read, which the ranks will refuse."""
+    """None for a state that cannot be read; the ranks will refuse it."""
     try:
         return RunState.read(checkpoint)
     except BadCheckpoint:
@@ -162,16 +162,16 @@ def _state(checkpoint: Path) -> RunState | None:
 
 
 def _begun(recipe: Recipe, step: int | None) -> Recipe:
-    """The recipe with the stages that have read something by ``step``: the others may still be changed."""
+    """The recipe with only the stages that were read by ``step``; the others may still change."""
     stages = recipe.data.stages
     begun = tuple(stage for stage in stages if step is None or stage.start_step <= step) or stages[:1]
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"stages": begun})})
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
-    """Write ``recipe.resolved.yaml`` as a whole; every node of a torchrun run does, at the same time.
+    """Write ``recipe.resolved.yaml`` atomically; all nodes of a torchrun run do so at the same time.
 
-    Raises ``OutputLocked`` when another process trains in the folder by another recipe: its ranks read this file.
+    Raises ``OutputLocked`` if another process trains in the folder with another recipe: its ranks read this file.
     """
     run.mkdir(parents=True, exist_ok=True)
     path, text = run / RECIPE, dump_recipe(recipe).encode()
@@ -182,13 +182,13 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
 
 
 def held_elsewhere(lock: int) -> bool:
-    """Whether another process holds the open lock file; it is ours from now on where none does.
+    """Whether another process holds the open lock file. If none does, this process now holds it.
 
-    A file system without locks has nobody hold them.
+    On a file system without locks, no process ever holds it.
     """
     if not _held(lock, fcntl.LOCK_EX):
         return False
-    time.sleep(0.1)  # who only looks whether it is held takes it for a moment
+    time.sleep(0.1)  # a process that only checks the lock holds it for a moment
     return _held(lock, fcntl.LOCK_EX)
 
 
@@ -201,7 +201,7 @@ def _held(lock: int, kind: int) -> bool:
 
 
 def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
-    """The error for a folder in which another process trains; ``how`` says more of that."""
+    """The error for a folder in which another process trains; ``how`` adds details."""
     return OutputLocked(
         f"another process trains in {run} (it holds {run / LOCK}){how}.\n"
         "Wait for it to end, or choose another --output."
@@ -209,32 +209,32 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
 
 
 def is_restart() -> bool:
-    """Whether this start continues after one whose node may have died, with the run's lock."""
+    """Whether this start follows one whose node may have died holding the run's lock."""
     return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
 
 
 def refuse_trained(run: Path) -> None:
-    """Raise ``OutputLocked`` where another process trains in the folder, before a start writes into its logs.
+    """Raise ``OutputLocked`` if another process trains in the folder, before a start writes to its logs.
 
-    A start after a loss is let through: its rank 0 waits for the lock of a node that has died.
+    A start after a lost rank passes: its rank 0 waits for the dead node's lock.
     """
     if not is_restart() and is_trained(run):
         raise trained_elsewhere(run)
 
 
 def remove_start(run: Path) -> None:
-    """Remove what a start converted, once its ranks have ended; nothing where another start's ranks train."""
+    """Remove what a start converted, once its ranks have ended; do nothing if another start's ranks train."""
     if os.path.lexists(run / START) and not is_trained(run):
         shutil.rmtree(run / START, ignore_errors=True)
 
 
 def is_trained(run: Path) -> bool:
-    """Whether a process holds the run's lock; one on another machine is seen where the file system shows its locks."""
+    """Whether a process holds the run's lock, including other machines if the file system shares locks."""
     if not os.path.lexists(run / LOCK):
         return False
     lock = open_file(run / LOCK, noted=False)
     try:
-        return _held(lock, fcntl.LOCK_SH)  # shared: those who look do not see each other
+        return _held(lock, fcntl.LOCK_SH)  # shared: processes that only check do not block each other
     finally:
         os.close(lock)
 
@@ -242,7 +242,7 @@ def is_trained(run: Path) -> bool:
 def _fields(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     document = recipe.model_dump(mode="json")
     parallelism = document["parallelism"]
-    # However the batch was written down.
+    # In whichever way the batch was specified.
     parallelism.pop("global_batch_sequences")
     parallelism.pop("global_batch_tokens")
     yield "global batch", f"{recipe.global_batch_sequences} sequences"

@@ -1,7 +1,7 @@
-"""The start gate: the first loss of a run must be that of the model it starts from.
+"""The start gate: a run's first loss must equal the loss of the model that it starts from.
 
-The source's loss comes from ``verify``'s forward on the source's own tensors, in float32, each document alone: neither
-the conversion, nor the training model, nor packing takes part in it.
+The source's loss comes from ``verify``'s forward pass on the source's own tensors, in float32, one document at a time:
+it does not use the conversion, the training model or packing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from smolconv.continual_pretraining.tokens.files import Batch
 
-#: Of nats, by the dtype that the run computes in. Two correct float32 forwards of the 135M differ by 1e-6, bfloat16
-#: from float32 by up to 0.01.
+#: In nats, by the dtype in which the run computes. Two correct float32 forward passes of the 135M differ by 1e-6,
+#: bfloat16 from float32 by up to 0.01.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 _VOCABULARY_ROWS = 4096
 
@@ -32,13 +32,13 @@ class SourceLoss:
 
     loss: float
     targets: int
-    forward: str  #: for people: whose code ran on which tensors
+    forward: str  #: for messages: whose code ran on which tensors
 
 
 def source_loss(side: Side, batch: Batch) -> SourceLoss:
-    """Lead the source through every document of the batch, one block of weights in memory at a time.
+    """Compute the source's loss over every document of the batch, with one block of weights in memory at a time.
 
-    What it took of a GPU's memory is given back, to the training that follows in this process and to NCCL.
+    Afterwards it releases GPU memory for training in this process and for NCCL.
     """
     import torch
 
@@ -76,7 +76,7 @@ def _source_loss(side: Side, batch: Batch) -> SourceLoss:
 
 
 def _cross_entropy(side: Side, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean over the rows of ``hidden`` [N, E]; the vocabulary is walked in chunks."""
+    """Mean loss over the rows of ``hidden`` [N, E], computed in chunks."""
     import torch
 
     total = torch.full((len(hidden),), float("-inf"), dtype=torch.float64, device=hidden.device)
@@ -93,10 +93,10 @@ def _cross_entropy(side: Side, hidden: torch.Tensor, targets: torch.Tensor) -> f
 def check_first_loss(
     loss: float, targets: int, source: SourceLoss, *, dtype: str, tolerance: float | None
 ) -> None:  # fmt: skip
-    """Raise ``TrainingStopped`` when the run's first loss, a mean over so many targets, is not the source model's."""
+    """Raise ``TrainingStopped`` if the run's first loss, a mean over ``targets``, is not the source model's."""
     if targets != source.targets:
         raise TrainingStopped(
-            f"the first micro-batch has {source.targets} targets, but its loss was taken over {targets} of them.\n"
+            f"the first micro-batch has {source.targets} targets, but its loss covers {targets} of them.\n"
             "Ranks that share a micro-batch have lost some or counted some twice, so nothing was trained.\n"
             "Set parallelism.sequence_ranks to 1, and please report this."
         )
@@ -105,6 +105,6 @@ def check_first_loss(
         raise TrainingStopped(
             f"the first micro-batch has loss {loss:.6f}, but the source model's is {source.loss:.6f} "
             f"({source.forward}; {source.targets} targets): they may differ by {limit:g}.\n"
-            "What would be trained is not the model that was given, so nothing was trained. Compare the two with "
+            "The model to be trained differs from the source, so nothing was trained. Compare the two with "
             "smolconv verify; start.gate_tolerance widens the gate, start.gate: false removes it."
         )

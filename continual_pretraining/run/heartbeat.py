@@ -1,7 +1,7 @@
-"""Ranks that show each other that they live, so that one which is gone is found and named within a stated time.
+"""Heartbeats between ranks, so that a lost rank is noticed and named within a stated time.
 
-A collective waits for a lost peer until its own time is up, which is half an hour. Preparing, saving and exporting may
-take hours, so that time cannot be short. A heartbeat can: it comes from a thread of its own, whatever the rank does.
+A collective waits for a lost peer until its timeout, which is half an hour and cannot be short, because preparing,
+saving and exporting may take hours. A heartbeat's can be short: a separate thread sends it, whatever the rank does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _VERDICT = "smolconv/lost"
 
 
 class LostRank(MachineError):
-    """A rank shows no sign of life: it was stopped, or its node has died or cannot be reached."""
+    """A rank shows no sign of life: it was stopped, or its node died or cannot be reached."""
 
 
 class Store(Protocol):
-    """What a heartbeat needs of the store in which the ranks met."""
+    """The methods that a heartbeat needs of the rendezvous store."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -37,40 +37,40 @@ def _key(rank: int) -> str:
 
 
 def announce(store: Store, rank: int) -> None:
-    """Leave what the others read first. To be called by every rank, before the ranks wait for each other."""
+    """Set the key that the others read first. Every rank must call this before the ranks wait for each other."""
     store.set(_key(rank), f"0 {socket.gethostname()}")
     if rank == 0:
         store.set(_VERDICT, "-")
 
 
 class Heartbeat:
-    """Two threads, from the ranks' meeting to the end of their work.
+    """Two threads, which run from the rendezvous until the ranks have finished.
 
-    Each rank counts up a key of its own in the store. Rank 0 reads all keys, and the others only rank 0's and its
-    verdict, so that the store serves two small requests a rank every few seconds. Times are this process's own: clocks
-    of different nodes are never compared. ``end`` is called on one of the threads, once, and must not return.
+    Each rank increments its own key in the store. Rank 0 reads all keys; the others read only rank 0's key and its
+    verdict, so the store serves two small requests per rank every few seconds. Times are local: clocks of different
+    nodes are never compared. ``end`` is called once, on one of the threads, and must not return.
     """
 
     def __init__(
         self, store: Store, rank: int, world_size: int, *, silence_seconds: float, end: Callable[[LostRank], object]
     ) -> None:
-        self.doing = "its start"  #: what the ranks are at, for the message
+        self.doing = "its start"  #: current phase, for the message
         self._store, self._rank, self._silence, self._end = store, rank, silence_seconds, end
         self._watched = [other for other in range(world_size) if other != rank] if rank == 0 else [0]
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _BEATS_IN_SILENCE)
         self._lock, self._over = threading.Lock(), threading.Event()
         self._said: dict[int, bytes] = {}
-        self._heard = dict.fromkeys(self._watched, time.monotonic())  #: when each last said something new
+        self._heard = dict.fromkeys(self._watched, time.monotonic())  #: when each key last changed
         self._verdict = ""
 
     def start(self) -> Heartbeat:
-        # A store whose node is gone answers nothing, for a quarter of an hour: so another thread looks at the clock.
+        # If the store's node is lost, requests hang for 15 minutes, so another thread watches the clock.
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """Before the ranks end, each in its own time."""
+        """Stop before the ranks end, which they do at different times."""
         self._over.set()
 
     def _beat(self) -> None:
@@ -81,7 +81,7 @@ class Heartbeat:
                 self._store.set(_key(self._rank), f"{count} {host}")
                 *said, verdict = self._store.multi_get(keys)
             except RuntimeError:
-                continue  # the store may have ended with rank 0: the silence says so
+                continue  # the store may have ended with rank 0; the timeout will show it
             now = time.monotonic()
             with self._lock:
                 for rank, text in zip(self._watched, said):
@@ -95,7 +95,7 @@ class Heartbeat:
             now = time.monotonic()
             with self._lock:
                 if now - before > self._silence / 2:
-                    # This process itself was stopped, or its machine slept: it could not hear anybody.
+                    # This process was stopped, or its machine slept, so it could not read any key.
                     self._heard = dict.fromkeys(self._watched, now)
                 before = now
                 lost = [rank for rank, heard in self._heard.items() if now - heard > self._silence]
@@ -107,12 +107,12 @@ class Heartbeat:
                 message = self._name(lost)
                 if self._rank == 0:
                     self._publish(message)
-                    time.sleep(self._interval)  # the store may end with this process, and all shall say the same
+                    time.sleep(self._interval)  # the store may end with this process, and all must report the same
                 self._end(LostRank(message))
                 return
 
     def _publish(self, message: str) -> None:
-        """Tell the others, in a few seconds or never: this rank may be the one that is cut off."""
+        """Tell the others, within a few seconds or never: this rank may be the one that is cut off."""
         publishing = threading.Thread(target=self._try_to_set, args=(message,), daemon=True)
         publishing.start()
         publishing.join(self._interval)
@@ -130,14 +130,14 @@ class Heartbeat:
         named = "; ".join(f"{_ranks(ranks)} on {host}" for host, ranks in by_host.items())
         return (
             f"no sign of life for {self._silence:g} s from {named}, seen from {socket.gethostname()} in {self.doing}.\n"
-            "A node that died, a network that is cut, or a process that was stopped looks like this "
-            "(launch.silence_seconds).\nThe same command resumes from the last checkpoint, also on the nodes that "
-            "are left, if their ranks can share the batch."
+            "Its node died, the network is cut, or the process was stopped "
+            "(launch.silence_seconds).\nThe same command resumes from the last checkpoint, also on the remaining "
+            "nodes if their ranks can divide the batch."
         )
 
 
 def lost_connection(error: BaseException) -> LostRank | None:
-    """What a collective's error means when a peer's connection broke: its node has died, or it has failed."""
+    """The error for a collective whose connection to a peer broke: its node died, or it failed."""
     if type(error).__name__ == "DistBackendError" or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     ):

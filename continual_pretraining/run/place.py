@@ -1,6 +1,6 @@
-"""Where a run continues in its data and schedule: after its own checkpoint, or where its source stands.
+"""Finds where a run continues in its data and schedule: after its own checkpoint, or after its source's step.
 
-The dry run asks here, too.
+The dry run uses it, too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from smolconv.continual_pretraining.run.checkpoints import STATE, RunState
 from smolconv.continual_pretraining.run.folder import moved_decay_notes
 
 T = TypeVar("T")
-_NOT_RECORDED = "has no record of its token files: whether they have changed since it was saved is not known."
+_NOT_RECORDED = "has no record of its token files: smolconv cannot tell whether they have changed."
 
 
 def own_place(recipe: Recipe, own: Path, state: RunState, vocab_size: int) -> DataPlace:
-    """After a checkpoint of the run. Where all steps are done nothing is read. Raises as ``place_in_data`` does."""
+    """The place after a checkpoint of the run. If all steps are done, reads nothing. Raises as ``place_in_data``."""
     if state.step >= recipe.schedule.train_steps:
         return DataPlace(position=state.position, record=state.token_files)
     place = place_in_data(recipe, state.position, state.token_files, vocab_size, f"step {state.step}")
@@ -32,15 +32,16 @@ def own_place(recipe: Recipe, own: Path, state: RunState, vocab_size: int) -> Da
 
 
 def source_place(recipe: Recipe, source: Checkpoint, step: int, vocab_size: int) -> DataPlace:
-    """Where a run begins that has completed ``step`` steps of its schedule in its source.
+    """Where a new run begins, when its source has completed ``step`` steps of the schedule.
 
-    With ``start.data`` it is the source's place; a run of ours has recorded its token files, and those are compared.
-    With ``start.learning_rate`` its schedule is. Raises as ``place_in_data`` and ``position_from_stages`` do.
+    With ``start.data`` it continues at the source's place, and compares the token files if the source recorded them.
+    With ``start.learning_rate`` it continues the source's schedule. Raises as ``place_in_data`` and
+    ``position_from_stages``.
     """
     position: Position | None = {"step": step, "stages": []} if step else None
     recorded: TokenRecord = {}
     since, events = "", list[str]()
-    # A run's folder is named by several of its steps, of which one was read.
+    # Several steps can match a run's folder; only one was read.
     beside = dict.fromkeys(path.parent for path in source.files)
     folder = next((path for path in beside if os.path.lexists(path / STATE)), None)
     state = RunState.read(folder) if folder and (recipe.start.data or recipe.start.learning_rate) else None
@@ -49,7 +50,7 @@ def source_place(recipe: Recipe, source: Checkpoint, step: int, vocab_size: int)
     if recipe.start.data:
         assert source.progress is not None
         stages, last = source.progress.stages, source.progress.last_stage_index
-        # nanotron lists the stages that are still to come, too.
+        # nanotron also lists stages that have not begun.
         position = position_from_stages(stages if last is None else stages[: last + 1], recipe.data, step)
         if state is not None:
             recorded, since = _by_path(recipe, state.token_files), f"step {state.step} of the source"
@@ -61,7 +62,7 @@ def source_place(recipe: Recipe, source: Checkpoint, step: int, vocab_size: int)
 
 
 def _by_path(recipe: Recipe, recorded: Mapping[str, T]) -> dict[str, T]:
-    """What a source recorded, by the paths of the recipe."""
+    """The source's record of token files, by the paths in the recipe."""
     sources = [source for stage in recipe.data.stages for source in stage.sources]
     return {
         plain_path(source.path): recorded[recorded_as(source)] for source in sources if recorded_as(source) in recorded

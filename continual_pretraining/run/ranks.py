@@ -1,4 +1,4 @@
-"""The processes of a run, and what they tell each other."""
+"""The ranks of a run and their communication."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-#: In the environment of a rank: which start of its run it belongs to. Its failure file repeats it, so that nobody takes
-#: another start's failure for this one's.
+#: Environment variable with the name of the rank's start. Its failure file repeats the name, so that a failure is
+#: never attributed to another start.
 ATTEMPT = "SMOLCONV_ATTEMPT"
-#: How long ranks wait for one that prepares or exports: a terabyte takes its time. A heartbeat ends a run of which a
-#: rank is gone.
+#: Timeout while a rank prepares or exports, which takes long for a terabyte. If a rank is lost, the heartbeat ends the
+#: run.
 _PATIENCE = timedelta(hours=12)
-#: For everything else: a rank that hangs, but lives, must not hold the others' GPUs for longer. DeepSpeed makes groups
-#: of its own beside ours, with torch's default: 10 minutes for NCCL, 30 for gloo.
+#: Timeout for everything else: a rank that hangs must not hold the others' GPUs for longer. DeepSpeed's own groups have
+#: torch's default: 10 minutes for NCCL, 30 for gloo.
 _TRAINING_PATIENCE = timedelta(minutes=30)
-NVIDIA = Path("/dev/nvidiactl")  #: there where NVIDIA's driver is loaded, whether or not it works
+NVIDIA = Path("/dev/nvidiactl")  #: exists if NVIDIA's driver is loaded, whether or not it works
 
 
 class FailedOnAnotherRank(SmolconvError):
@@ -44,21 +44,21 @@ class FailedOnAnotherRank(SmolconvError):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Which process this is, and where it computes."""
+    """This process's rank and device, and its communication with the other ranks."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    patient: torch.distributed.ProcessGroup  #: all ranks, by gloo; to wait for one that takes hours
-    heartbeat: Heartbeat | None = None  #: None: a single rank has nobody to show it to
+    patient: torch.distributed.ProcessGroup  #: all ranks, by gloo, with a timeout of hours
+    heartbeat: Heartbeat | None = None  #: None for a single rank
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def now_in(self, doing: str) -> None:
-        """Say what the ranks are at, for the message about one that is lost."""
+        """Set the current phase, for the message about a lost rank."""
         if self.heartbeat is not None:
             self.heartbeat.doing = doing
 
@@ -68,7 +68,7 @@ class Ranks:
         torch.distributed.barrier(group=self.patient)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. An error of rank 0's is raised on all, so that none waits for ever."""
+        """Return rank 0's result on every rank. An error on rank 0 is raised on all, so that none waits for ever."""
         import torch.distributed
 
         result: list[Any] = [None]
@@ -96,7 +96,7 @@ class Ranks:
         return [float(value) for value in vector.tolist()]
 
     def everyone(self, value: T) -> list[T]:
-        """A value of every rank, in their order."""
+        """The values of all ranks, in order."""
         import torch.distributed
 
         found: list[Any] = [None] * self.world_size
@@ -111,14 +111,14 @@ def join_ranks(
     silence_seconds: float = 60,
     lost: Callable[[LostRank], object] | None = None,
 ) -> Ranks:
-    """Meet the other processes that the launcher started, as RANK, WORLD_SIZE and MASTER_ADDR say.
+    """Join the other processes that the launcher started, by RANK, WORLD_SIZE and MASTER_ADDR.
 
-    ``gpus``: whether the launch has asked for them; None where it could not, and the node itself has to tell. ``lost``
-    ends this process: another thread calls it when a rank has given no sign of life for ``silence_seconds``. Without it
-    nobody looks.
+    ``gpus``: whether the launch requested them; None if it cannot, so that the node itself decides. ``lost`` ends this
+    process: another thread calls it when a rank has shown no sign of life for ``silence_seconds``. Without it there is
+    no heartbeat.
 
-    Raises ``NotInstalled`` without torch, transformers and a DeepSpeed that was tried; ``MachineError`` where a GPU is
-    missing, when ranks see different devices, and when they do not meet.
+    Raises ``NotInstalled`` without torch, transformers and a tested DeepSpeed; ``MachineError`` if a GPU is missing, if
+    ranks see different devices, or if the rendezvous fails.
     """
     from importlib.util import find_spec
 
@@ -142,16 +142,16 @@ def join_ranks(
         without_shared_memory_operations()
     else:
         torch.cuda.set_device(local_rank)
-    # DeepSpeed meets the ranks by the same store, and leaves a group that is there already as it is.
+    # DeepSpeed uses the same store, and keeps a process group that already exists.
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_TRAINING_PATIENCE, verbose=False)
     try:
         patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise MachineError(
             f"the ranks cannot reach each other by gloo: {first_line(error)}\n"
-            "Where a node's name leads to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
+            "If a node's name resolves to the wrong network, set GLOO_SOCKET_IFNAME in launch.environment."
         ) from error
-    del store  # not before: a server of our own ends with it
+    del store  # not earlier: it may run the server
     return Ranks(
         rank=torch.distributed.get_rank(),
         local_rank=local_rank,
@@ -163,10 +163,10 @@ def join_ranks(
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc reuse what a step has freed, as torch does on GPUs, instead of giving it back to the kernel.
+    """Make malloc reuse freed memory, as torch does on GPUs, instead of returning it to the kernel.
 
-    By default every large tensor is mapped anew, and the kernel fills its pages with zeros: a quarter of a ZeRO-2 step
-    of 512 tokens, measured. Without glibc nothing happens.
+    By default every large tensor is mapped again and the kernel zeroes its pages: measured, a quarter of the time of a
+    ZeRO-2 step of 512 tokens. Does nothing without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -178,7 +178,7 @@ def _keep_freed_memory() -> None:
 
 
 def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
-    """Raise ``MachineError`` where this rank should have a GPU, and has none: training on CPUs would go unnoticed."""
+    """Raise ``MachineError`` if this rank should have a GPU but has none: training on CPUs would go unnoticed."""
     import torch
 
     node = socket.gethostname()
@@ -186,16 +186,16 @@ def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
         if local_rank >= (count := torch.cuda.device_count()):
             raise MachineError(
                 f"{node}: {local_size} ranks run on it, but it has {count} GPU{'s' * (count > 1)} for them, and each "
-                "needs its own.\nAsk for more, or give --nproc-per-node at most that."
+                "needs its own.\nRequest more, or give --nproc-per-node at most that."
             )
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
     if expected or (expected is None and NVIDIA.exists() and not hidden):
-        why = "the job asks for GPUs" if expected else f"{NVIDIA} is there"
+        why = "the job asks for GPUs" if expected else f"{NVIDIA} exists"
         build = "" if torch.version.cuda or torch.version.hip else ", which was built for CPUs only"
         raise MachineError(
             f"{node}: {why}, but torch {torch.__version__}{build} sees none.\n"
-            "Look at `nvidia-smi` there, and at which torch is installed. To train on CPUs: for Slurm, "
+            "Check `nvidia-smi` and the installed torch there. To train on CPUs: for Slurm, "
             "launch.slurm.gpus_per_node=0; else set CUDA_VISIBLE_DEVICES to nothing."
         )
 
@@ -203,10 +203,10 @@ def _check_gpu(expected: bool | None, local_rank: int, local_size: int) -> None:
 def _meet(
     cuda: bool, silence_seconds: float, lost: Callable[[LostRank], object] | None
 ) -> tuple[torch.distributed.Store, Heartbeat | None]:
-    """Meet the others, and agree on the device before a backend is chosen: gloo and NCCL would wait for each other.
+    """Join the others and agree on the device before choosing a backend: gloo and NCCL would wait for each other.
 
-    The store in which they met, and the heartbeat, which has begun. Raises ``MachineError`` on all ranks when only some
-    have GPUs.
+    Returns the rendezvous store and the running heartbeat. Raises ``MachineError`` on all ranks if only some have
+    GPUs.
     """
     import torch.distributed
 
@@ -220,15 +220,15 @@ def _meet(
             told = ", ".join(f"{count} {text}" for text, count in seen.items())
             store.set("smolconv/devices", told if len(kinds) > 1 else "alike")
         found = store.get("smolconv/devices").decode()
-        own = store.clone()  # a connection that no other call keeps waiting
+        own = store.clone()  # its own connection, which no other call blocks
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise MachineError(
-            f"the ranks did not meet at {where}: {first_line(error)}\n"
-            "Check that every node reaches it, and that nothing else listens there."
+            f"the ranks could not meet at {where}: {first_line(error)}\n"
+            "Check that every node reaches this address, and that no other program uses it."
         ) from error
     if found != "alike":
-        message = f"the ranks see different devices: {found}.\nLook at `nvidia-smi` there, or leave these nodes out."
+        message = f"the ranks see different devices: {found}.\nCheck `nvidia-smi` there, or leave these nodes out."
         raise MachineError(message) if rank == 0 else FailedOnAnotherRank(MachineError.exit_code, message)
     if world_size == 1 or lost is None:
         return store, None

@@ -1,7 +1,7 @@
-"""Which checkpoint a run continues from: the one that is asked for, if it is whole. All ranks read it before training.
+"""Chooses the checkpoint that a run continues from: the requested one, if it is undamaged. All ranks read all of it.
 
-A damaged checkpoint would train on: a flipped bit in Adam's state changes the losses, or makes them infinite some steps
-later, and nothing says why.
+Training would continue from a damaged checkpoint: a flipped bit in Adam's state changes the losses, or makes them
+infinite some steps later, and nothing shows the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Together(Protocol):
-    """What ``Ranks`` offers to those who decide something together."""
+    """The methods of ``Ranks`` for decisions that all ranks make together."""
 
     @property
     def rank(self) -> int: ...
@@ -44,7 +44,7 @@ class Together(Protocol):
 
 
 class _Alone:
-    """One process that decides for itself."""
+    """The same for a single process."""
 
     rank, world_size = 0, 1
 
@@ -63,19 +63,19 @@ ALONE: Together = _Alone()
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run continues from."""
+    """The checkpoint that a run continues from."""
 
     checkpoint: Path | None  #: None: from its source
-    went_back: str | None = None  #: from which checkpoint and why, when it is not the one that was asked for
+    went_back: str | None = None  #: if it is not the requested one: which that was, and why
     notes: tuple[str, ...] = ()
 
 
 def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE) -> Origin:
-    """Find the checkpoint, read all of it, and say what the run continues from. All ranks call this.
+    """Find the checkpoint, read all of it, and return what the run continues from. All ranks call this.
 
-    With ``checkpoints.on_damage: previous`` and ``--resume auto`` a damaged checkpoint of the run's own is passed over
-    for the newest whole one before it. Raises, on all ranks, ``BadCheckpoint`` and its kinds otherwise, with the name
-    of that one; a folder that holds a file of others is never passed over.
+    With ``checkpoints.on_damage: previous`` and ``--resume auto``, a damaged checkpoint of the run is skipped for the
+    newest undamaged one before it. Otherwise raises ``BadCheckpoint`` or a subclass, on all ranks, naming that
+    one. A folder with foreign files is never skipped.
     """
     asked = ranks.from_first(lambda: find_resume(run, resume))
     if asked is None:
@@ -102,12 +102,12 @@ def find_origin(recipe: Recipe, run: Path, resume: str, ranks: Together = ALONE)
 
 
 def _look(folder: Path, ranks: Together) -> tuple[SmolconvError | None, tuple[str, ...]]:
-    """What is wrong with a checkpoint, the same on all ranks, and what is to be said of one that is whole."""
+    """The problem with a checkpoint, the same on all ranks, or a note on one that is complete."""
     contents, problem = ranks.from_first(lambda: _tried(lambda: examine(folder), folder))
     if contents is None:
         return problem, ()
     mine = problem_in(contents, share_of(contents, ranks.rank, ranks.world_size))
-    ranks.barrier()  # of more patience than what follows: a rank may read for long
+    ranks.barrier()  # has a longer timeout than the calls below: a rank may read for long
     problem = next((found for found in ranks.everyone(mine) if found is not None), None)
     if problem is None:
         _, problem = ranks.from_first(lambda: _tried(lambda: compare_states(contents), folder))
@@ -115,7 +115,7 @@ def _look(folder: Path, ranks: Together) -> tuple[SmolconvError | None, tuple[st
         return problem, ()
     if contents.digests:
         return None, ()
-    note = f"{folder.name} was saved without digests: its archives were compared with their own checksums only"
+    note = f"{folder.name} was saved without digests: only the checksums inside its archives were checked"
     return None, (note,)
 
 
@@ -129,23 +129,21 @@ def _tried(make: Callable[[], T], folder: Path) -> tuple[T | None, SmolconvError
 
 
 def _short(problem: SmolconvError, folder: Path) -> list[str]:
-    """The lines of an error; the first stands alone, without the folder's path that a reader puts before names."""
+    """The lines of an error; the first stands alone, without the folder's path before names."""
     first, *rest = str(problem).splitlines()
     shorter = first.replace(str(folder), folder.name)
-    return [first, *rest] if shorter == first else [shorter, f"It lies in {folder}.", *rest]
+    return [first, *rest] if shorter == first else [shorter, f"The folder is {folder}.", *rest]
 
 
 def _refusal(problem: SmolconvError, asked: Path, run: Path, earlier: Path | None, own: bool) -> SmolconvError:
-    """The problem, with what to do about it."""
+    """The problem and what to do about it."""
     if earlier is None:
-        advice = (
-            "No checkpoint before it is whole. Copy it again from where it was saved, or begin anew: another --output."
-        )
+        advice = "No earlier checkpoint is undamaged. Copy it again from where it was saved, or use another --output."
     else:
-        advice = f"The newest checkpoint before it that is whole: {earlier.name}. Go on with --resume {earlier}"
+        advice = f"The newest undamaged checkpoint before it is {earlier.name}. Resume with --resume {earlier}"
         advice += ", or set checkpoints.on_damage: previous." if own else "."
     if own and chosen(run) is not None:
-        advice += f"\nAn earlier start was told to go on from it; nothing was saved since ({run})."
+        advice += f"\nAn earlier start was to resume from it; nothing was saved since ({run})."
     return type(problem)("\n".join([*_short(problem, asked), advice]))
 
 

@@ -1,7 +1,7 @@
-"""Save the engine so that a failed or interrupted save loses nothing, and no rank waits for one that failed.
+"""Saves the engine so that a failed or interrupted save loses nothing, and no rank waits for one that failed.
 
-With ``checkpoints.asynchronous`` training stops only while its state is copied. The rest happens in a thread of each
-rank, which never talks to other ranks: they tell each other at the end of a step how far they are.
+With ``checkpoints.asynchronous``, training stops only while its state is copied. A thread on each rank does the rest
+and never communicates: the ranks exchange their progress at the end of a step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that is published, and what there is to tell the user."""
+    """A published checkpoint, and messages for the user."""
 
     folder: Path
     nbytes: int
@@ -61,12 +61,12 @@ class Saved:
     notes: Sequence[str]
 
 
-#: Why a checkpoint could not be published, or what it is.
+#: The reason why a checkpoint could not be published, or the checkpoint.
 _Published = tuple[str | None, Saved | None]
 
 
 class Background:
-    """What a rank writes its saves with while it trains: one thread, and memory for the copy."""
+    """A rank's resources for saving while it trains: one thread, and memory for the copy."""
 
     def __init__(self) -> None:
         self.memory = HostMemory()
@@ -76,7 +76,7 @@ class Background:
         return self._thread.submit(work)
 
     def close(self) -> None:
-        """No save is under way any more."""
+        """Release the memory; no save is running any more."""
         self._thread.shutdown()
         self.memory.close()
 
@@ -91,17 +91,17 @@ def _done(work: Callable[[], T]) -> Future[T]:
 
 
 class _SavingEngine:
-    """Stands in the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
+    """Replaces DeepSpeed's checkpoint engine while one checkpoint is saved.
 
-    DeepSpeed saves between barriers: an exception on one rank would leave the others waiting. So an error is kept until
-    all ranks are through. Every file is put on disk by the rank that wrote it, before the folder gets its name. Its
-    digest is taken on the way. With ``memory`` DeepSpeed's files are copied there, and ``write_copies`` writes them.
+    DeepSpeed saves between barriers, so an exception on one rank would leave the others waiting. An error is kept until
+    all ranks have finished. The rank that wrote a file syncs it to disk before the folder gets its name, and computes
+    its digest while writing. With ``memory``, files are copied there, and ``write_copies`` writes them.
     """
 
     def __init__(self, engine: Any, memory: HostMemory | None) -> None:
         self.inner, self.memory = engine, memory
         self.error: Exception | None = None
-        self.files: dict[str, FileDigest] = {}  #: what this rank wrote, by name
+        self.files: dict[str, FileDigest] = {}  #: files that this rank wrote, by name
         self.notes: list[str] = []
         self._copies: list[tuple[Any, str]] = []
 
@@ -122,7 +122,7 @@ class _SavingEngine:
                 self._copies.append((self.memory.snapshot(state_dict), path))
                 return
             except (OSError, RuntimeError, MemoryError) as error:
-                why = f"training waited for {Path(path).name} to be written: no memory for a copy ({first_line(error)})"
+                why = f"training waited until {Path(path).name} was written: no memory for a copy ({first_line(error)})"
                 self.notes.append(why)
         self._write(state_dict, path)
 
@@ -142,10 +142,10 @@ class _SavingEngine:
 
 
 class Save:
-    """A save that has begun: first each rank writes its files, then rank 0 publishes and cleans up.
+    """A running save: first each rank writes its files, then rank 0 publishes and cleans up.
 
-    Both happen in ``background``, or at once without one. No rank begins the second before all are through with the
-    first. All ranks make the same calls, but for ``part_ended``.
+    Both run in ``background``, or at once without one. No rank begins the second before all have finished the first.
+    All ranks make the same calls, except for ``part_ended``.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ class Save:
         self._publishing: Future[_Published] | None = None  # on rank 0
         self._notes: list[str] = []
         self._is_written = False
-        self.stall_seconds = time.perf_counter() - began  #: what training has waited so far
+        self.stall_seconds = time.perf_counter() - began  #: how long training has waited so far
 
     def part_ended(self) -> bool:
-        """Whether this rank has nothing more to do for what all ranks are at."""
+        """Whether this rank has finished its part of the current phase."""
         part = self._part()
         return part is None or part.done()
 
@@ -174,14 +174,14 @@ class Save:
         while True:
             if (part := self._part()) is not None:
                 wait([part])
-            self._ranks.barrier()  # of more patience than what follows: a rank may write for long
+            self._ranks.barrier()  # has a longer timeout than the calls below: a rank may write for long
             if (saved := self.advance()) is not None:
                 return saved
 
     def advance(self) -> Saved | None:
-        """Go on when the parts of all ranks have ended; None until the checkpoint is published.
+        """Continue once all ranks have finished their parts; None until the checkpoint is published.
 
-        Raises ``MachineError`` on all ranks when any could not write; what was there before is untouched.
+        Raises ``MachineError`` on all ranks if any could not write; earlier checkpoints are untouched.
         """
         ranks = self._ranks
         if not self._is_written:
@@ -217,7 +217,7 @@ class Save:
         self._ranks.barrier()
         raise MachineError(
             f"step {self.step} could not be saved below {step_folder(self._run, self.step).parent}: {failure}.\n"
-            "The checkpoints that were there are untouched. Free some space, then go on with --resume auto."
+            "Earlier checkpoints are untouched. Free some space, then resume with --resume auto."
         )
 
 
@@ -225,10 +225,10 @@ def save_run(
     engine: Any, ranks: Ranks, recipe: Recipe, run: Path, start: StartPoint, state: RunState,
     progress: TrainingProgress, after: int, background: Background | None = None,
 ) -> Save:  # fmt: skip
-    """Begin to save everything the run needs to go on from ``state.step``. All ranks call this; none is under way.
+    """Start saving everything that resuming from ``state.step`` needs. All ranks call this, while no save is running.
 
-    ``after`` is the step that this run saved or resumed last; steps beyond it belong to a branch that it has left.
-    With ``background`` what it returns may still be writing; training may change the engine.
+    ``after`` is the step that this run saved or resumed last; later steps belong to a branch that it has abandoned.
+    With ``background`` the returned save may still be writing; training may change the engine meanwhile.
     """
     began = time.perf_counter()
     final = step_folder(run, state.step)
@@ -243,7 +243,7 @@ def save_run(
         background.memory.reuse()
     writer = _SavingEngine(engine.checkpoint_engine, None if background is None else background.memory)
     if ranks.first and partial.exists():
-        # It could not be deleted before. The other ranks write into it only after DeepSpeed's first barrier.
+        # It could not be deleted before. Other ranks write into it only after DeepSpeed's first barrier.
         writer.attempt(lambda: shutil.rmtree(partial))
     with saving_by(engine, writer):
         engine.save_checkpoint(str(final.parent), tag=partial.name, client_state={"smolconv": own}, save_latest=False)
@@ -262,9 +262,9 @@ def save_run(
 def _publish_and_clean(
     recipe: Recipe, run: Path, step: int, after: int, files: Mapping[str, FileDigest]
 ) -> tuple[str | None, list[str]]:
-    """Why the checkpoint could not be published, and what to tell the user. Its errors are all ranks' to know.
+    """Publish on rank 0: the reason of a failure, and messages. All ranks must learn of an error.
 
-    Once it is published the checkpoint is good, so that what fails after it is only told.
+    Once published the checkpoint is good, so later failures are only reported.
     """
     final = step_folder(run, step)
     try:
@@ -295,7 +295,7 @@ def _write_own_files(folder: Path, start: StartPoint, state: RunState) -> dict[s
 
 
 def _random_state(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Nothing in these models draws random numbers while it trains; whoever adds dropout finds them here."""
+    """The random states of this process. These models draw no random numbers in training; dropout would."""
     import torch
 
     random = {"cpu": torch.get_rng_state()}
@@ -315,9 +315,9 @@ def _write_random(partial: Path, ranks: Ranks, random: Mapping[str, torch.Tensor
 
 
 def restore_random(folder: Path, ranks: Ranks) -> None:
-    """The random state that this rank saved; nothing where another number of ranks did.
+    """Load the random state that this rank saved; does nothing if another number of ranks saved it.
 
-    Raises ``CorruptFile``: nothing draws from it yet, but a checkpoint that lost one file may have lost others.
+    Raises ``CorruptFile``: nothing uses the state yet, but a checkpoint that lost one file may have lost others.
     """
     import torch
 
@@ -332,5 +332,5 @@ def restore_random(folder: Path, ranks: Ranks) -> None:
     except (BadCheckpoint, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{path}, the random state of rank {ranks.rank}, cannot be read ({first_line(error)}).\n"
-            "Other files of this checkpoint may be damaged, too: go on from an earlier one with --resume PATH."
+            "Other files of this checkpoint may be damaged, too: resume from an earlier one with --resume PATH."
         ) from None

@@ -1,7 +1,7 @@
-"""Where a run begins: the source checkpoint, or a checkpoint of its own, in the form that its ranks load.
+"""Prepares what a run's ranks load: from its source, or from its own checkpoint.
 
-One process prepares, on the CPU and streaming, before the engine starts; the others wait for it. DeepSpeed is always
-handed a checkpoint of the very stage and world size that it runs with, so its own elastic loading is never needed.
+One process converts, on the CPU and streaming, before the engine starts; the others wait for it. DeepSpeed always gets
+a checkpoint with its own stage and world size, so its elastic loading is never needed.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from smolconv.tensors.lazy import LazyTensor, is_zero
 
 @dataclass(frozen=True, kw_only=True)
 class StartPoint:
-    """What every rank needs to begin. Plain types, so that it can be sent."""
+    """What every rank needs to begin, in plain types that can be sent to other ranks."""
 
-    folder: str  #: that DeepSpeed loads ``tag`` from
+    folder: str  #: where DeepSpeed loads ``tag`` from
     tag: str
-    step: int  #: completed before the first
+    step: int  #: steps completed before this start
     position: Mapping[str, Any] | None  #: of the data; None: its beginning
     config: Mapping[str, Any]  #: the model's, as an HF config.json
     resumed: str | None  #: the checkpoint of the run that it continues from
@@ -59,12 +59,12 @@ class StartPoint:
     skipped_steps: int = 0
     gate: SourceLoss | None = None
     frozen: tuple[str, ...] = ()  #: parameters that stay zero
-    #: Tokenizer and the like, by name. Their content: retention may delete the folder that they were read from.
+    #: Contents of the tokenizer and other files, by name: retention may delete the folder that they were read from.
     assets: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
     token_files: Mapping[str, Any] = field(default_factory=dict)  #: the record of ``DataPlace``
-    #: For the log: that it went back from a damaged checkpoint, that data has changed, that the recipe changes the
-    #: source's rope theta or context (with both losses).
+    #: For the log: a damaged checkpoint was skipped, data has changed, or the recipe changes the source's rope theta or
+    #: context (with both losses).
     events: Sequence[str] = ()
 
 
@@ -72,21 +72,21 @@ def prepare_start(
     recipe: Recipe, run: Path, world_size: int, resume: str, device: str = "cpu", *, origin: Origin | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> StartPoint:  # fmt: skip
-    """Convert what the run begins with for these ranks, where it is not so already.
+    """Convert the starting checkpoint for these ranks, unless it already fits.
 
-    ``origin`` is what all ranks have found whole; without it this process looks alone. ``say`` is told what
-    takes long, before it begins. Raises ``UsageError`` when the
-    recipe and the checkpoint contradict each other.
+    ``origin`` is the checkpoint that all ranks found undamaged; without it this process looks for one. ``say`` is
+    called before anything that takes long. Raises ``UsageError`` if the recipe and the checkpoint contradict each
+    other.
     """
     origin = find_origin(recipe, run, resume) if origin is None else origin
     notes = remove_partial(run)
-    # What an earlier start converted, whole or not: nothing is read from it, and its space may be needed.
+    # Converted by an earlier start, perhaps in part: it is never read, and its space may be needed.
     shutil.rmtree(run / START, ignore_errors=True)
     own = origin.checkpoint
     if own is None:
         if latest(run) is not None:
             raise UsageError(
-                f"--resume never: {run} holds checkpoints of a run already. Choose another --output, or --resume auto."
+                f"--resume never: {run} already holds a run's checkpoints. Choose another --output, or --resume auto."
             )
         forget(run)
         start = _fresh(recipe, run, world_size, device, say)
@@ -95,9 +95,9 @@ def prepare_start(
         checkpoint = checked_own(recipe, own, state)
         place = own_place(recipe, own, state, checkpoint.spec.vocab_size)
         if resume != "auto" or origin.went_back:
-            choose(run, own)  # the next start must not come back to a damaged latest
+            choose(run, own)  # the next start must not return to a damaged latest
         elif chosen(run) is not None:
-            notes.append(f"continues from {own}, as an earlier start was told; nothing was saved since")
+            notes.append(f"continues from {own}, which an earlier start was given; nothing was saved since")
         start = _resumed(recipe, run, own, world_size, state, checkpoint, place, say)
     events = (origin.went_back, *start.events) if origin.went_back else start.events
     return replace(start, notes=(*notes, *origin.notes, *start.notes), events=events)
@@ -110,9 +110,9 @@ def groups_of(recipe: Recipe, spec: ModelSpec, frozen: Sequence[str]) -> tuple[G
 
 
 def held_at_zero(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Parameters that stay zero: a layout that the run comes from, or is exported to, has no place for them.
+    """Parameters that stay zero, because the source's layout or an export's layout cannot hold them.
 
-    So has a checkpoint of such a run, where they are frozen. Raises ``BadCheckpoint`` for whatever else is frozen.
+    A checkpoint of such a run has them frozen. Raises ``BadCheckpoint`` if any other parameter is frozen.
     """
     formats = () if recipe.export is None else recipe.export.formats
     used = {checkpoint.layout, *(layout_named(word, "export.formats").name for word in formats)}
@@ -133,9 +133,9 @@ def held_at_zero(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
 def plan_start(
     recipe: Recipe, checkpoint: Checkpoint, run: Path, world_size: int, *, optimizer: bool, uri: str
 ) -> ConversionPlan:
-    """Plan what the ranks load, and what the run exports in the end. Writes nothing.
+    """Plan what the ranks load and what the run exports. Writes nothing.
 
-    Raises ``UsageError`` for an export that could not be made of it, and where there is no Adam state to go on with.
+    Raises ``UsageError`` for an impossible export, and if ``start.optimizer`` finds no Adam state.
     """
     if optimizer and not checkpoint.has_optimizer:
         raise UsageError(
@@ -154,7 +154,7 @@ def plan_start(
         )  # fmt: skip
         start = for_another_engine(replace(checkpoint, frozen=held))
         plan = plan_from_checkpoint(start, uri, run / START / "deepspeed", options)
-    # The run's own checkpoints: Adam has made steps, and what the source's documents say beside the model is not there.
+    # The run's own checkpoints: Adam has made steps, and the source's additional files are missing.
     record = SourceRecord(hf_config=hf_config(checkpoint, recipe.model.dtype), engine=EngineRecord())
     if recipe.export is not None:
         check_exports(recipe.export, replace(plan.prepared, source=record, assets=_assets(checkpoint)), run)
@@ -162,7 +162,7 @@ def plan_start(
 
 
 def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
-    """Raise ``UsageError`` where the data cannot be this model's, or ranks cannot share its heads."""
+    """Raise ``UsageError`` if the data cannot be this model's, or ranks cannot divide its heads."""
     if recipe.data.sequence_length > spec.max_positions:
         raise UsageError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the context of {source}, "
@@ -171,36 +171,36 @@ def check_model(recipe: Recipe, spec: ModelSpec, source: str) -> None:
     if recipe.data.eos_token_id >= spec.vocab_size:
         raise UsageError(
             f"data.eos_token_id {recipe.data.eos_token_id} is outside the vocabulary of {source}, "
-            f"{spec.vocab_size} entries. Check which tokenizer the token files were made with."
+            f"{spec.vocab_size} entries. Check which tokenizer wrote the token files."
         )
     if spec.num_heads % recipe.parallelism.sequence_ranks:
         fitting = [str(n) for n in divisors(spec.num_heads)]
         raise UsageError(
             f"parallelism.sequence_ranks {recipe.parallelism.sequence_ranks} does not divide the {spec.num_heads} "
             f"query heads of {source}.\n"
-            "Ranks that share rows share the heads in attention, equally many each.\n"
+            "Ranks that share a sequence divide the attention heads equally.\n"
             f"Choose {', '.join(fitting[:-1])} or {fitting[-1]}."
         )
 
 
 def read_source(recipe: Recipe, folder: Path, *, optimizer: bool = True) -> tuple[Checkpoint, Checkpoint]:
-    """The recipe's source as it is, and as it is trained: with the recipe's own rope theta and context.
+    """The recipe's source, unchanged and as trained: with the recipe's rope theta and context.
 
-    Raises as ``with_overrides``, which asks what the source itself says where ``model.config`` stands in its place.
+    Raises as ``with_overrides``, which compares with the source's own config even if ``model.config`` replaces it.
     """
     read = _read_options(recipe, optimizer=optimizer)
     source = as_it_is = read_checkpoint(folder, read)
     if read.config is not None:
-        with suppress(BadCheckpoint):  # most often it has none of its own
+        with suppress(BadCheckpoint):  # usually it has no config
             as_it_is = read_checkpoint(folder, replace(read, config=None))
     return as_it_is, with_overrides(source, recipe, as_it_is.spec)
 
 
 def with_overrides(checkpoint: Checkpoint, recipe: Recipe, as_it_is: ModelSpec | None = None) -> Checkpoint:
-    """The checkpoint with the recipe's own rope theta and context, for long-context stages.
+    """The checkpoint with the recipe's rope theta and context, for long-context stages.
 
-    Raises ``UsageError`` for another theta of a scaled rotary embedding, and for what would be lower than ``as_it_is``,
-    by default the checkpoint's own: a source that was trained with more starts with a higher loss.
+    Raises ``UsageError`` for another theta of a scaled rotary embedding, and for values lower than ``as_it_is``, by
+    default the checkpoint's own: a source that was trained with higher ones would start with a higher loss.
     """
     given, spec = recipe.model, checkpoint.spec
     if given.rope_theta is not None:
@@ -218,20 +218,20 @@ def with_overrides(checkpoint: Checkpoint, recipe: Recipe, as_it_is: ModelSpec |
             where = f"model.{name}" if getattr(given, name) is not None else f"{name} in model.config"
             raise UsageError(
                 f"{where} is {_number(now)}, but {given.source} was trained with {_number(was)}.\n"
-                "Expected its own, or more, as a long-context stage has it: with less, what it has learned is lost.\n"
-                f"Leave it out to keep {_number(was)}, or set model.allow_lowering: true."
+                "Expected the same value, or a higher one for a long-context stage: with a lower one its loss rises.\n"
+                f"Remove it to keep {_number(was)}, or set model.allow_lowering: true."
             )
     return checkpoint if spec == checkpoint.spec else replace(checkpoint, spec=spec)
 
 
 def lengthened(source: ModelSpec, spec: ModelSpec) -> list[tuple[str, float, float]]:
-    """Rope theta and context where they differ: name, the source's, and the run's."""
+    """Rope theta and context if they differ: name, the source's value and the run's."""
     both = [(name, getattr(source, name), getattr(spec, name)) for name in ("rope_theta", "max_positions")]
     return [(name, was, now) for name, was, now in both if was != now]
 
 
 def changed_text(source: ModelSpec, spec: ModelSpec) -> str:
-    """What ``lengthened`` finds, for people; "" where nothing differs."""
+    """The differences of ``lengthened`` as text; empty if there are none."""
     told = [f"{name} {_number(now)} (the source's: {_number(was)})" for name, was, now in lengthened(source, spec)]
     return ", ".join(told)
 
@@ -247,11 +247,11 @@ def _read_options(recipe: Recipe, *, optimizer: bool = True) -> ReadOptions:
 
 
 def completed_steps(recipe: Recipe, progress: TrainingProgress | None) -> int:
-    """Of the schedule, when a run begins at a source with this progress. Raises ``UsageError`` when it cannot."""
+    """Completed steps of the schedule for a run that begins at a source with this progress. Raises ``UsageError``."""
     wanted = recipe.start
     if (wanted.learning_rate or wanted.data) and progress is None:
         raise UsageError(
-            f"start.learning_rate and start.data go on from the source's progress; {recipe.model.source} has none.\n"
+            f"start.learning_rate and start.data need the source's progress; {recipe.model.source} has none.\n"
             "Set both to false to begin at step 1 with the first samples."
         )
     step = progress.step if wanted.learning_rate and progress is not None else 0
@@ -282,15 +282,15 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str, say: Callabl
         if not math.isfinite(gate.loss):
             raise TrainingStopped(
                 f"the source model's own loss is {gate.loss} on the first micro-batch ({gate.forward}): "
-                f"{recipe.model.source} holds weights that are not finite, or so large that they overflow.\n"
-                "Nothing was trained. Take another step of it, or another copy."
+                f"{recipe.model.source} has weights that are not finite, or so large that they overflow.\n"
+                "Nothing was trained. Use the checkpoint of another step, or another copy."
             )
         if changed:
             own = source_loss(_side(source, folder, read, device, masters), batch)
             changed += f"; loss of the first micro-batch: {gate.loss:.4f}, with the source's own: {own.loss:.4f}"
     say(_converting(plan, world_size))
     start, held = _convert(plan, adam=wanted.optimizer), plan.prepared.frozen
-    notes = [f"{len(held)} parameters stay zero, which nanotron has no place for: {some_of(held, 2)}"] if held else []
+    notes = [f"{len(held)} parameters stay zero, because nanotron cannot hold them: {some_of(held, 2)}"] if held else []
     return replace(
         start, step=step, position=place.position, token_files=place.record,
         events=(*place.events, *([changed] if changed else [])), gate=gate, notes=notes,
@@ -298,18 +298,18 @@ def _fresh(recipe: Recipe, run: Path, world_size: int, device: str, say: Callabl
 
 
 def checked_own(recipe: Recipe, own: Path, state: RunState) -> Checkpoint:
-    """A run's checkpoint, from which this recipe may go on. Raises ``UsageError`` where it may not."""
+    """Read a run's checkpoint. Raises ``UsageError`` if this recipe may not continue it."""
     check_steps(recipe, state.step, own)
     given = recipe.parallelism
     if state.global_batch_sequences != recipe.global_batch_sequences:
         raise UsageError(
             f"{own} was trained with a global batch of {state.global_batch_sequences} sequences; the recipe has "
-            f"{recipe.global_batch_sequences}. Steps would no longer mean the same data: start a new run from it."
+            f"{recipe.global_batch_sequences}. Steps would no longer read the same data: start a new run from it."
         )
     if state.micro_batch_sequences != given.micro_batch_sequences and recipe.loss.normalisation != "tokens":
         raise UsageError(
             f"{own} was trained with micro-batches of {state.micro_batch_sequences} sequences; the recipe has "
-            f"{given.micro_batch_sequences}. The loss is a mean of micro-batch means, so it would change.\n"
+            f"{given.micro_batch_sequences}. The loss averages over micro-batches, so their size changes it.\n"
             "Keep the micro-batch, or set loss.normalisation: tokens."
         )
     checkpoint = with_overrides(read_own(own), recipe)
@@ -321,7 +321,7 @@ def checked_own(recipe: Recipe, own: Path, state: RunState) -> Checkpoint:
 def plan_resumed(
     recipe: Recipe, run: Path, own: Path, world_size: int, state: RunState, checkpoint: Checkpoint
 ) -> ConversionPlan | None:
-    """What the ranks load in the place of a checkpoint of the run; None: the checkpoint itself.
+    """What the ranks load instead of the run's checkpoint; None: the checkpoint itself.
 
     Exports are planned, too. Raises as ``plan_start`` does.
     """
@@ -366,9 +366,9 @@ def _resumed(
 
 
 def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
-    """Raise ``UsageError`` when a run's checkpoint is another model than the recipe's source.
+    """Raise ``UsageError`` if a run's checkpoint is not the model of the recipe's source.
 
-    A source that is on the Hub, or that cannot be read any more, is not asked: a run continues without it.
+    Skips a source on the Hub, or one that can no longer be read: a run continues without its source.
     """
     if is_hub_uri(recipe.model.source):
         return
@@ -376,14 +376,14 @@ def _check_same_model(recipe: Recipe, own: Checkpoint) -> None:
         source = read_checkpoint(Path(recipe.model.source), _read_options(recipe, optimizer=False))
     except (SmolconvError, OSError):
         return
-    # nanotron's Llama ignores its rope_scaling, which the run's checkpoint then no longer has.
+    # nanotron's Llama ignores rope_scaling, so the run's checkpoint no longer has it.
     spec = replace(with_overrides(source, recipe).spec, rope_scaling=own.spec.rope_scaling)
     differences = spec_differences(own.spec, spec)
     if differences:
         raise UsageError(
             f"{own.root} (A) is another model than model.source, {recipe.model.source} (B):\n  "
             + "\n  ".join(differences)
-            + "\nGo on with the recipe that it was trained by, or choose another --output for a new run."
+            + "\nUse the recipe that it was trained with, or choose another --output for a new run."
         )
 
 
@@ -410,7 +410,7 @@ def _convert(plan: ConversionPlan, *, adam: bool) -> StartPoint:
 
 
 def _assets(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Those of a run's checkpoint."""
+    """The assets of a run's checkpoint."""
     skipped = ("README.md", "LICENSE")
     return {
         name: path
@@ -426,10 +426,10 @@ def _asset_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
 def _side(
     checkpoint: Checkpoint, folder: Path, read: ReadOptions, device: str, masters: Mapping[str, LazyTensor] | None
 ) -> Any:  # fmt: skip
-    """The source's own forward; ``masters`` are what an engine in float32 trains in place of the stored weights."""
+    """The source's own forward pass. ``masters``: fp32 weights that a float32 engine trains instead of the stored."""
     from smolconv.verification.compare import AsStored, VerifyOptions, side_of
 
-    # A changed theta is not in the folder's own config: then the canonical tensors are led with the changed spec.
+    # A changed theta is not in the folder's config: then the canonical tensors run with the changed spec.
     own = read_checkpoint(folder, replace(read, optimizer=False))
     stored = None if masters or spec_differences(own.spec, checkpoint.spec) else AsStored(folder=folder, options=read)
     if masters:
@@ -439,7 +439,7 @@ def _side(
 
 
 def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapping[str, Any] | None) -> Any:
-    """The batch that the start gate looks at: micro-batch 0 of the first step, whatever the ranks."""
+    """The batch that the start gate uses: micro-batch 0 of the first step, for any number of ranks."""
     from smolconv.continual_pretraining.data.stream import TrainingData
 
     data = TrainingData(

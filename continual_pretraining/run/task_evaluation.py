@@ -1,8 +1,7 @@
-"""Tasks on the run's own checkpoints while it trains: a process beside rank 0, or a job of its own on Slurm.
+"""Evaluates tasks on a run's checkpoints while it trains: in a child process of rank 0, or in a separate Slurm job.
 
-Both are ``smolconv evaluate``, which leaves its results in ``evaluations/step-N.json``. Training never waits for them
-before its end, and nothing that goes wrong with them ends a run. While ``evaluations/step-N.asked`` is there, retention
-keeps the checkpoint.
+Both run ``smolconv evaluate``, which writes ``evaluations/step-N.json``. Training waits for them only at its end, and
+no failure of theirs ends a run. While ``evaluations/step-N.asked`` exists, retention keeps the checkpoint.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from smolconv.processes import module_words, safe_environment
 
 #: How often a run looks for results.
 _EVERY_SECONDS = 1.0
-#: What a process has to end after SIGTERM.
+#: How long a process may take to end after SIGTERM.
 _GRACE_SECONDS = 5.0
 _MOST_SAID = 300
-#: A launcher's words for its ranks, and Slurm's for its tasks: none of them is for the evaluation.
+#: Variables that launchers set for ranks and Slurm sets for tasks; the evaluation must not see them.
 _OF_RANKS = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_")
 _KEPT = ("SLURM_CONF",)
 
 
 class Tell(Protocol):
-    """How results and failures become events; of a ``Watch``."""
+    """The methods of ``Watch`` that write results and failures as events."""
 
     def tasks(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None: ...
 
@@ -49,7 +48,7 @@ class Tell(Protocol):
 
 
 class TaskEvaluations:
-    """Rank 0's. One process at a time; the steps behind it wait their turn. Jobs wait in Slurm's queue."""
+    """Exists on rank 0. It runs one process at a time, and further steps wait; jobs wait in Slurm's queue."""
 
     def __init__(self, recipe: Recipe, run: Path, tell: Tell) -> None:
         assert recipe.evaluation is not None
@@ -60,7 +59,7 @@ class TaskEvaluations:
         self._looked = 0.0
 
     def go_on(self, step: int) -> None:
-        """Take up what an earlier start has left, up to ``step``: results to tell, and evaluations that are missing."""
+        """Continue what an earlier start left, up to ``step``: results to report and missing evaluations."""
         for each in sorted(steps_in_evaluation(self._run) | set(saved_steps(self._run))):
             if each > step:
                 continue
@@ -73,12 +72,12 @@ class TaskEvaluations:
                 self._ask(each)
 
     def saved(self, step: int) -> None:
-        """The checkpoint of ``step`` has been published."""
+        """Called when the checkpoint of ``step`` is published."""
         if self._is_due(step):
             self._ask(step)
 
     def look(self) -> None:
-        """Tell what has come, and start what waits. Called after every step; it waits for nothing."""
+        """Report new results and start the next evaluation. Called after every step; never waits."""
         if time.monotonic() - self._looked < _EVERY_SECONDS:
             return
         self._looked = time.monotonic()
@@ -91,17 +90,17 @@ class TaskEvaluations:
             self._start(self._waiting.pop(0))
 
     def finish(self, stopped: Callable[[], bool]) -> None:
-        """Wait for the processes, unless the run is asked to stop; of jobs only what there is is told."""
+        """Wait for processes, unless the run is asked to stop. Of jobs, report only the available results."""
         while (self._process is not None or self._waiting) and not stopped():
             time.sleep(0.1)
             self.look()
         self._looked = 0.0
         self.look()
         for step in sorted(self._jobs):
-            self._tell.event(step, f"the tasks on step {step} are still Slurm's: {self._results(step)} will hold them")
+            self._tell.event(step, f"the tasks on step {step} are still in Slurm's queue: {self._results(step)}")
 
     def close(self) -> None:
-        """End the process that is left. The next start repeats what has no result."""
+        """End the remaining process. The next start repeats evaluations without results."""
         if self._process is None:
             return
         step, process = self._process
@@ -126,7 +125,7 @@ class TaskEvaluations:
 
     def _ask(self, step: int) -> None:
         try:
-            for kind in ("json", "failed"):  # of a branch that the run has left
+            for kind in ("json", "failed"):  # from a branch that the run has abandoned
                 evaluation_file(self._run, step, kind).unlink(missing_ok=True)
             if self._given.tasks_as == "slurm":
                 self._keep(step)
@@ -147,8 +146,8 @@ class TaskEvaluations:
         folder = step_folder(self._run, step)
         try:
             self._keep(step)
-            if not folder.is_dir():  # after it is kept
-                return self._failed(step, f"{folder} has gone: checkpoints.keep was shorter than the wait")
+            if not folder.is_dir():  # checked after the .asked file exists, from which on it is kept
+                return self._failed(step, f"{folder} no longer exists: checkpoints.keep deleted it before its turn")
             with self._log(step).open("wb") as log:
                 process = subprocess.Popen(
                     evaluate_words(self._given, self._run, step), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -169,7 +168,7 @@ class TaskEvaluations:
             self._failed(step, f"exit code {process.returncode}{_last_said(self._log(step))}")
 
     def _collect(self, step: int) -> bool:
-        """Tell the results, or the failure, of a step; False where neither is there yet."""
+        """Report a step's results or failure; False if there is neither yet."""
         failed = evaluation_file(self._run, step, "failed")
         if self._results(step).is_file():
             try:
@@ -187,7 +186,7 @@ class TaskEvaluations:
 
     def _failed(self, step: int, why: str) -> None:
         words = shlex.join(["smolconv", *evaluate_words(self._given, self._run, step)[3:]])
-        text = f"the tasks on step {step} failed: {why}. Training goes on. To repeat it: {words}"
+        text = f"the tasks on step {step} failed: {why}. Training continues. To repeat them: {words}"
         self._tell.event(step, text, kind="evaluation_failed")
         self._forget(step)
 
@@ -207,9 +206,9 @@ class TaskEvaluations:
         try:
             number = sbatch(path, environment=_environment(), seconds=60)
         except MachineError as error:
-            return self._failed(step, f"sbatch did not take {path}: {str(error)[:_MOST_SAID]}")
+            return self._failed(step, f"sbatch rejected {path}: {str(error)[:_MOST_SAID]}")
         self._jobs.add(step)
-        self._tell.event(step, f"the tasks on step {step} are Slurm job {number}")
+        self._tell.event(step, f"the tasks on step {step} run as Slurm job {number}")
 
 
 def evaluate_words(given: Evaluation, run: Path, step: int) -> list[str]:
@@ -223,7 +222,7 @@ def evaluate_words(given: Evaluation, run: Path, step: int) -> list[str]:
 
 
 def batch_script(recipe: Recipe, run: Path, step: int) -> str:
-    """The job that evaluates one checkpoint, with the account, the walltime and the setup of the run's own."""
+    """The job script that evaluates one checkpoint, with the run's account, walltime and setup."""
     given, evaluation = recipe.launch.slurm, recipe.evaluation
     assert evaluation is not None
     options = [f"--job-name=evaluate-step-{step}", "--nodes=1", "--ntasks=1", f"--time={given.time}"]
@@ -251,7 +250,7 @@ def batch_script(recipe: Recipe, run: Path, step: int) -> str:
 
 
 def read_results(path: Path) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value of what ``smolconv evaluate -o`` wrote. Raises ``CorruptFile``."""
+    """Task -> metric -> value from the file of ``smolconv evaluate -o``. Raises ``CorruptFile``."""
     document = read_json(path)
     with corrupt_if_malformed(path):
         tasks = document["checkpoints"][0]["tasks"]
@@ -262,7 +261,7 @@ def read_results(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _environment() -> dict[str, str]:
-    """Without what makes a library take the process for one of the ranks."""
+    """The environment without variables that make a library take the process for a rank."""
     kept = {
         name: value
         for name, value in os.environ.items()

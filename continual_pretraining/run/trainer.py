@@ -1,7 +1,7 @@
-"""One rank's training: an engine, a stream of micro-batches, a step at a time.
+"""Trains on one rank: an engine, a stream of micro-batches, and one step after the other.
 
-A step is a pure function of the recipe, the step's number and the state: learning rate and data are looked up by
-number, never advanced, so that a resumed run cannot drift from one that was never stopped.
+A step depends only on the recipe, the step's number and the state: learning rate and data are looked up by number,
+never advanced, so a resumed run cannot differ from one that was never stopped.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ from smolconv.layouts.deepspeed import patches
 from smolconv.models.huggingface import spec_from_hf
 from smolconv.models.spec import ModelSpec
 
-#: How many micro-batches without a finite loss an error lists.
+#: How many micro-batches with a non-finite loss an error lists.
 _NAMED_MICRO_BATCHES = 8
-#: A shorter wait for the save before is not worth a line.
+#: Shorter waits for the previous save are not reported.
 _TOLD_WAIT_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoss:
-    """What a step's micro-batches gave, over all ranks."""
+    """The results of a step's micro-batches, over all ranks."""
 
-    loss: float  #: mean of micro-batch means, or mean over all targets, as loss.normalisation says
+    loss: float  #: mean of micro-batch means or mean over all targets, by loss.normalisation
     grad_norm: float  #: before clipping
     skipped: bool
 
 
 class Asked(NamedTuple):
-    """What the ranks have agreed that they were asked for."""
+    """The requests that the ranks have agreed on."""
 
     stop: bool = False
-    by_request: bool = False  #: not by a signal alone
+    by_request: bool = False  #: by a request, perhaps also by a signal
     save: bool = False
 
 
 class Trainer:
-    """Lives from the engine's start to its end. All methods are called by all ranks; rank 0 has a ``control``."""
+    """Lives as long as the engine. All ranks call all methods; rank 0 has a ``control``."""
 
     def __init__(
         self, recipe: Recipe, run: Path, start: StartPoint, ranks: Ranks, control: Control | None = None
@@ -86,11 +86,11 @@ class Trainer:
         self.saved_step: int | None = start.step if start.resumed else None  #: published
         self.background = Background() if recipe.checkpoints.asynchronous else None
         self.under_way: Save | None = None
-        self.parts_ended = False  #: of the save under way, on all ranks, as the last step has found
+        self.parts_ended = False  #: of the running save, on all ranks, as of the last step
         torch.manual_seed(recipe.seed)
         size = recipe.parallelism.sequence_ranks
         self.sequence = join_sequence_ranks(ranks.rank, ranks.world_size, size)
-        #: Among the groups that each share their micro-batches.
+        #: Index among the groups of ranks that share micro-batches.
         self.data_rank, self.data_ranks = ranks.rank // size, ranks.world_size // size
         self.model = build_model(start.config, recipe.model, str(ranks.device), self.sequence)
         if tiles_mlp(recipe):
@@ -101,11 +101,11 @@ class Trainer:
         self.engine = self._engine()
         self._load()
         self.watch: Watch | None = None
-        self.tasks: TaskEvaluations | None = None  #: rank 0's
+        self.tasks: TaskEvaluations | None = None  #: on rank 0
         self.data: TrainingData | None = None
         self.held_out: Sequence[TokenFolder] = ()
         self.step_began = 0.0
-        self.trained_step = start.step  #: the last one that is over
+        self.trained_step = start.step  #: the last completed one
 
     # --- the engine ---
 
@@ -116,7 +116,7 @@ class Trainer:
         given = self.recipe.optimizer
         optimizer = torch.optim.AdamW(
             torch_groups(self.groups, parameters), lr=0.0, betas=given.betas, eps=given.eps,
-            # One kernel over a flat tensor: as fast as DeepSpeed's own Adams, which are compiled first, for minutes.
+            # One kernel over a flat tensor: as fast as DeepSpeed's own Adams, which take minutes to compile.
             fused=True,
         )  # fmt: skip
         patches.stay_fused(optimizer)
@@ -142,7 +142,7 @@ class Trainer:
 
     @property
     def _clips_itself(self) -> bool:
-        """ZeRO-0 in fp32: DeepSpeed's optimizer is torch's own there, which neither clips nor skips."""
+        """ZeRO-0 in fp32: DeepSpeed then uses torch's optimizer, which neither clips nor skips."""
         return self.recipe.parallelism.zero_stage == 0 and self.recipe.model.dtype == "float32"
 
     # --- one micro-batch ---
@@ -152,13 +152,13 @@ class Trainer:
         device = self.ranks.device
         loss_sum, targets = self.engine(
             input_ids=move(torch.from_numpy(batch.input_ids), device),
-            positions=torch.from_numpy(batch.positions),  # where documents begin is looked up on the CPU
+            positions=torch.from_numpy(batch.positions),  # on the CPU, where the starts of documents are looked up
             labels=move(torch.from_numpy(batch.labels), device),
         )
         return loss_sum, targets
 
     def check_start(self) -> str | None:
-        """The leak test, and the start gate; what is to be said of it. Raises ``TrainingStopped``."""
+        """Run the leak test and the start gate; returns messages. Raises ``TrainingStopped``."""
         said = None
         self.engine.eval()
         length = min(64, self.recipe.data.sequence_length)
@@ -182,10 +182,10 @@ class Trainer:
     # --- the run ---
 
     def train(self) -> None:
-        """Every step that is left. Raises ``TrainingStopped`` and ``StoppedBySignal``."""
+        """Train all remaining steps. Raises ``TrainingStopped`` and ``StoppedBySignal``."""
         recipe, ranks, first = self.recipe, self.ranks, self.start.step + 1
         try:
-            # First what a recipe gets wrong: opening the metrics drops the lines of steps that come again.
+            # Errors of the recipe first: opening the metrics drops the lines of steps that will be repeated.
             folders, self.held_out = ranks.from_first(self._open_data)
             self.data = TrainingData(
                 recipe.data, global_batch_sequences=recipe.global_batch_sequences,
@@ -207,7 +207,7 @@ class Trainer:
                 else:
                     self.control.enter("training", lambda: _listen(self))
                 if self.held_out and self.start.resumed is None:
-                    self._evaluate(self.start.step)  # what the run is to better
+                    self._evaluate(self.start.step)  # the baseline
                 self.step_began = time.perf_counter()
                 self._steps(first)
             if recipe.evaluation is not None and recipe.evaluation.tasks:
@@ -223,7 +223,7 @@ class Trainer:
 
     @contextmanager
     def _end_told(self) -> Iterator[None]:
-        """Inside, the run trains; how that ended is an event."""
+        """Train within the block; the end becomes an event."""
         began = time.perf_counter()
 
         def tell(kind: EventKind, text: str, **more: Any) -> None:
@@ -239,7 +239,7 @@ class Trainer:
             raise
         except Exception as error:
             told = f"{type(error).__name__}: {first_line(error)}"
-            with suppress(MachineError, OSError):  # the disk may be what failed
+            with suppress(MachineError, OSError):  # the disk itself may have failed
                 tell("stopped", f"stopped by an error: {told}", reason="error", error=told)
             raise
         tell("finished", f"finished all {counted(self.recipe.schedule.train_steps, 'step')}")
@@ -260,7 +260,7 @@ class Trainer:
             for step in self.data.steps(first, self.recipe.schedule.train_steps):
                 self._step(step)
         except TrainingStopped:
-            # On all ranks. What is being written is of a good step, and the newest.
+            # On all ranks. The running save is of a good step, the newest.
             try:
                 self.wait_for_save()
             except MachineError as error:
@@ -277,7 +277,7 @@ class Trainer:
         found, asked = self._update(data)
         self.trained_step = step
         if self.watch is not None:
-            seconds = time.perf_counter() - self.step_began  # with what it waited for its data
+            seconds = time.perf_counter() - self.step_began  # includes waiting for data
             record = StepRecord(
                 step=step, loss=found.loss, lr=lr, grad_norm=found.grad_norm, tokens=sum(data.tokens.values()),
                 step_tokens=recipe.tokens_per_step, seconds=seconds, stage=data.stage, sources=data.tokens,
@@ -296,35 +296,35 @@ class Trainer:
             self._save(data, must=asked.stop or last)
         if asked.stop:
             error, by = (StoppedByRequest, "smolconv stop") if asked.by_request else (StoppedBySignal, "a signal")
-            raise error(f"stopped by {by} after step {step}, which is saved. --resume auto continues it.")
+            raise error(f"stopped by {by} after step {step}, which is saved. --resume auto continues from it.")
         self.step_began = time.perf_counter()
 
     def _update(self, data: StepData) -> tuple[StepLoss, Asked]:
-        """Forward, backward and the optimizer's step, and what any rank was asked for."""
+        """Run forward, backward and the optimizer's step; also returns requests made to any rank."""
         by_tokens = self.recipe.loss.normalisation == "tokens"
         count = self.recipe.micro_batches_per_step
         scale = 1.0
         if by_tokens:
             own = sum(int((batch.labels >= 0).sum()) for batch in data.micro_batches)
-            # DeepSpeed takes the mean over micro-batches; this makes it the mean over the step's targets.
+            # DeepSpeed averages over micro-batches; this factor makes it the mean over the step's targets.
             scale = count / max(self.ranks.sums([own])[0] / self.sequence.size, 1.0)
         losses: list[torch.Tensor] = []
         asked, skip, mean = Asked(), False, math.nan
         for index, batch in enumerate(data.micro_batches):
             loss_sum, _ = self._forward(batch)
-            # Of the whole micro-batch, which several ranks may share: the parts of its mean are summed up.
+            # Targets of the whole micro-batch, which several ranks may share: the parts of its mean are summed.
             loss = loss_sum * scale if by_tokens else loss_sum / max(int((batch.labels >= 0).sum()), 1)
             losses.append(loss.detach())
             if index == len(data.micro_batches) - 1:
-                # Before the last backward, which may still be turned into nothing.
+                # Before the last backward pass, which can still be cancelled.
                 mean, asked = self._agree(data, losses, count)
                 skip = self.spikes.is_spike(mean) and self.recipe.spikes.action == "skip"
                 if self.spikes.is_spike(mean) and self.watch is not None:
                     done = "skipped" if skip else "kept"
                     self.watch.event(data.step, f"loss spike: {mean:.4f}, {done}", kind="spike")
             if skip:
-                loss = loss * math.nan  # gradients that are not finite are DeepSpeed's own reason to skip a step
-            # DeepSpeed takes the mean over all ranks, as if each had a micro-batch of its own.
+                loss = loss * math.nan  # DeepSpeed skips steps with non-finite gradients
+                # DeepSpeed averages over all ranks, as if each had its own micro-batch.
             self.engine.backward(loss * self.sequence.size)
             grad_norm = self._optimizer_step(index == len(data.micro_batches) - 1, skip)
         self.spikes.observe(mean)
@@ -332,14 +332,14 @@ class Trainer:
         if not skip and not math.isfinite(grad_norm):
             raise TrainingStopped(
                 f"the gradients of step {data.step} are not finite, though its loss is {mean:.4f}. Weights are those "
-                "before the step; nothing was saved after it. Look at this step's data, or lower the learning rate."
+                "before the step; nothing was saved after it. Check this step's data, or lower the learning rate."
             )
         return StepLoss(loss=mean, grad_norm=grad_norm, skipped=skip), asked
 
     def _agree(self, data: StepData, losses: Sequence[torch.Tensor], count: int) -> tuple[float, Asked]:
-        """The step's loss over all ranks, and what any was asked for, in one exchange.
+        """The step's loss over all ranks, and requests made to any rank, in one exchange.
 
-        ``parts_ended`` is agreed on with them.
+        It also agrees on ``parts_ended``.
         """
         own = torch.stack(losses).double()
         saves = [] if self.control is None else self.control.take_saves()
@@ -359,7 +359,7 @@ class Trainer:
                 named[_NAMED_MICRO_BATCHES:] = [f"and {len(named) - _NAMED_MICRO_BATCHES} more"]
             raise TrainingStopped(
                 f"the loss of step {data.step} is not finite. It came from\n  " + "\n  ".join(named) + "\n"
-                "Nothing was changed by this step. Look at these documents, or lower the learning rate."
+                "This step changed nothing. Check these documents, or lower the learning rate."
             )
         if self.control is not None:
             self.control.answer(saves, data.step)
@@ -371,7 +371,7 @@ class Trainer:
         return [float(self.stop_asked > 0), float(self.stop_asked > 0 and requested)]
 
     def _named(self, batch: Batch) -> list[str]:
-        """Where a batch's rows and documents lie in the token files."""
+        """The positions of a batch's rows and documents in the token files."""
         assert self.data is not None
         return self.data.describe(batch)
 
@@ -394,7 +394,7 @@ class Trainer:
         return norm
 
     def _evaluate(self, step: int) -> Asked:
-        """Mean loss of every held-out source, and whether a rank was asked to stop meanwhile."""
+        """The mean loss of every held-out source, and whether a rank was asked to stop meanwhile."""
         self.engine.eval()
         found: dict[str, float] = {}
         for folder in self.held_out:
@@ -424,7 +424,7 @@ class Trainer:
     # --- saving ---
 
     def _save(self, data: StepData, *, must: bool) -> None:
-        """Save the step; ``must``: as a whole, before this returns, and whatever the recipe says of a full disk."""
+        """Save the step. ``must``: finish before returning, and fail on a full disk, whatever the recipe says."""
         self._wait_for_turn(data.step)
         given = self.recipe.parallelism
         state = RunState(
@@ -443,7 +443,7 @@ class Trainer:
             last_stage_index=len(stages) - 1 if stages else None,
         )
         after = self.start.step if self.saved_step is None else self.saved_step
-        # Its own count of samples takes every rank for one with a micro-batch of its own.
+        # DeepSpeed's own count of samples assumes that every rank has its own micro-batch.
         patches.set_progress(self.engine, data.step, self.recipe.global_batch_sequences)
         self.under_way = save_run(
             self.engine, self.ranks, self.recipe, self.run, self.start, state, progress, after, self.background
@@ -452,12 +452,12 @@ class Trainer:
             self.wait_for_save(must=must)
 
     def wait_for_save(self, *, must: bool = False) -> None:
-        """Wait until no save is under way. Raises ``MachineError`` when it failed, unless the run shall go on."""
+        """Wait until no save is running. Raises ``MachineError`` if it failed, unless the recipe continues."""
         if self.under_way is not None:
             self._go_on_saving(self.under_way, self.under_way.finish, must=must)
 
     def _wait_for_turn(self, step: int) -> None:
-        """One save is under way at most."""
+        """Make sure that at most one save is running."""
         if (earlier := self.under_way) is None:
             return
         began = time.perf_counter()
@@ -494,7 +494,7 @@ class Trainer:
             self.tasks.saved(save.step)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The weights of the forward pass, whole, on rank 0's CPU; the other ranks take part and get none."""
+        """The complete weights of the forward pass, on rank 0's CPU. All ranks must call it; others get nothing."""
         import deepspeed
 
         found = {}
@@ -529,10 +529,10 @@ class Trainer:
 
 
 def _listen(trainer: Trainer) -> None:
-    """SIGTERM and SIGUSR1 ask for an end after the step; it is agreed on by all ranks.
+    """Handle SIGTERM and SIGUSR1 by stopping after the step, once all ranks agree.
 
-    They are heard until the process ends: a second signal must not kill a rank that is saving, or has just saved. The
-    export, which looks at ``stop_asked`` once, has handlers of its own (worker.py).
+    The handlers stay until the process ends: a second signal must not kill a rank that is saving or has just saved. The
+    export, which checks ``stop_asked`` once, has its own handlers (worker.py).
     """
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -543,7 +543,7 @@ def _listen(trainer: Trainer) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """What an export is made from. Raises ``MachineError`` when nothing was saved."""
+    """The checkpoint to export. Raises ``MachineError`` if nothing was saved."""
     found = latest(run)
     if found is None:
         raise MachineError(f"{run} has no checkpoint to export.")

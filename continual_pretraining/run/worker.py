@@ -1,4 +1,4 @@
-"""One rank of a run, as launchers start it: this module with RUN [--resume R]."""
+"""One rank of a run. Launchers start this module with RUN [--resume R]."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from smolconv.errors import SmolconvError, StoppedByRequest, StoppedBySignal
 if TYPE_CHECKING:
     from smolconv.continual_pretraining.run.trainer import Trainer
 
-#: The lock of a process whose node has died is kept by the file server for a while: 90 seconds by NFSv4's default.
+#: A file server keeps the lock of a dead node for a while: 90 seconds by NFSv4's default.
 _LOCK_PATIENCE_SECONDS = 180.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ENDING = threading.Lock()
@@ -45,8 +45,8 @@ def run_rank(run: Path, resume: str) -> None:
     )  # fmt: skip
     from smolconv.continual_pretraining.engine.config import engine_config
 
-    engine_config(recipe, ranks.world_size)  # what cannot be run is refused before anything is converted
-    ranks.from_first(lambda: lock_run(run))  # until this process ends
+    engine_config(recipe, ranks.world_size)  # refuses an impossible configuration before anything is converted
+    ranks.from_first(lambda: lock_run(run))  # held until this process ends
     with controlled(run, recipe, ranks.world_size, first=ranks.first) as control:
         _train_and_export(recipe, run, resume, ranks, control)
 
@@ -80,10 +80,10 @@ def _train_and_export(recipe: Recipe, run: Path, resume: str, ranks: Ranks, cont
 
 
 def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> None:
-    """Rank 0 exports, and the others wait for it.
+    """Export on rank 0, while the others wait.
 
-    Raises ``StoppedBySignal`` on rank 0, and ``FailedOnAnotherRank`` on the others: all is saved, and the next start
-    exports.
+    A signal raises ``StoppedBySignal`` on rank 0 and ``FailedOnAnotherRank`` on the others: everything is saved, and
+    the next start exports.
     """
     from smolconv.continual_pretraining.run.export import export_run
 
@@ -92,7 +92,7 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
     def make() -> list[str]:
         try:
             with _ended_by_signals(trainer.control):
-                if trainer.stop_asked:  # after the last step had looked
+                if trainer.stop_asked:  # asked after the last step's check
                     raise KeyboardInterrupt
                 return export_run(export, run, checkpoint, weights)
         except KeyboardInterrupt:
@@ -107,7 +107,7 @@ def _export(export: Export, run: Path, trainer: Trainer, checkpoint: Path) -> No
 
 @contextmanager
 def _ended_by_signals(control: Control | None) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 do what Ctrl-C does, once. They are ignored from then on: what is left is to close."""
+    """Make SIGTERM and SIGUSR1 act like Ctrl-C once. Later ones are ignored, because the process is already closing."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         _ignore_signals()
@@ -133,10 +133,10 @@ def _ignore_signals() -> None:
 
 
 def lock_run(run: Path) -> int:
-    """Keep a second start out of the run's folder for as long as this process lives; an open descriptor.
+    """Lock the run's folder against a second start while this process lives; returns the open descriptor.
 
-    A start after a loss, by Slurm or torchrun, waits for three minutes: the one before may have died with its node.
-    Raises ``OutputLocked``. A file system without locks gives none.
+    A start after a lost rank, by Slurm or torchrun, waits up to three minutes: the previous one may have died with its
+    node. Raises ``OutputLocked``. Does nothing on a file system without locks.
     """
     patience = _LOCK_PATIENCE_SECONDS if is_restart() else 0.0
     deadline, told = time.monotonic() + patience, False
@@ -159,13 +159,13 @@ def _say(ranks: Ranks, *lines: str) -> None:
 
 
 def main() -> None:
-    """Run one rank and end with its exit code; what failed lies in ``logs/failure-rank-N.json`` for the launcher."""
+    """Run one rank and exit with its code; a failure is written to ``logs/failure-rank-N.json`` for the launcher."""
     parser = argparse.ArgumentParser(description="One rank of smolconv continue-train.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     given = parser.parse_args()
-    # torch and DeepSpeed announce each other's changes; on every rank, between the lines about the run.
+    # torch and DeepSpeed print deprecation warnings on every rank, between the lines about the run.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run_rank(given.run, given.resume)
@@ -175,15 +175,15 @@ def main() -> None:
 
 
 def _end(run: Path, error: BaseException | None = None) -> NoReturn:
-    """End this process, from any of its threads: gloo's and NCCL's may outlive an orderly end."""
-    _ENDING.acquire()  # for good: the first reason counts
+    """End this process, from any of its threads: gloo's and NCCL's threads may outlive a normal exit."""
+    _ENDING.acquire()  # never released: the first reason counts
     error = error and (lost_connection(error) or error)
     code = 0 if error is None else exit_code_of(error)
     record_end(run, code, "" if error is None else f"{type(error).__name__}: {error}")
     if error is not None and not isinstance(error, FailedOnAnotherRank):
         if code == 70 or os.environ.get("SMOLCONV_DEBUG"):
             print("".join(traceback.format_exception(error)[:-1]), end="", file=sys.stderr)
-        # The launcher says it once, when all ranks have ended, and adds it to the log.
+        # The launcher reports it once, when all ranks have ended, and adds it to the log.
         if not (_record(run, int(os.environ.get("RANK", "0")), error, code) and os.environ.get(ATTEMPT)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
     sys.stdout.flush()
@@ -192,7 +192,7 @@ def _end(run: Path, error: BaseException | None = None) -> NoReturn:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """As docs/cli.md has them."""
+    """The exit code by docs/cli.md."""
     if isinstance(error, SmolconvError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -202,7 +202,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def _record(run: Path, rank: int, error: BaseException, code: int) -> bool:
-    """Leave what failed for the launcher; False where the disk may be what failed."""
+    """Write the failure for the launcher; False if that fails, perhaps because of the disk."""
     try:
         logs = run / "logs"
         logs.mkdir(parents=True, exist_ok=True)

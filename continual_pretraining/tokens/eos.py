@@ -10,11 +10,11 @@ from smolconv.errors import SmolconvError, UsageError, some_of
 from smolconv.layouts.documents import is_count
 from smolconv.parsing import MOST_TOKENIZER_BYTES, read_json
 
-#: Ends of documents in the pretraining data of SmolLM2 and of SmolLM3 (Llama 3's tokenizer). Their instruct
-#: tokenizers name another token as eos, the end of a chat turn.
+#: Tokens that end documents in the pretraining data of SmolLM2 and SmolLM3 (Llama 3's tokenizer). The instruct
+#: tokenizers name another token as eos: the end of a chat turn.
 PRETRAINING_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-#: Ids of the same by the names of tokenizers in nanotron's published YAMLs (github.com/huggingface/smollm). All but
-#: cosmo2's are Llama 3's.
+#: Their ids, by the tokenizer names in nanotron's published YAMLs (github.com/huggingface/smollm). All but cosmo2's
+#: are Llama 3's.
 KNOWN_EOS = {
     "HuggingFaceTB/cosmo2-tokenizer": 0,
     "meta-llama/Llama-3.2-1B": 128001,
@@ -25,12 +25,12 @@ KNOWN_EOS = {
 
 
 def ends_documents(ending: int, seen: int) -> bool:
-    """Whether a token is the end of documents: more than half of those ``seen`` end in it."""
+    """Whether a token counts as the end of documents: more than half of the documents ``seen`` end in it."""
     return 2 * ending > seen
 
 
 def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]:
-    """The token that ends documents, and who says so."""
+    """The token that ends documents, and the option or file that names it."""
     if asked is not None:
         if _id(tokenizer, asked) is None:
             raise UsageError(f"--eos {asked} is not a token of {path}. It has: {_special(tokenizer)}.")
@@ -38,7 +38,7 @@ def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]
     own, said_by = _own_eos(tokenizer, path)
     if own is None:
         raise UsageError(
-            f"no file beside {path} says which token ends a document.\n"
+            f"no file next to {path} says which token ends a document.\n"
             f"Pass --eos TOKEN, one of: {_special(tokenizer)}; or --no-eos."
         )
     others = [token for token in PRETRAINING_ENDS if tokenizer.token_to_id(token) is not None]
@@ -46,7 +46,7 @@ def choose_eos(tokenizer: Any, path: Path, asked: str | None) -> tuple[str, str]
         raise UsageError(
             f"{said_by} names {own} (id {tokenizer.token_to_id(own)}) as eos, as chat tokenizers do, but pretraining "
             f"data usually ends in {others[0]} (id {tokenizer.token_to_id(others[0])}).\n"
-            "Where the data's EOS is not the recipe's, positions and attention never restart at a document.\n"
+            "If the EOS in the data differs from the recipe's, positions and attention never restart at a document.\n"
             f"Choose: --eos '{others[0]}' or --eos '{own}'."
         )
     return own, str(said_by)
@@ -80,7 +80,7 @@ def _special(tokenizer: Any) -> str:
 
 
 def eos_of_folder(folder: Path) -> int | None:
-    """The EOS of a tokenizer on this disk, by its own files."""
+    """The EOS id of the tokenizer in a local folder; None if its files do not give one."""
     try:
         token = _named(read_json(folder / "tokenizer_config.json"))
         tokenizer = read_json(folder / "tokenizer.json", MOST_TOKENIZER_BYTES)
@@ -92,6 +92,6 @@ def eos_of_folder(folder: Path) -> int | None:
 
 
 def _named(document: dict[str, Any]) -> Any:
-    """By a tokenizer's settings: a token itself, or with how it is treated."""
+    """The EOS that a tokenizer's settings name, either as a string or as an object with ``content``."""
     token = document.get("eos_token")
     return token.get("content") if isinstance(token, dict) else token

@@ -1,12 +1,12 @@
-"""datatrove's token files: what a folder holds, and its windows as rows to train on.
+"""Reads datatrove's token files, and turns their windows into rows to train on.
 
-``X.ds`` holds token ids one after the other, little-endian, 2 or 4 bytes each, without any header. Beside it may lie
+``X.ds`` holds token ids one after the other, little-endian, 2 or 4 bytes each, without a header. Optional companions:
 ``X.ds.index`` (uint64, the end of each document in tokens, exclusive), ``X.ds.metadata`` (``tokenizer|token size``,
-token count, the count for people) and ``X.ds.loss`` (a byte a token, 0: not to be trained on). No file has a magic
-number, so they are checked against each other.
+token count, the count for people) and ``X.ds.loss`` (one byte per token; 0: not to be trained on). No file has a magic
+number, so the files are checked against each other.
 
-Window w of a file is its tokens ``[w(S + 1), (w + 1)(S + 1))``: S inputs and, one further, S labels. What is left at
-the end of a file is never read. Shapes use: R rows, S sequence length.
+Window w of a file is its tokens ``[w(S + 1), (w + 1)(S + 1))``: S inputs and, shifted by one, S labels. The remainder
+at the end of a file is never read. Shapes use: R rows, S sequence length.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.errors import CorruptFile, MissingFile, MixedCheckpoint, SourceChanged, UsageError
 from smolconv.files import MOST_NAME_BYTES, file_size, open_file, read_bytes, reading
 
-IGNORED_LABEL = -100  #: what torch's cross entropy leaves out
-#: Rows are finished in blocks that stay in a core's second-level cache.
+IGNORED_LABEL = -100  #: the label that torch's cross entropy ignores
+#: Rows are computed in blocks that fit a core's L2 cache.
 _BLOCK_TOKENS = 1 << 15
-#: What is looked at when a folder is opened: of so many files, so many tokens and document ends from the beginning.
+#: Sample that is checked when a folder is opened: this many files, and the first tokens and document ends of each.
 _SAMPLED_FILES, _SAMPLED_TOKENS, _SAMPLED_DOCUMENTS = 8, 1 << 16, 1024
-#: An index of more documents than this in all its files is checked file by file, at the first use of each.
+#: Indexes with more documents than this in total are checked later, each file's at its first use.
 _INDEX_CHECKED_AT_OPEN = 8 << 20
-#: Without an index, so many tokens are searched for an EOS.
+#: Without an index, this many tokens are searched for an EOS.
 _SEARCHED_FOR_EOS = 1 << 26
-#: Documents without a token that an index may hold in addition.
+#: Empty documents that an index may hold, beyond the number of tokens.
 _EMPTY_DOCUMENTS = 1 << 20
 _CHUNK = 1 << 20
 
-Ids = NDArray[Any]  #: little-endian uint16 or uint32, as the file has them
+Ids = NDArray[Any]  #: little-endian uint16 or uint32, as in the file
 Int64s = NDArray[np.int64]
 
 
 class Row(NamedTuple):
-    """Where a row of a batch was read, to name it in errors."""
+    """Where a row of a batch was read, for error messages."""
 
     source: str
     file: str  #: path
-    window: int  #: number in the file; its first token is that of ``window * (S + 1)``
+    window: int  #: number in the file; its first token is number ``window * (S + 1)``
 
 
 _NO_ROW = Row("", "", 0)
@@ -61,20 +61,20 @@ class Batch:
     """Rows to train on; all arrays are int64 ``[R, S]``."""
 
     input_ids: Int64s
-    positions: Int64s  #: 0 where a document begins; every row begins one
-    labels: Int64s  #: the next tokens; -100 where the next token is not to be predicted
-    rows: tuple[Row, ...]  #: R of them; none for a batch that only keeps ranks in step
+    positions: Int64s  #: 0 where a document begins, and at the start of every row
+    labels: Int64s  #: the next tokens; -100 where the next token is not predicted
+    rows: tuple[Row, ...]  #: R rows; empty for a batch that only keeps ranks in step
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """One ``.ds`` file with what lies beside it, checked against each other. Arrays are mapped when they are used."""
+    """One ``.ds`` file and its companions, checked against each other. Arrays are memory-mapped on use."""
 
     path: Path
     token_size: int  #: bytes
     tokens: int
     tokenizer: str | None  #: the name in .ds.metadata, a label only
-    documents: int | None  #: entries of the index; None without one
+    documents: int | None  #: entries of the index; None without an index
     has_loss: bool
 
     @property
@@ -83,12 +83,12 @@ class TokenFile:
 
     @property
     def ends(self) -> NDArray[np.uint64]:
-        """The index. Raises ``MissingFile`` without one, ``CorruptFile`` when it does not ascend."""
+        """The index. Raises ``MissingFile`` if there is none, ``CorruptFile`` if it does not ascend."""
         return _mapped(self._checked_index, "<u8", self.documents or 0)
 
     @cached_property
     def _checked_index(self) -> Path:
-        path = self.beside("index")
+        path = self.companion("index")
         if self.documents is None:
             raise MissingFile(
                 f"{path} is not there.\nWith data.boundaries: index, every token file needs its index.\n"
@@ -104,21 +104,21 @@ class TokenFile:
             if len(falls):
                 at = start + int(falls[0])
                 raise CorruptFile(
-                    f"{path}: document {at} ends at token {ends[at]}, before the one in front of it "
-                    f"({before[falls[0]]}).\nEnds of documents ascend.\n{_TOKENISE_AGAIN}"
+                    f"{path}: document {at} ends at token {ends[at]}, before the previous document "
+                    f"({before[falls[0]]}).\nThe ends of documents must ascend.\n{_TOKENISE_AGAIN}"
                 )
             last = int(chunk[-1])
         return path
 
     @property
     def losses(self) -> NDArray[np.uint8]:
-        """A byte a token: 0 where it is not to be predicted."""
+        """One byte per token: 0 where the token is not predicted."""
         assert self.has_loss
-        return _mapped(self.beside("loss"), "u1", self.tokens)
+        return _mapped(self.companion("loss"), "u1", self.tokens)
 
-    def beside(self, what: str) -> Path:
+    def companion(self, what: str) -> Path:
         """The path of the file's index, metadata or loss."""
-        return _beside(self.path, what)
+        return _companion(self.path, what)
 
 
 class TokenFolder:
@@ -148,15 +148,15 @@ class TokenFolder:
         vocab_size: int | None = None,
         eos_token_id: int | None = None,
     ) -> TokenFolder:
-        """List and check a folder; nanotron reads no subfolders, and neither do we.
+        """List and check a folder. Like nanotron, it ignores subfolders.
 
-        ``eos_token_id`` is compared with how documents end, by the index or by searching for it. ``vocab_size`` bounds
-        the ids of a sample (those that are read later are checked then), and helps to tell the size of tokens where
-        neither metadata nor index does.
+        ``eos_token_id`` is compared with how documents end, by the index or by a search. ``vocab_size`` bounds the ids
+        of a sample; other ids are checked when they are read. It also decides the token size if neither metadata nor
+        index does.
 
-        Raises ``MissingFile`` without token files, ``CorruptFile`` when a file contradicts those beside it or the
+        Raises ``MissingFile`` without token files, ``CorruptFile`` when a file contradicts its companions or the
         vocabulary, ``MixedCheckpoint`` when files come from different tokenizers, ``UsageError`` when the folder is
-        too small for a window or ends its documents otherwise.
+        too small for a window or its documents end in another token.
         """
         folder = Path(path)
         files = [_open_file(each, vocab_size) for each in _token_files(folder, str(path))]
@@ -168,8 +168,8 @@ class TokenFolder:
                 if mine != other:
                     raise MixedCheckpoint(
                         f"{folder}: the {what} of {file.path.name} is {mine}, but that of {files[0].path.name} is "
-                        f"{other}.\nThe files of a folder come from one tokenizer.\n"
-                        "Move those of the other one into a folder of their own, or tokenise them again."
+                        f"{other}.\nAll files of a folder must come from one tokenizer.\n"
+                        "Move the files of the other tokenizer to another folder, or tokenise them again."
                     )
         if file_seed is not None:
             files = [files[i] for i in np.random.default_rng(file_seed).permutation(len(files))]
@@ -186,13 +186,13 @@ class TokenFolder:
         return opened
 
     def places(self, samples: Int64s) -> tuple[Int64s, Int64s]:
-        """The number of the file, and the window in it, of each sample; samples beyond the last begin again."""
+        """Each sample's file number and the window in that file; after the last sample it starts over."""
         windows = samples % self.windows
         file = self._ends.searchsorted(windows, side="right")
         return file, windows - self._begins[file]
 
     def describe(self, row: Row) -> str:
-        """File, tokens and, where there is an index, documents of a row that was read from this folder."""
+        """Describe a row of this folder: file, tokens and, with an index, documents."""
         file = next(file for file in self.files if str(file.path) == row.file)
         start = row.window * (self.sequence_length + 1)
         last = start + self.sequence_length
@@ -203,7 +203,7 @@ class TokenFolder:
         return f"{text}, documents {first} to {end}"
 
     def ends_in(self) -> int | None:
-        """The token that documents end in, by the beginnings of files; None: without an index, or no single one."""
+        """The token that documents end in, by the beginnings of files. None without an index or a common token."""
         counts: Counter[int] = Counter()
         for file in self.files[:_SAMPLED_FILES]:
             if file.documents is None:
@@ -222,7 +222,7 @@ class TokenFolder:
         indexed = [file for file in self.files if file.documents is not None]
         if sum(file.documents or 0 for file in indexed) <= _INDEX_CHECKED_AT_OPEN:
             for file in indexed:
-                file.ends  # noqa: B018 - a look is a check
+                file.ends  # noqa: B018 - reading it checks it
         if eos_token_id is not None:
             self._check_eos(eos_token_id, [file for file in sampled if file.documents])
 
@@ -250,14 +250,14 @@ class TokenFolder:
         total = int(counts.sum())
         right = int(counts[ids == eos_token_id].sum())
         most, count = int(ids[counts.argmax()]), int(counts.max())
-        # Where datatrove shuffled chunks, its index has their borders, too, and most may lie within documents.
+        # When datatrove shuffles chunks, its index also holds chunk borders, most of which may lie within documents.
         chunked = all("chunk_shuffled" in file.path.name for file in indexed)
         if ends_documents(right, total) or (chunked and right == count):
             return
         what = f"{self.path}: {right} of {total} documents end in data.eos_token_id {eos_token_id} (by .ds.index)"
         if ends_documents(count, total):
             raise UsageError(
-                f"{what}; {count} end in {most}.\nWith the wrong EOS, documents would not be told apart.\n"
+                f"{what}; {count} end in {most}.\nWith the wrong EOS, documents would not be separated.\n"
                 f"Set data.eos_token_id={most} if that is the EOS of {self.files[0].tokenizer or 'the tokenizer'}."
             )
         raise UsageError(
@@ -268,7 +268,7 @@ class TokenFolder:
 
 
 class Wanted(NamedTuple):
-    """Samples of one folder, and the rows that they are to become. Both ``[n]``, ascending."""
+    """Samples of one folder, and their rows in the batch. Both ``[n]``, ascending."""
 
     folder: TokenFolder
     rows: Int64s
@@ -282,12 +282,12 @@ class RowReader:
     sequence_length: int
     boundaries: Literal["eos", "index"] = "eos"
     eos_token_id: int | None = None  #: for boundaries by EOS
-    mask_documents: bool = True  #: positions begin anew with each document, and its first token is not predicted
-    loss_masks: bool = True  #: tokens that a .ds.loss marks with 0 are not predicted either
+    mask_documents: bool = True  #: restart positions at each document, and do not predict its first token
+    loss_masks: bool = True  #: do not predict tokens that a .ds.loss marks with 0
     vocab_size: int | None = None
 
     def read(self, wanted: Sequence[Wanted], count: int) -> Batch:
-        """The rows 0 to ``count`` - 1, all of them wanted once.
+        """Build the rows 0 to ``count`` - 1; each must be asked for exactly once.
 
         Raises ``CorruptFile`` when a token is outside the vocabulary.
         """
@@ -311,7 +311,7 @@ class RowReader:
                 rows[row : row + windows] = [Row(source, path, window + i) for i in range(windows)]
                 files[path] = file
         by_index = np.sort(np.concatenate(begins)) if begins else None
-        # One piece of memory: three would each be given back to the system when freed, and cost page faults again.
+        # One allocation for all three arrays: separate ones would return to the system when freed, and fault in again.
         input_ids, positions, labels = np.empty((3, count, length), np.int64)
         batch = Batch(input_ids=input_ids, positions=positions, labels=labels, rows=tuple(rows))
         block = max(1, _BLOCK_TOKENS // (length + 1))
@@ -336,7 +336,7 @@ class RowReader:
         if not self.mask_documents:
             positions[:] = np.arange(length)
             return
-        # Where documents begin, counted in tokens from the block's first: rows of S + 1.
+        # Where documents begin, in tokens from the block's first: rows of S + 1.
         if by_index is not None:
             offset = first * (length + 1)
             low, high = by_index.searchsorted((offset, last * (length + 1)))
@@ -345,22 +345,22 @@ class RowReader:
             assert self.eos_token_id is not None
             begins = (tokens.reshape(-1) == self.eos_token_id).nonzero()[0] + 1
         rows, columns = np.divmod(begins, length + 1)
-        # The same, counted in inputs: rows of S. A document that begins at the last label counts as the next row's.
+        # The same in inputs: rows of S. A document that begins at the last label belongs to the next row.
         begins = (begins - rows)[columns > 0]
         labels.reshape(-1)[begins - 1] = IGNORED_LABEL
         size = (last - first) * length
         borders = np.empty(len(begins) + last - first + 1, np.int64)
         borders[: len(begins)] = begins
         borders[len(begins) :] = np.arange(0, size + 1, length)
-        borders.sort()  # some are there twice: they make documents of no length
+        borders.sort()  # some occur twice and make documents of length 0
         starts = borders[:-1]
         np.subtract(_numbers(size), starts.repeat(borders[1:] - starts), out=positions.reshape(-1))
 
 
 def _runs(wanted: Wanted) -> Iterator[tuple[int, TokenFile, int, int]]:
-    """Cut into windows that lie in a row in one file and become rows in a row: first row, file, first window, count."""
+    """Cut into runs of consecutive windows of one file and consecutive rows: first row, file, first window, count."""
     numbers, places = wanted.folder.places(wanted.samples)
-    # Python's integers: for the few rows of a step they are faster than a dozen calls of numpy.
+    # Python integers: for the few rows of a step they are faster than a dozen numpy calls.
     files, windows, rows = numbers.tolist(), places.tolist(), wanted.rows.tolist()
     first = 0
     for end in range(1, len(rows) + 1):
@@ -376,8 +376,8 @@ def _runs(wanted: Wanted) -> Iterator[tuple[int, TokenFile, int, int]]:
 
 
 def _ends_within(ends: NDArray[np.uint64], start: int, stop: int) -> Int64s:
-    """Those in ``[start, stop)``: where a document begins that is not the first."""
-    # Bounds of the array's own type: others would make numpy convert the whole index to float64.
+    """The starts of documents in ``[start, stop)``, except the first document's."""
+    # Bounds in the array's dtype: any other would make numpy convert the whole index to float64.
     low, high = ends.searchsorted(np.array((start, stop), dtype=ends.dtype))
     return ends[low:high].astype(np.int64)
 
@@ -386,8 +386,8 @@ _RANGE = np.arange(0)
 
 
 def _numbers(count: int) -> Int64s:
-    """0 to ``count`` - 1, kept for the next time."""
-    global _RANGE  # noqa: PLW0603 - a cache; two threads at worst make it twice
+    """0 to ``count`` - 1, cached."""
+    global _RANGE  # noqa: PLW0603 - a cache; at worst two threads compute it twice
     numbers = _RANGE
     if len(numbers) < count:
         numbers = _RANGE = np.arange(max(count, 2 * _BLOCK_TOKENS))
@@ -401,7 +401,7 @@ _TOKENISE_AGAIN = "Copy the file again from where it was written, or tokenise th
 
 def _token_files(folder: Path, given: str) -> list[Path]:
     if "://" in given:
-        raise UsageError(f"{given} is not a local folder.\nToken files are mapped into memory.\nCopy the folder first.")
+        raise UsageError(f"{given} is not a local folder.\nToken files are memory-mapped.\nCopy the folder first.")
     if not os.path.isdir(folder):
         raise MissingFile(
             f"{folder!s:.200} is not a folder.\n"
@@ -414,7 +414,7 @@ def _token_files(folder: Path, given: str) -> list[Path]:
         below = next(iter(sorted(folder.glob("*/*.ds"))), None)
         raise MissingFile(
             f"{folder} holds no token files (*.ds).\n"
-            + (f"There are some in {below.parent}: subfolders are not read.\nName that folder." if below else "")
+            + (f"Some are in {below.parent}, but subfolders are not read.\nName that folder." if below else "")
             + (
                 ""
                 if below
@@ -426,42 +426,42 @@ def _token_files(folder: Path, given: str) -> list[Path]:
 
 def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
     size = file_size(path)
-    said = _Metadata.read(_beside(path, "metadata"))
+    said = _Metadata.read(_companion(path, "metadata"))
     token_size = said.token_size
-    index = _beside(path, "index")
+    index = _companion(path, "index")
     documents = last = None
     if os.path.lexists(index):
         index_bytes = file_size(index)
         if index_bytes % 8:
             raise CorruptFile(f"{index} has {index_bytes} bytes.\nAn index has 8 bytes a document.\n{_TOKENISE_AGAIN}")
         documents = index_bytes // 8
-        if documents > size + _EMPTY_DOCUMENTS:  # before it is mapped: a token has two bytes at least
+        if documents > size + _EMPTY_DOCUMENTS:  # checked before mapping; a token has at least two bytes
             raise CorruptFile(
-                f"{index} has {index_bytes} bytes, of {documents:,} documents; {path.name} has {size:,} bytes.\n"
-                f"A document has tokens of its own.\n{_TOKENISE_AGAIN}"
+                f"{index} has {index_bytes} bytes for {documents:,} documents, but {path.name} has {size:,} bytes.\n"
+                f"Every document has at least one token.\n{_TOKENISE_AGAIN}"
             )
         last = _last_end(index) if documents else 0
     if token_size is None:
         token_size = _guess_token_size(path, size, last, vocab_size)
     if size % token_size:
         raise CorruptFile(
-            f"{path} has {size} bytes, which is no multiple of its token size, {token_size} bytes.\n"
-            f"The file is cut off, or of another token size.\n{_TOKENISE_AGAIN}"
+            f"{path} has {size} bytes, which is not a multiple of its token size, {token_size} bytes.\n"
+            f"The file is cut off, or has another token size.\n{_TOKENISE_AGAIN}"
         )
     tokens = size // token_size
-    for where, count in ((_beside(path, "metadata"), said.tokens), (index, last)):
+    for where, count in ((_companion(path, "metadata"), said.tokens), (index, last)):
         if count is not None and count != tokens:
             what = "counts" if where is not index else "ends at"
             raise CorruptFile(
                 f"{path} has {tokens} tokens of {token_size} bytes, but {where.name} {what} {count}.\n"
-                f"Both belong to one file and agree.\n{_TOKENISE_AGAIN}"
+                f"The two must agree.\n{_TOKENISE_AGAIN}"
             )
-    loss = _beside(path, "loss")
+    loss = _companion(path, "loss")
     has_loss = os.path.lexists(loss)
     if has_loss and file_size(loss) != tokens:
         raise CorruptFile(
             f"{loss} has {file_size(loss)} bytes, but {path.name} has {tokens} tokens.\n"
-            f"A loss mask has a byte a token.\n{_TOKENISE_AGAIN}"
+            f"A loss mask has one byte per token.\n{_TOKENISE_AGAIN}"
         )
     return TokenFile(
         path=path,
@@ -475,7 +475,7 @@ def _open_file(path: Path, vocab_size: int | None) -> TokenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Metadata:
-    """What ``.ds.metadata`` says; None for what it does not."""
+    """The fields of ``.ds.metadata``; None for those it does not have."""
 
     tokenizer: str | None = None
     token_size: int | None = None
@@ -483,7 +483,7 @@ class _Metadata:
 
     @staticmethod
     def read(path: Path) -> _Metadata:
-        """Nothing where there is no such file. Raises ``CorruptFile``."""
+        """The lines of the metadata; empty without the file. Raises ``CorruptFile``."""
         if not os.path.lexists(path):
             return _Metadata()
         lines = read_bytes(path, MOST_NAME_BYTES).decode(errors="replace").splitlines()
@@ -500,12 +500,12 @@ class _Metadata:
 
 
 def _guess_token_size(path: Path, size: int, last: int | None, vocab_size: int | None) -> int:
-    """By the index if there is one, else by which size gives ids of a vocabulary."""
+    """The token size by the index or, without one, the size that gives ids within the vocabulary."""
     if last:
         return size // last if size in (2 * last, 4 * last) else 2
     if size % 4:
         return 2
-    # Two ids of 2 bytes, read as one of 4, are far beyond any vocabulary unless every second id is nearly 0.
+    # Two 2-byte ids read as one 4-byte id exceed any vocabulary, unless every second id is close to 0.
     sample = _mapped(path, "<u4", size // 4)[:_SAMPLED_TOKENS]
     return 4 if len(sample) and sample.max() < (vocab_size or 1 << 20) else 2
 
@@ -520,12 +520,12 @@ def _check_ids(ids: Ids, vocab_size: int, file: TokenFile, start: int) -> None:
         )
 
 
-def _beside(path: Path, what: str) -> Path:
+def _companion(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
 
 def _last_end(index: Path) -> int:
-    """Where the last document ends. The index is not mapped for it: what it says is not yet believed."""
+    """The end of the last document, read without mapping the index, which is not checked yet."""
     with reading(index), open(open_file(index, noted=False), "rb", buffering=0) as file:
         file.seek(-8, os.SEEK_END)
         return int.from_bytes(file.read(8), "little")
@@ -533,16 +533,16 @@ def _last_end(index: Path) -> int:
 
 @lru_cache(maxsize=256)
 def _mapped(path: Path, dtype: str, count: int) -> NDArray[Any]:
-    """A file as a read-only array. An empty file cannot be mapped.
+    """Map a file as a read-only array; an empty file, which cannot be mapped, gives an empty array.
 
-    Only the latest are kept: each map holds a file descriptor, and a folder may have more files than a process may
+    Only the latest maps are kept: each holds a file descriptor, and a folder may have more files than a process may
     open.
     """
     if count == 0:
         return np.empty(0, dtype)
-    # A plain array over the map: slices of numpy's memmap class cost several times as much.
+    # A plain array over the map: slicing numpy's memmap class takes several times as long.
     try:
         with reading(path):
             return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray))
     except ValueError:
-        raise SourceChanged(f"{path} has become shorter since it was opened.\n{_TOKENISE_AGAIN}") from None
+        raise SourceChanged(f"{path} is shorter than when it was opened.\n{_TOKENISE_AGAIN}") from None

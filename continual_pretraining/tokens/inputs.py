@@ -1,4 +1,4 @@
-"""Text files: which there are, and their documents for datatrove."""
+"""Finds text files and reads their documents for datatrove."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import xxhash
 
 from smolconv.errors import CorruptFile, UsageError, some_of
 
-#: What each kind of input needs besides datatrove and tokenizers, which datatrove does not declare itself.
+#: Packages that each kind of input needs besides datatrove and tokenizers; datatrove does not declare them.
 KINDS = {"jsonl": ("orjson",), "parquet": ("pyarrow",), "txt": ()}
 _SUFFIX = re.compile(r"\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
-#: How files are told apart for people: the last suffix, with what is before the one of a compression.
+#: The suffix shown in messages: the last one, with the one before it if the last is a compression's.
 _SHOWN_SUFFIX = re.compile(r"(?:\.\w{1,12})?\.(?:gz|zst|bz2|xz|zip)$|\.\w{1,12}$")
 _EXPECTED = "Expected .jsonl, .parquet, .txt (.jsonl and .txt also as .gz and .zst), or a folder of them."
 _FORMATS = "--format txt reads every input as text, --format jsonl as lines of JSON: name the files that are"
@@ -27,11 +27,11 @@ _FORMATS = "--format txt reads every input as text, --format jsonl as lines of J
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Which files are read, and which of the folders' are not."""
+    """The files that are read, and those in folders that are not."""
 
     files: tuple[Path, ...]
     read: Mapping[str, int]  #: files by suffix
-    passed_over: Mapping[str, int]  #: by suffix; "hidden" and "without suffix", too
+    passed_over: Mapping[str, int]  #: by suffix, "hidden" or "without suffix"
 
     @property
     def account(self) -> str:
@@ -41,12 +41,12 @@ class Inputs:
 
     @property
     def advice(self) -> str | None:
-        """What to do about files that are passed over and not hidden."""
+        """What to do about files that were passed over but are not hidden."""
         return f"{_FORMATS}." if set(self.passed_over) - {"hidden"} else None
 
 
 def kind_of(path: Path, given: str | None = None) -> str | None:
-    """``given``, or what the suffix says."""
+    """``given``, or the format that the suffix names."""
     found = _SUFFIX.search(path.name)
     return given or (None if found is None or (found[1] == "parquet" and found[2]) else found[1])
 
@@ -54,8 +54,8 @@ def kind_of(path: Path, given: str | None = None) -> str | None:
 def find_inputs(inputs: list[Path], given_format: str | None = None) -> Inputs:
     """Files in the order of the inputs, a folder's sorted by path.
 
-    Of a folder, what is hidden or has another suffix is passed over and counted. With ``given_format`` suffixes say
-    nothing: all that is not hidden is read.
+    Hidden files in a folder, and those with another suffix, are passed over and counted. With ``given_format``,
+    suffixes do not matter: all files that are not hidden are read.
     """
     files: list[Path] = []
     passed_over = Counter[str]()
@@ -70,22 +70,22 @@ def find_inputs(inputs: list[Path], given_format: str | None = None) -> Inputs:
             files += found
             passed_over += others
         elif kind_of(given, given_format) is None:
-            raise UsageError(f"{given}: its suffix says nothing about its format. {_EXPECTED}\n{_FORMATS}.")
+            raise UsageError(f"{given}: its suffix does not tell its format. {_EXPECTED}\n{_FORMATS}.")
         else:
             files.append(given)
     files = [path.absolute() for path in files]
     twice = [path for path, count in Counter(files).items() if count > 1]
     if twice:
-        raise UsageError(f"{twice[0]} is named twice: its documents would be there twice. Name it once.")
+        raise UsageError(f"{twice[0]} is named twice, so its documents would occur twice. Name it once.")
     for path in files:
         if "\n" in str(path) or str(path) != str(path).encode(errors="ignore").decode():
-            raise UsageError(f"{str(path)!r} cannot be listed for datatrove. Give it a name in UTF-8 and in one line.")
+            raise UsageError(f"{str(path)!r} cannot be passed to datatrove. Rename it: UTF-8 without line breaks.")
     read = Counter(_shown_suffix(path) for path in files)
     return Inputs(files=tuple(files), read=dict(read.most_common()), passed_over=dict(passed_over.most_common()))
 
 
 def _of_folder(folder: Path, given_format: str | None) -> tuple[list[Path], Counter[str]]:
-    """The files that are read, and how many others there are."""
+    """The files of a folder that are read, and the number of others by suffix."""
     found, others = list[Path](), Counter[str]()
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -109,7 +109,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def as_document(reader: Any, data: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    """A row as the fields of a document, without the metadata that token files cannot hold."""
+    """A row as the fields of a datatrove document, without metadata, which token files cannot hold."""
     if not isinstance(data, dict) or reader.text_key not in data:
         keys = ", ".join(map(str, list(data)[:8])) if isinstance(data, dict) else type(data).__name__
         raise CorruptFile(
@@ -127,9 +127,9 @@ def as_document(reader: Any, data: dict[str, Any], path: str, number: int | str)
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """datatrove has no reader of plain text: a file is a document, or several divided by ``separator``.
+    """Reads plain text, for which datatrove has no reader. A file is one document, or several split by ``separator``.
 
-    ``paths_file`` lists the files; blank documents are left out.
+    ``paths_file`` lists the files. Blank documents are skipped.
     """
 
     paths_file: str
@@ -155,34 +155,31 @@ class TextFiles:
 
 
 def is_held_out(text: str, share: Fraction) -> bool:
-    """Whether a document is among the ``share`` that is held out, by xxh3 of its text in UTF-8.
+    """Whether a document is in the ``share`` that is held out, by the xxh3 of its UTF-8 text.
 
-    Nothing but the text decides: a document stays on its side when others are added, and a larger share holds out all
-    that a smaller one does.
+    Only the text decides: adding other documents changes nothing, and a larger share contains every smaller one.
     """
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2**64
 
 
 def parse_share(text: str) -> Fraction:
-    """0.5% as a fraction. Raises ``UsageError``."""
+    """Parse a percentage such as 0.5% into a fraction. Raises ``UsageError``."""
     found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,12})?)%", text, re.ASCII)
     share = Fraction(found[1]) / 100 if found is not None else Fraction(0)
     if not 0 < share < 1:
-        raise UsageError(
-            f"--hold-out {text:.50}: expected a share of the documents between 0% and 100%, with the sign, as 0.5%."
-        )
+        raise UsageError(f"--hold-out {text:.50}: expected a share of the documents between 0% and 100%, such as 0.5%.")
     return share
 
 
 @dataclass(frozen=True, kw_only=True)
 class HoldOut:
-    """Keeps documents from the step after it, and leaves them in a file of ``folder`` for ``HeldOut``."""
+    """Removes held-out documents from the stream, and stores them in a file of ``folder`` for ``HeldOut``."""
 
     folder: str
     share: Fraction
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        # A file, because the share may be large, and the steps of a task run one after the other.
+        # In a file, because the share may be large and a task's steps run one after the other.
         with open(_held_out_file(self.folder, rank), "w", encoding="ascii") as file:
             for document in data:
                 if is_held_out(document.text, self.share):
@@ -193,7 +190,7 @@ class HoldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The documents that ``HoldOut`` kept, in their order."""
+    """Yields the documents that ``HoldOut`` stored, in order."""
 
     folder: str
 

@@ -1,4 +1,4 @@
-"""What a folder of token files holds, for people: lengths of documents, how they end, what windows make of them."""
+"""Reports on a folder of token files: lengths of documents, how they end, and how windows cut them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
 from smolconv.errors import CorruptFile
 
-#: Tokens that are read at most, shared evenly by the files; lengths come from the indexes and count every document.
+#: Limit of tokens read, split evenly over the files. Lengths come from the indexes and count every document.
 SCANNED_TOKENS = 1 << 28
 _CHUNK = 1 << 20
 
@@ -25,12 +25,12 @@ Int64s = NDArray[np.int64]
 
 @dataclass(kw_only=True)
 class _Scan:
-    """What was counted in the beginnings of files."""
+    """Counts from the beginnings of files."""
 
     sequence_length: int
     tokens: int = 0
     highest: int = 0  #: id
-    masked: int = 0  #: tokens that are not to be predicted
+    masked: int = 0  #: tokens that are not predicted
     windows: int = 0
     pieces: int = 0  #: of documents that begin within a window
     empty: int = 0  #: documents
@@ -46,7 +46,7 @@ class _Scan:
             _count(self.lengths, some)
             real = ends[(some > 0) & (ends <= len(part))]
             _count(self.last_tokens, part[real - 1])
-            # A document that begins at a window's last token is seen by it only as a label.
+            # A document that begins at a window's last token is only a label of that window.
             column = real[real < len(part) // row * row] % row
             self.pieces += int(((column > 0) & (column < self.sequence_length)).sum())
         self.windows += len(part) // row
@@ -61,13 +61,13 @@ def report_tokens(
 ) -> dict[str, Any]:
     """The report as JSON types, ``schema`` 1. ``tokenizer`` is one of the tokenizers library.
 
-    Documents are told apart by the index, or by ``eos_token_id`` where a file has none; without both, what needs them
-    is null. ``problems`` holds sentences on what is allowed but rarely meant.
+    Documents are separated by the index or, in files without one, by ``eos_token_id``. Without either, the fields that
+    need documents are null. ``problems`` lists sentences about what is allowed but rarely intended.
 
     Raises what ``TokenFolder.open`` does, and ``CorruptFile`` for a token outside the tokenizer's vocabulary.
     """
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=True)
-    # With one token a row every folder can be opened; windows of the asked length are counted below.
+    # With one token per row any folder can be opened; windows of the requested length are counted below.
     folder = TokenFolder.open(path, 1, vocab_size=vocab_size)
     told_apart = all(file.documents is not None for file in folder.files) or eos_token_id is not None
     scan = _Scan(sequence_length=sequence_length)
@@ -78,7 +78,7 @@ def report_tokens(
         raise CorruptFile(
             f"{path}: token id {scan.highest} is outside the tokenizer's vocabulary of {vocab_size}.\n"
             f"The folder was tokenised with {folder.files[0].tokenizer or 'another tokenizer'}.\n"
-            "Name that tokenizer, or tokenise the text again."
+            "Pass that tokenizer, or tokenise the text again."
         )
     windows = sum(file.tokens // (sequence_length + 1) for file in folder.files)
     end = eos_token_id if eos_token_id is not None else _most(scan.last_tokens)
@@ -119,7 +119,7 @@ def report_tokens(
 
 
 def eos_ends_documents(report: dict[str, Any]) -> bool:
-    """Whether the EOS of a report, given or found, is one."""
+    """Whether the EOS of a report, given or found, really ends documents."""
     eos = report["eos"]
     return eos is not None and ends_documents(eos["documents_ending"], eos["documents_seen"])
 
@@ -130,7 +130,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
     if report["documents"] is None:
         found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
     elif not eos_ends_documents(report):
-        most = next(iter(report["endings"]), None)  # without any EOS there is no end
+        most = next(iter(report["endings"]), None)  # None if no document has tokens
         if eos and most and ends_documents(most["documents"], eos["documents_seen"]):
             found.append(
                 f"{eos['documents_ending']} of {eos['documents_seen']} documents end in {eos['id']}; "
@@ -138,8 +138,8 @@ def _problems(report: dict[str, Any]) -> list[str]:
             )
         else:
             found.append(
-                "documents end in no common token: they were tokenised without an EOS, so only "
-                "data.boundaries: index tells them apart"
+                "documents do not end in a common token: they were tokenised without an EOS, so only "
+                "data.boundaries: index separates them"
             )
     if report["empty_documents"]:
         found.append(f"{report['empty_documents']} documents are empty (equal entries of the index)")
@@ -154,7 +154,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
 
 
 def _ends(file: TokenFile, part: NDArray[Any], eos_token_id: int | None) -> Iterator[tuple[Int64s, int]]:
-    """Ends of documents in pieces, each with the end before it; by the EOS only those within ``part``."""
+    """Yield the ends of documents in pieces, with the previous end first; by EOS only those within ``part``."""
     previous = 0
     if file.documents is not None:
         for start in range(0, file.documents, _CHUNK):
@@ -187,7 +187,7 @@ def _count(counter: Counter[int], values: NDArray[Any]) -> None:
 
 
 def _statistics(lengths: Counter[int]) -> dict[str, Any]:
-    """In tokens, EOS included; percentiles are lengths that occur. Bins of the histogram double in width."""
+    """Lengths in tokens, EOS included. Percentiles are lengths that occur; histogram bins double in width."""
     values = np.array(sorted(lengths), np.int64)
     counts = np.array([lengths[int(value)] for value in values], np.int64)
     upto, total = np.cumsum(counts), int(counts.sum())

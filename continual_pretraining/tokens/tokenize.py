@@ -1,7 +1,7 @@
-"""Text becomes token files: datatrove does the work, on this machine or as a Slurm job array.
+"""Tokenises text into token files with datatrove, on this machine or as a Slurm job array.
 
-What is added to datatrove: nothing is left to its default of documents without EOS, input that cannot be read is an
-error instead of a line in a log, and the folder gets its name only when every task is done.
+Differences from datatrove alone: the EOS is always an explicit choice, unreadable input is an error instead of a line
+in a log, and the output folder appears only when every task is done.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from smolconv.continual_pretraining.tokens.tokenizer import (
     tokenizer_of_model,
     tokenizing_needs,
 )
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, NotInstalled, UsageError
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, NotInstalled, UsageError, counted
 from smolconv.files import file_size
 from smolconv.processes import safe_children, usable_cores
 from smolconv.progress import Bar, no_bar
 from smolconv.storage.atomic import JOURNAL, OutputFolder, refuse_existing, refuse_nested, sync_file
 
-#: Input of a task unless --tasks is given: a function of the input alone, so that every machine writes the same files.
+#: Input per task unless --tasks is given. It depends on the input alone, so every machine writes the same files.
 TASK_BYTES = 100_000_000
 DOCUMENTS_PER_BATCH = 1000
 
@@ -61,10 +61,10 @@ class TokenizeOptions:
     """How text is read and token files are written."""
 
     tokenizer: str | None = None  #: folder, tokenizer.json, or owner/name on the Hub
-    model: str | None = None  #: in its place: a checkpoint of any layout, or on the Hub, that has one
-    format: str | None = None  #: one of ``KINDS``, whatever the suffixes say
-    hold_out: str | None = None  #: share of the documents, as 0.5%
-    hold_out_target: Path | None = None  #: None: beside the output
+    model: str | None = None  #: instead: a checkpoint of any layout, local or on the Hub, with a tokenizer
+    format: str | None = None  #: one of ``KINDS``, overrides the suffixes
+    hold_out: str | None = None  #: share of the documents, such as 0.5%
+    hold_out_target: Path | None = None  #: None: next to the output
     eos: str | None = None  #: a token; None: the tokenizer's own
     no_eos: bool = False
     text_key: str = "text"
@@ -76,7 +76,7 @@ class TokenizeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """The job array's own lines."""
+    """Settings of the job array."""
 
     partition: str
     time: str = "24:00:00"
@@ -88,29 +88,29 @@ class SlurmOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizePlan:
-    """Everything that decides which bytes are written."""
+    """Everything that determines the bytes written."""
 
     found: Inputs
     input_bytes: int
     target: Path
-    held_out: Path | None  #: folder of the documents that are held out
+    held_out: Path | None  #: folder for the held-out documents
     tokenizer: Path
     vocab_size: int  #: with added tokens
     token_bytes: int  #: 2 for at most 65536 entries, else 4
     eos_token: str | None
     eos_token_id: int | None
-    eos_from: str  #: who chose it, for people
+    eos_from: str  #: the option or file that chose it, for messages
     tasks: int
     options: TokenizeOptions
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files, in the order in which tasks share them out."""
+        """Input files, in the order in which they are split among tasks."""
         return self.found.files
 
     def kind_of(self, path: Path) -> str:
         kind = kind_of(path, self.options.format)
-        assert kind is not None  # others were not found
+        assert kind is not None  # find_inputs returns no others
         return kind
 
     @property
@@ -147,7 +147,7 @@ class TokenizePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeResult:
-    """What lies in the finished folder."""
+    """The contents of the finished folder."""
 
     files: tuple[str, ...]
     documents: int
@@ -159,14 +159,14 @@ class TokenizeResult:
 
 
 def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions) -> TokenizePlan:
-    """Find the input files and settle the EOS. Needs tokenizers, not datatrove, and writes nothing.
+    """Find the input files and choose the EOS. Needs tokenizers but not datatrove, and writes nothing.
 
-    Raises ``UsageError`` for inputs and options that make no sense, and where the EOS has to be chosen by hand;
-    ``MissingFile`` and ``CorruptFile`` for the tokenizer and for inputs that are no files; ``NotInstalled``.
+    Raises ``UsageError`` for invalid inputs and options, and if the EOS must be chosen by hand; ``MissingFile`` and
+    ``CorruptFile`` for the tokenizer and for inputs that are not files; ``NotInstalled``.
     """
     if options.max_tokens_per_file is not None and options.shuffle_seed is None:
         # datatrove 0.10.1 splits only while it shuffles, and ignores the limit otherwise.
-        raise UsageError("--max-tokens-per-file needs shuffling: datatrove splits a file when it writes it shuffled.")
+        raise UsageError("--max-tokens-per-file needs shuffling: datatrove splits files only while it shuffles.")
     if options.separator == "":
         raise UsageError("--separator is empty. Expected the text between two documents, such as '\\n\\n\\n'.")
     found = find_inputs(inputs, options.format)
@@ -184,9 +184,9 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
         raise UsageError(f"--tasks {tasks}: there are {len(files)} input files, and a task reads whole files.")
     path, tokenizer = _tokenizer(options)
     for switch in ("truncation", "padding"):
-        # encode_batch obeys them, so documents would be cut, or filled up to the longest of a batch.
+        # encode_batch applies them, so documents would be truncated, or padded to the longest of a batch.
         if getattr(tokenizer, switch) is not None:
-            raise UsageError(f'{path} asks for {switch} of every text. Set "{switch}" to null in a copy, and use that.')
+            raise UsageError(f'{path} applies {switch} to every text. Set "{switch}" to null in a copy, and use that.')
     eos, eos_from = (None, "--no-eos") if options.no_eos else choose_eos(tokenizer, path, options.eos)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     return TokenizePlan(
@@ -201,7 +201,7 @@ def plan_tokenization(inputs: list[Path], target: Path, options: TokenizeOptions
 def _held_out_target(target: Path, options: TokenizeOptions) -> Path | None:
     if options.hold_out is None:
         if options.hold_out_target is not None:
-            raise UsageError("--hold-out-output is for --hold-out, which says the share: --hold-out 0.5%.")
+            raise UsageError("--hold-out-output needs --hold-out with a share, such as --hold-out 0.5%.")
         return None
     parse_share(options.hold_out)
     held_out = (options.hold_out_target or target.with_name(f"{target.name}-held-out")).absolute()
@@ -210,20 +210,20 @@ def _held_out_target(target: Path, options: TokenizeOptions) -> Path | None:
 
 
 def _tokenizer(options: TokenizeOptions) -> tuple[Path, Any]:
-    """Where the tokenizer lies, and it. Raises ``UsageError`` where the model has no embedding for all of its ids."""
+    """The tokenizer's path and the tokenizer. Raises ``UsageError`` if it is larger than the model's embedding."""
     if options.model is None:
         if options.tokenizer is None:
-            raise UsageError("which tokenizer? Pass --tokenizer T, or --model SRC to take that of a checkpoint.")
+            raise UsageError("no tokenizer given. Pass --tokenizer T, or --model SRC for that of a checkpoint.")
         path = find_tokenizer(options.tokenizer)
         return path, load_tokenizer(path)
     if options.tokenizer is not None:
-        raise UsageError("--tokenizer and --model both say which tokenizer. Leave one of them out.")
+        raise UsageError("--tokenizer and --model both choose the tokenizer. Pass only one of them.")
     path, rows = tokenizer_of_model(options.model)
     tokenizer = load_tokenizer(path)
     if (entries := tokenizer.get_vocab_size(with_added_tokens=True)) > rows:
         raise UsageError(
             f"{path} has {entries} entries, but the embedding of {options.model} has {rows} rows.\n"
-            "The model would fail on the ids above. Check that it is this model's; --tokenizer T takes another."
+            "The model would fail on higher ids. Check that the tokenizer is this model's, or pass --tokenizer T."
         )
     return path, tokenizer
 
@@ -232,10 +232,10 @@ def run_local(
     plan: TokenizePlan, *, workers: int | None = None, overwrite: bool = False, resume: bool = False,
     show: bool = False, bar: Bar = no_bar,
 ) -> TokenizeResult:  # fmt: skip
-    """Tokenise in processes of this machine. ``show`` lets datatrove's own log through to stderr.
+    """Tokenise in processes on this machine. ``show`` passes datatrove's log on to stderr.
 
-    ``resume`` keeps the tasks that are done if the plan is the same one. Raises ``CorruptFile`` for input that cannot
-    be read; then ``plan.logs`` has datatrove's log.
+    ``resume`` keeps finished tasks if the plan is the same. Raises ``CorruptFile`` for input that cannot be read;
+    datatrove's log is then in ``plan.logs``.
     """
     _require_datatrove(plan)
     from datatrove.executor.local import LocalPipelineExecutor
@@ -250,7 +250,7 @@ def run_local(
         executor = LocalPipelineExecutor(
             _pipeline(plan, folder.partial), tasks=plan.tasks, workers=workers, logging_dir=str(plan.logs / "tokenize")
         )
-        # Its workers are started by `python -c`, which would import from the working folder.
+        # Its workers are started with `python -c`, which would import from the working folder.
         with (
             bar("tokenizing", plan.tasks) as advance, _watched(plan.logs, advance),
             safe_children(RAYON_NUM_THREADS=threads), _quiet(console), _input_errors(plan),
@@ -265,14 +265,14 @@ def submit_to_slurm(
     plan: TokenizePlan, slurm: SlurmOptions, *, workers: int | None = None, overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Queue a job array, and a job after it that names the folder; returns their ids and where script and logs are.
+    """Queue a job array and a final job that publishes the folder. Returns job ids and the paths of script and logs.
 
-    ``plan.logs/tokenize/launch_script.slurm`` is what was submitted. ``workers`` bounds how many tasks run at once.
+    ``plan.logs/tokenize/launch_script.slurm`` is the submitted script. ``workers`` limits how many tasks run at once.
     """
     _require_datatrove(plan)
     if shutil.which("sbatch") is None:
         raise NotInstalled("--executor slurm needs sbatch, which is not on the PATH. Submit from a login node.")
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # where datatrove would run a task instead of submitting
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # datatrove would run a task instead of submitting
         raise UsageError("--executor slurm cannot be used within a job array. Submit from a login node.")
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
@@ -304,7 +304,7 @@ def submit_to_slurm(
 
 @dataclass(frozen=True, kw_only=True)
 class FinishJob:
-    """The last job's only step."""
+    """The only step of the final job."""
 
     plan: TokenizePlan
     overwrite: bool
@@ -329,7 +329,7 @@ def _require_datatrove(plan: TokenizePlan) -> None:
 
 
 def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
-    """A reader for each kind of input, then the tokenizer. The lists of files lie with the logs."""
+    """A reader for each kind of input, then the tokenizer. The lists of files are in the logs folder."""
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from tokenizers.processors import TemplateProcessing
@@ -354,7 +354,7 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
             max_tokens_per_file=plan.options.max_tokens_per_file, batch_size=DOCUMENTS_PER_BATCH,
         )  # fmt: skip
         if plan.eos_token is None:
-            # Else the tokenizer's own template stays, which may add a BOS to every document (Llama 3's does).
+            # Otherwise the tokenizer's template would add a BOS to every document, if it has one (Llama 3's does).
             made.post_processor = TemplateProcessing(single="$A", special_tokens=[])
         return made
 
@@ -367,23 +367,23 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
     ]  # fmt: skip
 
 
-#: In OUTPUT.partial: what is held out, and the same when it was copied to where it appears.
+#: In OUTPUT.partial: the held-out files, and their folder's name once they were copied to their target.
 _HELD_OUT, _HELD_OUT_COPIED = "held-out", "held-out-copied"
-#: How names of files end that a token folder consists of.
+#: Suffixes of the files in a token folder.
 _TOKEN_FILES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
 
 
 def lost_with_tokens(target: Path) -> str | None:
-    """What would be lost if ``target`` were replaced, beside token files. The answer goes on "it ..."."""
+    """What else than token files would be lost if ``target`` were replaced; completes a sentence that starts "it"."""
     if not target.is_dir():
-        return "is no folder"
+        return "is not a folder"
     others = sorted(entry.name for entry in os.scandir(target) if not entry.name.endswith(_TOKEN_FILES))
     return f"also holds {', '.join(others[:3])}" if others else None
 
 
 @contextmanager
 def _output(plan: TokenizePlan, *, overwrite: bool, resume: bool) -> Iterator[OutputFolder]:
-    """OUTPUT.partial under its lock, with the list of finished tasks that belongs to it."""
+    """Hold the lock on OUTPUT.partial, together with its list of finished tasks."""
     refuse_existing(plan.target, overwrite, lost_with_tokens)
     partial = plan.target.with_name(plan.target.name + ".partial")
     resume = resume and (partial / JOURNAL).exists()
@@ -400,23 +400,23 @@ def _output(plan: TokenizePlan, *, overwrite: bool, resume: bool) -> Iterator[Ou
 
 
 def _finish(plan: TokenizePlan, folder: OutputFolder, *, overwrite: bool) -> TokenizeResult:
-    """Check what the tasks wrote, and give the folders their names: first to what is held out."""
+    """Check what the tasks wrote, and publish the folders, the held-out one first."""
     done = len(list((plan.logs / "tokenize" / "completions").glob("*")))
     if done < plan.tasks:
-        raise BadCheckpoint(f"{plan.target}: {done} of {plan.tasks} tasks are done. See {plan.logs}; then --resume.")
+        raise BadCheckpoint(f"{plan.target}: {done} of {plan.tasks} tasks are done. See {plan.logs}, then --resume.")
     warnings = _warnings(plan)
     written = _whole(plan, folder.partial)
     if written is None:
         kept = any(path.stat().st_size for path in (folder.partial / _HELD_OUT).glob("*.ds"))
         raise UsageError(
             f"none of the {len(plan.inputs)} input files has a document with text under {plan.options.text_key!r}"
-            + (f" beside those that --hold-out {plan.options.hold_out} keeps. Give more text." if kept else ".")
+            + (f" besides those that --hold-out {plan.options.hold_out} keeps. Give more text." if kept else ".")
         )
     held_out = None if plan.held_out is None else _publish_held_out(plan, plan.held_out, folder, overwrite=overwrite)
     if plan.held_out is not None and held_out is None:
         warnings += (
-            f"0 of {written.documents or 0:,} documents are held out by {plan.options.hold_out}: {plan.held_out} was "
-            "not written. Raise --hold-out, or give more text.",
+            f"--hold-out {plan.options.hold_out} selected 0 of {written.documents or 0:,} documents: {plan.held_out} "
+            "was not written. Raise --hold-out, or give more text.",
         )
     folder.publish()
     return TokenizeResult(
@@ -427,9 +427,9 @@ def _finish(plan: TokenizePlan, folder: OutputFolder, *, overwrite: bool) -> Tok
 
 
 def _whole(plan: TokenizePlan, folder: Path) -> TokenFolder | None:
-    """A folder's token files, checked and on disk; None where there are no tokens."""
+    """Check a folder's token files and sync them to disk; None if there are no tokens."""
     for path in folder.glob("*.ds"):
-        # A task without documents writes one, and so does a split after the very last document.
+        # A task without documents writes an empty file, and so does a split after the last document.
         if path.stat().st_size == 0:
             for companion in folder.glob(f"{path.name}*"):
                 companion.unlink()
@@ -443,9 +443,9 @@ def _whole(plan: TokenizePlan, folder: Path) -> TokenFolder | None:
 
 
 def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *, overwrite: bool) -> TokenFolder | None:
-    """What is held out appears under its name; None where nothing is. A kill at any place leaves what --resume needs.
+    """Publish the held-out folder; None if nothing is held out. --resume works after a kill at any point.
 
-    The folder in OUTPUT.partial says how far an earlier attempt came: while it is there, nothing has appeared.
+    The folder in OUTPUT.partial shows how far an earlier attempt came: while it exists, nothing was published.
     """
     inner, copied = folder.partial / _HELD_OUT, folder.partial / _HELD_OUT_COPIED
     first = inner.exists()
@@ -454,7 +454,7 @@ def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *,
         return None
     if first or target.with_name(target.name + ".partial").exists():
         with OutputFolder(target, plan.digest, resume=not first, overwrite=overwrite, loses=lost_with_tokens) as held:
-            if first:  # copied, not renamed: it may be another disk
+            if first:  # copied, not renamed: the target may be on another disk
                 for path in sorted(inner.iterdir()):
                     shutil.copyfile(path, held.partial / path.name)
                     sync_file(held.partial / path.name)
@@ -465,7 +465,7 @@ def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *,
 
 
 def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
-    """What datatrove only logs. Raises ``CorruptFile`` when it has passed over input that it could not read."""
+    """Warnings that datatrove only logs. Raises ``CorruptFile`` if it skipped input that it could not read."""
     said = Counter(
         line.rpartition(" - ")[2].strip() if "Error when reading" not in line else line.partition(" - ")[2].strip()
         for path in sorted((plan.logs / "tokenize" / "logs").glob("task_*.log"))
@@ -475,16 +475,16 @@ def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
     unread = {text: count for text, count in said.items() if "Error when reading" in text or "be corrupted" in text}
     if unread:
         raise CorruptFile(
-            f"datatrove passed over {sum(unread.values())} places that it could not read. The first:\n"
-            f"{next(iter(unread))}\nMend or leave out the file, and repeat the command. See {plan.logs}."
+            f"datatrove skipped input that it could not read, {sum(unread.values())} times. The first:\n"
+            f"{next(iter(unread))}\nRepair or leave out the file, and repeat the command. See {plan.logs}."
         )
     empty = sum(count for text, count in said.items() if "document without text" in text)
-    return (f"documents with empty text were left out ({empty} tasks met some)",) if empty else ()
+    return (f"documents with empty text were skipped (found by {counted(empty, 'task')})",) if empty else ()
 
 
 @contextmanager
 def _watched(logs: Path, advance: Callable[[int], None]) -> Iterator[None]:
-    """Tell of each task that is done, from a thread: datatrove's processes say so by a file."""
+    """Report each finished task, from a thread: datatrove's processes create a file for each."""
     done, ended = logs / "tokenize" / "completions", threading.Event()
 
     def watch() -> None:
@@ -507,7 +507,7 @@ def _watched(logs: Path, advance: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def _input_errors(plan: TokenizePlan) -> Iterator[None]:
-    """What a broken file makes the readers raise."""
+    """Convert the exceptions that readers raise for a broken file."""
     # ValueError: also JSON's and Arrow's.
     unreadable = [EOFError, ValueError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile]
     if "zstandard" in sys.modules:
@@ -516,7 +516,7 @@ def _input_errors(plan: TokenizePlan) -> Iterator[None]:
         yield
     except (OSError, *unreadable) as error:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno is not None:
-            raise  # the machine's; Arrow raises the class without a number for pages that it cannot decode
+            raise  # a machine's error. Arrow raises OSError without errno for pages that it cannot decode
         raise CorruptFile(
             f"an input could not be read: {type(error).__name__}: {error}.\nSee {plan.logs} for the file."
         ) from error
@@ -533,7 +533,7 @@ def _submission_errors(plan: TokenizePlan) -> Iterator[None]:
             line for line in (plan.logs / "console.log").read_text(errors="replace").splitlines() if "sbatch" in line
         ]
         raise MachineError(
-            f"sbatch ended with {error.returncode}: {said[-1] if said else 'it said nothing'}\n"
+            f"sbatch ended with {error.returncode}: {said[-1] if said else 'it printed nothing'}\n"
             f"Its script is {plan.logs}/tokenize/launch_script.slurm."
         ) from None
 

@@ -1,4 +1,4 @@
-"""A tokenizer of the tokenizers library: where it is, and it."""
+"""Finds and loads tokenizers of the tokenizers library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smolconv.parsing import read_tokenizer
 
 
 def find_tokenizer(name: str) -> Path:
-    """The tokenizer.json of a folder or a run, itself, or that of ``owner/name``, downloaded to the Hub's cache."""
+    """The path of a tokenizer.json: given, in a folder or run, or of ``owner/name``, downloaded to the Hub's cache."""
     path = newest_step(Path(name))
     if os.path.isdir(path):
         path /= "tokenizer.json"
@@ -37,20 +37,20 @@ def find_tokenizer(name: str) -> Path:
     repo = name.removeprefix("hf://")
     try:
         path = Path(hf_hub_download(repo, "tokenizer.json"))
-        hf_hub_download(repo, "tokenizer_config.json")  # lies beside it, and names the eos
+        hf_hub_download(repo, "tokenizer_config.json")  # names the EOS
     except Exception as error:  # the client's errors have no common base class
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise MachineError(
-            f"--tokenizer {name} is no local file or folder, and could not be fetched from the Hub: {said[0]}\n"
+            f"--tokenizer {name} is not a local file or folder, and could not be fetched from the Hub: {said[0]}\n"
             "Check the name and the network, or give a local folder."
         ) from None
     return path
 
 
 def tokenizer_of_model(source: str) -> tuple[Path, int]:
-    """The tokenizer.json beside a checkpoint of any layout, or of one on the Hub; and its embedding's rows.
+    """The tokenizer.json of a checkpoint of any layout, local or on the Hub, and the rows of the model's embedding.
 
-    Raises ``MissingFile`` where none lies there, with the name that a nanotron run gives; and what reading a checkpoint
+    Raises ``MissingFile`` if there is none, with the name that a nanotron run gives, and what reading a checkpoint
     raises.
     """
     checkpoint = read_checkpoint(open_source(source, headers_only=True, optimizer=False), ReadOptions(optimizer=False))
@@ -65,7 +65,7 @@ def tokenizer_of_model(source: str) -> tuple[Path, int]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Raises ``CorruptFile``, and ``NotInstalled`` without the tokenizers library."""
+    """Load a tokenizer.json. Raises ``CorruptFile``, and ``NotInstalled`` without the tokenizers library."""
     try:
         return read_tokenizer(path)
     except ImportError:

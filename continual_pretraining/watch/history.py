@@ -1,7 +1,7 @@
-"""What metrics.jsonl and events.jsonl of a run hold, in bounded memory.
+"""Reads a run's metrics.jsonl and events.jsonl in bounded memory.
 
-Files are read as streams, and a curve of any length is kept as at most 1,000 bins of a power of two steps, each with
-its lowest and highest point: what stands out stays.
+Files are read as streams. A curve of any length is kept as at most 1,000 bins, each a power of two steps wide and with
+its lowest and highest point, so outliers stay visible.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from smolconv.layouts.documents import is_number
 
 T = TypeVar("T")
 _MOST_BINS = 1000
-#: Names of sources that have a curve; what comes after them has one together.
+#: The first 16 sources have their own curve; all others share one.
 _MOST_SOURCES, OTHERS = 16, "others"
-#: Of one kind, the last ones. Any other kind counts as a note.
+#: Events kept per kind, the newest ones. An event of any other kind counts as a note.
 MOST_EVENTS = 200
 KINDS = ("started", "resumed", "spike", "note", "evaluation", "saved", "save_failed", "stopped", "finished")
 
@@ -62,7 +62,7 @@ class _Bin:
 
 
 class Curve:
-    """Values over steps, in bounded memory: at most 1,000 bins, which grow wider as they come."""
+    """Values over steps, in at most 1,000 bins, which widen as the curve grows."""
 
     def __init__(self) -> None:
         self._width = 1  #: steps of a bin
@@ -85,12 +85,12 @@ class Curve:
         self._widen()
 
     def skip(self, step: int) -> None:
-        """A step that has no value: the curve is broken there, unless its bin has values of others."""
+        """Record a step without a value: the curve has a gap there unless other steps of the bin have values."""
         self._gaps.add(step // self._width)
         self._widen()
 
     def gaps(self) -> list[int]:
-        """A step of each, in order."""
+        """The first step of each gap's bin, in order."""
         return [index * self._width for index in sorted(self._gaps - self._bins.keys())]
 
     def _widen(self) -> None:
@@ -108,16 +108,16 @@ class Curve:
             self._bins[index] = new
 
     def points(self) -> list[Point]:
-        """In order; the lowest and the highest of every bin, at most 2,000."""
+        """The lowest and the highest point of every bin, in order: at most 2,000."""
         return [point for _, each in sorted(self._bins.items()) for point in sorted({each.low, each.high})]
 
     def means(self) -> list[Point]:
-        """One for each bin, at its middle step."""
+        """The mean of each bin, at its middle step."""
         half = self._width // 2
         return [Point(i * self._width + half, each.total / each.count) for i, each in sorted(self._bins.items())]
 
     def smoothed(self) -> list[Point]:
-        """Means over a fiftieth of the curve to either side; none for a curve of fewer than 20 bins."""
+        """Means over 1/50 of the curve on either side; empty for a curve of fewer than 20 bins."""
         means, bins = self.means(), [each for _, each in sorted(self._bins.items())]
         if len(bins) < 20:
             return []
@@ -132,13 +132,13 @@ class Curve:
 
 @dataclass
 class RunHistory:
-    """What a picture shows of a run's folder."""
+    """What a plot shows of a run."""
 
     name: str
     first: MetricsLine
     last: MetricsLine
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in CURVES})
-    #: By the names of ``curves``: what a run is estimated at before it starts.
+    #: The estimates made before a run starts, by the names of ``curves``.
     expected: dict[str, Curve] = field(default_factory=lambda: {"tokens_per_second": Curve(), "mfu": Curve()})
     mixture: dict[str, Curve] = field(default_factory=dict)  #: by source, its share of a step's tokens
     evaluations: dict[str, Curve] = field(default_factory=dict)  #: by source
@@ -147,12 +147,12 @@ class RunHistory:
         default_factory=lambda: {kind: deque(maxlen=MOST_EVENTS) for kind in KINDS}
     )
     event_count: int = 0
-    recipe: Recipe | None = None  #: None: there is none that can be read
+    recipe: Recipe | None = None  #: None: no readable recipe
     seconds: float = 0.0  #: of all steps
 
 
 def read_run(folder: Path, name: str | None = None) -> RunHistory:
-    """Read a run, also one that is still training. Raises ``MissingFile`` and ``CorruptFile``."""
+    """Read a run, which may still be training. Raises ``MissingFile`` and ``CorruptFile``."""
     if not os.path.lexists(folder / METRICS):
         found = "holds no metrics.jsonl" if os.path.isdir(folder) else "is not there"
         raise MissingFile(
@@ -168,7 +168,7 @@ def read_run(folder: Path, name: str | None = None) -> RunHistory:
     if os.path.lexists(folder / EVENTS):
         for event in _read_lines(folder / EVENTS, event_line):
             _add_event(run, event)
-    with suppress(SmolconvError):  # an older version's, or none: the curves are what is asked for
+    with suppress(SmolconvError):  # missing, or from an older version: the curves do not need it
         run.recipe = load_recipe(folder / RECIPE)
     return run
 
@@ -178,15 +178,15 @@ def _read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
         for number in itertools.count(1):
             line = file.readline(MOST_LINE_BYTES)
             if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
-                return  # it is being written, or a kill came in the middle of it
+                return  # still being written, or cut by a kill
             try:
                 if not line.endswith(b"\n"):
-                    raise ValueError(f"it has more than {MOST_LINE_BYTES:,} bytes")
+                    raise ValueError(f"it is longer than {MOST_LINE_BYTES:,} bytes")
                 found = parse(line)
             except ValueError as error:
                 raise CorruptFile(
                     f"{path}, line {number}: {error}.\nExpected a JSON object with a step, found {line[:60]!r}.\n"
-                    "Remove the line, or take the file from a copy."
+                    "Remove the line, or restore the file from a copy."
                 ) from None
             yield found
 
@@ -201,7 +201,7 @@ def _add_step(run: RunHistory, line: MetricsLine) -> None:
         run.stages.append((line.step, line.stage))
     run.seconds += line.seconds or 0.0
     speed, mfu = line.values.get("tokens_per_second"), line.values.get("mfu")
-    # Their ratio is the peak over what a token takes, by the formula of the estimate: 6N.
+    # speed / mfu is the peak FLOPs/s divided by the FLOPs per token, by the estimate's formula, 6N.
     if speed and mfu and is_number(expected := ASSUMED_MFU * speed / mfu):
         run.expected["tokens_per_second"].add(line.step, expected)
         run.expected["mfu"].add(line.step, ASSUMED_MFU)
@@ -210,7 +210,7 @@ def _add_step(run: RunHistory, line: MetricsLine) -> None:
 
 
 def _add_shares(run: RunHistory, line: MetricsLine) -> None:
-    """What the step took of each source: the counts of two lines, or of a run's first step."""
+    """Add each source's share of the step's tokens: the difference of two lines' counts, or the first step's counts."""
     before = {} if line is run.first and line.step == 1 else run.last.sources
     taken = {name: count - before.get(name, 0) for name, count in line.sources.items()}
     total = sum(taken.values())

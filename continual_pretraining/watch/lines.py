@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl and events.jsonl as they are read back: the file may be damaged, or somebody else's."""
+"""Parses lines of metrics.jsonl and events.jsonl. The file may be damaged or come from somebody else."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ from smolconv.layouts.documents import is_count, is_number
 from smolconv.parsing import parse_json
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-#: Of a line. That of a step names every source of the run.
+#: Limit for one line. A step's line names every source of the run.
 MOST_LINE_BYTES = 1 << 20
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 _BLOCK_BYTES = 1 << 20
-#: Steps beyond this are no longer told apart where they are drawn.
+#: Plots compute in floats, which are not exact beyond this.
 _MOST_STEPS = 1 << 53
-#: Characters that neither XML nor a terminal takes.
+#: Characters that XML or a terminal does not accept.
 _UNSEEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsLine:
-    """One step, as far as it is read back."""
+    """The fields of a step's line that are read back."""
 
     step: int
     stage: str
-    values: Mapping[str, float]  #: by the names of ``CURVES``; none where it was not finite or not known
+    values: Mapping[str, float]  #: by the names of ``CURVES``; absent where not finite or not known
     seconds: float | None
     tokens: int | None  #: of the run so far
     sources: Mapping[str, int]  #: the same by source
-    time: float | None  #: when the step was over, in seconds since the epoch; early versions wrote none
+    time: float | None  #: when the step ended, in seconds since the epoch; early versions wrote none
 
 
 @dataclass(frozen=True, kw_only=True)
 class EventLine:
-    """Something that happened, as far as it is read back."""
+    """The fields of an event's line that are read back."""
 
     step: int
     kind: str
     time: str | None  #: a ``timestamp()``; early versions wrote none
     text: str
-    by: str  #: of a start: who began it, as "8 ranks on node-a by slurm"
-    losses: Mapping[str, float]  #: of an evaluation, by source; none where it was not finite
+    by: str  #: for a start: who started it, such as "8 ranks on node-a by slurm"
+    losses: Mapping[str, float]  #: for an evaluation, by source; absent where not finite
 
 
 def timestamp() -> str:
-    """Now, as lines and records have it: ISO 8601 in UTC with milliseconds."""
+    """The current time in the format of lines and records: ISO 8601 in UTC with milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def seconds_of(text: str) -> float:
-    """A ``timestamp()`` in seconds since the epoch. Raises ``ValueError``."""
+    """Convert a ``timestamp()`` to seconds since the epoch. Raises ``ValueError``."""
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
 def step_of(data: bytes) -> int:
-    """The step of a line of either file. Raises ``ValueError``."""
+    """The step of a line from either file. Raises ``ValueError``."""
     return int(_take(_object(data), "step", "a step", _is_step, needed=True))
 
 
 def metrics_line(data: bytes) -> MetricsLine:
-    """Raises ``ValueError`` that says what was found and expected."""
+    """Parse a line of metrics.jsonl. Raises ``ValueError`` with what was found and expected."""
     found = _object(data)
     values = {name: _take(found, name, "a number", is_number) for name in CURVES}
     sources = _take(found, "sources", "an object", _is_object) or {}
@@ -73,7 +73,7 @@ def metrics_line(data: bytes) -> MetricsLine:
         step=_take(found, "step", "a step", _is_step, needed=True),
         stage=visible(_take(found, "stage", "text", _is_text) or ""),
         values={name: value for name, value in values.items() if value is not None},
-        seconds=_take(found, "seconds", "a number from 0 on", lambda value: is_number(value) and value >= 0),
+        seconds=_take(found, "seconds", "a number that is 0 or more", lambda value: is_number(value) and value >= 0),
         tokens=_take(found, "tokens", "a count", is_count),
         sources={visible(name): _take(sources, name, "a count", is_count, needed=True) for name in sources},
         time=None if (time := _take(found, "time", "a time", is_timestamp)) is None else seconds_of(time),
@@ -81,7 +81,7 @@ def metrics_line(data: bytes) -> MetricsLine:
 
 
 def event_line(data: bytes) -> EventLine:
-    """As ``metrics_line``."""
+    """Parse a line of events.jsonl. Raises ``ValueError`` with what was found and expected."""
     found = _object(data)
     losses = _take(found, "losses", "an object", _is_object) or {}
     ranks = _take(found, "ranks", "a count", is_count)
@@ -99,13 +99,13 @@ def event_line(data: bytes) -> EventLine:
 
 
 def lines_backwards(file: int, *, most_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Where each whole line ends, and the line, from the last to the first. Of one that is too long, its beginning.
+    """Yield each complete line with its end offset, from the last to the first. A line that is too long is cut.
 
-    ``most_bytes``: how far back from the end to look.
+    ``most_bytes``: how far back from the end of the file to read.
     """
     start = os.fstat(file).st_size
     least = 0 if most_bytes is None else max(0, start - most_bytes)
-    tail, end = b"", None  # of the line that is being found; where it ends, once its line feed was seen
+    tail, end = b"", None  # rest of the current line; its end offset, once its line feed was seen
     while start > least:
         size = min(_BLOCK_BYTES, start - least)
         start -= size
@@ -121,14 +121,14 @@ def lines_backwards(file: int, *, most_bytes: int | None = None) -> Iterator[tup
 
 
 def visible(text: str) -> str:
-    """Text that can be drawn and written: a folder's name may be of any bytes, a JSON text of any characters."""
+    """``text`` without characters that cannot be shown. Folder names may hold any bytes, JSON any characters."""
     return _UNSEEN.sub("\ufffd", text)
 
 
 def _object(data: bytes) -> dict[str, Any]:
     found = parse_json(data)
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 

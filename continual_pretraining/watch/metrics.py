@@ -1,6 +1,6 @@
-"""What a run says while it trains: metrics.jsonl and events.jsonl, the terminal, and the trackers of a recipe.
+"""A run's output while it trains: metrics.jsonl, events.jsonl, the terminal and the recipe's trackers.
 
-Rank 0 has a ``Watch``; other ranks have none. Nothing here imports torch before TensorBoard is asked for.
+Only rank 0 has a ``Watch``. Nothing here imports torch unless TensorBoard is used.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from smolconv.files import MOST_NAME_BYTES, read_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-LIVE = "TTY_INTERACTIVE"  #: in the environment: "1" where a line may be drawn over, though stderr is a pipe
+LIVE = "TTY_INTERACTIVE"  #: environment variable; "1": a line may be redrawn although stderr is a pipe
 EventKind = Literal[
     "note", "spike", "evaluation", "evaluation_failed", "started", "resumed", "saved", "save_failed", "stopped",
     "finished",
 ]  # fmt: skip
-#: Parts of the line on a terminal, in the order in which they give way where it is too narrow.
+#: Parts of the live line, in the order in which they are dropped when the terminal is too narrow.
 _GIVE_WAY = ("stage", "grad norm", "lr", "MFU", "ETA", "speed", "loss")
-#: Columns from which on a terminal has room for a bar beside the live line.
+#: Minimum terminal width for a progress bar next to the live line.
 _BAR_FROM, _BAR_COLUMNS = 120, 20
-_OF_SAVES = ("save_seconds", "stall_seconds")  #: of a step's line; trackers get them when the save has ended
-#: Speed on the terminal and the time left are means over this many steps.
+_OF_SAVES = ("save_seconds", "stall_seconds")  #: fields of a step's line that trackers get once the save has ended
+#: The terminal's speed and remaining time are means over this many steps.
 _RECENT_STEPS = 100
 
 
@@ -55,7 +55,7 @@ class StepRecord:
     seconds: float  #: of wall time
     stage: str
     sources: Mapping[str, int] = field(default_factory=dict)  #: tokens so far
-    skipped: bool = False  #: a spike, which changed no weights
+    skipped: bool = False  #: a spike, so the step changed no weights
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,13 +63,13 @@ class StepRecord:
 
 
 class Watch:
-    """Open while a run trains. Lines of a file that belong to ``first_step`` or later are dropped on opening.
+    """Open while a run trains. Opening drops lines of ``first_step`` and later from both files.
 
-    ``flops_per_token`` is by the formula that ``flops_formula`` names, ``peak_flops`` of all ranks together; without a
-    peak there is no MFU. ``interactive`` asks for a live display on stderr; None: when the launcher does, by ``LIVE``.
-    ``resumed``: whether the run goes on from a checkpoint of its own; ``began`` is what else its first event holds.
+    ``flops_per_token`` is computed by the formula that ``flops_formula`` names. ``peak_flops`` counts all ranks;
+    without it there is no MFU. ``interactive`` asks for a live display on stderr; None: if the launcher set ``LIVE``.
+    ``resumed``: whether the run continues from its own checkpoint. ``began``: further fields of its first event.
 
-    Raises ``NotInstalled`` and ``MachineError`` when a tracker of the recipe cannot be started.
+    Raises ``NotInstalled`` or ``MachineError`` when a tracker of the recipe cannot be started.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Watch:
         self._task: TaskID | None = None
         self._room = 0  #: columns for the live line's text
         self._step = first_step - 1
-        self._saving: dict[str, float] = {}  #: what saves have taken since the last step's line
+        self._saving: dict[str, float] = {}  #: seconds that saves took since the last step's line
         folder.mkdir(parents=True, exist_ok=True)
         run_id = _run_id(folder, new=first_step == 1)
         self._sinks = _open_sinks(folder, recipe, first_step, run_id)
@@ -107,7 +107,7 @@ class Watch:
         self.close()
 
     def step(self, record: StepRecord) -> None:
-        """Write, show and send on one step."""
+        """Write and show one step, and send it to the trackers."""
         self._step = record.step
         mfu = self._mfu(record.tokens_per_second)
         values = {
@@ -124,7 +124,7 @@ class Watch:
         }
         line |= {name: None if name in broken else value for name, value in values.items()}
         line["sources"] = dict(record.sources)
-        # JSON has no NaN: its null would look like an MFU that is not known.
+        # JSON has no NaN, and null would look like an unknown MFU.
         line |= {"not_finite": broken} if broken else {}
         line |= {"skipped": True} if record.skipped else {}
         self._metrics.append(line)
@@ -143,7 +143,7 @@ class Watch:
         self._send(step, {f"evaluation/{name}": loss for name, loss in losses.items()})
 
     def tasks(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
-        """Metrics of tasks, by their names, on the checkpoint of ``step``. They may come behind later steps."""
+        """Metrics of tasks, by name, for the checkpoint of ``step``. Later steps may have been written before."""
         values = {f"{task} {name}": value for task, metrics in found.items() for name, value in metrics.items()}
         said = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.event(step, f"evaluation: {said}", kind="evaluation", tasks=found)
@@ -151,9 +151,9 @@ class Watch:
         self._send(max(step, self._step), sent | {"evaluation/checkpoint_step": float(step)})
 
     def event(self, step: int, text: str, *, kind: EventKind = "note", **more: Any) -> None:
-        """A line in events.jsonl and on the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``.
+        """Write a line to events.jsonl and the terminal. ``smolconv plot`` marks spikes and resumes by their ``kind``.
 
-        What a ``saved`` one took, ``write_seconds`` and ``stall_seconds``, also goes to the trackers and into the next
+        The ``write_seconds`` and ``stall_seconds`` of a ``saved`` event also go to the trackers and into the next
         step's line.
         """
         self._events.append({"step": step, "time": timestamp(), "kind": kind, "text": text, **more})
@@ -161,11 +161,11 @@ class Watch:
         if kind == "saved":
             took = {"save_seconds": float(more["write_seconds"]), "stall_seconds": float(more["stall_seconds"])}
             self._saving = {name: self._saving.get(name, 0.0) + seconds for name, seconds in took.items()}
-            # A save that ends behind later steps counts for the newest: wandb takes none that goes back.
+            # A save that ends after later steps is sent with the newest step: wandb rejects steps that go back.
             self._send(max(step, self._step), {f"save/{name}": seconds for name, seconds in took.items()})
 
     def close(self) -> None:
-        """End the display, the files and the trackers; a second call does nothing."""
+        """Close the display, the files and the trackers; a second call does nothing."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -175,7 +175,7 @@ class Watch:
             try:
                 sink.close()
             except Exception as error:
-                self._say(f"warning: {sink.name} did not end well: {first_line(error)}")
+                self._say(f"warning: {sink.name} could not be closed: {first_line(error)}")
         self._sinks = []
 
     # --- trackers ---
@@ -184,9 +184,9 @@ class Watch:
         for sink in list(self._sinks):
             try:
                 sink.log(step, values)
-            except Exception as error:  # whatever a tracker's trouble is, it is not worth a run
+            except Exception as error:  # no failure of a tracker may end the run
                 self._sinks.remove(sink)
-                self._say(f"warning: {sink.name} failed at step {step} and gets nothing more: {first_line(error)}")
+                self._say(f"warning: {sink.name} failed at step {step} and is switched off: {first_line(error)}")
 
     # --- the terminal ---
 
@@ -201,7 +201,7 @@ class Watch:
         console = Console(stderr=True, highlight=False, force_terminal=True)
         text = TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="crop"))
         bar = [BarColumn(_BAR_COLUMNS)] if console.width >= _BAR_FROM else []
-        # A line as wide as the terminal wraps in some.
+        # Some terminals wrap a line that is exactly as wide as they are.
         self._room = console.width - 1 - (_BAR_COLUMNS + 1 if bar else 0)
         self._progress = Progress(*bar, text, console=console, refresh_per_second=4)
         self._task = self._progress.add_task("", total=self._last, completed=self._first - 1, said="the first step")
@@ -216,7 +216,7 @@ class Watch:
             self._say(self._described(record, width))
 
     def _described(self, record: StepRecord, width: int | None) -> str:
-        """The step in a line of at most ``width`` columns, or with all that there is to say."""
+        """Describe the step in at most ``width`` columns, or in full without a width."""
         recent = self._recent or [record]
         seconds = sum(each.seconds for each in recent)
         speed = sum(each.step_tokens for each in recent) / seconds
@@ -239,7 +239,7 @@ class Watch:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
-            # A reader that has gone must not end the run.
+            # The reader of the pipe may have ended, which must not end the run.
             with suppress(BrokenPipeError):
                 print(text, file=sys.stderr, flush=True)
 
@@ -248,9 +248,9 @@ class Watch:
 
 
 class _Lines:
-    """A file of JSON lines, each on its way to the disk when ``append`` returns.
+    """A file of JSON lines; each is written to the file before ``append`` returns.
 
-    When the disk is full, ``patient`` ones keep their lines until there is room; others raise ``MachineError``.
+    When the disk is full, ``patient`` keeps the lines in memory until there is space; otherwise ``MachineError``.
     """
 
     def __init__(self, path: Path, first_step: int, *, patient: bool, warn: Callable[[str], None]) -> None:
@@ -258,14 +258,14 @@ class _Lines:
         self._waiting = bytearray()
         self._warned = False
         self._file: int | None = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        # One system call: the file is never seen, and never left by a kill, with half of the lines dropped.
+        # One system call, so neither a reader nor a kill finds the file with half of the lines dropped.
         os.ftruncate(self._file, _bytes_before(self._file, first_step))
 
     def append(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
         self._waiting += json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
-            # A full disk takes a part of a line: the rest stays here and goes first.
+            # A full disk may take a part of a line: the rest stays here and is written first.
             while self._waiting:
                 del self._waiting[: os.write(self._file, self._waiting)]
         except OSError as error:
@@ -273,10 +273,10 @@ class _Lines:
                 raise
             if not self._patient:
                 raise MachineError(
-                    f"{self._path}: no space left to write step {line['step']}.\nFree some, and resume the run."
+                    f"{self._path}: no space left to write step {line['step']}.\nFree some space, then resume the run."
                 ) from None
             if not self._warned:
-                self._warn(f"warning: {self._path}: no space left; its lines wait in memory until there is.")
+                self._warn(f"warning: {self._path}: no space left; its lines are kept in memory until there is.")
             self._warned = True
         else:
             self._warned = False
@@ -290,7 +290,7 @@ class _Lines:
 
 
 def _bytes_before(file: int, first_step: int) -> int:
-    """How much of a file to keep: up to the last whole line of a step before ``first_step``. Reads from the end."""
+    """Bytes to keep: up to the last complete line of a step before ``first_step``. Reads from the end."""
     if first_step == 1:
         return 0
     for end, line in lines_backwards(file):
@@ -301,7 +301,7 @@ def _bytes_before(file: int, first_step: int) -> int:
 
 
 def _run_id(folder: Path, *, new: bool) -> str:
-    """What trackers know the run by, also after it is resumed or its folder moved."""
+    """The run's id for trackers, which stays the same after a resume or when the folder is moved."""
     path = folder / "logs" / "run-id"
     with suppress(BadCheckpoint):
         known = b"" if new else read_bytes(path, MOST_NAME_BYTES, noted=False).strip()
@@ -316,7 +316,7 @@ def _run_id(folder: Path, *, new: bool) -> str:
 
 
 class _Sink(Protocol):
-    """A tracker that takes named numbers of a step."""
+    """A tracker that accepts named numbers for a step."""
 
     name: str
 
@@ -331,7 +331,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # On resume the viewer is told to forget what an earlier attempt wrote of these steps.
+        # On resume, purge_step makes the viewer ignore what an earlier attempt wrote for these steps.
         purge = first_step if first_step > 1 else None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=30)
 
@@ -344,7 +344,7 @@ class _TensorBoard:
 
 
 class _Trackio:
-    """It knows a run by its name alone. Steps that are repeated after a crash are there twice."""
+    """Trackio identifies a run by its name alone. Steps repeated after a crash appear twice."""
 
     name = "trackio"
 
@@ -362,7 +362,7 @@ class _Trackio:
 
 
 class _Wandb:
-    """It ignores steps that it has seen, so what is repeated after a crash stays as it was."""
+    """wandb ignores steps that it already has, so steps repeated after a crash keep their first values."""
 
     name = "wandb"
 
@@ -392,9 +392,9 @@ def _open_sinks(folder: Path, recipe: Recipe, first_step: int, run_id: str) -> l
 
 
 def missing_tracker(name: str, state: str) -> NotInstalled:
-    """The error for a tracker that the recipe asks for and that ``state``, such as "is not installed."."""
+    """The error for a tracker that the recipe names; ``state`` says why not, such as "is not installed."."""
     return NotInstalled(
-        f"logging.{name} needs {name}, which {state}\npip install {name}, or take logging.{name} out of the recipe."
+        f"logging.{name} needs {name}, which {state}\npip install {name}, or remove logging.{name} from the recipe."
     )
 
 
@@ -406,5 +406,5 @@ def _open_sink(name: str, start: Callable[[], _Sink]) -> _Sink:
     except Exception as error:
         raise MachineError(
             f"logging.{name}: {name} could not be started: {type(error).__name__}: {first_line(error)}\n"
-            f"Set it up (an account, the network, its offline mode), or take logging.{name} out of the recipe."
+            f"Set it up (an account, the network, its offline mode), or remove logging.{name} from the recipe."
         ) from error

@@ -1,4 +1,4 @@
-"""Plots of runs over their steps, as SVG."""
+"""Plots of runs over steps, as SVG."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.continual_pretraining.watch.history import Point, RunHistory
 from smolconv.drawing import multiples, round_step
 
-#: Stages in a picture, and columns that say their values when pointed at.
+#: Limits of a plot: stages, and columns that show their values on hover.
 MOST_MARKS, _MOST_COLUMNS = 200, 200
-#: Of an event: its name, how it is drawn at its step, and beside its name.
+#: For each kind of event: its name, its mark at the step, and its mark in the legend.
 _MARKS = (
     ("resumed", "resumed", "M{x} {top}v{tall}", "M0 -4h16"),
     ("spike", "spike", "M{x} {top}l-4 -7h8z", "M8 0l-4 -7h8z"),
@@ -47,12 +47,12 @@ class _Line(NamedTuple):
     colour: str
     points: Sequence[Point]
     css: str = ""
-    gaps: Sequence[int] = ()  #: steps that it does not cross
+    gaps: Sequence[int] = ()  #: steps where the line is interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scale:
-    """Of one direction: linear, or logarithmic over positive values. ``at`` gives 0 to 1."""
+    """The scale of an axis: linear, or logarithmic over positive values. ``at`` returns 0 to 1."""
 
     low: float
     high: float
@@ -83,7 +83,7 @@ class _Scale:
 
 
 def panels(runs: Sequence[RunHistory]) -> list[Panel]:
-    """Loss first, then what else the runs tell, in reading order."""
+    """Loss first, then what else the runs recorded, in reading order."""
     steps, many, half = _steps(runs), len(runs) > 1, (WIDE - 20) // 2
     made = []
     for title, note, name, width, log, zero in (
@@ -109,7 +109,7 @@ def panels(runs: Sequence[RunHistory]) -> list[Panel]:
 
 
 def _steps(runs: Sequence[RunHistory]) -> tuple[int, int]:
-    """All that is drawn, from the step before the first: a run's first evaluation stands there."""
+    """The range of steps, beginning one before the first: a run's first evaluation is there."""
     ends = [
         point.step
         for run in runs
@@ -150,7 +150,7 @@ def _rates(schedule: Schedule, steps: tuple[int, int]) -> list[Point]:
 
 
 def _mixture(run: RunHistory, steps: tuple[int, int]) -> list[_Line]:
-    """What each source gave, over what the recipe weighs it with."""
+    """Each source's share of the tokens, over its weight in the recipe."""
     lines = []
     for (name, curve), colour in zip(run.mixture.items(), itertools.cycle(_COLOURS)):
         planned = _weights(run.recipe, name, steps) if run.recipe is not None else []
@@ -178,7 +178,7 @@ def _panel(
     title: str, note: str, width: int, steps: tuple[int, int], lines: Sequence[_Line], runs: Sequence[RunHistory],
     *, log: bool = False, zero: bool = False,
 ) -> Panel:  # fmt: skip
-    """A plot over steps with its title, axes and, for one run, its marks."""
+    """A plot over steps with title and axes and, for a single run, marks of its events."""
     inner, tall = width - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
     across = _Scale(low=steps[0], high=steps[1])
     values = [point.value for line in lines for point in line.points] or [0.0]
@@ -210,7 +210,7 @@ def _panel(
 
 
 def _drawn(line: _Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    # A line of no length shows as a dot, by its round ends: so does a point between two gaps.
+    # A line of length 0 is drawn as a dot, by its round ends; so is a point between two gaps.
     path, dots, passed = [], [], -1
     for point in line.points:
         at = f"{x(point.step):.1f} {y(point.value):.1f}"
@@ -261,7 +261,7 @@ def _key(lines: Sequence[_Line]) -> str:
 
 
 def _columns(points: Sequence[Point], x: Callable[[float], float], tall: int) -> str:
-    """Invisible columns that say the values of points when pointed at."""
+    """Invisible columns that show the values of their points on hover."""
     size = math.ceil(len(points) / _MOST_COLUMNS) or 1
     said = []
     for i in range(0, len(points), size):
@@ -282,7 +282,7 @@ def _short(value: float) -> str:
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{float(f'{value:.6g}'):g}"
 
 
-#: Without variables, which cairosvg does not know; the dark colours come as a second layer.
+#: Without CSS variables, which cairosvg does not support; the dark colours are a second layer.
 DRAWING = """
 text{fill:#5c667a;font-size:12px}.title{fill:#1b2230;font-size:15px;font-weight:600}.note{fill:#5c667a;font-size:12px;font-weight:400}.head{fill:#1b2230;font-size:22px;
 font-weight:600}.page{fill:#fff}.grid{stroke:#dfe3ea;fill:none}.line{fill:none;stroke-width:1.8;stroke-linejoin:round;

@@ -1,4 +1,4 @@
-"""A picture of one run or several: a page, SVG, PNG or PDF. A page has no scripts and refers to nothing outside."""
+"""Plots one run or several as HTML, SVG, PNG or PDF. The HTML page has no scripts and loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from smolconv.errors import NotInstalled, UsageError
 from smolconv.storage.atomic import appearing_whole
 from smolconv.version import __version__
 
-#: What draws an SVG as others, and how: a PNG with two pixels for one.
+#: cairosvg's function for each suffix, with its arguments: a PNG has twice the resolution.
 _WRITERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {".png": ("svg2png", {"scale": 2}), ".pdf": ("svg2pdf", {})}
 SUFFIXES = (".html", ".svg", *_WRITERS)
-_MOST_SECONDS = 1e12  #: that Python can say as days
-#: Facts that stand below an SVG; a page has them all.
+_MOST_SECONDS = 1e12  #: the most that timedelta can show
+#: Facts shown below an SVG; an HTML page shows all of them.
 _SHORT = ("steps", "tokens", "last checkpoint", "loss", "time of steps")
 _LEGEND = (
-    "Every point is drawn up to 1,000 steps; beyond, the lowest and the highest of each bin. "
-    "Bold: the mean of a fiftieth of the run to either side."
+    "Up to 1,000 steps, every point is drawn; beyond that, the lowest and the highest of each bin. "
+    "Bold: the mean over 1/50 of the run on either side."
 )
 
 
 def write_plot(folders: Sequence[Path], out: Path) -> None:
-    """Draw the runs into ``out``, by its suffix. It appears whole, or not at all."""
+    """Draw the runs into ``out``, in the format of its suffix. The file appears only once it is complete."""
     if out.suffix not in SUFFIXES:
-        raise UsageError(f"{out}: a picture is written as {', '.join(SUFFIXES)}, by the suffix of its name.")
+        raise UsageError(f"{out}: the suffix chooses the format: use {', '.join(SUFFIXES)}.")
     convert = _converter(out.suffix) if out.suffix in _WRITERS else None
     names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     alone = len(set(names)) == len(names)
@@ -47,10 +47,10 @@ def write_plot(folders: Sequence[Path], out: Path) -> None:
 def _converter(suffix: str) -> Callable[[str], bytes]:
     try:
         cairosvg = importlib.import_module("cairosvg")
-    except (ImportError, OSError) as error:  # OSError: the package is there, the cairo library is not
+    except (ImportError, OSError) as error:  # OSError: the package is installed, the cairo library is not
         raise NotInstalled(
-            f"a {suffix} is drawn by cairosvg, which cannot be used here: {str(error).partition(chr(10))[0]}\n"
-            "Write .html or .svg, which need nothing, or: pip install cairosvg"
+            f"a {suffix} needs cairosvg, which cannot be imported: {str(error).partition(chr(10))[0]}\n"
+            "Write .html or .svg, which need no package, or: pip install cairosvg"
         ) from None
 
     def write(svg: str) -> bytes:
@@ -62,7 +62,7 @@ def _converter(suffix: str) -> Callable[[str], bytes]:
 
 
 def render_html(runs: Sequence[RunHistory]) -> str:
-    """One page that needs nothing else."""
+    """A self-contained HTML page."""
     title = escape(", ".join(run.name for run in runs))
     figures = "\n".join(
         f'<div class="scroll{" wide" if panel.wide else ""}"><svg role=img aria-label="{escape(panel.title)}" '
@@ -82,7 +82,7 @@ def render_html(runs: Sequence[RunHistory]) -> str:
 
 
 def render_svg(runs: Sequence[RunHistory], *, dark: bool = True) -> str:
-    """The panels below each other; ``dark`` follows the viewer's colours."""
+    """One SVG with all panels; ``dark``: follow the viewer's colour scheme."""
     placed, x, y = [], 0, 60
     for panel in panels(runs):
         if panel.wide and x:
@@ -132,7 +132,7 @@ def _facts(run: RunHistory) -> dict[str, str]:
 
 
 def _facts_table(runs: Sequence[RunHistory]) -> str:
-    """A column for each run."""
+    """A table with a column for each run."""
     facts = [_facts(run) for run in runs]
     rows = []
     for label in dict.fromkeys(label for each in facts for label in each):
@@ -150,7 +150,7 @@ def _events(run: RunHistory, *, named: bool) -> str:
         f"<td>{escape(event.text)}</td></tr>"
         for event in kept
     )
-    left = f"<p><small>{run.event_count - len(kept):,} earlier ones are in events.jsonl.</small></p>"
+    left = f"<p><small>{run.event_count - len(kept):,} earlier events are in events.jsonl.</small></p>"
     return (
         f"<section><h2>Events{f' of {escape(run.name)}' * named}</h2>{left * (run.event_count > len(kept))}"
         f"<div class=events><table><tr><th>step</th><th>time (UTC)</th><th>kind</th><th></th></tr>{rows}</table></div>"

@@ -1,6 +1,6 @@
-"""Runs beside a rank, once for each that torchrun, DeepSpeed or Slurm starts: those turn every failure into code 1.
+"""Supervises one rank started by torchrun, DeepSpeed or Slurm, because those turn every failure into exit code 1.
 
-It keeps the rank's log, passes signals on, and leaves ``logs/ends/ATTEMPT/rank-N.json``.
+It keeps the rank's log, passes signals on, and writes ``logs/ends/ATTEMPT/rank-N.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smolconv.continual_pretraining.launchers.ends import (
     tell_last_lines,
 )
 from smolconv.continual_pretraining.launchers.front_end import ATTEMPT_FILE, LAUNCHER_PID
-from smolconv.continual_pretraining.launchers.launcher import BESIDE, WORKER, rank_environment
+from smolconv.continual_pretraining.launchers.launcher import SUPERVISOR, WORKER, rank_environment
 from smolconv.continual_pretraining.launchers.output import tell
 from smolconv.continual_pretraining.launchers.signals import STOPS, die_with
 from smolconv.continual_pretraining.launchers.watching import run_ranks
@@ -34,15 +34,15 @@ from smolconv.processes import module_words
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {BESIDE}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {SUPERVISOR}", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--worker", default=WORKER, help=argparse.SUPPRESS)
-    parser.add_argument("--attempt", help="what the files of this start are told apart by from another's")
-    parser.add_argument("--outcome", type=int, metavar="STATUS", help="say how ranks ended whose launcher left STATUS")
+    parser.add_argument("--attempt", help="name of this start, which separates its files from another's")
+    parser.add_argument("--outcome", type=int, metavar="STATUS", help="report how ranks ended")
     parser.add_argument("--world-size", type=int, default=1, help="for --outcome")
     given = parser.parse_args()
-    # What all ranks of a start have in common, and no other start at the same time: where they meet.
+    # The rendezvous address: all ranks of a start share it, and no other start has it at the same time.
     attempt = given.attempt or f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
     if given.outcome is not None:
         return report_left(given.run, attempt, given.world_size, given.outcome, told=True)
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
-    """Run the one rank that the environment names, as torchrun, DeepSpeed or Slurm has set it."""
+    """Run the one rank that torchrun, DeepSpeed or Slurm names in the environment."""
     rank = int(os.environ["RANK"])
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]  # the latter is DeepSpeed's
     launcher = int(os.environ.get(LAUNCHER_PID, "0"))
@@ -63,8 +63,8 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     def abandoned(stopping: bool) -> bool:
         if launcher and not _lives(launcher):
             return True
-        # One rank of a node looks, and torchrun ends the node's others when that one ends. Once it has told its ranks
-        # to stop, torchrun waits for each of them, so each looks for itself. os.path: an error is no "yes".
+        # Only one rank per node checks, and torchrun ends the node's other ranks when that one ends. After a request to
+        # stop, torchrun waits for each rank, so each checks for itself. os.path.exists: an error counts as "no".
         return (leads or stopping) and has_failed(folder)
 
     own = {"LOCAL_WORLD_SIZE": local_world_size, ATTEMPT: attempt}
@@ -76,18 +76,18 @@ def _run_rank(run: Path, resume: str, worker: str, attempt: str) -> int:
     except OutputLocked as error:
         message = f"{type(error).__name__}: {error}"
         ends = [RankEnd(rank=rank, exit_code=error.exit_code, seconds=time.time(), message=message)]
-    if not ends:  # we had to kill it, so another has the reason
+    if not ends:  # we killed it, because another rank failed
         return SmolconvError.exit_code
-    # Once it is written that a rank has failed, torchrun tells all to stop, and this one has not said why yet.
+    # Once this rank's failure is on disk, torchrun may stop us before we have reported it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     first = leave_end(folder, ends[0])
     if ends[0].exit_code == SAVED:
-        return 0  # else torchrun and DeepSpeed would end the ranks that are still closing
+        return 0  # otherwise torchrun and DeepSpeed would end the ranks that are still closing
     if first and ends[0].exit_code == Interrupted.exit_code:
-        if not launcher:  # the script of a job that is cancelled says nothing more
+        if not launcher:  # a cancelled job's script no longer reports anything
             tell(ends[0].message)
     elif first and ends[0].exit_code and not is_lost(ends[0]):
-        tell_last_lines(ends[0], run)  # whoever started this launcher says the rest, once
+        tell_last_lines(ends[0], run)  # the process that started the launcher reports the rest, once
     return ends[0].exit_code
 
 
@@ -96,7 +96,7 @@ def _lives(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"  # ended, but its parent has not looked yet
+    return state != "Z"  # a zombie has ended
 
 
 def _run_and_exit() -> None:
