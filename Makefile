@@ -7,6 +7,7 @@ V4 := .venv-transformers4
 EVAL := .venv-evaluate
 LIGHTEVAL := .venv-lighteval
 LIGER := .venv-liger
+RELEASE := .venv-release
 # Four of our test processes would otherwise start a BLAS thread per core each.
 export OMP_NUM_THREADS ?= 1
 TEST_PROCESSES ?= 2
@@ -16,7 +17,7 @@ PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site reference lint format fuzz figures bench clean
+.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site reference lint format fuzz figures bench dist clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
@@ -33,6 +34,7 @@ help:
 	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
 	@echo "make site                the documentation as HTML in site/; a link that leads nowhere is an error"
 	@echo "make reference           docs/reference.md from the commands' help and the docstrings"
+	@echo "make dist                sdist and wheel in dist/, checked by twine; docs/releasing.md says what comes before and after"
 	@echo "make bench               time and memory beside cp and transformers; writes benchmarks/results"
 
 # torch comes first and pinned: with it there, no later requirement fetches the CUDA build on a machine without a GPU.
@@ -142,5 +144,16 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/saves.py
 
+$(RELEASE)/installed: Makefile
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet build==1.6.1 twine==7.0.0
+	touch $(RELEASE)/installed
+
+# What setuptools finds in build/ and in the list of an earlier build would come along.
+dist: $(RELEASE)/installed
+	rm -rf dist build smolconv.egg-info
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) gpu-wheels demo site build dist *.egg-info
+	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) $(RELEASE) gpu-wheels demo site build dist *.egg-info

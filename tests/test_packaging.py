@@ -58,16 +58,20 @@ def build(source: Path, what: str) -> tuple[Path, str]:
     return made, done.stdout + done.stderr
 
 
+def copy_of_the_clone(folder: Path) -> Path:
+    for name in tracked_files():
+        to = folder / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, to, follow_symlinks=False)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Each from a copy of its own: setuptools reads back the lists of files that it has left there before."""
     folder = tmp_path_factory.mktemp("packaging")
-    tracked = tracked_files()
     for copy in ("for-wheel", "for-sdist"):
-        for name in tracked:
-            to = folder / copy / name
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, to, follow_symlinks=False)
+        copy_of_the_clone(folder / copy)
     wheel, said = build(folder / "for-wheel", "build_wheel")
     sdist, more = build(folder / "for-sdist", "build_sdist")
     with tarfile.open(sdist) as archive:
@@ -228,3 +232,28 @@ def test_the_citation_names_this_version_and_licence():
 def test_the_workflow_runs_what_everybody_runs():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == ["bash .ci/run"]
+
+
+@pytest.mark.slow
+def test_make_dist_builds_an_sdist_and_a_wheel_that_twine_accepts(tmp_path: Path) -> None:
+    clone = copy_of_the_clone(tmp_path / "clone")
+    done = subprocess.run(
+        ["make", "dist", f"PYTHON={sys.executable}"], cwd=clone, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if "No matching distribution found" in done.stderr:
+        pytest.skip("pip has no index with build and twine here")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (clone / "dist").iterdir()} == {
+        f"smolconv-{__version__}.tar.gz", f"smolconv-{__version__}-py3-none-any.whl"
+    }  # fmt: skip
+    assert done.stdout.count("PASSED") == 2, done.stdout
+
+
+def test_the_image_gets_the_wheel_and_its_versions_and_nothing_else_of_the_clone():
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    steps = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if re.match("[A-Z]+ ", line)]
+    copied = [word for step in steps if step[0] in ("COPY", "ADD") for word in step[1:-1]]
+    assert ignored[0] == "*" and {f"!{path}" for path in copied} == set(ignored[1:])
+    assert [step[1] for step in steps if step[0] == "USER"] == ["10001"]
+    assert not [step for step in steps if step[0] in ("ENV", "ARG") and re.search("TOKEN|SECRET|KEY", " ".join(step))]

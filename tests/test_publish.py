@@ -21,7 +21,7 @@ from fake_hub import FakeHub
 
 from smolconv.continual_pretraining.run.card import facts_of_run
 from smolconv.errors import CorruptFile, UsageError
-from smolconv.hub.card import CardFacts, Training, compose
+from smolconv.hub.card import _FRONT, CardFacts, TaskResult, Training, compose
 from smolconv.layouts.layout import plain_text, repository_of
 
 HF = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf"
@@ -236,11 +236,15 @@ def test_names_from_files_cannot_add_markdown_or_metadata() -> None:
     training = Training(
         recipe=HOSTILE, source=f"folder/{HOSTILE}", stages=((HOSTILE, ((HOSTILE, 1.0),)),), steps=3, tokens=12,
         sequence_length=4, schedule="none.", losses=((1, 2.5),), evaluations=((HOSTILE, 3.0, 2.0),),
+        tasks=(TaskResult(task=HOSTILE, metric=HOSTILE, value=0.5),), task_engine=HOSTILE,
     )  # fmt: skip
     facts = CardFacts(title=HOSTILE, verified=HOSTILE, base_model="team/base", training=training)
     once = compose(facts, None, None)
-    text = once.card.decode().split("---\n", 2)[2]
-    assert once.licence is None and set(metadata(once.card)) == {"base_model", "library_name", "tags"}
+    front, text = _FRONT.match(once.card.decode()), once.card.decode().split("\n---\n", 1)[1]
+    assert front is not None
+    assert once.licence is None and set(yaml.safe_load(front[1])) == {
+        "base_model", "library_name", "model-index", "tags"
+    }  # fmt: skip
     assert "<script>" not in text and "[a](" not in text and "\nlicense" not in text
     assert text.count("<!-- smolconv: end -->") == 1
     assert compose(facts, once.card, None).card == compose(facts, once.card, once.card).card == once.card
@@ -263,6 +267,67 @@ def test_a_runs_card_tells_data_schedule_and_losses(tmp_path: Path) -> None:
     assert f"peak {recipe['schedule']['peak_lr']:g}" in card
     assert not [path for stage in recipe["data"]["stages"] for path in (each["path"] for each in stage["sources"])
                 if "/" in path and path in card]  # fmt: skip
+
+
+def run_with_tasks(folder: Path, tasks: object) -> Path:
+    """The run of the fixtures, with results on the checkpoint of its last step as ``smolconv evaluate -o`` writes them."""
+    run = Path(copytree(FIXTURES / "run" / "run", folder / "run"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    (run / "evaluations").mkdir()
+    document = {"schema": 1, "engine": "lm-eval", "checkpoints": [{"name": "step", "tasks": tasks}]}
+    (run / "evaluations" / f"step-{last}.json").write_text(json.dumps(document))
+    return run
+
+
+ARC = {"acc": 0.4375, "acc_norm": 0.5, "stderr": {"acc": 0.0884}, "samples": 2376}
+
+
+def test_results_of_tasks_are_a_table_and_metadata_that_the_hubs_client_reads(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = compose(facts_of_run(run_with_tasks(tmp_path, {"arc_easy": ARC}), "law", "yes"), None, None).card.decode()
+    assert "**Tasks** by lm-eval" in card
+    assert "| arc\\_easy | acc | 0.4375 | 0.0884 | 2,376 |" in card
+    assert "| arc\\_easy | acc\\_norm | 0.5000 |  | 2,376 |" in card
+    data = ModelCard(card).data
+    assert data.model_name == "law"
+    assert [(each.dataset_name, each.metric_type, each.metric_value) for each in data.eval_results] == [
+        ("arc_easy", "acc", 0.4375), ("arc_easy", "acc_norm", 0.5),
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_was_not_evaluated_has_no_results_of_another_one(tmp_path: Path) -> None:
+    run = run_with_tasks(tmp_path, {"arc_easy": ARC})
+    (results,) = (run / "evaluations").iterdir()
+    results.rename(results.with_name("step-1.json"))
+    card = compose(facts_of_run(run, "law", "yes"), None, None).card
+    assert b"arc" not in card and "model-index" not in metadata(card)
+
+
+def test_results_that_others_wrote_stay_and_ours_are_those_of_the_weights(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    theirs = {"task": {"type": "text-generation"}, "dataset": {"name": "Bench", "type": "bench"},
+              "metrics": [{"type": "acc", "value": 0.3}]}  # fmt: skip
+    written = f"---\n{yaml.safe_dump({'model-index': [{'name': 'mine', 'results': [theirs]}]})}---\ntext\n".encode()
+    facts = facts_of_run(run_with_tasks(tmp_path, {"arc_easy": ARC}), "law", "yes")
+
+    def results(card: bytes) -> list[str]:
+        found = ModelCard(card.decode()).data
+        assert found.model_name == "mine"
+        return [each.dataset_name for each in found.eval_results]
+
+    once = compose(facts, None, written).card
+    assert results(once) == ["Bench", "arc_easy", "arc_easy"]
+    assert compose(facts, None, once).card == once
+    assert results(compose(FACTS, None, once).card) == ["Bench"]  # other weights, which nobody evaluated
+
+
+def test_results_that_cannot_be_read_are_refused_by_the_name_of_their_file(tmp_path: Path) -> None:
+    for number, tasks in enumerate((["acc"], {"arc": [1]}, {"arc": {"acc": 1, "stderr": [2]}})):
+        run = run_with_tasks(tmp_path / str(number), tasks)
+        with pytest.raises(CorruptFile, match=r"step-\d+\.json"):
+            facts_of_run(run, "law", "yes")
 
 
 def test_the_hubs_cache_names_the_repository() -> None:

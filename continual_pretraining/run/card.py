@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from smolconv.continual_pretraining.recipe.files import RECIPE, load_recipe
 from smolconv.continual_pretraining.recipe.schedules import Schedule, resolved
+from smolconv.continual_pretraining.run.checkpoints import evaluation_file
 from smolconv.continual_pretraining.watch.history import Curve, read_run
-from smolconv.hub.card import CardFacts, Training, card_beside, on_hub
+from smolconv.hub.card import CardFacts, TaskResult, Training, card_beside, on_hub
+from smolconv.layouts.documents import corrupt_if_malformed, is_count, is_number
+from smolconv.parsing import read_json
 
 _EXPORT = "export"
 _MOST_ROWS = 10
+_NO_METRICS = ("samples", "stderr")  #: beside the metrics of a task
 
 
 def run_of_export(folder: Path) -> Path | None:
@@ -22,6 +28,7 @@ def run_of_export(folder: Path) -> Path | None:
 def training_of(run: Path) -> Training:
     """Facts from the run's recipe, metrics and events. Raises ``CorruptFile`` and ``MissingFile``."""
     recipe, history = load_recipe(run / RECIPE), read_run(run)
+    engine, tasks = _tasks(run, history.last.step)
     return Training(
         recipe=recipe.name,
         source=recipe.model.source,
@@ -34,7 +41,35 @@ def training_of(run: Path) -> Training:
         evaluations=tuple(
             (name, curve.means()[0].value, curve.means()[-1].value) for name, curve in history.evaluations.items()
         ),
+        tasks=tasks,
+        task_engine=engine,
     )
+
+
+def _tasks(run: Path, step: int) -> tuple[str, tuple[TaskResult, ...]]:
+    """Who ran the tasks on the checkpoint of ``step``, and what came of them; nothing where none were run."""
+    path = evaluation_file(run, step, "json")
+    if not path.is_file():
+        return "", ()
+    document = read_json(path)
+    with corrupt_if_malformed(path):
+        tasks = document["checkpoints"][0]["tasks"]
+        found = tuple(
+            _result(str(task), str(name), float(value), scores)
+            for task, scores in tasks.items()
+            for name, value in scores.items()
+            if name not in _NO_METRICS and is_number(value)
+        )
+        return str(document.get("engine") or ""), found
+
+
+def _result(task: str, metric: str, value: float, scores: Mapping[str, Any]) -> TaskResult:
+    stderr: Any = (scores.get("stderr") or {}).get(metric)
+    samples: Any = scores.get("samples")
+    return TaskResult(
+        task=task, metric=metric, value=value, stderr=float(stderr) if is_number(stderr) else None,
+        samples=int(samples) if is_count(samples) else None,
+    )  # fmt: skip
 
 
 def _schedule(schedule: Schedule) -> str:

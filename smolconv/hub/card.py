@@ -14,16 +14,30 @@ from typing import Any
 from smolconv.errors import CorruptFile, SmolconvError, UsageError
 from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri, parse_hub_uri
-from smolconv.layouts.layout import SECTION_BEGIN, SECTION_END, plain_text, repository_of
+from smolconv.layouts.layout import SECTION_BEGIN, SECTION_END, one_line, plain_text, repository_of
 from smolconv.parsing import parse_yaml_mapping
 from smolconv.storage.manifest import PROOF
 from smolconv.version import __version__
 
 CARD = "README.md"
 HOW_TO_REPEAT = f"{PROOF} has every digest and limit: smolconv verify --check-proof repeats the comparison."
+#: The source of our results in the metadata: they are told apart by it when the card is written again.
+_RESULTS_BY = "smolconv evaluate"
+_RESULTS_URL = "https://github.com/smolconv/smolconv/blob/main/docs/evaluate.md"
 _LICENCE = ("license", "license_name", "license_link")
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(rf"{re.escape(SECTION_BEGIN)}.*?{re.escape(SECTION_END)}\n?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    samples: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +53,8 @@ class Training:
     schedule: str
     losses: tuple[tuple[int, float], ...] = ()  #: steps and the mean loss around them
     evaluations: tuple[tuple[str, float, float], ...] = ()  #: held-out data: name, first and last loss
+    tasks: tuple[TaskResult, ...] = ()  #: of the last step's checkpoint
+    task_engine: str = ""  #: what ran them, such as lm-eval
 
 
 def on_hub(source: str) -> str | None:
@@ -118,7 +134,8 @@ def compose(facts: CardFacts, ours: bytes | None, theirs: bytes | None) -> Compo
     section = _section(facts, licence if isinstance(licence, str) else None, alone=not _own(own))
     text = _put(own, section)
     differ = bool(_own(there[1]) and _own(here[1]) and _own(there[1]) != _own(here[1]))
-    return Composed(card=_rendered(metadata, text), licence=licence if isinstance(licence, str) else None, kept=differ)
+    card = _rendered(metadata, text, facts)
+    return Composed(card=card, licence=licence if isinstance(licence, str) else None, kept=differ)
 
 
 def _parts(card: bytes | None, where: str) -> tuple[dict[str, Any], str]:
@@ -157,16 +174,37 @@ def _put(text: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}" if text.strip() else section
 
 
-def _rendered(metadata: Mapping[str, Any], text: str) -> bytes:
+def _rendered(metadata: Mapping[str, Any], text: str, facts: CardFacts) -> bytes:
     from huggingface_hub import ModelCard, ModelCardData
 
     try:
         card = ModelCard("---\n{}\n---\n")
         card.data = ModelCardData(**metadata)
+        _put_results(card.data, facts)
         card.text = text
         return str(card).encode()
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise _unreadable(CARD, error) from None
+
+
+def _put_results(data: Any, facts: CardFacts) -> None:
+    """The results of tasks as ``model-index``, which the Hub shows beside the card.
+
+    Those of an earlier publication go, since the weights may be others; those of other sources stay.
+    """
+    from huggingface_hub import EvalResult
+
+    others = [each for each in data.eval_results or () if each.source_name != _RESULTS_BY]
+    ours = [
+        EvalResult(
+            task_type="text-generation", dataset_type=one_line(each.task), dataset_name=one_line(each.task),
+            metric_type=one_line(each.metric), metric_value=each.value, source_name=_RESULTS_BY,
+            source_url=_RESULTS_URL,
+        )
+        for each in ([] if facts.training is None else facts.training.tasks)
+    ]  # fmt: skip
+    data.eval_results = [*others, *ours] or None
+    data.model_name = (data.model_name or one_line(facts.title)) if data.eval_results else None
 
 
 def _section(facts: CardFacts, licence: str | None, *, alone: bool) -> str:
@@ -208,7 +246,21 @@ def _training(training: Training) -> list[str]:
         lines += [f"| {plain_text(name)} | {first:.4f} | {last:.4f} |" for name, first, last in training.evaluations]
     else:
         lines += ["", "**Evaluation.** The run has no evaluation on held-out data."]
-    return [*lines, ""]
+    return [*lines, *_tasks(training), ""]
+
+
+def _tasks(training: Training) -> list[str]:
+    if not training.tasks:
+        return []
+    by = f" by {plain_text(training.task_engine)}" if training.task_engine else ""
+    lines = ["", f"**Tasks**{by}, on these weights.", "", "| task | metric | value | standard error | samples |",
+             "|---|---|---:|---:|---:|"]  # fmt: skip
+    for each in training.tasks:
+        error = "" if each.stderr is None else f"{each.stderr:.4f}"
+        samples = "" if each.samples is None else f"{each.samples:,}"
+        names = f"{plain_text(each.task)} | {plain_text(each.metric)}"
+        lines.append(f"| {names} | {each.value:.4f} | {error} | {samples} |")
+    return lines
 
 
 def _link(repo: str) -> str:

@@ -212,11 +212,15 @@ def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 SECTION_BEGIN, SECTION_END = "<!-- smolconv: begin -->", "<!-- smolconv: end -->"
 
 
+def one_line(text: str, *, most: int = 120) -> str:
+    """Text from a file without line breaks and control characters, of at most ``most`` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def plain_text(text: str, *, most: int = 120) -> str:
     """Text from a file as Markdown that shows it, in one line: a name cannot be a heading, a link, HTML or a table."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    short = line if len(line) <= most else f"{line[: most - 3]}..."
-    return re.sub(r"([\\`*_\[\]<>|#&!~])", r"\\\1", short)
+    return re.sub(r"([\\`*_\[\]<>|#&!~])", r"\\\1", one_line(text, most=most))
 
 
 def repository_of(folder: Path) -> str | None:
