@@ -31,6 +31,8 @@ PAGES = ("README.md", *sorted(str(page.relative_to(REPOSITORY)) for page in (REP
 NANOTRON = FIXTURES / "nanotron" / "smollm3-tiny" / "tp2-pp1-dp2-zero1"
 HF = FIXTURES / "nanotron" / "smollm2-tiny" / "expected_hf"
 MARK = re.compile(r"<!-- (run|slow|not run|shown)(?:: (.+))? -->")
+#: A command in a sentence or a table.
+INLINE = re.compile(r"`(smolconv [^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -85,6 +87,14 @@ def _begins_a_block(lines: list[str], at: int) -> bool:
     return not lines[at - 1].strip() or bool(MARK.fullmatch(before.strip())) or before.startswith("#")
 
 
+def in_sentences() -> Iterator[tuple[str, str]]:
+    """Page and text of each command that stands as inline code in a sentence or a table."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", (REPOSITORY / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+        for found in INLINE.findall(text):
+            yield page, found
+
+
 def in_the_table_of_the_readme() -> list[tuple[str, list[str]]]:
     """What one has, and the words of the command."""
     rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if "| `smolconv " in line]
@@ -128,6 +138,33 @@ def test_every_command_of_every_page_exists_with_its_options() -> None:
         parsed(words)
 
 
+def parsed_in_a_sentence(text: str) -> None:
+    """``parsed``, for a command that may end early and that may leave out arguments by ``...``."""
+    words = [word for word in shlex.split(text)[1:] if word != "..."]
+    known: dict[str, Any] = getattr(_app(), "commands")  # noqa: B009  (typer's own type does not say that it has some)
+    if words[:1] in (["--help"], ["COMMAND"]) or all(hasattr(known.get(word), "commands") for word in words):
+        return
+    try:
+        parsed(words)
+    except Exception as error:  # typer has its own copy of click's classes
+        if type(error).__name__ != "BadOptionUsage":
+            raise
+        parsed([*words, "1"])  # an option is named without its value
+
+
+@pytest.mark.parametrize(("page", "text"), sorted(set(in_sentences())))
+def test_every_command_in_a_sentence_exists_with_its_options(page: str, text: str) -> None:
+    parsed_in_a_sentence(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["smolconv convrt", "smolconv convert ... --too", "smolconv recipe shw", "smolconv evaluate -x"]
+)
+def test_a_command_in_a_sentence_that_there_is_not_would_be_noticed(text: str) -> None:
+    with pytest.raises(Exception, match=r"convrt|--too|shw|-x"):
+        parsed_in_a_sentence(text)
+
+
 @pytest.mark.parametrize(
     "words", [["convrt", "a", "b"], ["convert", "a", "b", "--too", "hf"], ["convert", "a", "b", "--to", "megatron"]]
 )
@@ -168,6 +205,37 @@ def test_a_broken_link_would_be_noticed(tmp_path: Path) -> None:
     (tmp_path / "there.md").write_text("# A heading: of `code`\n")
     (tmp_path / "page.md").write_text("[a](there.md#a-heading-of-code) [b](there.md#no) [c](none.md) [d](#e)\n")
     assert broken_links(tmp_path / "page.md") == ["there.md#no", "none.md", "#e"]
+
+
+def section(page: Path, anchor: str) -> str:
+    """The text below the heading that ``anchor`` names, up to the next heading."""
+    text = re.sub(
+        r"^(```.*?^```)", lambda m: m[0].replace("\n#", "\n  #"), page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    for found in re.finditer(r"^(#+) (.+)$", text, flags=re.MULTILINE):
+        if re.sub(r"[^\w\- ]", "", found[2].lower()).strip().replace(" ", "-") == anchor:
+            end = re.search(r"^#+ ", text[found.end() :], flags=re.MULTILINE)
+            return text[found.start() : found.end() + end.start()] if end else text[found.start() :]
+    raise AssertionError(f"{page} has no heading {anchor}")
+
+
+def ten_situations() -> list[list[str]]:
+    """Situation, command and link of each row."""
+    rows = section(REPOSITORY / "docs/start-here.md", "ten-situations").splitlines()
+    return [row.strip("| ").split(" | ") for row in rows if row.startswith("| ") and not row.startswith("| situation")]
+
+
+def test_there_are_ten_situations() -> None:
+    assert len(ten_situations()) == 10
+
+
+@pytest.mark.parametrize(("situation", "command", "where"), ten_situations())
+def test_the_section_of_a_situation_has_its_command(situation: str, command: str, where: str) -> None:
+    path, _, anchor = LINK.search(where)[1].partition("#")
+    text = section(REPOSITORY / "docs" / (path or "start-here.md"), anchor)
+    name = re.search(r"`(smolconv [\w-]+|smolconv\.\w+)", command)[1]
+    shown = [name, name.removeprefix("smolconv "), f"`{name.removeprefix('smolconv ')}`"]
+    assert any(word in text for word in shown), f"{situation}: {where} does not show {name}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

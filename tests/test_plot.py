@@ -60,6 +60,7 @@ def trained(folder: Path, steps: int = 300, *, resume_at: int | None = None, see
                 )
                 if step % 50 == 0:
                     watched.evaluation(step, {"held-out": loss + 0.1})
+                    watched.tasks(step, {"copy": {"acc": step / 600, "ppl": 40.0}})
                 if step % 100 == 0:
                     watched.event(step, "saved", kind="saved", write_seconds=1.0, stall_seconds=0.1, bytes=9)
     (folder / RECIPE).write_text(dump_recipe(given), encoding="utf-8")
@@ -114,7 +115,7 @@ def test_a_run_is_read_with_its_stages_spikes_resumes_and_evaluations(run):
     assert (found.first.step, found.last.step) == (1, 300)
     assert found.stages == [(1, "stable"), (201, "decay <1>")]
     steps = {kind: [event.step for event in events] for kind, events in found.events.items() if events}
-    assert steps.pop("evaluation") == [0, 50, 100, 150, 200, 250, 300]
+    assert sorted(set(steps.pop("evaluation"))) == [0, 50, 100, 150, 200, 250, 300]
     assert steps == {"started": [0], "resumed": [201], "spike": [120], "saved": [100, 200, 300]}
     assert [point.step for point in found.evaluations["held-out"].points()] == [0, 50, 100, 150, 200, 250, 300]
     assert found.seconds == 150.0
@@ -182,7 +183,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"step": 2, "kind": "evaluation", "losses": [1]}\n', b'{"step": 2, "losses": {"a": "x"}}\n', b'{"step": 2, "kind": 3}\n', b'{"step": 2, "ranks": "8"}\n', b'{"step": 2, "host": 3}\n', b'{"step": 2, "time": "now"}\n'],
+    [b'{"step": 2, "kind": "evaluation", "losses": [1]}\n', b'{"step": 2, "tasks": [1]}\n', b'{"step": 2, "tasks": {"a": 1}}\n', b'{"step": 2, "tasks": {"a": {"acc": "x"}}}\n', b'{"step": 2, "losses": {"a": "x"}}\n', b'{"step": 2, "kind": 3}\n', b'{"step": 2, "ranks": "8"}\n', b'{"step": 2, "host": 3}\n', b'{"step": 2, "time": "now"}\n'],
 )  # fmt: skip
 def test_an_event_that_is_none_of_ours_is_named(line, tmp_path):
     folder = trained(tmp_path / "run", 3)
@@ -346,6 +347,17 @@ def test_the_step_before_the_first_is_inside_the_axes(run):
     [points] = lines_of("Evaluation", render_svg([read_run(run)]), "dots")
     assert [x for x, _ in points] == [pytest.approx(step / 300, abs=1e-3) for step in range(0, 301, 50)]
     assert points[0][1] == max(y for _, y in points) < 1
+
+
+def test_accuracies_of_tasks_are_drawn_and_perplexities_are_not(run):
+    found = read_run(run)
+    assert [point.value for point in found.tasks["copy acc"].points()] == [step / 600 for step in range(50, 301, 50)]
+    assert set(found.tasks) == {"copy acc", "copy ppl"}
+    markup = render_svg([found])
+    [points] = lines_of("Tasks", markup, "dots")
+    assert [x for x, _ in points] == [pytest.approx(step / 300, abs=1e-3) for step in range(50, 301, 50)]
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    assert "copy acc" in markup and "copy ppl" not in markup
 
 
 def test_the_mixture_and_the_recipe_are_drawn_beside_each_other(run):

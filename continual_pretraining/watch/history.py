@@ -35,7 +35,7 @@ from smolconv.layouts.documents import is_number
 
 T = TypeVar("T")
 _MOST_BINS = 1000
-#: The first 16 sources have their own curve; all others share one.
+#: The first 16 sources have their own curve; all others share one. Tasks after the first 16 are not drawn.
 _MOST_SOURCES, OTHERS = 16, "others"
 #: Events kept per kind, the newest ones. An event of any other kind counts as a note.
 MOST_EVENTS = 200
@@ -142,6 +142,7 @@ class RunHistory:
     expected: dict[str, Curve] = field(default_factory=lambda: {"tokens_per_second": Curve(), "mfu": Curve()})
     mixture: dict[str, Curve] = field(default_factory=dict)  #: by source, its share of a step's tokens
     evaluations: dict[str, Curve] = field(default_factory=dict)  #: by source
+    tasks: dict[str, Curve] = field(default_factory=dict)  #: by task and metric
     stages: list[tuple[int, str]] = field(default_factory=list)  #: first step and name
     events: dict[str, deque[EventLine]] = field(
         default_factory=lambda: {kind: deque(maxlen=MOST_EVENTS) for kind in KINDS}
@@ -231,3 +232,6 @@ def _add_event(run: RunHistory, line: EventLine) -> None:
     for source, loss in line.losses.items():
         known = source if source in run.evaluations or len(run.evaluations) < _MOST_SOURCES else OTHERS
         run.evaluations.setdefault(known, Curve()).add(line.step, loss)
+    for name, value in line.tasks.items():
+        if name in run.tasks or len(run.tasks) < _MOST_SOURCES:
+            run.tasks.setdefault(name, Curve()).add(line.step, value)

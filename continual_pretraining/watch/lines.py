@@ -47,6 +47,7 @@ class EventLine:
     text: str
     by: str  #: for a start: who started it, such as "8 ranks on node-a by slurm"
     losses: Mapping[str, float]  #: for an evaluation, by source; absent where not finite
+    tasks: Mapping[str, float]  #: for an evaluation by tasks, by "task metric"
 
 
 def timestamp() -> str:
@@ -95,7 +96,19 @@ def event_line(data: bytes) -> EventLine:
         text=visible(_take(found, "text", "text", _is_text) or ""),
         by=visible(" ".join(by)),
         losses={source: loss for source, loss in named.items() if loss is not None},
+        tasks=_task_values(found),
     )
+
+
+def _task_values(found: Mapping[str, Any]) -> dict[str, float]:
+    tasks = _take(found, "tasks", "an object", _is_object) or {}
+    by_task = {task: _take(tasks, task, "an object", _is_object) or {} for task in tasks}
+    values = {
+        visible(f"{task} {metric}"): _take(metrics, metric, "a number", is_number)
+        for task, metrics in by_task.items()
+        for metric in metrics
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def lines_backwards(file: int, *, most_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from smolconv.continual_pretraining.estimate.hardware import ASSUMED_MFU
 from smolconv.continual_pretraining.recipe.schedules import Schedule, learning_rate, turning_steps
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.watch.history import Point, RunHistory
+from smolconv.continual_pretraining.watch.history import Curve, Point, RunHistory
 from smolconv.drawing import multiples, round_step
 
 #: Limits of a plot: stages, and columns that show their values on hover.
@@ -96,16 +96,28 @@ def panels(runs: Sequence[RunHistory]) -> list[Panel]:
         lines = [line for run, colour in _coloured(runs) for line in _lines(run, name, colour, steps, many=many)]
         if lines or name == "loss":
             made.append(_panel(title, note, width, steps, lines, runs, log=log, zero=zero))
-    held_out = [
-        _Line(f"{run.name}, {source}" if many else source, colour if many else other, curve.points(), "dots")
-        for run, colour in _coloured(runs)
-        for (source, curve), other in zip(run.evaluations.items(), itertools.cycle(_COLOURS))
-    ]
-    if held_out:
+    if held_out := _dotted(runs, lambda run: run.evaluations):
         made.append(_panel("Evaluation", "nats per token, held out", half, steps, held_out, runs, log=True))
-    if not many and (shares := _mixture(runs[0], steps)):
-        made.append(_panel("Mixture", "share of a step's tokens", half, steps, shares, runs, zero=True))
+    if shares := _dotted(runs, _shares_of_tasks):
+        made.append(_panel("Tasks", "accuracy", half, steps, shares, runs))
+    if not many and (mixture := _mixture(runs[0], steps)):
+        made.append(_panel("Mixture", "share of a step's tokens", half, steps, mixture, runs, zero=True))
     return made
+
+
+def _dotted(runs: Sequence[RunHistory], curves: Callable[[RunHistory], Mapping[str, Curve]]) -> list[_Line]:
+    """A line with dots for each curve: of several runs in the run's colour, else each in its own."""
+    many = len(runs) > 1
+    return [
+        _Line(f"{run.name}, {name}" if many else name, colour if many else other, curve.points(), "dots")
+        for run, colour in _coloured(runs)
+        for (name, curve), other in zip(curves(run).items(), itertools.cycle(_COLOURS))
+    ]
+
+
+def _shares_of_tasks(run: RunHistory) -> dict[str, Curve]:
+    """Accuracies and other metrics from 0 to 1. Perplexities would need another axis; events.jsonl has them."""
+    return {name: curve for name, curve in run.tasks.items() if all(0 <= point.value <= 1 for point in curve.points())}
 
 
 def _steps(runs: Sequence[RunHistory]) -> tuple[int, int]:
@@ -113,7 +125,7 @@ def _steps(runs: Sequence[RunHistory]) -> tuple[int, int]:
     ends = [
         point.step
         for run in runs
-        for curve in (*run.curves.values(), *run.evaluations.values())
+        for curve in (*run.curves.values(), *run.evaluations.values(), *run.tasks.values())
         for point in curve.points()
     ]
     first = min(*ends, *(max(0, run.first.step - 1) for run in runs))
