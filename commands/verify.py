@@ -75,9 +75,7 @@ def verify(
     ] = None,
     card: Annotated[
         Path | None,
-        typer.Option(
-            "--check-proof", metavar="FILE", dir_okay=False, help="Repeat a card's comparison, by its options."
-        ),
+        typer.Option("--check-proof", metavar="FILE", help="Repeat a card's comparison, by its options."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:

@@ -498,10 +498,9 @@ def _reading_words(
 ) -> list[str]:
     """Options that say how to read A and B, as the command line has them; of a path the name."""
     paths = [None if each is None else Path(each).name for each in configs]
-    given = {
-        "--from": layouts[0], "--from-b": layouts[1], "--config": paths[0], "--config-b": paths[1],
-        "--architecture": architecture,
-    }  # fmt: skip
+    from smolconv.verification.proof import READING_OPTIONS
+
+    given = dict(zip(READING_OPTIONS, (*layouts, *paths, architecture)))
     return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 

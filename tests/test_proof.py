@@ -104,6 +104,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a tensor called missing": (lambda d: d["tensors"].update(missing=["x"]), "missing or unexpected"),
     "Adam's state": (lambda d: d["a"]["optimizer"].update(exp_avg={}), "tensors of Adam"),
     "the command": (lambda d: d.update(command=d["command"].replace("32", "2048")), "does not follow"),
+    "more words": (lambda d: d.update(command=d["command"] + " --gate-kl 1"), "does not follow"),
     "the length": (lambda d: d["options"].update(length=64), "does not follow"),
     "a name": (lambda d: d["b"].update(name="hf://HuggingFaceTB/SmolLM3-3B"), "does not follow"),
 }  # fmt: skip

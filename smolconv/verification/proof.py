@@ -34,6 +34,8 @@ PROOF_SCHEMA = "smolconv_proof.schema.json"
 MOST_BYTES = 64 << 20
 _PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 _Text = Annotated[str, Field(max_length=10_000)]
+#: Options that say how to read A and B: each takes a word, and may stand at the end of a card's command.
+READING_OPTIONS = ("--from", "--from-b", "--config", "--config-b", "--architecture")
 #: Gates whose limits a user may set.
 AskedGate = Literal["max_abs", "kl", "top1"]
 

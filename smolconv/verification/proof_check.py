@@ -14,7 +14,15 @@ from typing import Any
 from smolconv.checkpoint import Checkpoint
 from smolconv.errors import counted, some_of
 from smolconv.verification.logits import GATES
-from smolconv.verification.proof import Proof, ProvenLogits, ProvenSide, ProvenTensor, ProvenTensors, read_side
+from smolconv.verification.proof import (
+    READING_OPTIONS,
+    Proof,
+    ProvenLogits,
+    ProvenSide,
+    ProvenTensor,
+    ProvenTensors,
+    read_side,
+)
 
 #: How much wider a limit may be than the one found here: it follows the noise floor, which depends on the machine.
 _WIDER = 2.0
@@ -35,7 +43,7 @@ def doubts(proof: Proof) -> list[str]:
     found = [*_tensor_doubts(proof), *_logits_doubts(proof)]
     if proof.passed != proof.verdict():
         found.append(f"the card says passed: {_json(proof.passed)}, and its figures say the opposite")
-    if not _begins_as_expected(proof):
+    if not _follows(proof):
         found.append(f"its command is {proof.command!r:.200}, which does not follow from its names and options")
     return found
 
@@ -48,13 +56,14 @@ def weaknesses(proof: Proof) -> list[str]:
     return [*found, "logits were not compared"] if proof.logits is None else found
 
 
-def _begins_as_expected(proof: Proof) -> bool:
-    """Whether the command begins with what follows from the card; how A and B were read may come after it."""
+def _follows(proof: Proof) -> bool:
+    """Whether the command is what follows from the card; how A and B were read may come after it."""
     try:
         words, expected = shlex.split(proof.command), proof.command_words()
     except ValueError:
         return False
-    return words[: len(expected)] == expected
+    others = words[len(expected) :]
+    return words[: len(expected)] == expected and len(others) % 2 == 0 and set(others[::2]) <= set(READING_OPTIONS)
 
 
 def _tensor_doubts(proof: Proof) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -41,6 +42,8 @@ DIFF: Command = ("diff", INPUT, ORIGINAL, "--json")
 #: Needs torch, and so a slower server: drawn rarely.
 VERIFY: Command = ("verify", INPUT, ORIGINAL, "--tensors-only", "--json")
 CHECKED_CONVERSION: Command = (*TO_HF, "--verify")
+CARD = "smolconv_proof.json"
+CHECK_PROOF: Command = ("verify", ORIGINAL, ORIGINAL, "--check-proof", f"{INPUT}/{CARD}", "--json")
 
 
 def dry(command: Command) -> Command:
@@ -105,6 +108,17 @@ def _converted(source: Path | Callable[[Path], object], to: str, folder: Path, *
         shutil.rmtree(made)
     else:
         convert(source, folder, to, **options)
+
+
+def _with_card(folder: Path) -> None:
+    """Of a comparison without logits, which is exact on every machine. Both sides are called as in ``CHECK_PROOF``."""
+    import smolconv
+
+    source = NANOTRON / "smollm2-tiny/expected_hf"
+    _copied(source, folder)
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / ORIGINAL).symlink_to(source)
+        smolconv.verify(Path(made) / ORIGINAL, Path(made) / ORIGINAL, logits=False, proof=folder / CARD)
 
 
 def _gguf(folder: Path) -> None:
@@ -207,6 +221,7 @@ SEEDS = {
             name="ours-universal", kind="written by smolconv", sealed=True,
             make=partial(_converted, partial(_deepspeed, "zero2-fp32-ws3"), "deepspeed", universal=True), commands=_GROUPED,
         ),
+        Seed(name="card", kind="card of proof", make=_with_card, commands=(INSPECT, CHECK_PROOF)),
         Seed(name="gguf", kind="gguf", make=_gguf, commands=(_IMPORT, dry(_IMPORT))),
         *(
             Seed(
@@ -242,7 +257,7 @@ SEEDS = {
 #: How often a kind is drawn: by how much of smolconv reads it.
 WEIGHTS = {
     "nanotron": 4, "huggingface": 4, "deepspeed": 7, "written by smolconv": 5, "gguf": 2, "token files": 2, "recipe": 2,
-    "nanotron YAML": 2, "training run": 4,
+    "nanotron YAML": 2, "training run": 4, "card of proof": 1,
 }  # fmt: skip
 
 

@@ -21,7 +21,18 @@ import forked_cli
 from conftest import Finished
 
 import smolconv.errors
-from fuzzing.inputs import CHECKED_CONVERSION, INPUT, ORIGINAL, OUTPUT, SEEDS, VERIFY, Command, Workshop
+from fuzzing.inputs import (
+    CARD,
+    CHECK_PROOF,
+    CHECKED_CONVERSION,
+    INPUT,
+    ORIGINAL,
+    OUTPUT,
+    SEEDS,
+    VERIFY,
+    Command,
+    Workshop,
+)
 from fuzzing.mutations import apply
 from fuzzing.outputs import Tensors, safetensors_of, tensors_below
 from fuzzing.strategies import Case
@@ -110,7 +121,7 @@ class Judge:
         return _judged_output(case, done, folder, self)
 
     def _run(self, command: Sequence[str], folder: Path) -> Finished:
-        torch = command in (VERIFY, CHECKED_CONVERSION)
+        torch = command in (VERIFY, CHECKED_CONVERSION, CHECK_PROOF)
         return Finished(*forked_cli.run(command, folder, torch=torch, seconds=self.seconds, memory_bytes=MEMORY_BYTES))
 
     def _failure(self, done: Finished, case: Case, folder: Path) -> Outcome | None:
@@ -245,6 +256,8 @@ def _judged_output(case: Case, done: Finished, folder: Path, judge: Judge) -> Ou
         if says_same and (differing := _differing_weights(case, folder, whole)):
             told = f"{case.command[0]} calls different weights the same"
             return Outcome(kind="wrong output", signature=told, detail=differing)
+        if document.get("holds") and (claim := _other_claim(folder / INPUT / CARD, whole / CARD)):
+            return Outcome(kind="wrong output", signature=f"a card holds that claims another {claim}")
     if broken := _broken_digest(case, folder, whole):
         checked = "--check" in case.command
         if checked:
@@ -357,6 +370,18 @@ def _differing_weights(case: Case, folder: Path, whole: Path) -> str:
                 if names := [name for name in a if name in b and a[name] != b[name]]:
                     return f"{original.name}: {names[0]}"
     return ""
+
+
+def _other_claim(damaged: Path, whole: Path) -> str:
+    """A field of a card that a check must compare, and that is another one than before."""
+    claims = [json.loads(path.read_text(encoding="utf-8-sig")) for path in (damaged, whole)]
+    for claim in claims:
+        for free in ("made", "versions", "machine"):
+            claim.pop(free, None)
+        for side in ("a", "b"):
+            claim[side].pop("revision", None)
+        claim["command"] = claim["command"].split()
+    return next((name for name in claims[1] if claims[0].get(name) != claims[1][name]), "")
 
 
 def _documents(folder: Path, source: Path) -> str:
