@@ -51,6 +51,11 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 def read_recipe(path_or_name: str | Path) -> str:
     """The text of the file, or of the shipped recipe with that name. Raises ``UsageError``."""
     path = _find(path_or_name)
+    if path.is_dir():
+        raise UsageError(
+            f"{path} is a folder.\nA recipe was expected: a YAML file, or the name of a shipped one.\n"
+            "To make one: smolconv recipe init my.yaml --source CHECKPOINT --data TOKENS --gpus N"
+        )
     try:
         return read_bytes(path, _MOST_BYTES).decode()
     except UnicodeDecodeError as error:

@@ -383,7 +383,8 @@ def refuse_nested(source: Path, target: Path) -> None:
     """Raise ``UsageError`` when one folder lies in the other."""
     inner, outer = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise UsageError(f"{target} and {source} lie in each other. Choose a target outside the source.")
+        found = f"{target} is the source" if inner == outer else f"{target} and {source} lie in each other"
+        raise UsageError(f"{found}.\nChoose a target outside the source.")
 
 
 def require_space(target: Path, needed_bytes: int) -> None:
