@@ -54,7 +54,9 @@ def main() -> None:
     except MemoryError as error:
         _stop(error, 4, "MachineError: out of memory. Try fewer --workers or a smaller --max-memory.")
     except OSError as error:
-        _stop(error, 4, f"MachineError: {_told(error)}\n{_advice(error)}")
+        # No file system has room for such a name: the words or the document that give it are wrong, not the machine.
+        name, code = ("UsageError", 2) if error.errno == errno.ENAMETOOLONG else ("MachineError", 4)
+        _stop(error, code, f"{name}: {_told(error)}\n{_advice(error)}")
     except Exception as error:
         if hasattr(error, "format_message"):  # of click, which newer versions of Typer have inside
             _usage(error)

@@ -116,10 +116,10 @@ def _limit(asked: dict[str, Any]) -> None:
     if asked["memory_bytes"] is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + asked["memory_bytes"],) * 2)
-    if asked["disk_free_bytes"] is not None:
+    if asked.get("disk_free_bytes") is not None:
         usage = shutil.disk_usage
         shutil.disk_usage = lambda path: usage(path)._replace(free=asked["disk_free_bytes"])
-    if asked["programs"] is not None:
+    if asked.get("programs") is not None:
         os.environ["PATH"] = os.pathsep.join((asked["programs"], os.environ["PATH"]))
 
 

@@ -54,3 +54,11 @@ def test_a_recipe_does_not_write_to_one(tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     done = run_cli("recipe", "validate", "r.yaml", "--set", "output=s3://bucket/run", cwd=tmp_path)
     assert done.code == 2 and "s3://bucket/run is not an address that smolconv can open" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect", "@"], ["convert", str(HF), "@", "--to", "hf"], ["plot", "@"], ["runs", "@"]]
+)
+def test_a_name_that_no_file_system_has_room_for_is_a_mistake_of_the_words(tmp_path: Path, words: list[str]) -> None:
+    done = run_cli(*("a" * 300 if word == "@" else word for word in words), cwd=tmp_path)
+    assert done.code in (2, 3) and "aaa" in done.stderr and "Errno" not in done.stderr, done.stderr

@@ -6,6 +6,7 @@ It finds everything that is missing at once, each with the command that provides
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,7 +206,7 @@ def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     try:
         return read_source(recipe, open_source(uri, headers_only=True))
     except MissingFile as error:
-        if is_hub_uri(uri) or Path(uri).exists():
+        if is_hub_uri(uri) or os.path.exists(uri):
             raise
         raise MissingFile(
             f"model.source: {uri} is not there.\n"
@@ -271,7 +272,7 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
     found.attempt(lambda: check_sources(data))
     missing: list[str] = []
     for path, name in folders_ahead(data, position):
-        if not Path(path).exists():
+        if not os.path.exists(path):
             missing.append(path)
         elif (opened := found.attempt(partial(open_folder, path, name, data, vocab_size))) is not None:
             found.tokens[name] = opened.tokens
@@ -279,7 +280,7 @@ def _open_data(found: Preflight, position: Position | None, spec: ModelSpec | No
     if evaluation is not None and evaluation.include_path is not None:
         found.attempt(partial(check_include, Path(evaluation.include_path), "evaluation.include_path"))
     for source in () if evaluation is None else evaluation.sources:
-        if not Path(source.path).exists():
+        if not os.path.exists(source.path):
             missing.append(source.path)
         else:
             found.attempt(partial(open_held_out, source, data, vocab_size))

@@ -128,8 +128,8 @@ def _steps(runs: Sequence[RunHistory]) -> tuple[int, int]:
         for curve in (*run.curves.values(), *run.evaluations.values(), *run.tasks.values())
         for point in curve.points()
     ]
-    first = min(*ends, *(max(0, run.first.step - 1) for run in runs))
-    return first, max(first + 1, *ends, *(run.last.step for run in runs))
+    first = min([*ends, *(max(0, run.first.step - 1) for run in runs)])
+    return first, max([first + 1, *ends, *(run.last.step for run in runs)])
 
 
 def _coloured(runs: Sequence[RunHistory]) -> Iterator[tuple[RunHistory, str]]:
