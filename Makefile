@@ -21,7 +21,7 @@ FUZZ_SEED ?= 0
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
-	@echo "make day                 text, training, evaluation, a Hub on this machine and a stranger's check, with the same model (under 10 minutes)"
+	@echo "make day                 text, training, evaluation, a Hub on this machine and a stranger's check, with the same model (minutes)"
 	@echo "make test                lint, types, import contract, and the tests"
 	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
 	@echo "make test-slow           the tests that take minutes"

@@ -5,7 +5,7 @@
 Needs no network and two cores. The text is Python's own documentation, as the Python installation holds it; the Hub is
 ``fake_hub.py`` in this process, and its client is huggingface_hub's own. Each command is printed before its output.
 Exit 1 when a command fails, or when the perplexity of held-out text did not fall. Everything is written to day/, which
-is emptied first (7 GB).
+is emptied first (5 GB).
 """
 
 from __future__ import annotations
