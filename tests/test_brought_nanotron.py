@@ -371,7 +371,7 @@ def test_the_progress_of_a_branch_is_converted_and_decides_the_learning_rate(tmp
     assert (found["last_train_step"], found["consumed_train_samples"], found["consumed_tokens_total"]) == (
         40_000, 23_040_000, 94_371_840_000,
     )  # fmt: skip
-    assert any("by the name of the branch" in warning for warning in result.warnings)
+    assert any("taken from the branch's name" in warning for warning in result.warnings)
     convert(uri, tmp_path / "copy", "hf")
     state = json.loads((tmp_path / "copy/smolconv_state/state.json").read_text())
     assert (state["step"], state["progress"]["consumed_tokens"]) == (40_000, 94_371_840_000)

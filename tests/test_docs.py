@@ -141,7 +141,8 @@ def test_every_command_of_every_page_exists_with_its_options() -> None:
 def parsed_in_a_sentence(text: str) -> None:
     """``parsed``, for a command that may end early and that may leave out arguments by ``...``."""
     words = [word for word in shlex.split(text)[1:] if word != "..."]
-    if words[:1] in (["--help"], ["COMMAND"]) or all(hasattr(_app().commands.get(word), "commands") for word in words):
+    groups: Any = _app()
+    if words[:1] in (["--help"], ["COMMAND"]) or all(hasattr(groups.commands.get(word), "commands") for word in words):
         return
     try:
         parsed(words)
@@ -230,9 +231,9 @@ def test_there_are_ten_situations() -> None:
 
 @pytest.mark.parametrize(("situation", "command", "where"), ten_situations())
 def test_the_section_of_a_situation_has_its_command(situation: str, command: str, where: str) -> None:
-    path, _, anchor = LINK.search(where)[1].partition("#")  # type: ignore[index]
+    path, _, anchor = LINK.search(where)[1].partition("#")
     text = section(REPOSITORY / "docs" / (path or "start-here.md"), anchor)
-    name = re.search(r"`(smolconv [\w-]+|smolconv\.\w+)", command)[1]  # type: ignore[index]
+    name = re.search(r"`(smolconv [\w-]+|smolconv\.\w+)", command)[1]
     shown = [name, name.removeprefix("smolconv "), f"`{name.removeprefix('smolconv ')}`"]
     assert any(word in text for word in shown), f"{situation}: {where} does not show {name}"
 

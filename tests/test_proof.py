@@ -172,7 +172,7 @@ def test_a_proof_needs_the_text_that_others_have_too(tmp_path: Path) -> None:
     done = run_cli("verify", NANOTRON, HF, "--text", tmp_path / "text.txt", "--proof", tmp_path / "proof.json")
     assert done.code == 2 and "others can repeat" in done.stderr and not (tmp_path / "proof.json").exists()
     done = run_cli("verify", NANOTRON, HF, "--proof", tmp_path / "no" / "proof.json")
-    assert done.code == 2 and "is not there" in done.stderr
+    assert done.code == 2 and "does not exist" in done.stderr
 
 
 def test_a_card_is_repeated_from_a_folder_on_the_hub(card: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_dangling_link_in_the_place_of_weights_or_config_is_said(hf):
     for name in ("model.safetensors", "config.json"):
         (hf / name).unlink()
         (hf / name).symlink_to(f"../../blobs/{name}")
-        with pytest.raises(MissingFile, match=f"{name} is a link to nothing(.|\\n)*blobs"):
+        with pytest.raises(MissingFile, match=f"{name} is a dangling link(.|\\n)*blobs"):
             read_checkpoint(hf)
 
 

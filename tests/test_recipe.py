@@ -236,7 +236,7 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
         ("name: small", "name: small: er", "small.yaml:1: not YAML: a second colon in the line"),
         ("name: small", "name: [small", "small.yaml:2: not YAML"),
         ("name: small", "name: !!python/name:os.system x", "small.yaml:1: the tag tag:yaml.org,2002:python/name:os.system has no place"),
-        ("name: small", "name: &loop [*loop]", "small.yaml: not YAML: the alias *loop stands within what it stands for."),
+        ("name: small", "name: &loop [*loop]", "small.yaml: not YAML: the alias *loop is inside its own anchor."),
         ("2e-4", ".inf", "small.yaml:14: schedule.peak_lr is inf; expected a finite number"),
     ],
 )  # fmt: skip
@@ -588,7 +588,7 @@ def test_files_are_permuted_by_the_stages_seed(tmp_path):
         ("optimizer.learning_rate_scheduler", {"learning_rate": None}, "learning_rate is missing"),
         ("optimizer.learning_rate_scheduler", {"lr_decay_style": "square"}, "schedule.decay is 'square'"),
         ("model", {"dtype": "float16"}, "expected bfloat16 or float32"),
-        ("tokens", {"train_steps": "many"}, "a field is of an unexpected kind"),
+        ("tokens", {"train_steps": "many"}, "a field has an unexpected type"),
         ("tokens", {"sequence_length": None}, "tokens.sequence_length is missing"),
         ("data_stages.0", {"sequence_length": 4096}, "a recipe has one"),
         ("data_stages.0.data.dataset", {"dataset_weights": [1.0]}, "has 3 folders and 1 weights"),
