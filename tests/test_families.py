@@ -287,7 +287,7 @@ def test_qwen3_has_no_place_in_nanotron(tmp_path):
     refused = run_cli("convert", source, tmp_path / "run", "--to", "nanotron")
     assert refused.code == 3 and "q_norm, k_norm" in refused.stderr
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UnsupportedModel, match="no class of nanotron has a place"):
+    with pytest.raises(UnsupportedModel, match="no class of nanotron has these"):
         spec_to_nanotron(spec_from_hf(config_of(source)), {})
 
 
