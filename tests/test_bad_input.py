@@ -637,7 +637,7 @@ def test_an_existing_target_is_refused_and_untouched(hf, cli, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
-    assert_short_error(cli("convert", hf, target, "--to", "nanotron"), 2, "is there already", "--overwrite")
+    assert_short_error(cli("convert", hf, target, "--to", "nanotron"), 2, "already exists", "--overwrite")
     assert files_below(target) == {"mine.txt": b"mine"}
 
 
@@ -919,7 +919,7 @@ def test_a_partial_folder_of_someone_else_is_not_touched(hf, cli, tmp_path):
     other = tmp_path / "out.partial"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
-    assert_short_error(cli("convert", hf, tmp_path / "out", "--to", "nanotron"), 2, "was not made by smolconv")
+    assert_short_error(cli("convert", hf, tmp_path / "out", "--to", "nanotron"), 2, "was not written by smolconv")
     assert files_below(other) == {"thesis.tex": b"precious"}
 
 

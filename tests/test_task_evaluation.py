@@ -101,7 +101,7 @@ def test_a_run_evaluates_its_checkpoints_beside_the_training_and_keeps_the_one_t
     found = {each["step"]: each["tasks"] for each in events if each["kind"] == "evaluation"}
     assert found == {2: {"mine": {"acc": 0.2, "samples": 4.0}}, 6: {"mine": {"acc": 0.6, "samples": 4.0}}}
     failed = [each for each in events if each["kind"] == "evaluation_failed"]
-    assert [each["step"] for each in failed] == [4] and "has gone" in failed[0]["text"]
+    assert [each["step"] for each in failed] == [4] and "no longer exists" in failed[0]["text"]
     assert not list((run / "evaluations").glob("*.asked"))
 
 
