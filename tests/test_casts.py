@@ -131,13 +131,13 @@ def test_verify_tells_a_rounded_copy_from_another_model(cli, tmp_path):
     for a, b in ((source, tmp_path / "out"), (tmp_path / "out", source)):
         done: Finished = cli("verify", a, b, "--tensors-only", "--json")
         document = json.loads(done.stdout)
-        assert done.code == 1 and "within its rounding" in document["reason"]
+        assert done.code == 1 and "within the rounding" in document["reason"]
         assert document["tensors"]["rounded"] + document["tensors"]["equal"] == document["tensors"]["compared"]
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights[NAME].view(torch.int16)[0, 0] += 1  # one unit in the last place, twice what rounding explains
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     document = json.loads(cli("verify", source, tmp_path / "out", "--tensors-only", "--json").stdout)
-    assert "within its rounding" not in document["reason"]
+    assert "within the rounding" not in document["reason"]
 
 
 # --- The arithmetic, against torch -------------------------------------------------------------------------------------

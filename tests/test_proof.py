@@ -76,7 +76,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a looser limit": (lambda d: d["logits"]["gates"]["max_abs"].update(limit=1.0), "limit of max_abs is 1 on the card"),
     "a looser share": (lambda d: d["logits"]["gates"]["top1"].update(limit=0.5), "limit of top1 is 0.5 on the card"),
     "a gate left out": (lambda d: d["logits"]["gates"].pop("kl"), "the card has no gate kl"),
-    "a verdict": (lambda d: d.update(passed=False), "its figures say the opposite"),
+    "a verdict": (lambda d: d.update(passed=False), "its numbers show the opposite"),
     "a gate's verdict": (lambda d: d["logits"]["gates"]["kl"].update(passed=False), "gate kl is called failed"),
     "a value over its limit": (lambda d: d["logits"]["gates"]["max_abs"].update(value=9.0), "gate max_abs is called passed"),
     "logits left out": (lambda d: d.update(logits=None), "the card has none"),
@@ -111,7 +111,7 @@ def test_a_card_of_a_failure_says_so_and_holds(tmp_path: Path) -> None:
     assert done.code == 1 and not read_proof(tmp_path / "proof.json").passed
     assert check(tmp_path / "proof.json", HF, other) == ()
     lied = changed(tmp_path / "proof.json", tmp_path, lambda d: d.update(passed=True))
-    assert any("its figures say the opposite" in each for each in check(lied, HF, other))
+    assert any("its numbers show the opposite" in each for each in check(lied, HF, other))
 
 
 def test_adams_state_is_on_the_card_where_it_was_compared(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_inspect_shows_a_card_and_what_it_says_against_itself(card: Path, tmp_pa
     assert document["proof"]["passed"] is True and document["problems"] == []
     assert "proof" in run_cli("inspect", tmp_path / "hf").stdout
     shutil.copy(changed(card, tmp_path, lambda d: d.update(passed=False)), tmp_path / "hf" / "smolconv_proof.json")
-    assert "figures say the opposite" in smolconv.inspect(tmp_path / "hf")["problems"][0]
+    assert "numbers show the opposite" in smolconv.inspect(tmp_path / "hf")["problems"][0]
     assert smolconv.inspect(HF)["proof"] is None
 
 

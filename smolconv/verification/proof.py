@@ -1,7 +1,7 @@
-"""A card of what a verification found, for others to repeat: ``verify --proof`` writes it, ``--check-proof`` reads it.
+"""The card of a verification that others can repeat: ``verify --proof`` writes it, ``--check-proof`` reads it.
 
-docs/proof.md describes the document, and docs/smolconv_proof.schema.json is its JSON schema. It has no path of a
-machine: folders are called by their names, and sources on the Hub by their addresses.
+docs/proof.md describes the document, and docs/smolconv_proof.schema.json is its JSON schema. It contains no local path:
+folders are given by name, and sources on the Hub by address.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from smolconv.verification.compare import VerifyOptions, VerifyReport
 from smolconv.version import __version__
 
 PROOF_SCHEMA = "smolconv_proof.schema.json"
-#: Tensors of a 3B model take 60 kB; a thousand times as many are no model of ours.
+#: Size limit. The tensors of a 3B model take 60 kB.
 MOST_BYTES = 64 << 20
-#: How much further a limit may be than the one found on another machine, whose noise floor is another.
+#: How much larger a card's limit may be than the one measured here, because machines have different noise floors.
 _LOOSER = 2.0
-#: NLL of two machines for the same model and text, in nats.
+#: Tolerance for the NLL of the same model and text on two machines, in nats.
 _NLL = {"float32": 1e-3, "bfloat16": 2e-2}
 _PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 _Text = Annotated[str, Field(max_length=10_000)]
@@ -73,7 +73,7 @@ class ProvenOptions(_Strict):
 
 
 class ProvenTensors(_Strict):
-    """The tier that compares bit for bit."""
+    """The tier that compares tensors bit for bit."""
 
     compared: int
     equal: int
@@ -82,7 +82,7 @@ class ProvenTensors(_Strict):
 
 
 class ProvenGate(_Strict):
-    """A figure and its limit: top1 passes from its limit on, every other one up to it."""
+    """A value and its limit: top1 passes if it is at least the limit, others if at most."""
 
     limit: float
     value: float | None = Field(description="null where it was not finite.")
@@ -109,7 +109,7 @@ class ProvenLogits(_Strict):
 
 
 class Machine(_Strict):
-    """What kind of machine it was; no name of it."""
+    """The kind of machine, without its name."""
 
     system: _Text
     architecture: _Text
@@ -118,7 +118,7 @@ class Machine(_Strict):
 
 
 class Proof(_Strict):
-    """The whole card."""
+    """The complete card."""
 
     schema_version: Literal[1] = Field(alias="schema")
     made: _Text = Field(description="The day, as YYYY-MM-DD.")
@@ -140,7 +140,7 @@ class Proof(_Strict):
         return self.model_dump(mode="json", by_alias=True)
 
     def verdict(self) -> bool:
-        """By the card's own figures."""
+        """The verdict by the card's own numbers."""
         tiers = [self.tensors, *self.optimizer.values()]
         return (
             not self.spec_differences
@@ -154,7 +154,7 @@ def make_proof(
     report: VerifyReport, options: VerifyOptions, sides: Sequence[Checkpoint], names: Sequence[str],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Proof:  # fmt: skip
-    """The card of a verification; every tensor is read once more for its digest. ``advance``: after each tensor."""
+    """Build the card of a verification, reading every tensor again for its digest. ``advance``: after each tensor."""
     found = report.to_json()
     asked = {name: limit for name, limit in (options.gates or {}).items() if limit is not None}
     words = [
@@ -217,7 +217,7 @@ def _side(checkpoint: Checkpoint, name: str, optimizer: bool, advance: Callable[
 
 
 def sha256_of(tensor: LazyTensor) -> str:
-    """Of its elements, row-major and little-endian, in hexadecimal digits."""
+    """SHA-256 of the elements, row-major and little-endian, as hexadecimal digits."""
     hasher = hashlib.sha256()
     for chunk in tensor.raw_chunks():
         hasher.update(as_bytes(chunk))
@@ -243,7 +243,7 @@ def _processor() -> str:
 
 
 def read_proof(path: Path) -> Proof:
-    """Raises ``MissingFile``, and ``CorruptFile`` for anything that is no card of a known version."""
+    """Read a card. Raises ``MissingFile``, and ``CorruptFile`` for anything but a card of a known version."""
     document = read_json(path, MOST_BYTES)
     if document.get("schema") != 1:
         raise CorruptFile(
@@ -261,16 +261,16 @@ def read_proof(path: Path) -> Proof:
 
 
 def doubts(proof: Proof) -> list[str]:
-    """What a card says against itself, in a few words each: a verdict, or a digest, that its own figures contradict."""
+    """Contradictions within a card, in a few words each: a verdict or digest that its own numbers contradict."""
     found = []
     for name, gate in (proof.logits.gates if proof.logits else {}).items():
         if gate.passed != gate.holds(name):
             said = "passed" if gate.passed else "failed"
-            found.append(f"gate {name} is called {said}, with {gate.value} and a limit of {gate.limit:g}")
+            found.append(f"gate {name} is marked {said}, but has {gate.value} with a limit of {gate.limit:g}")
     if proof.passed != proof.verdict():
-        found.append(f"the card says passed: {str(proof.passed).lower()}, and its figures say the opposite")
+        found.append(f"the card has passed: {str(proof.passed).lower()}, but its numbers show the opposite")
     if proof.tensors.compared != len(proof.a.tensors.keys() & proof.b.tensors.keys()):
-        found.append(f"{proof.tensors.compared} tensors are called compared, and other ones are listed")
+        found.append(f"{proof.tensors.compared} tensors are counted as compared, but other ones are listed")
     if proof.tensors.equal == proof.tensors.compared:
         apart = [
             name for name, one in proof.a.tensors.items()
@@ -278,16 +278,16 @@ def doubts(proof: Proof) -> list[str]:
         ]  # fmt: skip
         found += [f"{counted(len(apart), 'tensor')} called equal with other digests, first {apart[0]}"] if apart else []
     if proof.options.logits and proof.logits is None and proof.passed and "left out" not in proof.reason:
-        found.append("logits were to be compared, and the card has none")
+        found.append("logits should be compared, but the card has none")
     return found
 
 
 def differences(proof: Proof, again: Proof) -> list[str]:
-    """What another verification of the same two checkpoints found otherwise than the card."""
+    """Differences between a card and another verification of the same two checkpoints."""
     found = []
     for label, one, other in (("A", proof.a, again.a), ("B", proof.b, again.b)):
         if one.layout != other.layout:
-            found.append(f"{label} is a {other.layout} checkpoint here, and {one.layout} on the card")
+            found.append(f"{label} is a {other.layout} checkpoint here, but {one.layout} on the card")
         sets = [("", one.tensors, other.tensors)]
         sets += [(f"{slot} ", one.optimizer.get(slot, {}), other.optimizer.get(slot, {}))
                  for slot in sorted(one.optimizer.keys() | other.optimizer.keys())]  # fmt: skip
@@ -303,7 +303,7 @@ def differences(proof: Proof, again: Proof) -> list[str]:
 
 
 def other_weights(proof: Proof, checkpoint: Checkpoint) -> list[str]:
-    """Where the card's B has other tensors than this checkpoint."""
+    """Tensors of the card's B that differ from this checkpoint's."""
     here = _side(checkpoint, "", False, lambda _: None)["tensors"]
     on_card = {name: each.model_dump() for name, each in proof.b.tensors.items()}
     apart = sorted(name for name in on_card.keys() | here.keys() if on_card.get(name) != here.get(name))
@@ -322,16 +322,16 @@ def _figures(card: ProvenLogits, here: ProvenLogits, options: ProvenOptions) -> 
         elif options.gates.get(name) is None and (
             said.limit < gate.limit - 0.02 if name == "top1" else said.limit > _LOOSER * gate.limit
         ):
-            found.append(f"the limit of {name} is {said.limit:g} on the card, and {gate.limit:g} here")
+            found.append(f"the limit of {name} is {said.limit:g} on the card, but {gate.limit:g} here")
     for name in ("nll_a", "nll_b"):
         one, other = getattr(card, name), getattr(here, name)
         if (one is None) != (other is None) or abs((one or 0) - (other or 0)) > _NLL[options.compute]:
-            found.append(f"{name} is {one} on the card, and {other} here")
+            found.append(f"{name} is {one} on the card, but {other} here")
     return found
 
 
 def proof_schema() -> dict[str, Any]:
-    """The JSON schema that is kept in docs/."""
+    """The JSON schema in docs/."""
     return Proof.model_json_schema(by_alias=True)
 
 
