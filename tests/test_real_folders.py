@@ -162,7 +162,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         config_and("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
         ("2 of 2 shards", "Copy pytorch_model.bin.index.json"),
     ),
-    "links": (snapshot, ("2 of its files are links to nothing", "../../blobs/LICENSE", "cp -rL")),
+    "links": (snapshot, ("2 of its files are dangling links", "../../blobs/LICENSE", "cp -rL")),
     "no config": (
         lambda folder: shutil.copy(HF / "model.safetensors", folder),
         ("no config.json", "--config PATH"),

@@ -676,5 +676,5 @@ def test_a_runs_folder_is_a_source_wherever_a_checkpoint_is(brought, tokens, tmp
 def test_a_run_whose_latest_leads_elsewhere_gives_no_tokenizer(brought, tmp_path):
     run = Path(shutil.copytree(brought, tmp_path / "run"))
     (run / "checkpoints" / "latest").write_text("../../brought")
-    with pytest.raises(BadCheckpoint, match="the name of a folder beside it was expected"):
+    with pytest.raises(BadCheckpoint, match="expected the name of a folder next to it"):
         find_tokenizer(str(run))

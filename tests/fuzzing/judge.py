@@ -262,7 +262,7 @@ def _judged_output(case: Case, done: Finished, folder: Path, judge: Judge) -> Ou
             kind="wrong output", signature=f"a document that is none: {re.sub(r'[0-9]+', 'N', problem)}", detail=problem
         )
     baseline, expected = judge.baseline(case.seed, case.command)
-    if {"op": "missing", "file": _SIDECAR} in case.ops and "are missing" in done.stdout:
+    if {"op": "missing", "file": _SIDECAR} in case.ops and "are gone" in done.stdout:
         # The whole sidecar may be left behind, which a warning says: what lay in it is not asked for.
         expected = {name: value for name, value in expected.items() if not name.startswith(f"{_SIDECAR}/")}
     return _compared(case, found, baseline, expected)
