@@ -84,7 +84,7 @@ def _unread(source: Checkpoint, used: Collection[Path], *, step: int | None, opt
             path = folder / entry.name
             # Planning the output uses a config.json among the files next to the weights.
             other = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER or path == config
-            if not other and path not in used and not os.path.isdir(path):  # a link to nothing is left out, too
+            if not other and path not in used and not os.path.isdir(path):  # a dangling link is left out, too
                 yield path.relative_to(source.root).as_posix() if source.root in path.parents else str(path)
 
 

@@ -201,7 +201,7 @@ def test_objects_upon_objects_are_bounded(tmp_path, monkeypatch):
     hooks: OrderedDict[str, object] = OrderedDict(a=large)
     reduced = [_Rebuilt(hooks) for _ in range(300)]
     torch.save({"mine": [argparse.Namespace(), *reduced]}, tmp_path / "b.pt")
-    with pytest.raises(CorruptFile, match="says the same things so often"):
+    with pytest.raises(CorruptFile, match="repeats its values so often"):
         read_torch_archive(tmp_path / "b.pt", plain_keys=())
 
 

@@ -367,7 +367,7 @@ def test_an_interrupted_conversion_that_is_begun_anew_is_told_of_resume(nanotron
 
     interrupt()
     done = cli("convert", tmp_path / "out.partial", tmp_path / "other", "--to", "nanotron")
-    assert (done.code, "is not whole" in done.stderr, "--resume" in done.stderr) == (3, True, True)
+    assert (done.code, "is incomplete" in done.stderr, "--resume" in done.stderr) == (3, True, True)
     said = "an earlier attempt at this conversion has finished 1 file; --resume continues"
     words = ("convert", nanotron, target, "--to", "nanotron")
     assert said in cli(*words, "--tp", 2, "--dry-run").stderr

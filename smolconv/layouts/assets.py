@@ -47,10 +47,10 @@ def is_tokenizer(names: set[str]) -> bool:
 def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_for: Iterable[Path]) -> TokenizerFiles:
     """Look at the tokenizer among files that travel; ``made`` are those of our own making.
 
-    What was ``looked_for`` and is a link to nothing is a problem, unless another file has its name.
+    What was ``looked_for`` and is a dangling link is a problem, unless another file has its name.
     """
     nowhere = [path for path in looked_for if path.is_symlink() and not path.exists()]
-    problems = [f"{path} is a link to nothing" for path in nowhere if path.name not in {**assets, **made}]
+    problems = [f"{path} is a dangling link" for path in nowhere if path.name not in {**assets, **made}]
     largest: list[int] = []
     for name in dict.fromkeys(name for names in _SETS for name in names):
         if name in assets:
