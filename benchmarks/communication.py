@@ -105,7 +105,7 @@ class Payload:
         return counted
 
     def taken(self) -> list[dict[str, Any]]:
-        """Calls and bytes by collective, the largest first; counting begins anew."""
+        """Calls and bytes by collective, the largest first; counting restarts."""
         found = [{**vars(key), "calls": self.calls[key], "bytes": self.sent[key]} for key in self.sent]
         self.calls.clear()
         self.sent.clear()

@@ -375,7 +375,7 @@ def main() -> None:
     for parent in given.work or [REPOSITORY.parent]:
         parent.mkdir(parents=True, exist_ok=True)
         if is_diskless(parent) and not given.allow_tmpfs:
-            sys.exit(f"{parent} lies in memory ({file_system(parent)}), not on a disk. Pass --allow-tmpfs to go on.")
+            sys.exit(f"{parent} lies in memory ({file_system(parent)}), not on a disk. Pass --allow-tmpfs to continue.")
         # A folder of our own: what is deleted at the end is only what was made here.
         work = Path(tempfile.mkdtemp(prefix="smolconv-bench-", dir=parent))
         bench = Bench(

@@ -3,7 +3,7 @@
 Kernels and steps beside the CPU's, Liger and an export after it, speed and memory beside Hugging Face's Trainer and our
 own estimate, and the wait for a save, each with its tolerance and verdict. Weights and tokens are random; no network is
 needed. Everything that computes runs in a process of its own (``gpu_jobs.py``, and the worker), and every part has a
-limit of time: what fails leaves the rest. The results, gpu.md and gpu.json, are written anew with every line.
+limit of time: what fails leaves the rest. The results, gpu.md and gpu.json, are rewritten with every line.
 
 ``--dry-run`` goes through all parts on a CPU with toy models. It shows that the check works, and nothing of a GPU.
 

@@ -110,7 +110,7 @@ def at_least(claim: str, found: float, expected: float, *, of: str) -> Line:
 
 
 class Report:
-    """The results, ``gpu.md`` and ``gpu.json`` of a folder; they are written anew, as a whole, with every line."""
+    """The results, ``gpu.md`` and ``gpu.json`` of a folder; they are rewritten completely with every line."""
 
     def __init__(
         self, folder: Path, machine: Sequence[str], parts: Sequence[Part], *, dry_run: bool = False

@@ -606,7 +606,7 @@ def main() -> None:
     parent = (given.work or REPOSITORY.parent).resolve()
     parent.mkdir(parents=True, exist_ok=True)
     if is_diskless(parent) and not given.allow_tmpfs:
-        sys.exit(f"{parent} lies in memory ({file_system(parent)}), not on a disk. Pass --allow-tmpfs to go on.")
+        sys.exit(f"{parent} lies in memory ({file_system(parent)}), not on a disk. Pass --allow-tmpfs to continue.")
     if not is_installed("deepspeed"):
         findings.note("deepspeed is not installed (pip install deepspeed==0.19.8): its tools are left out")
     # A folder of our own: what is deleted at the end is only what was made here.

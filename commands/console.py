@@ -1,4 +1,4 @@
-"""What all commands share of the terminal: settings, JSON on stdout, everything else on stderr, sizes for people."""
+"""Terminal output shared by all commands: settings, JSON on stdout, everything else on stderr, readable sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ settings = Settings()
 
 
 def __getattr__(name: str) -> Console:
-    # rich takes a tenth of a second to import, while the disk could already be busy.
+    # Importing rich takes a tenth of a second, so it is imported on first use.
     if name in ("out", "err"):
         return _console(name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
@@ -50,7 +50,7 @@ def _console(name: str) -> Console:
     from rich.console import Console
 
     class Out(Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process with 1, which means that parity does not hold
+        def on_broken_pipe(self) -> None:  # rich would exit with 1, which means that parity does not hold
             discard_output()
 
     if name == "out":
@@ -59,12 +59,12 @@ def _console(name: str) -> Console:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout. JSON has no numbers that are not finite: those are null."""
+    """Print one JSON document on stdout. Non-finite numbers become null, because JSON has none."""
     line(json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def show(renderable: RenderableType) -> None:
-    """A table or a text on stdout. In a pipe nothing is cut or wrapped, and no line ends in blanks."""
+    """Print a table or text on stdout. In a pipe nothing is cut or wrapped, and no line ends in blanks."""
     console = _console("out")
     if console.is_terminal:
         console.print(renderable)
@@ -75,21 +75,21 @@ def show(renderable: RenderableType) -> None:
 
 
 def line(text: str) -> None:
-    """A line on stdout as it is, never wrapped: what scripts read."""
+    """Print a line on stdout unchanged and unwrapped, for scripts."""
     try:
-        # A file's name may hold bytes that are no text; in JSON this is how such a half of a character is written.
+        # A file's name may hold bytes that are not UTF-8; JSON writes them as surrogate escapes.
         print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
     except BrokenPipeError:
         discard_output()
 
 
 def discard_output() -> None:
-    """For when the reader of stdout has gone: the exit code still says how it went."""
+    """Drop further output after the reader of stdout has closed it; the exit code stays meaningful."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:
-    """A line for people on stderr; silent with --quiet."""
+    """Print a line on stderr; silent with --quiet."""
     if not settings.quiet:
         print(text, file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ def escape(text: str) -> str:
 
 
 def what_is_planned(layout: str, plan: ConversionPlan) -> str:
-    """A dry run's last line."""
+    """Print a dry run's last line."""
     return (
         f"{layout} -> {plan.layout}: {counted(len(plan.output.files), 'file')}, {counted(plan.tensors, 'tensor')}; "
         f"reads {size(plan.bytes_read)}, needs {size(plan.bytes_written)} of disk. Nothing was written."
@@ -136,7 +136,7 @@ def number(count: float) -> str:
 
 @contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes/s and time left on a terminal; silent in a pipe and with --quiet."""
+    """A progress bar with bytes/s and time left on a terminal; silent in a pipe and with --quiet."""
     if settings.quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -152,9 +152,9 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the share done and the time left on a terminal; silent in a pipe and with --quiet.
+    """A progress bar with percentage and time left on a terminal; silent in a pipe and with --quiet.
 
-    It keeps stderr for itself, so that it is seen while that is sent to a log.
+    It keeps its own copy of stderr, so that it stays visible while stderr is redirected to a log.
     """
     if settings.quiet or not sys.stderr.isatty():
         yield lambda _: None

@@ -26,8 +26,8 @@ _EPILOG = """
 
     smolconv continue-train my.yaml --launcher slurm --nnodes 4
 
-The same command resumes a run that was stopped. It ends with 0 when all steps are done, 75 when it was stopped by
-a signal and has saved, 6 when training stopped itself.
+The same command resumes a run that was stopped. It exits with 0 when all steps are done, 75 when a signal stopped it
+after a save, and 6 when training stopped itself.
 """
 
 
@@ -40,23 +40,23 @@ def continue_train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Show the recipe, DeepSpeed's JSON, the estimate and the launch; touch nothing."
+            "--dry-run", help="Show the recipe, DeepSpeed's JSON, the estimate and the launch; change nothing."
         ),
     ] = False,
-    launcher: Annotated[LauncherName | None, typer.Option(help="Instead of the recipe's launch.launcher.")] = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Default: one a GPU.")] = None,
+    launcher: Annotated[LauncherName | None, typer.Option(help="Override the recipe's launch.launcher.")] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node. Default: one per GPU.")] = None,
     nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="For deepspeed: lines of `host slots=N`.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Hostfile for deepspeed: lines of `host slots=N`.")] = None,
     resume: Annotated[
         str,
         typer.Option(
             metavar="{auto,never,PATH}", help="auto: from the run's last checkpoint, if any. PATH: step-N, or a run."
         ),
     ] = "auto",
-    output: Annotated[Path | None, typer.Option(help="The run's folder, instead of the recipe's output.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; overrides the recipe's output.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON document on stdout.")] = False,
 ) -> None:
-    """Continue pretraining from a checkpoint of any layout, by a recipe; or resume a run that was stopped."""
+    """Continue pretraining from a checkpoint of any layout with a recipe, or resume a run that was stopped."""
     from smolconv.continual_pretraining.launchers.launch import launch
     from smolconv.continual_pretraining.launchers.preflight import preflight
     from smolconv.continual_pretraining.recipe.files import load_recipe, notes
@@ -64,7 +64,7 @@ def continue_train(
 
     options = {
         "launch.launcher": launcher, "launch.ranks_per_node": nproc_per_node, "launch.nodes": nnodes,
-        # Quoted: a file's name may be a number, or hold what YAML takes for a comment.
+        # Quoted, because a file's name may look like a number or contain a YAML comment.
         "launch.hostfile": hostfile and json.dumps(str(hostfile)), "output": output and json.dumps(str(output)),
     }  # fmt: skip
     given = load_recipe(
@@ -76,7 +76,7 @@ def continue_train(
     given = as_it_began(given, run, resume)
     told = [*notes(given), *check_run(given, run, resume)]
     if as_json and not dry_run:
-        raise UsageError("a run's figures are in its metrics.jsonl; --json is for --dry-run.")
+        raise UsageError("--json needs --dry-run. The numbers of a run are in its metrics.jsonl.")
     if not dry_run:
         refuse_trained(run)
     found = preflight(given, run, resume)
@@ -91,7 +91,7 @@ def continue_train(
 
 
 def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool) -> None:
-    """Show what is known of the run. Raises what a start would refuse it for, after all that can be shown."""
+    """Show the dry run. Afterwards raises the error with which a start would refuse the run, if any."""
     from smolconv.continual_pretraining.estimate.estimate import estimate
     from smolconv.continual_pretraining.estimate.report import render
     from smolconv.continual_pretraining.launchers.launch import batch_script, launch_command
@@ -109,8 +109,8 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
     if plan.steps == 0:
         told.append(
             f"all {plan.train_steps:,} steps are done: nothing would be trained"
-            f"{'' if recipe.export is None else ', only exported again'}. Raise schedule.train_steps to train on, or "
-            "begin another run with another --output."
+            f"{'' if recipe.export is None else ', only exported again'}. Raise schedule.train_steps to continue, or "
+            "start another run with another --output."
         )
     launcher, words = recipe.launch.launcher, launch_command(recipe, run, resume=resume)
     script = batch_script(recipe, run, resume=resume)
@@ -126,7 +126,7 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
             console.say(line)
         if (error := found.error) is not None:
             console.say(f"{type(error).__name__}: {error}")
-            raise typer.Exit(error.exit_code)  # the document has been printed
+            raise typer.Exit(error.exit_code)  # the JSON document is already printed
         return
     console.line(f"# The recipe, with all defaults\n{dump_recipe(recipe)}")
     console.line(f"# DeepSpeed's JSON for {found.world_size} ranks\n{json.dumps(engine, indent=2)}\n")
@@ -144,7 +144,7 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
             if find_launcher(launcher).starts_each_rank
             else ""
         )
-        console.line(f"# What the launcher starts{times}\n{shlex.join(words)}\n")
+        console.line(f"# The launcher runs{times}\n{shlex.join(words)}\n")
     for line in told:
         console.say(line)
     found.refuse()

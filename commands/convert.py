@@ -279,20 +279,20 @@ def _say_result(result: ConversionResult, summary: Mapping[str, Any]) -> None:
 
 
 def _say_account(account: Account) -> None:
-    """A line of what was carried, and one of what was not."""
+    """Print one line of what was carried, and one of what was left out."""
     console.say(f"carried: {', '.join(account.carried)}")
     console.say(f"left out: {', '.join(account.left_out) or 'nothing'}")
 
 
 def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
-    """What a user may want to stop for: work that would be done again, and bytes that nobody asked for."""
+    """Hints before the work starts: an attempt that --resume could continue, and bytes that were not requested."""
     from smolconv.layouts.huggingface.listing import SIDECAR
     from smolconv.storage.atomic import files_kept
 
     if not resume and (kept := files_kept(plan.target, plan.digest)):
         console.say(
             f"{plan.target}.partial: an earlier attempt at this conversion has finished "
-            f"{counted(kept, 'file')}; --resume continues from there; without it, all is written again."
+            f"{counted(kept, 'file')}; --resume continues it; without it, all files are written again."
         )
     sidecar = sum(file.size for file in plan.output.files if file.tensors and file.path.parts[0] == SIDECAR)
     if plan.prepared.has_optimizer and sidecar and plan.options.optimizer is None:
@@ -303,7 +303,7 @@ def _say_before(plan: ConversionPlan, *, resume: bool) -> None:
 
 
 def _checked_line(check: Mapping[str, Any]) -> str:
-    """What is known of the source's bytes."""
+    """The result of checking the source's digests, as text."""
     checked, unchecked, bare = check["checked"], len(check["unchecked"]), len(check["without_digest"])
     parts = [f"{checked} recorded digest{' holds' if checked == 1 else 's hold'}"] if checked else []
     parts += [f"{unchecked} not compared"] if unchecked else []

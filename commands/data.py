@@ -89,7 +89,7 @@ def _show(report: dict[str, Any]) -> None:
     if report["masked_share"] is not None:
         rows.append(("loss mask", f"{report['masked_share']:.2%} of the tokens are not trained on"))
     if report["scanned_tokens"] < report["tokens"]:
-        rows.append(("looked at", f"the first {console.number(report['scanned_tokens'])} tokens, for all but lengths"))
+        rows.append(("scanned", f"the first {console.number(report['scanned_tokens'])} tokens; for lengths, all"))
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", console.escape(value))
     console.show(table)
@@ -100,7 +100,7 @@ def _show(report: dict[str, Any]) -> None:
         text = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
         cut = "" if "text" in document or len(document["ids"]) <= 64 else " ..."
         console.show(f"\n[bold]document {number}[/], {document['tokens']:,} tokens")
-        console.line(text + cut)  # rich would draw emoji for words between colons
+        console.line(text + cut)  # rich would turn words between colons into emoji
     console.warn(report["problems"])
 
 

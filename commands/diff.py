@@ -29,7 +29,7 @@ def diff(
 ) -> None:
     """Compare two checkpoints' specs, and their tensors' names, shapes and dtypes. Exit 1 if they differ.
 
-    No tensor is read; values are compared by **smolconv verify**.
+    It reads no tensor; **smolconv verify** compares values.
     """
     from smolconv import api
 

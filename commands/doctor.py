@@ -18,7 +18,7 @@ _EPILOG = """
 
     smolconv doctor
 
-    smolconv doctor --for continue-train      # exit 5 where it cannot run
+    smolconv doctor --for continue-train      # exit 5 if it cannot run
 
     smolconv doctor --json
 """
@@ -36,7 +36,7 @@ def doctor(
         typer.Option(
             "--for",
             metavar="COMMAND",
-            help="End with 5 when it cannot run here: convert, hub, verify, continue-train, tokenize, import-gguf or "
+            help="Exit with 5 if it cannot run here: convert, hub, verify, continue-train, tokenize, import-gguf or "
             "evaluate.",
         ),
     ] = None,
@@ -77,7 +77,7 @@ def _show(found: Diagnosis) -> None:
     if torch is not None:
         gpus = ", ".join(f"{gpu['name']} ({console.size(gpu['bytes'])})" for gpu in torch["gpus"])
         instructions = "has" if torch["cpu_bf16"] else "has no"
-        rows.append(("GPUs", gpus or f"none that torch sees; the processor {instructions} instructions for bf16"))
+        rows.append(("GPUs", gpus or f"torch sees none; the processor {instructions} bf16 instructions"))
         rows.append(("attention", f"{torch['attention']} in training"))
     faster = [f"{each.name} {each.version or 'not installed'}" for each in found.faster]
     rows.append(("on GPUs", ", ".join(faster)))

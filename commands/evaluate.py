@@ -45,33 +45,33 @@ def evaluate(
     ] = "lm-eval",
     engine_python: Annotated[
         str | None,
-        typer.Option(metavar="PATH", envvar="SMOLCONV_LIGHTEVAL_PYTHON", help="Python that has lighteval."),
+        typer.Option(metavar="PATH", envvar="SMOLCONV_LIGHTEVAL_PYTHON", help="Python of lighteval's environment."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Documents of each task and held-out folder. Default: all.")
+        int | None, typer.Option(min=1, metavar="N", help="Limit of documents per task and held-out folder.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the held-out sample and the intervals.")] = 0,
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Context of held-out documents, in tokens.")] = 2048,
     eos: Annotated[
-        int | None, typer.Option(min=0, metavar="ID", help="Ends held-out documents that have no .ds.index.")
+        int | None, typer.Option(min=0, metavar="ID", help="Token that ends held-out documents without .ds.index.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "fp32", "bf16"], typer.Option(metavar="TYPE", help="float32 or bfloat16.")
     ] = "float32",
     device: Annotated[str, typer.Option(metavar="NAME", help="Where models run, such as cpu or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Requests of a task at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Requests of a task per batch.")] = 8,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Tokenizer instead of the checkpoints' own.")
+        Path | None, typer.Option(metavar="PATH", help="Tokenizer to use instead of the checkpoints' own.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Model config, where a checkpoint has none.")
+        Path | None, typer.Option(metavar="PATH", help="Model config for a checkpoint without one.")
     ] = None,
     layout: SourceLayout = None,
     work_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Place for temporary files. Default: the system's.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for temporary files. Default: the system's.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the JSON document to this file, too.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write the JSON document to this file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -83,7 +83,7 @@ def evaluate(
     from smolconv.storage.atomic import appearing_whole
 
     if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: the folder {output.absolute().parent} is not there.\nMake it first.")
+        raise UsageError(f"--output {output}: the folder {output.absolute().parent} does not exist.\nCreate it first.")
     found = api.evaluate(
         checkpoints, tasks=names_of(tasks or []), include=include, held_out=held_out or [], engine=engine,
         engine_python=engine_python, limit=limit, seed=seed, length=length, eos=eos, dtype=dtype, device=device,

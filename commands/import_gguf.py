@@ -28,7 +28,7 @@ def import_gguf(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; created only once it is complete.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
-        typer.Option(metavar="TYPE", help="float32 keeps the dequantised values exactly; bfloat16, float16."),
+        typer.Option(metavar="TYPE", help="float32 keeps dequantised values exactly; or bfloat16, float16."),
     ] = "float32",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written and its size; write nothing.")
@@ -42,7 +42,7 @@ def import_gguf(
 ) -> None:
     """Dequantise a GGUF file into a Hugging Face folder, with its tokenizer, config and chat template.
 
-    Nothing is guessed: what the file does not say, or says in a way that has no exact equal, is refused.
+    Nothing is guessed: it refuses a file that lacks a value, or has one without an exact equivalent.
     """
     from smolconv.conversion import ConvertOptions, plan_gguf_import, plan_to_json, run_conversion
     from smolconv.tensors.dtypes import DTYPE_WORDS

@@ -1,4 +1,4 @@
-"""The console script: every error becomes a few lines on stderr and the exit code that docs/cli.md promises."""
+"""The console script: turns every error into a few lines on stderr and the exit code of docs/cli.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from typer import rich_utils
 
-# numpy's BLAS would start a thread per core on import, for matrix products that nothing here asks it for.
+# numpy's BLAS would start a thread per core on import, for matrix products that no command needs.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from smolconv.commands import (  # noqa: F401  (they register themselves)
@@ -41,14 +41,14 @@ def main() -> None:
     """Run the app and end the process with its exit code."""
     _listen()
     try:
-        # Not standalone: a mistake in the words is told here, as all others are.
+        # Not standalone, so that usage errors are printed here, like all others.
         sys.exit(app(_common_first(sys.argv[1:]), standalone_mode=False))
     except SignalReceived as error:
         _stop(error, Interrupted.exit_code, f"Interrupted: stopped by {error.args[0]}. {_left(sys.argv[1:])}")
     except SmolconvError as error:
         _stop(error, error.exit_code, f"{type(error).__name__}: {error}")
     except BrokenPipeError:
-        # The reader of our output has gone. Python would complain once more while it flushes stdout.
+        # The reader of stdout has closed it. Python would report that again while it flushes stdout.
         console.discard_output()
         sys.exit(0)
     except MemoryError as error:
@@ -58,13 +58,13 @@ def main() -> None:
         name, code = ("UsageError", 2) if error.errno == errno.ENAMETOOLONG else ("MachineError", 4)
         _stop(error, code, f"{name}: {_told(error)}\n{_advice(error)}")
     except Exception as error:
-        if hasattr(error, "format_message"):  # of click, which newer versions of Typer have inside
+        if hasattr(error, "format_message"):  # a click error; newer versions of Typer bundle click
             _usage(error)
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
 
 
 def _common_first(words: list[str]) -> list[str]:
-    """The common options in front, where Typer looks for them, wherever they were written.
+    """Move the common options to the front, where Typer expects them, from anywhere in the command.
 
     Raises ``UsageError`` for an address that no command can open, before it becomes a local path.
     """
@@ -76,9 +76,9 @@ def _common_first(words: list[str]) -> list[str]:
     return common + [word for word in words[:end] if word not in common] + words[end:]
 
 
-#: Of one line of an error.
+#: Longest line of an error.
 MOST_LETTERS = 1000
-#: What ends a command in good order. A second Ctrl-C ends it at once, which loses nothing either.
+#: Signals that end a command in order. A second Ctrl-C ends it at once, which loses nothing either.
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
 
 
@@ -88,26 +88,26 @@ def _listen() -> None:
     def stop(signum: int, frame: FrameType | None) -> None:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-        if os.getpid() != own:  # a process that was forked off, which its parent ends
+        if os.getpid() != own:  # a forked child process, which its parent ends
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         raise SignalReceived(_SIGNALS[signal.Signals(signum)])
 
     for number in _SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
 
 
 def _left(words: list[str]) -> str:
-    """What is left of a command that wrote no folder of its own at that moment."""
+    """What remains after a command that was not writing an output folder at that moment."""
     command = next((word for word in words if not word.startswith("-")), "")
     if command in ("verify", "inspect", "diff", "doctor", "runs", "evaluate"):
-        return "Nothing was written. Repeat the command to begin again."
-    return "What was finished stays as it is. Repeat the command to go on."
+        return "Nothing was written. Repeat the command to start again."
+    return "Finished parts are kept. Repeat the command to continue."
 
 
 def _told(error: OSError) -> str:
-    """Which file, and what the system said of it, in a line that is not too long."""
+    """The file and the system's message, in a line of limited length."""
     names = [f"{name!s:.300}" for name in (error.filename, error.filename2) if name is not None]
     return f"{' and '.join(names) or 'a file or a connection'}: {error.strerror or error!s:.300}."
 
@@ -123,7 +123,7 @@ def _advice(error: OSError) -> str:
 
 
 def _usage(error: Any) -> NoReturn:
-    """Words that the command does not have, in Typer's box."""
+    """Print a usage error in Typer's box."""
     rich_utils.rich_format_error(error)
     _tell_scripts("UsageError", error.exit_code, error.format_message())
     sys.exit(error.exit_code)
@@ -134,7 +134,7 @@ def _stop(error: BaseException, code: int, text: str) -> None:
         import traceback
 
         traceback.print_exception(error)
-    # Names in files may hold anything, such as what moves a terminal's cursor.
+    # Names in files may contain anything, such as escape sequences of a terminal.
     text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     text = "\n".join(map(_short, text.split("\n")))
     print(text, file=sys.stderr)
@@ -144,13 +144,13 @@ def _stop(error: BaseException, code: int, text: str) -> None:
 
 
 def _short(line: str) -> str:
-    """A line that a terminal can show, whatever a file put in it: a shape of 20,000 numbers, say."""
+    """A line that a terminal can show, whatever a file put in it, such as a shape of 20,000 numbers."""
     over = len(line) - MOST_LETTERS
     return line if over <= 0 else f"{line[: MOST_LETTERS - 100]} ... ({over:,} letters) ... {line[-100:]}"
 
 
 def _tell_scripts(name: str, code: int, message: str) -> None:
-    """With --json a failure is a document, too: what happened in its first line, then what to do."""
+    """Print a failure as a JSON document for --json: what happened, then what to do."""
     if "--json" in sys.argv[1:]:
         first, _, advice = message.partition("\n")
         error = {"class": name, "exit_code": code, "message": first, "advice": advice}

@@ -33,21 +33,21 @@ _MOST_NETWORK = 100_000
 @app.command(epilog=_EPILOG)
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
-    gpus: Annotated[str, typer.Option(metavar="N,N,...", help="How many GPUs, such as 8,96,384.")],
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="What they are: h100, h200, a100-80gb, ...")] = "h100",
+    gpus: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of GPUs, such as 8,96,384.")],
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Type of the GPUs: h100, h200, a100-80gb, ...")] = "h100",
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU to use, such as 70GB. Default: all.")
+        str | None, typer.Option(metavar="SIZE", help="Memory to use per GPU, such as 70GB. Default: all.")
     ] = None,
     network: Annotated[
-        float, typer.Option(metavar="GBIT/S", help="A GPU's bandwidth to other nodes. Default: 400.")
+        float, typer.Option(metavar="GBIT/S", help="Bandwidth per GPU to other nodes. Default: 400.")
     ] = 400.0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe. Repeatable.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Options shown for each number of GPUs.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, with all options.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Settings shown for each number of GPUs.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, with all settings.")] = False,
 ) -> None:
-    """Find ZeRO stage, micro-batch, sequence ranks, checkpointing and offload that fit GPUs, the fastest first."""
+    """Find settings that fit the GPUs, the fastest first: ZeRO stage, micro-batch, sequence ranks, offload and more."""
     from smolconv.continual_pretraining.estimate.hardware import find_gpu
     from smolconv.continual_pretraining.estimate.plan import check_gpus, divisions_that_fit
     from smolconv.continual_pretraining.recipe.files import load_recipe
@@ -75,19 +75,19 @@ def plan(
     for each in plans:
         _show(each, recipe, set_ or [], memory_bytes, top)
     console.say(
-        f"Times are estimates for {kind.name}, {network:g} Gbit/s a GPU between nodes, and documents as long as rows: "
-        "docs/estimate.md says how near they are to published runs."
+        f"Times are estimates for {kind.name}, {network:g} Gbit/s a GPU between nodes, and documents as long as rows. "
+        "docs/estimate.md compares them with published runs."
     )
     if given.loss.normalisation != "tokens":
         console.say(
-            "The loss is a mean over micro-batches, so their size is kept. To vary it: --set loss.normalisation=tokens."
+            "The loss averages over micro-batches, so their size is kept. To vary it: --set loss.normalisation=tokens."
         )
 
 
 def _counts(text: str) -> list[int]:
     words = text.split(",")
     if not all(re.fullmatch(r"\s*[0-9]{1,12}\s*", word) for word in words):
-        raise UsageError(f"--gpus {text:.60}: expected numbers with commas between them, such as 8,96,384.")
+        raise UsageError(f"--gpus {text:.60}: expected numbers separated by commas, such as 8,96,384.")
     return [int(word) for word in words]
 
 
@@ -101,21 +101,22 @@ def _size(text: str) -> int:
 
 
 def _read(recipe: Recipe) -> tuple[ModelSpec, int]:
-    """The trained spec, from headers alone, and the first step."""
+    """The spec of the trained model, from headers alone, and the first step."""
     from smolconv.continual_pretraining.run.start import check_model, completed_steps, read_source
     from smolconv.hub.download import open_source
     from smolconv.hub.published import with_published_progress
 
     uri = recipe.model.source
     source, trained = read_source(recipe, open_source(uri, headers_only=True))
-    # Other sequence ranks are tried anyway.
+    # The plan tries other numbers of sequence ranks anyway.
     alone = recipe.parallelism.model_copy(update={"sequence_ranks": 1})
     check_model(recipe.model_copy(update={"parallelism": alone}), trained.spec, uri)
     source = with_published_progress(source, uri)
     return trained.spec, completed_steps(recipe, source.progress) + 1
 
 
-# --- for people -------------------------------------------------------------------------------------------------------
+# --- output as text
+# -----------------------------------------------------------------------------------------------------
 
 
 def _show(found: Plan, recipe: str, changes: list[str], memory_bytes: int, top: int) -> None:
@@ -129,7 +130,7 @@ def _show(found: Plan, recipe: str, changes: list[str], memory_bytes: int, top: 
     if found.nearest is not None:
         lacking = found.nearest.gpu_bytes - memory_bytes
         console.line(
-            f"Nothing fits {console.size(memory_bytes)}. What needs least lacks {console.size(lacking)} a GPU:"
+            f"Nothing fits {console.size(memory_bytes)}. The smallest setting lacks {console.size(lacking)} per GPU:"
         )
     table = Table(box=None, pad_edge=False)
     for title in ("", "ZeRO", "offload", "sequence ranks", "micro-batch", "accumulation", "checkpointing", "memory",

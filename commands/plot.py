@@ -26,22 +26,22 @@ _EPILOG = """
 def plot(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN... [OUT]", help="Folders that continue-train wrote; one that still trains too."),
+        typer.Argument(metavar="RUN... [OUT]", help="Folders of runs, which may still be training."),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The picture: .html, .svg, or, with cairosvg, .png or .pdf. Default: RUN/plot.html."
+            "-o", "--output", help="Output file: .html, .svg or, with cairosvg, .png or .pdf. Default: RUN/plot.html."
         ),
     ] = None,
 ) -> None:
-    """Draw loss, learning rate, gradient norm, throughput, evaluation, mixture and events; several runs too."""
+    """Plot loss, learning rate, gradient norm, throughput, evaluation, mixture and events of one or more runs."""
     from smolconv.continual_pretraining.watch.plot import SUFFIXES, write_plot
 
     if output is None and len(runs) > 1 and runs[-1].suffix in SUFFIXES and not runs[-1].is_dir():
         *runs, output = runs
     if output is None and len(runs) > 1:
-        raise UsageError("there are several runs and no name for their picture. Add one: -o both.html")
+        raise UsageError("several runs need a name for the plot. Add one: -o both.html")
     output = output or runs[0] / "plot.html"
     write_plot(runs, output)
     console.say(f"wrote {output}")

@@ -73,7 +73,7 @@ def publish(
 
 
 def _verified(folder: Path, source: str | None, run: Path | None) -> str:
-    """How the weights were verified, in a sentence. Raises ``UsageError`` where nothing says so."""
+    """A sentence on how the weights were verified. Raises ``UsageError`` if they were not."""
     from smolconv import api
     from smolconv.errors import ParityFailed, UsageError
     from smolconv.hub.card import HOW_TO_REPEAT, named
@@ -111,7 +111,7 @@ def _by_card(folder: Path, path: Path) -> str:
     wrong += [] if card.passed else [f"the two were not the same model: {card.reason}"]
     if wrong:
         raise ParityFailed(
-            f"{path} does not hold for the weights beside it: {wrong[0]}.\n"
+            f"{path} does not hold for the weights in its folder: {wrong[0]}.\n"
             "Expected a card of these weights that passed. Nothing was uploaded.\n"
             "Make another: smolconv publish with --source and the checkpoint that the weights come from."
         )

@@ -41,8 +41,8 @@ _INIT = """
 
     smolconv recipe init try-out my.yaml
 
-The token files are made by `smolconv tokenize`. On a terminal it asks for what is not given. Batch, ZeRO stage and
-checkpointing are chosen so that the model fits; every figure can be edited.
+`smolconv tokenize` writes token files. On a terminal, the command asks for missing options. It chooses batch, ZeRO
+stage and checkpointing so that the model fits; you can edit every number.
 """
 _VALIDATE = """
 **Examples**
@@ -51,14 +51,14 @@ _VALIDATE = """
 
     smolconv recipe validate my.yaml --set schedule.train_steps=2000
 
-`smolconv continue-train my.yaml --dry-run` looks at what must be there for a start: source, data, packages, disk.
+`smolconv continue-train my.yaml --dry-run` checks what a start needs: source, data, packages, disk.
 """
 _SCHEMA = """
 **Example**
 
     smolconv recipe schema > recipe.schema.json
 
-`recipe init` writes a first line by which editors with a YAML language server find the schema.
+`recipe init` writes a first line with which editors that have a YAML language server find the schema.
 """
 _FROM_NANOTRON = """
 **Examples**
@@ -74,7 +74,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it
 def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Name the recipes that ship with smolconv."""
+    """List the recipes that ship with smolconv."""
     from smolconv.continual_pretraining.recipe.files import load_recipe, shipped_recipes
 
     found = [
@@ -91,7 +91,7 @@ def list_recipes(
 
 @recipe_app.command(epilog=_SHOW)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a file.")]) -> None:
-    """Print a recipe as it is written, with its comments."""
+    """Print a recipe's text, with its comments."""
     from smolconv.continual_pretraining.recipe.files import read_recipe
 
     console.line(read_recipe(name).rstrip("\n"))
@@ -101,20 +101,20 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 def init(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME] [OUT]", help="A shipped recipe, or a file, to copy; and the file to write."),
+        typer.Argument(metavar="[NAME] [OUT]", help="Recipe to copy (shipped, or a file), and the file to write."),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Checkpoint of any layout, or hf://owner/name.")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(metavar="FOLDER", help="Token files to train on. Repeatable.")
     ] = None,
     held_out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Token files to evaluate on.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="How many GPUs; 0: train on CPUs.")] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="What they are, as smolconv plan names them.")] = "h100",
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: once over the data, at most 1,000.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs; 0: train on CPUs.")] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Type of the GPUs, as for smolconv plan.")] = "h100",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps. Default: one epoch, at most 1,000.")] = None,
     eos: Annotated[int | None, typer.Option(min=0, help="Token that ends a document. Default: the data's.")] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Write a recipe that starts, from a few answers; or copy one (NAME OUT) to be edited."""
+    """Write a recipe that can start, from a few answers; or copy one (NAME OUT) to edit."""
     from smolconv.continual_pretraining.recipe.files import read_recipe
     from smolconv.continual_pretraining.recipe.json_schema import with_modeline
     from smolconv.errors import UsageError
@@ -125,7 +125,7 @@ def init(
         raise UsageError(f"{len(given)} names were given; expected NAME OUT to copy a recipe, or OUT alone.")
     if len(given) == 2:
         if asked := [name for name, value in answers.items() if value]:
-            raise UsageError(f"{asked[0]} is for a new recipe, and NAME OUT copies one. Leave one of both out.")
+            raise UsageError(f"{asked[0]} is for a new recipe, but NAME OUT copies one. Drop one of them.")
         out, text = Path(given[1]), with_modeline(read_recipe(given[0]))
     else:
         out = Path(given[0] if given else "recipe.yaml")
@@ -138,7 +138,7 @@ def init(
 
 
 def _refuse_shipped(out: Path) -> None:
-    """``init try-out`` lacks its second word."""
+    """Explain that ``init try-out`` lacks the second argument."""
     from smolconv.continual_pretraining.recipe.files import shipped_recipes
     from smolconv.errors import UsageError
 
@@ -150,7 +150,7 @@ def _composed(
     out: Path, source: str | None, data: list[Path] | None, held_out: Path | None, *, gpus: int | None, gpu: str,
     steps: int | None, eos: int | None,
 ) -> str:  # fmt: skip
-    """A new recipe's text; what is not given is asked for on a terminal."""
+    """The text of a new recipe; asks for missing options on a terminal."""
     from smolconv.continual_pretraining.estimate.first_recipe import Answers, Data, first_recipe, recipe_name
     from smolconv.continual_pretraining.estimate.hardware import find_gpu
     from smolconv.continual_pretraining.launchers.launcher import count_gpus
@@ -175,10 +175,10 @@ def _composed(
     ends = {folder.ends_in() for folder in folders} if eos is None else {eos}
     known = ends - {None}
     if len(known) != 1:
-        shown = ", ".join(str(end) for end in sorted(known, key=str)) or "nothing that is known"
+        shown = ", ".join(str(end) for end in sorted(known, key=str)) or "unknown tokens"
         raise UsageError(
             f"the documents of {', '.join(str(folder.path) for folder in folders)} end in {shown}.\n"
-            "One token was expected that ends every document. Give it with --eos ID."
+            "Expected one token that ends every document. Give it with --eos ID."
         )
     answers = Answers(
         name=recipe_name(out), source=source, held_out=None if held_out is None else str(held_out),
@@ -190,12 +190,12 @@ def _composed(
 
 
 def _asked(option: str, question: str) -> str:
-    """The answer of whoever sits at the terminal. Raises ``UsageError`` where nobody does."""
+    """Ask on the terminal. Raises ``UsageError`` without one."""
     from smolconv.errors import UsageError
 
     if not sys.stdin.isatty():
         raise UsageError(
-            f"recipe init needs {option}, and there is no terminal to ask on.\n"
+            f"recipe init needs {option}, and cannot ask for it without a terminal.\n"
             "For example: smolconv recipe init my.yaml --source hf://HuggingFaceTB/SmolLM2-135M --data tokens/mine"
         )
     answer: str = typer.prompt(question)
@@ -273,7 +273,7 @@ def from_nanotron(
 
 
 def _account(made: Translation) -> list[str]:
-    """The fields that were not carried, grouped by why."""
+    """The dropped fields, grouped by reason."""
     reasons: dict[str, list[str]] = {"unknown to smolconv": list(made.unknown)} if made.unknown else {}
     for field, reason in made.dropped.items():
         reasons.setdefault(reason, []).append(field)
@@ -281,7 +281,7 @@ def _account(made: Translation) -> list[str]:
 
 
 def _joined(fields: list[str]) -> str:
-    """What dotted names have in common once, as the shell writes it: general.{project, run}."""
+    """Dotted names with their common prefix written once: general.{project, run}."""
     split = [field.split(".") for field in fields]
     common = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*split)))
     if len(fields) == 1 or not common:

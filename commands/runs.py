@@ -30,7 +30,7 @@ _STOP_EPILOG = """
 
     smolconv stop run --no-wait
 
-A run in Slurm is not queued again; one that still waits in the queue is cancelled. `smolconv continue-train` with the
+A run in Slurm is not requeued; one that still waits in the queue is cancelled. `smolconv continue-train` with the
 same recipe resumes the run.
 """
 _SAVE_EPILOG = """
@@ -38,9 +38,9 @@ _SAVE_EPILOG = """
 
     smolconv save run
 
-The checkpoint is one as all others: it is resumed from, and `checkpoints.keep` counts it.
+The checkpoint is like any other: a resume may use it, and `checkpoints.keep` counts it.
 """
-_Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as continue-train wrote it.")]
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of continue-train.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is done. Default: wait.")]
 _Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait; then exit 4.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -61,14 +61,14 @@ def runs(
         console.print_json({"schema": 1, "folder": str(folder), "runs": found, "warnings": list(listing.warnings)})
         return
     if not listing.runs:
-        console.say(f"no runs in {folder}, or a few levels below it")
+        console.say(f"no runs in {folder} or a few levels below it")
         return
     _show(folder, listing.runs)
 
 
 @app.command(epilog=_STOP_EPILOG)
 def stop(run: _Run, wait: _Wait = True, timeout: _Timeout = 3600.0, as_json: _Json = False) -> None:
-    """Stop a run after it saves its current step; on this machine, on others, or in Slurm."""
+    """Stop a run after it has saved its current step, on this machine, on others or in Slurm."""
     from smolconv.continual_pretraining.control.asking import stop_run
 
     _tell(stop_run(run, wait=wait, timeout=_seconds(timeout), say=console.say), as_json)
@@ -84,7 +84,7 @@ def save(run: _Run, wait: _Wait = True, timeout: _Timeout = 3600.0, as_json: _Js
 
 def _seconds(timeout: float) -> float:
     if not math.isfinite(timeout) or timeout < 0:
-        raise UsageError(f"--timeout is {timeout}; a number of seconds from 0 on was expected.")
+        raise UsageError(f"--timeout is {timeout}; expected a number of seconds, 0 or more.")
     return timeout
 
 
@@ -134,5 +134,5 @@ def _age(seconds: float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as a cell holds it: names of folders, and what a file says, may hold anything."""
+    """Text made safe for a table cell: names of folders and text from files may contain anything."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:300])

@@ -34,56 +34,56 @@ def tokenize(
         list[Path],
         typer.Argument(metavar="INPUT...", help=".jsonl(.gz, .zst), .parquet, .txt files, or folders of them."),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make. It appears only when it is whole.")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output folder; created only once it is complete.")],
     tokenizer: Annotated[
         str | None, typer.Option(metavar="T", help="Folder, tokenizer.json, or owner/name on the Hub.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Checkpoint, or hf://owner/name, whose tokenizer to take.")
+        str | None, typer.Option(metavar="SRC", help="Checkpoint, or hf://owner/name, whose tokenizer to use.")
     ] = None,
     format_: Annotated[
         Literal["jsonl", "parquet", "txt"] | None,
         typer.Option("--format", metavar="NAME", help="Read every file as jsonl, parquet or txt. Default: by suffix."),
     ] = None,
     hold_out: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Put so many documents, as 0.5%, into another folder.")
+        str | None, typer.Option(metavar="SHARE", help="Hold out a share of the documents, such as 0.5%.")
     ] = None,
     hold_out_output: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="That folder. Default: OUTPUT-held-out.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for held-out documents. Default: OUTPUT-held-out.")
     ] = None,
     text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     separator: Annotated[
-        str | None, typer.Option(help="Divide .txt files into documents at this text. Default: one a file.")
+        str | None, typer.Option(help="Split .txt files at this text. Default: one document a file.")
     ] = None,
     eos: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="Token that ends each document. Default: the tokenizer's own.")
     ] = None,
-    no_eos: Annotated[bool, typer.Option("--no-eos", help="Documents end without a token of their own.")] = False,
+    no_eos: Annotated[bool, typer.Option("--no-eos", help="Add no token at the end of documents.")] = False,
     shuffle_seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the documents' order within a task. Default: 0.")
     ] = None,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the documents in order.")] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Tasks at a time. Default: a task a core; on Slurm no limit.")
+        int | None, typer.Option(min=1, help="Tasks at a time. Default: one per core; on Slurm no limit.")
     ] = None,
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Divide the input files among N tasks. Default: one per 100 MB.")
     ] = None,
     max_tokens_per_file: Annotated[
-        int | None, typer.Option(min=1, help="Begin a new file after the document that passes this.")
+        int | None, typer.Option(min=1, help="Start a new file after the document that exceeds this.")
     ] = None,
     executor: Annotated[
         Literal["local", "slurm"], typer.Option(metavar="NAME", help="local, or slurm: a job array.")
     ] = "local",
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    time: Annotated[str, typer.Option(help="Slurm's time limit of a task.")] = "24:00:00",
-    cpus_per_task: Annotated[int, typer.Option(min=1, help="Slurm's CPUs for a task.")] = 1,
+    time: Annotated[str, typer.Option(help="Slurm's time limit per task.")] = "24:00:00",
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="Slurm's CPUs per task.")] = 1,
     mem_per_cpu: Annotated[int, typer.Option(min=1, help="Slurm's memory per CPU, in GB.")] = 2,
     qos: Annotated[str | None, typer.Option(help="Slurm's quality of service.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, once the new one is whole.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the tasks that an interrupted run has done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT once the new is complete.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the finished tasks of an interrupted run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Turn text into token files for training, with datatrove."""
@@ -188,7 +188,7 @@ def _count(count: int, what: str) -> str:
 def _recipe_lines(plan: TokenizePlan, *, held_out: bool) -> str:
     import yaml
 
-    # The schema wants an EOS; with boundaries by index it is not looked for.
+    # The schema requires an EOS; with boundaries by index it is not used.
     data: dict[str, Any] = {"eos_token_id": plan.eos_token_id or 0}
     if plan.eos_token is None:
         data["boundaries"] = "index"

@@ -42,28 +42,28 @@ def verify(
     layout_b: LayoutB = None,
     architecture: Architecture = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Text to run both models on; needs a tokenizer beside A or B.")
+        Path | None, typer.Option(metavar="PATH", help="Text to run both models on; needs a tokenizer with A or B.")
     ] = None,
     tokens: Annotated[Path | None, typer.Option(metavar="NPY", help="Token ids to run both models on.")] = None,
     length: Annotated[int, typer.Option(min=2, metavar="N", help="Positions to compare, at most the context.")] = 2048,
     documents: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pack the row with N documents, and compare each with itself alone.")
+        int, typer.Option(min=1, metavar="N", help="Pack N documents into the row; compare each with itself alone.")
     ] = 1,
     compute: Annotated[
         Literal["float32", "bfloat16", "fp32", "bf16"],
         typer.Option(metavar="TYPE", help="Dtype to compute in: float32 or bfloat16, with its own gates."),
     ] = "float32",
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where the forwards run, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where models run, such as cpu or cuda.")] = "cpu",
     engine: Annotated[
         Literal["ours", "transformers", "deepspeed", "nanotron"],
         typer.Option(
             metavar="NAME",
-            help="ours; transformers; deepspeed or nanotron: the real engine beside our forward (nanotron: a GPU).",
+            help="ours, transformers, or the real deepspeed or nanotron (needs a GPU) beside our forward pass.",
         ),
     ] = "ours",
     gate_max_abs: Annotated[float | None, typer.Option(metavar="X", help="Largest difference that passes.")] = None,
     gate_kl: Annotated[float | None, typer.Option(metavar="X", help="Largest mean KL divergence that passes.")] = None,
-    gate_top1: Annotated[float | None, typer.Option(metavar="X", help="Smallest share of equal choices.")] = None,
+    gate_top1: Annotated[float | None, typer.Option(metavar="X", help="Smallest top-1 agreement that passes.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="List every module's largest difference.")] = False,
     html: Annotated[
         Path | None,
@@ -75,7 +75,7 @@ def verify(
     ] = None,
     card: Annotated[
         Path | None,
-        typer.Option("--check-proof", metavar="FILE", help="Repeat a card's comparison, by its options."),
+        typer.Option("--check-proof", metavar="FILE", help="Repeat a card's comparison with its options."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -84,7 +84,7 @@ def verify(
     from smolconv.errors import UsageError
 
     if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"--report {html}: the folder {html.absolute().parent} is not there.")
+        raise UsageError(f"--report {html}: the folder {html.absolute().parent} does not exist.")
     if card is not None:
         if proof is not None or html is not None:
             raise UsageError("--check-proof writes nothing: leave out --proof and --report.")

@@ -6,7 +6,7 @@
     checkpoint["model.norm.weight"].torch()
     smolconv.convert("checkpoints/nanotron", "model", to="hf", verify=True)
 
-What stands in ``__all__`` is the API; docs/api.md shows it by examples. Importing this module imports nothing else.
+``__all__`` is the API; docs/api.md has examples. Importing this module imports nothing else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What ``import smolconv`` gives: the commands, for Python. Each command calls the function of its name here.
+"""The Python API, ``import smolconv``: each command calls the function with its name.
 
 Sources are folders or ``hf://owner/name[/subfolder][@revision]``, as strings or paths. Errors are the classes of
-``smolconv.errors``, whose ``exit_code`` is the command's. Nothing here prints. Where work takes seconds, ``bar`` tells
-how far it is: ``on_progress(callback)`` makes one.
+``smolconv.errors``, whose ``exit_code`` is the command's. Nothing here prints. Functions that take seconds report
+progress to ``bar``; ``on_progress(callback)`` makes one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 class Tensor:
-    """A tensor that lies in files: shape and dtype are known, bytes are read by ``numpy()`` and ``torch()``.
+    """A tensor in files. Shape and dtype are known; ``numpy()`` and ``torch()`` read the bytes.
 
-    Indexing by an integer or a slice of step 1, in the first two dimensions, gives a ``Tensor`` that reads its own rows
-    only; columns are read with the rest of their rows where that is faster. Instances hold no open file. Threads may
-    read one at once, and it can be pickled.
+    Indexing the first two dimensions by an integer or a slice of step 1 gives a ``Tensor`` that reads only its own
+    rows; columns are read with the rest of their rows if that is faster. Instances hold no open file, can be pickled,
+    and can be read from several threads at once.
     """
 
     __slots__ = ("_lazy", "name")
@@ -60,7 +60,7 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """By torch's name, such as ``bfloat16``."""
+        """torch's name, such as ``bfloat16``."""
         return self._lazy.dtype
 
     @property
@@ -95,10 +95,10 @@ class Tensor:
         return (self[row] for row in range(len(self)))
 
     def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """All elements, in memory, in the tensor's own dtype.
+        """Read all elements into memory, in the tensor's own dtype.
 
-        bfloat16 and float8 are ml_dtypes' types: raises ``NotInstalled`` where that package is not installed.
-        Raises ``CorruptFile`` where a file has ended early and ``MissingFile`` where it has gone.
+        bfloat16 and float8 are types of ml_dtypes: raises ``NotInstalled`` if that package is not installed.
+        Raises ``CorruptFile`` if a file ends early, and ``MissingFile`` if it no longer exists.
         """
         import numpy
 
@@ -120,7 +120,7 @@ class Tensor:
         return found if dtype is None else found.astype(dtype)
 
     def torch(self) -> torch.Tensor:
-        """All elements, on the CPU, in the tensor's own dtype. Raises ``NotInstalled`` without torch."""
+        """Read all elements, on the CPU, in the tensor's own dtype. Raises ``NotInstalled`` without torch."""
         try:
             from smolconv.verification.forward import to_torch
 
@@ -147,7 +147,7 @@ def _range(index: object, size: int, name: str) -> tuple[int, int]:
 
 
 def _columns(lazy: LazyTensor, start: int, stop: int) -> LazyTensor:
-    """The second dimension's range; further ones stay whole."""
+    """Slice the second dimension; further ones stay complete."""
     inner = lazy.shape[2:]
     width = lazy.width // lazy.shape[1] if lazy.shape[1] else 1
     flat = reshape(lazy, (lazy.shape[0], lazy.width))
@@ -173,7 +173,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 class OpenCheckpoint(_Tensors):
-    """A checkpoint of any layout: its parameters by transformers' names, whatever the layout calls them.
+    """A checkpoint of any layout: a mapping from transformers' parameter names to tensors.
 
     Only headers have been read. It holds no open file, so there is nothing to close.
     """
@@ -202,18 +202,18 @@ class OpenCheckpoint(_Tensors):
 
     @property
     def slots(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """``parameter``, and of Adam's state ``master``, ``exp_avg`` and ``exp_avg_sq``: what there is, by name."""
+        """``parameter`` and, from Adam's state, ``master``, ``exp_avg`` and ``exp_avg_sq``, if they exist, by name."""
         there = self._checkpoint.tensors.items()
         return MappingProxyType({slot.value: _Tensors(found) for slot, found in there if found})
 
     @property
     def optimizer(self) -> OptimizerState | None:
-        """Adam's steps and the groups' hyperparameters. None without Adam's state."""
+        """Adam's steps and the groups' hyperparameters; None without Adam's state."""
         return self._checkpoint.optimizer
 
     @property
     def progress(self) -> TrainingProgress | None:
-        """Steps, samples, tokens and data stages of the run. None where the checkpoint does not say."""
+        """Steps, samples, tokens and data stages of the run; None if the checkpoint does not record them."""
         return self._checkpoint.progress
 
     @property
@@ -231,11 +231,11 @@ def open_checkpoint(
 ) -> OpenCheckpoint:  # fmt: skip
     """Open a checkpoint without reading its tensors. One on the Hub is downloaded into the client's cache.
 
-    ``layout``: where the folder could be several; ``step`` of a run's folder (default: the latest); ``config``: a model
-    config where the folder has none; ``architecture``: of a nanotron checkpoint that another one trains
-    (``docs/cli.md``); ``optimizer``: False leaves Adam's state unread.
+    ``layout``: which one, if the folder holds several; ``step`` of a run's folder (default: the latest); ``config``: a
+    model config for a folder without one; ``architecture``: of a nanotron checkpoint whose class several families
+    share (``docs/cli.md``); ``optimizer``: False skips Adam's state.
 
-    Raises ``BadCheckpoint`` and its kind (exit code 3), ``MachineError`` (4) where the Hub cannot be reached.
+    Raises ``BadCheckpoint`` or a subclass (exit code 3), ``MachineError`` (4) if the Hub cannot be reached.
     """
     checkpoint = _read(
         source, layout=layout, step=step, config=config, architecture=architecture, optimizer=optimizer
@@ -264,8 +264,8 @@ def inspect(
 ) -> dict[str, Any]:  # fmt: skip
     """The document that ``smolconv inspect --json`` prints: layout, spec, dtypes, topology, progress.
 
-    ``tensors`` lists every tensor. ``check`` reads all bytes and compares the digests that were recorded for them;
-    raises ``DigestMismatch`` where one does not hold.
+    ``tensors`` lists every tensor. ``check`` reads all bytes and compares the digests recorded for them; raises
+    ``DigestMismatch`` if one differs.
     """
     from smolconv.hub.published import with_published_progress
     from smolconv.inspection import check_checkpoint, inspect_checkpoint
@@ -301,13 +301,13 @@ def diff(
 def plan_conversion(
     source: Source, target: Source, *, to: str, headers_only: bool = False, **options: Any
 ) -> ConversionPlan:
-    """What ``convert`` would write, file by file; nothing is written.
+    """Plan what ``convert`` would write, file by file, without writing anything.
 
     ``options`` are the fields of ``smolconv.conversion.ConvertOptions``: ``tp``, ``pp``, ``dp``, ``zero_stage``,
     ``world_size``, ``universal``, ``dtype``, ``optimizer`` and so on, as the options of ``smolconv convert``.
-    ``headers_only``: of a source on the Hub no tensor is downloaded; such a plan cannot be run.
+    ``headers_only``: download no tensor of a source on the Hub; such a plan cannot be run.
 
-    Raises ``UsageError`` for options that contradict each other or the source, ``BadCheckpoint`` and its kind.
+    Raises ``UsageError`` for options that contradict each other or the source, ``BadCheckpoint`` or a subclass.
     """
     from smolconv.conversion import ConvertOptions
     from smolconv.conversion import plan_conversion as plan
@@ -326,12 +326,12 @@ def run_conversion(
     workers: int | None = None, max_memory_bytes: int | None = None, check_source: bool = False, bar: Bar = no_bar,
     verify_bar: Bar | None = None,
 ) -> ConversionResult:  # fmt: skip
-    """Write what was planned. The target appears only when it is complete.
+    """Run a plan. The target appears only once it is complete.
 
-    ``verify`` proves the result before it gets its name, and raises ``ParityFailed`` otherwise. ``max_memory_bytes``
-    bounds the buffers of all ``workers``. ``verify_bar``: where the verification shall have another than ``bar``, which
-    counts bytes. Raises ``DigestMismatch`` and ``SourceChanged`` where the source is damaged
-    or changes meanwhile, ``MachineError`` where space is missing; nothing appears then.
+    ``verify`` verifies the result before publishing it, and raises ``ParityFailed`` if it differs. ``max_memory_bytes``
+    limits the buffers of all ``workers``. ``verify_bar``: another bar for the verification, because ``bar`` counts
+    bytes. Raises ``DigestMismatch`` or ``SourceChanged`` if the source is damaged or changes meanwhile, and
+    ``MachineError`` if disk space is missing; the target does not appear then.
     """
     from contextlib import ExitStack
 
@@ -344,7 +344,7 @@ def run_conversion(
     with ExitStack() as shown:
 
         def verified(plan: ConversionPlan, folder: Path) -> Mapping[str, Any]:
-            shown.close()  # the bar of the conversion: verifying has its own
+            shown.close()  # the conversion's bar; the verification has its own
             return _verified(plan, folder, verify_bar or bar)
 
         told = shown.enter_context(bar(f"{plan.source.layout} -> {plan.layout}", plan.bytes_written))
@@ -397,7 +397,7 @@ def convert(
     workers: int | None = None, max_memory_bytes: int | None = None, check_source: bool = False, bar: Bar = no_bar,
     **options: Any,
 ) -> ConversionResult:  # fmt: skip
-    """Convert a checkpoint: ``plan_conversion`` and ``run_conversion``, which say what the arguments are."""
+    """Convert a checkpoint: ``plan_conversion`` and ``run_conversion``, which document the arguments."""
     return run_conversion(
         plan_conversion(source, target, to=to, **options), verify=verify, resume=resume, overwrite=overwrite,
         workers=workers, max_memory_bytes=max_memory_bytes, check_source=check_source, bar=bar,
@@ -412,26 +412,26 @@ def verify(
     engine: str = "ours", gates: Mapping[str, float | None] = MappingProxyType({}), proof: Source | None = None,
     bar: Bar = no_bar,
 ) -> VerifyReport:  # fmt: skip
-    """Whether two checkpoints are the same model: spec, tensors bit for bit, logits of two independent forward passes.
+    """Compare two checkpoints: spec, tensors bit for bit, and logits of two independent forward passes.
 
-    The report's ``passed`` is the verdict, ``reason`` says why, ``first_divergence`` names the first module that
-    differs; ``to_json()`` is what ``smolconv verify --json`` prints. ``logits=False`` needs no torch. ``gates``:
-    ``max_abs`` and ``kl`` (largest that pass) and ``top1`` (smallest share), in place of those by the noise floor.
+    The report's ``passed`` is the verdict, ``reason`` explains it, and ``first_divergence`` names the first module that
+    differs; ``to_json()`` is what ``smolconv verify --json`` prints. ``logits=False`` needs no torch. ``gates``: the
+    largest ``max_abs`` and ``kl`` and the smallest ``top1`` that pass, instead of gates from the noise floor.
     ``proof``: a file to write the card of docs/proof.md to. Other arguments are the command's options.
 
-    Raises ``NotInstalled`` without torch or transformers, ``UsageError``, ``BadCheckpoint`` and its kind.
+    Raises ``NotInstalled`` without torch or transformers, ``UsageError``, ``BadCheckpoint`` or a subclass.
     """
     from smolconv.verification.compare import VerifyOptions
 
     if proof is not None and (text is not None or tokens is not None):
         raise UsageError(
-            "a proof is of the text that ships with smolconv, so that others can repeat it.\n"
+            "a proof uses the text that ships with smolconv, so that others can repeat it.\n"
             "Leave out --text and --tokens."
         )
     if unknown := gates.keys() - _GATES:
         raise UsageError(f"there is no gate {min(unknown)!r} to set; there are {', '.join(_GATES)}.")
     if proof is not None and not Path(proof).absolute().parent.is_dir():
-        raise UsageError(f"--proof {proof}: the folder {Path(proof).absolute().parent} is not there.")
+        raise UsageError(f"--proof {proof}: the folder {Path(proof).absolute().parent} does not exist.")
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=None if text is None else Path(text),
         tokens=None if tokens is None else Path(tokens), length=length, documents=documents,
@@ -532,9 +532,9 @@ def check_proof(
     config: Source | None = None, config_b: Source | None = None, architecture: str | None = None,
     device: str = "cpu", bar: Bar = no_bar,
 ) -> ProofCheck:  # fmt: skip
-    """Repeat the verification that a card describes, by the card's options, and compare what is found.
+    """Repeat a card's verification with the card's options, and compare the results.
 
-    Raises ``CorruptFile`` for what is no card, and what ``verify`` raises.
+    Raises ``CorruptFile`` if it is not a card, and what ``verify`` raises.
     """
     from smolconv.verification.compare import VerifyOptions
     from smolconv.verification.proof import read_proof
@@ -584,10 +584,10 @@ def evaluate(checkpoints: Sequence[Source], *, bar: Bar = no_bar, **options: Any
 
 
 def on_progress(callback: Callable[[str, int, int], object]) -> Bar:
-    """A ``bar`` that calls back with what is being done, how much of it is done, and of how much.
+    """Make a ``bar`` that calls ``callback`` with the title, the amount done and the total.
 
-    Of a conversion these are bytes; of ``verify`` and ``evaluate`` steps of a forward pass. The callback may be called
-    from threads that write, one at a time; what it raises ends the work.
+    The unit is bytes for a conversion, and steps of a forward pass for ``verify`` and ``evaluate``. The callback may be
+    called from writing threads, one at a time; an exception from it ends the work.
     """
 
     @contextmanager

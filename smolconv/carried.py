@@ -1,4 +1,4 @@
-"""What a conversion carries and what it leaves out, each in a few words: a loss is always said."""
+"""Lists what a conversion carries and what it leaves out, so that every loss is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolconv.layouts.registry import BY_WORD
 from smolconv.storage.manifest import MANIFEST, PROOF
 from smolconv.tensors.dtypes import DTYPE_BYTES
 
-#: Beside a checkpoint, and nothing of it: written anew, or about the folder.
+#: Files next to a checkpoint that are not part of it: they are rewritten, or describe the folder.
 _ABOUT_THE_FOLDER = frozenset(
     (MANIFEST, PROOF, "README.md", "latest", "latest.txt", "latest_universal", "zero_to_fp32.py", "zero_to_torch.py")
 )  # fmt: skip
@@ -22,7 +22,7 @@ _ABOUT_THE_FOLDER = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Each entry is a phrase for people, as ``--json`` has them."""
+    """Each entry is a phrase for messages and ``--json``."""
 
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -31,10 +31,10 @@ class Account:
 def account(
     source: Checkpoint, prepared: Checkpoint, used: Collection[Path], *, step: int | None, optimizer: bool | None
 ) -> Account:
-    """Compare a source with what the target will hold of it.
+    """Compare a source with what the target will hold.
 
-    ``used`` are the files that were read or will be copied; ``step`` and ``optimizer`` are the options that it was read
-    with. Folders are listed, and nothing is opened.
+    ``used``: files that were read or will be copied; ``step`` and ``optimizer``: the options of reading. Lists folders
+    and opens no file.
     """
     carried = [f"weights ({_dtypes(prepared)})"]
     left: list[str] = []
@@ -65,26 +65,26 @@ def account(
     if not is_tokenizer({*prepared.assets, *prepared.documents}):
         left.append("a tokenizer: the source has none")
     if unread := sorted(_unread(source, used, step=step, optimizer=optimizer)):
-        left.append(f"{counted(len(unread), 'file')} that nothing was taken from ({some_of(unread, 3, more=True)})")
+        left.append(f"{counted(len(unread), 'file')} that nothing was read from ({some_of(unread, 3, more=True)})")
     return Account(carried=tuple(carried), left_out=tuple(left))
 
 
 def _unread(source: Checkpoint, used: Collection[Path], *, step: int | None, optimizer: bool | None) -> Iterator[str]:
-    """Files of the checkpoint, and those that lie beside them, of which nothing was read."""
+    """Files of the checkpoint and next to it from which nothing was read."""
     layout = BY_WORD.get(source.layout)
     if layout is None or not source.root.is_dir():
         return
     try:
         needed = layout.listing.needed_files(source.root, step=step, optimizer=optimizer is not False)
-    except BadCheckpoint:  # of a folder that was read by --config, and has none of its own
+    except BadCheckpoint:  # a folder without a config, read with --config
         needed = list(source.files)
     config = source.assets.get("config.json")
     for folder in dict.fromkeys(path.parent for path in needed):
         for entry in os.scandir(folder):
             path = folder / entry.name
-            # A config.json among the files beside the weights is taken from when the output is planned.
+            # Planning the output uses a config.json among the files next to the weights.
             other = entry.name.startswith(".") or entry.name in _ABOUT_THE_FOLDER or path == config
-            if not other and path not in used and not os.path.isdir(path):  # a link to nothing is left out, too
+            if not other and path not in used and not os.path.isdir(path):  # a dangling link is left out, too
                 yield path.relative_to(source.root).as_posix() if source.root in path.parents else str(path)
 
 

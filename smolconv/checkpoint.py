@@ -1,4 +1,4 @@
-"""The noun that everything works on: lazy tensors by canonical name, with the model's spec, Adam's state, progress."""
+"""``Checkpoint``: lazy tensors by canonical name, with the model's spec, Adam's state and progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolconv.tensors.lazy import LazyTensor, row_slice
 
 
 class Slot(str, Enum):
-    """The four things that a checkpoint may hold for each parameter."""
+    """The four tensors that a checkpoint may hold for each parameter."""
 
     PARAMETER = "parameter"
     MASTER = "master"  #: the fp32 weights that the optimizer updates
@@ -32,12 +32,14 @@ class ParameterGroup:
     """Parameters that share the optimizer's hyperparameters."""
 
     names: tuple[str, ...]  #: canonical, in the optimizer's order
-    hyperparameters: Mapping[str, Any]  #: lr, initial_lr, weight_decay, betas, eps, and what else the optimizer stored
+    hyperparameters: Mapping[
+        str, Any
+    ]  #: lr, initial_lr, weight_decay, betas, eps, and others that the optimizer stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """What Adam holds beside its moments."""
+    """Adam's state besides its moments."""
 
     steps: Mapping[str, float]  #: canonical name -> Adam's own step count
     groups: tuple[ParameterGroup, ...]
@@ -48,13 +50,13 @@ class OptimizerState:
         object.__setattr__(self, "_by_name", by_name)
 
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
-        """Those of the group that ``name`` belongs to; raises ``KeyError`` when it belongs to none."""
+        """The hyperparameters of the group of ``name``. Raises ``KeyError`` if it is in no group."""
         return self._by_name[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage:
-    """One stage of the data mixture, and how much of it was consumed."""
+    """One stage of the data mixture, with its consumption."""
 
     name: str
     start_training_step: int
@@ -84,7 +86,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How a checkpoint is split over ranks. ``None`` where the layout has no such thing."""
+    """How a checkpoint is split over ranks; ``None`` for dimensions that the layout does not have."""
 
     tp: int | None = None
     pp: int | None = None
@@ -96,41 +98,41 @@ class Topology:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document that is carried on as it was written."""
+    """A document that is carried byte for byte."""
 
     data: bytes
-    value: Mapping[str, Any]  #: what it says
+    value: Mapping[str, Any]  #: its parsed content
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What a DeepSpeed engine stored beside the optimizer, for the engine that continues."""
+    """State that a DeepSpeed engine stored besides the optimizer, for the engine that continues."""
 
-    weights_only: bool = False  #: made of weights alone, and no step since: nothing but them is worth carrying
+    weights_only: bool = False  #: converted from weights without a step since: only the weights are worth carrying
     client_state: Mapping[str, Any] = field(default_factory=dict)  #: plain values only
     skipped_steps: int = 0
-    groups: tuple[ParameterGroup, ...] = ()  #: the run's own, though Adam's state may have been left behind
-    lr_scheduler: Any = None  #: its state, of plain values
-    names: StoredNames = field(default_factory=StoredNames)  #: of its module, which torch.compile or a policy may wrap
-    tag: str | None = None  #: the folder's name in the run, which some programs ask for
+    groups: tuple[ParameterGroup, ...] = ()  #: of the run, even if Adam's state was left out
+    lr_scheduler: Any = None  #: its state as plain values
+    names: StoredNames = field(default_factory=StoredNames)  #: of its module, perhaps in a wrapper
+    tag: str | None = None  #: the folder's name in the run, which some programs require
     loss_scaler: Mapping[str, Any] | None = None  #: of fp16: the attributes of DeepSpeed's scaler, plain values
-    left_out: tuple[str, ...] = ()  #: what it stored that can be carried nowhere, each in a few words
+    left_out: tuple[str, ...] = ()  #: stored objects that cannot be carried, each in a few words
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What the documents of the source say that no other field holds. A writer of the same layout gives it back."""
+    """Content of the source's documents that no other field holds. A writer of the same layout writes it back."""
 
     hf_config: Mapping[str, Any] | None = None  #: config.json
     nanotron_config: Mapping[str, Any] | None = None  #: model_config.json
     nanotron_training: bytes | None = None  #: config.yaml
     nanotron_metadata: Document | None = None  #: checkpoint_metadata.json
     engine: EngineRecord | None = None
-    others: Mapping[str, bytes] = field(default_factory=dict)  #: carried on unread, by name
+    others: Mapping[str, bytes] = field(default_factory=dict)  #: carried without being parsed, by name
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        """What is known of the model beyond the spec, such as token ids: either config, or nothing."""
+        """Model settings beyond the spec, such as token ids, from either config; empty without one."""
         return self.hf_config or self.nanotron_config or {}
 
 
@@ -146,13 +148,13 @@ class Checkpoint:
     optimizer: OptimizerState | None = None
     progress: TrainingProgress | None = None
     assets: Mapping[str, Path] = field(default_factory=dict)  #: tokenizer, generation config, chat template, by name
-    documents: Mapping[str, bytes] = field(default_factory=dict)  #: assets that a reader made (GGUF)
+    documents: Mapping[str, bytes] = field(default_factory=dict)  #: assets that a reader created (GGUF)
     source: SourceRecord = SourceRecord()
     files: tuple[Path, ...] = ()  #: every file that was recognised
-    opened: Mapping[Path, FileState] = field(default_factory=dict)  #: what was opened, as it was at that moment
+    opened: Mapping[Path, FileState] = field(default_factory=dict)  #: opened files, with their state at that moment
     warnings: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()  #: parameters that the optimizer does not train
-    unpadded_vocab_size: int | None = None  #: the vocabulary's rows before our own writer padded them
+    unpadded_vocab_size: int | None = None  #: the vocabulary's rows before smolconv's writer padded them
     program_files: Mapping[str, Path] = field(
         default_factory=dict
     )  #: of the Trainer around a DeepSpeed engine, by name
@@ -167,13 +169,13 @@ class Checkpoint:
 
     @property
     def revision(self) -> str | None:
-        """The Hub commit that the folder is a snapshot of, where its path tells."""
+        """The Hub commit of which the folder is a snapshot, if its path shows one."""
         parts = Path(os.path.realpath(self.root)).parts
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 
 def for_another_engine(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint for an engine around the bare model, whatever wrapped the module of the run that wrote it."""
+    """The checkpoint for an engine with the bare model, even if the run that wrote it wrapped its module."""
     engine = checkpoint.source.engine
     if engine is None:
         return checkpoint
@@ -181,7 +183,7 @@ def for_another_engine(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def without_padding(checkpoint: Checkpoint, rows: int) -> Checkpoint:
-    """The checkpoint with the first ``rows`` of its vocabulary, in every slot."""
+    """The checkpoint with only the first ``rows`` of its vocabulary, in every slot."""
     tensors = {
         slot: {name: row_slice(tensor, 0, rows) if name in VOCABULARY else tensor for name, tensor in found.items()}
         for slot, found in checkpoint.tensors.items()

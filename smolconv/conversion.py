@@ -1,7 +1,7 @@
 """Plan a conversion, then run it.
 
-A plan is pure: it reads headers and small documents, decides every output byte's offset, and can be printed. Running it
-streams the tensors into ``DST.partial``, reopens what was written, and gives the folder its name.
+Planning only reads headers and small documents, and fixes every output byte's offset; a plan can be printed. Running it
+streams the tensors into ``DST.partial``, reopens the output, and renames the folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Everything that decides what is written. What decides how (workers, resume) is given to ``run_conversion``."""
+    """Options that decide what is written. Those that decide how (workers, resume) go to ``run_conversion``."""
 
     to: str
     tp: int | None = None
@@ -58,17 +58,17 @@ class ConvertOptions:
     max_shard_bytes: int = 5 * 10**9
     dtype: str = "keep"
     cast_from: str | None = None  #: "weights" or "master"
-    optimizer: bool | None = None  #: None carries it when the source has it
+    optimizer: bool | None = None  #: None: carry it if the source has it
     tokenizer: Path | None = None
     vocab_size: int | None = None
-    rope_scaling: str | None = None  #: "as-trained" or "as-configured"; None: as the checkpoint says
+    rope_scaling: str | None = None  #: "as-trained" or "as-configured"; None: decided by the checkpoint
     nanotron_config: Path | None = None
     world_size: int | None = None
     universal: bool = False
     groups: Path | None = None
     sub_group_size: int | None = None
     tag: str | None = None
-    program: str | None = None  #: that loads it: trainer or accelerate
+    program: str | None = None  #: the program that will load it: trainer or accelerate
     base: Path | None = None
     digest: str = "xxh3"
     config: Path | None = None
@@ -77,14 +77,14 @@ class ConvertOptions:
     source_layout: str | None = None
 
 
-#: What the command line calls an option that Python's syntax has no such name for.
+#: Names of options on the command line that are not valid names in Python.
 _WORDS = {"program": "for"}
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(ConvertOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """What will be written from what, to the byte."""
+    """What will be written from which source, to the byte."""
 
     uri: str
     source: Checkpoint
@@ -93,8 +93,8 @@ class ConversionPlan:
     layout: str
     options: ConvertOptions
     output: PlannedOutput
-    files: Mapping[Path, FileState]  #: every file of the source, as it was when it was opened
-    account: Account  #: what is carried, and what is left out
+    files: Mapping[Path, FileState]  #: every file of the source, with its state when it was opened
+    account: Account  #: what is carried and what is left out
     digest: str
 
     @property
@@ -103,7 +103,7 @@ class ConversionPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Distinct bytes of the source's files."""
+        """The number of distinct bytes read from the source's files."""
         return sum({(s.path, s.offset): s.nbytes for s in _sources(self.output)}.values())
 
     @property
@@ -117,12 +117,12 @@ class ConversionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
-    """What was done, for people and for --json."""
+    """The result, for messages and --json."""
 
     plan: ConversionPlan
     seconds: float
     warnings: tuple[str, ...]
-    source_check: Mapping[str, Any]  #: as ``--json`` has it: checked, unchecked, without_digest
+    source_check: Mapping[str, Any]  #: as in ``--json``: checked, unchecked, without_digest
     verification: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class ConversionResult:
 
 
 def peak_rss_bytes() -> int:
-    """This process's largest resident size. ``ru_maxrss`` would begin at what the parent held when it started us."""
+    """This process's peak resident size. ``ru_maxrss`` would start at the parent's size when it forked this process."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -196,20 +196,20 @@ def plan_conversion(
 
 
 def _refuse_swapped(source: str | Path, target: Path) -> None:
-    """Raise ``UsageError`` where source and target changed places, or the target is on the Hub."""
-    uri = re.sub("^hf:/+", "hf://", str(target))  # a path has one slash less
+    """Raise ``UsageError`` if source and target were swapped, or if the target is on the Hub."""
+    uri = re.sub("^hf:/+", "hf://", str(target))  # Path drops a slash
     folder, on_hub = Path(source), is_hub_uri(uri)
     nothing = not is_hub_uri(str(source)) and not (any(folder.iterdir()) if folder.is_dir() else folder.exists())
     if nothing and (on_hub or is_checkpoint(target)):
         raise UsageError(
-            f"{source} holds nothing to convert, and {uri} is a checkpoint already.\n"
-            "The source was expected first, then the folder to make.\n"
+            f"{source} holds nothing to convert, and {uri} is already a checkpoint.\n"
+            "Expected the source first, then the output folder.\n"
             f"Did you mean smolconv convert {uri} {source}?"
         )
     if on_hub:
         raise UsageError(
-            f"{uri} is on the Hub, and the target is a folder on this machine.\n"
-            "A folder to make was expected there.\nName one, and add --to hf --push owner/name to upload it."
+            f"{uri} is on the Hub, but the target must be a folder on this machine.\n"
+            "Expected an output folder.\nGive one, and add --to hf --push owner/name to upload it."
         )
 
 
@@ -223,15 +223,15 @@ def plan_gguf_import(path: Path, target: Path, options: ConvertOptions) -> Conve
 
 
 def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options: ConvertOptions) -> ConversionPlan:
-    """Plan the output for a checkpoint that was read already. ``uri`` is where it came from, for the manifest."""
+    """Plan the output for a checkpoint that was already read. ``uri``: its origin, for the manifest."""
     layout, own = _checked(options)
     prepared = prepare(checkpoint, options)
     output = layout.plan(prepared, own)
     written = Counter([*(str(file.path) for file in output.files), *output.late])
     if twice := [path for path, count in written.items() if count > 1]:
         raise BadCheckpoint(
-            f"{checkpoint.root}: {twice[0]} would be written twice, since a file beside the weights has that name.\n"
-            "Expected names of their own. Take that file away, and convert again."
+            f"{checkpoint.root}: {twice[0]} would be written twice, because a file next to the weights has that name.\n"
+            "Expected different names. Move that file away, and convert again."
         )
     files = {**states_of(leaf.path for leaf in _sources(output)), **checkpoint.opened}
     return ConversionPlan(
@@ -249,11 +249,11 @@ def plan_from_checkpoint(checkpoint: Checkpoint, uri: str, target: Path, options
 
 
 def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
-    """The target's layout, and its own options. Raises ``UsageError``."""
+    """The target's layout and its options. Raises ``UsageError``."""
     layout = layout_named(options.to, "--to")
     own = {field.name for field in fields(layout.options)}
     for name in sorted({field.name for known in LAYOUTS for field in fields(known.options)} - own):
-        # What always has a value says nothing of what was asked for. 0 is a ZeRO stage, and equals False.
+        # Options that always have a value were not necessarily given. 0 is a ZeRO stage, and equals False.
         if _DEFAULTS[name] in (None, False) and getattr(options, name) is not _DEFAULTS[name]:
             raise UsageError(f"--{_WORDS.get(name, name).replace('_', '-')} has no meaning for --to {options.to}.")
     made = layout.options(**{name: getattr(options, name) for name in own if getattr(options, name) is not None})
@@ -271,7 +271,7 @@ def _checked(options: ConvertOptions) -> tuple[Layout, Any]:
 def prepare(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     """The checkpoint as the target will hold it: optimizer kept or not, dtype, vocabulary, tokenizer."""
     if options.optimizer and not checkpoint.has_optimizer:
-        raise UsageError(f"--optimizer was asked for, but {checkpoint.root} holds no Adam state.")
+        raise UsageError(f"--optimizer was given, but {checkpoint.root} holds no Adam state.")
     layout, own = _checked(options)
     checkpoint = _cast_parameters(checkpoint, options, layout)
     if not layout.of_an_engine and options.optimizer is None and _is_weights_only(checkpoint.source):
@@ -326,11 +326,11 @@ def _cast_parameters(checkpoint: Checkpoint, options: ConvertOptions, layout: La
         origin = "the fp32 master weights" if from_master and master else "the stored weights"
         warnings.append(f"parameters are {options.dtype}, taken from {origin}.")
     tensors = {**checkpoint.tensors, Slot.PARAMETER: changed}
-    # Adam updates fp32 weights. Rounded parameters alone would lose what the moments belong to, and an engine begins
-    # with the weights as they were before they are rounded.
+    # Adam updates fp32 weights. With rounded parameters alone, the weights that the moments belong to would be lost,
+    # and an engine starts from the weights before rounding.
     unrounded = {name: tensor for name, tensor in parameters.items() if tensor.dtype != changed[name].dtype}
     if options.dtype == "float32":
-        # The parameters are the master now; a second copy would only say the same. Widened weights are not the master.
+        # The parameters are now the master, so a second copy would be redundant. Widened weights are not the master.
         if from_master:
             tensors.pop(Slot.MASTER, None)
     elif unrounded and not master:
@@ -368,14 +368,14 @@ def run_conversion(
     verifier: Verifier | None = None,
     check_source: bool = False,
 ) -> ConversionResult:
-    """Carry the plan out. ``progress`` is called with bytes as they are written.
+    """Run the plan. ``progress`` is called with bytes as they are written.
 
-    Digests that were recorded for the source are compared with what is read of it; with ``check_source`` all of its
-    bytes are read for that. Raises ``DigestMismatch`` where one no longer holds, ``SourceChanged`` when a file of the
-    source changed meanwhile; nothing appears under the target's name then.
+    Digests recorded for the source are compared with the bytes read; ``check_source`` reads all of its bytes for that.
+    Raises ``DigestMismatch`` if one differs, ``SourceChanged`` if a file of the source changed meanwhile; nothing
+    appears under the target's name then.
 
-    ``verifier`` looks at the written folder before it gets its name; when its result has ``passed`` false the folder is
-    kept as ``DST.failed`` and ``ParityFailed`` is raised. Raises ``MachineError`` and ``UsageError`` before writing.
+    ``verifier`` checks the written folder before it is renamed; if its result has ``passed`` false, the folder is kept
+    as ``DST.failed`` and ``ParityFailed`` is raised. Raises ``MachineError`` and ``UsageError`` before writing.
     """
     started = time.perf_counter()
     refuse_existing(plan.target, overwrite, lost_with)
@@ -387,7 +387,7 @@ def run_conversion(
     check = SourceCheck(sealed.seals, plan.source.root, sealed.checksums)
     with OutputFolder(plan.target, plan.digest, resume=resume, overwrite=overwrite, loses=lost_with) as folder:
         done = [file for file in plan.output.files if str(file.path) in folder.done]
-        # What an earlier attempt read of the source was not compared to the end.
+        # The bytes that an earlier attempt read were not compared completely.
         read_again = {seal.path for seal in sealed.seals} if check_source else {leaf.path for leaf in _leaves(done)}
         require_space(plan.target, plan.bytes_written - total_bytes(done))
         progress(total_bytes(done))
@@ -417,7 +417,7 @@ def run_conversion(
 def _write_documents(
     plan: ConversionPlan, folder: OutputFolder, written: Written, check: Mapping[str, Any], warnings: tuple[str, ...]
 ) -> None:
-    """What can only be said once every tensor was read: the late files, and the manifest over all."""
+    """Write what requires every tensor to have been read: the late files and the manifest."""
     for path, make in plan.output.late.items():
         folder.write(path, make(written))
     source = {"uri": plan.uri, "layout": plan.source.layout, "revision": plan.source.revision, "check": check}
@@ -432,19 +432,19 @@ def _unchecked(check: Mapping[str, Any]) -> list[str]:
     if not check["unchecked"]:
         return []
     return [
-        f"not compared: {counted(len(check['unchecked']), 'digest')} of the source, of whose bytes only parts, or not "
-        f"in order, were read ({some_of(check['unchecked'], more=True)}). --check-source reads them whole."
+        f"not compared: {counted(len(check['unchecked']), 'digest')} of the source, whose bytes were read in part or "
+        f"out of order ({some_of(check['unchecked'], more=True)}). --check-source reads them completely."
     ]
 
 
 def _refuse_replacing_the_source(plan: ConversionPlan) -> None:
-    """Raise ``UsageError`` when what is read lies in the folder that would be replaced, by way of a link perhaps."""
+    """Raise ``UsageError`` if a source file is in the folder that would be replaced, perhaps through a link."""
     target = Path(os.path.realpath(plan.target))
     for path in plan.files if target.is_dir() else ():
         if target in Path(os.path.realpath(path)).parents:
             raise UsageError(
-                f"{path} is read for this conversion, and lies in {plan.target}, which would be replaced.\n"
-                "A target apart from the source was expected.\nChoose another target."
+                f"{path} is read for this conversion, but is in {plan.target}, which would be replaced.\n"
+                "Expected a target outside the source.\nChoose another target."
             )
 
 
@@ -452,26 +452,26 @@ def _verified(plan: ConversionPlan, folder: OutputFolder, verifier: Verifier) ->
     try:
         verification = verifier(plan, folder.partial)
     except BadCheckpoint as error:
-        # What cannot be read back is as wrong as what reads back differently.
+        # Output that cannot be read back fails like output that differs.
         verification = {"passed": False, "reason": str(error).splitlines()[0]}
     if not verification["passed"]:
         failed = folder.publish_failed()
         raise ParityFailed(
-            f"{plan.target} was not made: what was written does not verify ({verification['reason']}).\n"
+            f"{plan.target} was not created: the output does not verify ({verification['reason']}).\n"
             f"It is kept as {failed}."
         )
     return verification
 
 
 def default_workers() -> int:
-    """Workers that keep the disk busy: more than a few only share the same memory bandwidth."""
+    """The default number of workers: more than a few only share the same memory bandwidth."""
     return min(4, usable_cores())
 
 
 def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
     if max_memory_bytes is None:
         return CHUNK_BYTES
-    # A worker holds its chunk; an expression below it holds up to two more of CHUNK_BYTES.
+    # A worker holds its chunk; an expression that it reads holds up to two more of CHUNK_BYTES.
     each = max_memory_bytes // workers - 2 * CHUNK_BYTES
     if each < 1 << 16:
         raise UsageError(f"--max-memory is too small for {workers} workers: give at least {workers * 9} MB.")
@@ -479,7 +479,7 @@ def _chunk_bytes(workers: int, max_memory_bytes: int | None) -> int:
 
 
 def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
-    """What is said of infinity and NaN: apart, what a cast made of finite values, and what was there before."""
+    """Warnings about infinity and NaN: those that a cast created, and those that were in the source."""
     names = [
         f"{tensor.name} ({tensor.slot})"
         for file in plan.output.files
@@ -490,8 +490,8 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
     if not names:
         return []
     if not _has_casts(plan):
-        return [f"{_tensors(names)} NaN or infinity and were kept as they are: {some_of(names, 5, more=True)}"]
-    # Looked at once more by the names that people know: apart, what was so before and what a cast has made of it.
+        return [f"{_tensors(names)} NaN or infinity and were kept unchanged: {some_of(names, 5, more=True)}"]
+    # Checked again by canonical names: separate what was in the source from what a cast created.
     before, lost = list[str](), list[str]()
     for slot, tensors in plan.prepared.tensors.items():
         for name, tensor in tensors.items():
@@ -507,7 +507,7 @@ def _nonfinite(plan: ConversionPlan, written: Written) -> list[str]:
             "Choose another --dtype."
         )
     if before:
-        said.append(f"{_tensors(before)} NaN or infinity and were kept as they are: {some_of(before, 5, more=True)}")
+        said.append(f"{_tensors(before)} NaN or infinity and were kept unchanged: {some_of(before, 5, more=True)}")
     return said
 
 
@@ -527,7 +527,7 @@ def _leaves(files: Sequence[PlannedFile]) -> list[Stored]:
     return [leaf for file in files for tensor in file.tensors for leaf in tensor.source.leaves()]
 
 
-#: Names of files may hold bytes that are no text.
+#: Names of files may hold bytes that are not UTF-8.
 _ANY_NAME = ("utf-8", "backslashreplace")
 
 
@@ -541,7 +541,7 @@ def _plan_digest(output: PlannedOutput, options: ConvertOptions, sources: Mappin
             hasher.update(f"{offset}\0".encode() + data)
         for tensor in file.tensors:
             hasher.update(f"{tensor.name}\0{tensor.slot}\0{tensor.offset}\0{tensor.source!r}\0".encode(*_ANY_NAME))
-    for path, state in sorted(sources.items()):  # without the inode: a file system may number anew when it is mounted
+    for path, state in sorted(sources.items()):  # without the inode, which a new mount may change
         hasher.update(f"{path}\0{state.size}\0{state.mtime_ns}\0{state.ctime_ns}\0".encode(*_ANY_NAME))
     return str(hasher.hexdigest())
 

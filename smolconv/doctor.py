@@ -1,7 +1,7 @@
-"""What this machine has for each command, and what would go wrong: ``smolconv doctor``.
+"""Checks what this machine has for each command, and what would fail: ``smolconv doctor``.
 
-Every package is imported by a process of its own, as a command would: an installed version says little about a package
-that was built for another torch. What is wanted is read from smolconv's own metadata, so that nothing is listed twice.
+Each package is imported in its own process, as a command would: the installed version does not show whether a package
+was built for another torch. Requirements are read from smolconv's metadata, so nothing is listed twice.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ EXTRAS: Mapping[str, str | None] = {
     "continue-train": "train",
     "tokenize": "data",
     "import-gguf": "gguf",
-    "evaluate": "evaluate",  # tasks by lm-eval; lighteval has an environment of its own
+    "evaluate": "evaluate",  # tasks by lm-eval; lighteval has its own environment
 }
-#: Taken when they are there, on a GPU: no command waits for them.
+#: Optional packages that training uses on a GPU.
 _FASTER = ("flash-attn", "liger-kernel")
 _IMPORT_SECONDS = 300
-#: Docker's default of 64 MB is too small for NCCL, which says so only in the middle of a start.
+#: Docker's default of 64 MB is too small for NCCL, which fails only in the middle of a start.
 _SHARED_MEMORY_BYTES = 1 << 30
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?\s*\(?([^;)]*)\)?(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?")
-#: What torch says of this machine. Its own process: torch takes seconds and memory that the doctor needs not.
+#: What torch reports about this machine, in its own process, because importing torch takes seconds and memory.
 _TORCH = """
 import json, torch
 from smolconv.continual_pretraining.engine.attention import choose_attention
@@ -66,7 +66,7 @@ class Package:
     """A distribution that a command imports."""
 
     name: str
-    wanted: str  #: as ">=2.4"; empty: any version
+    wanted: str  #: such as ">=2.4"; empty: any version
     version: str | None  #: None: not installed
     problem: str | None  #: why it cannot be used
 
@@ -76,33 +76,33 @@ class CommandState:
     """Whether a command can run here."""
 
     ready: bool
-    install: str | None  #: what to type, where it cannot
+    install: str | None  #: the command to install what is missing, if it cannot
     packages: Sequence[Package]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the operating system says. None where it does not."""
+    """Facts from the operating system; None if it does not report them."""
 
     system: str
     python: str
     cores: int  #: that this process may run on
-    memory_bytes: int | None  #: of the machine, or of the container where that is less
+    memory_bytes: int | None  #: of the machine, or of the container if that is less
     shared_memory_bytes: int | None  #: free in /dev/shm
     open_files: int  #: that a process may have
-    disk_free_bytes: int  #: where the command was started
+    disk_free_bytes: int  #: on the disk of the working folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found."""
+    """All results."""
 
     smolconv: str
     machine: Machine
     commands: Mapping[str, CommandState]
-    faster: Sequence[Package]  #: what training takes on a GPU when it is there
+    faster: Sequence[Package]  #: optional packages for training on a GPU
     torch: Mapping[str, Any] | None  #: ``cuda``, ``gpus``, ``attention``, ``cpu_bf16``; None without torch
-    launchers: Mapping[str, Sequence[str]]  #: name -> programs that it lacks here
+    launchers: Mapping[str, Sequence[str]]  #: name -> its missing programs
     problems: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Diagnosis:
 
 
 def diagnose(bar: Bar = no_bar) -> Diagnosis:
-    """Look at everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove does: seconds."""
+    """Check everything. Takes as long as importing torch, transformers, DeepSpeed and datatrove: seconds."""
     wanted = {command: _wanted(extra) for command, extra in EXTRAS.items()}
     versions = {name: version for needs in wanted.values() for name, version in needs.items()}
     looked_at = {**versions, **dict.fromkeys(_FASTER, "")}
@@ -148,7 +148,7 @@ def diagnose(bar: Bar = no_bar) -> Diagnosis:
 
 
 def _wanted(extra: str | None) -> dict[str, str]:
-    """Distribution -> versions that smolconv asks for, of the base installation or of an extra."""
+    """Distribution -> versions that smolconv requires, for the base installation or an extra."""
     found: dict[str, str] = {}
     for line in importlib.metadata.requires("smolconv") or ():
         match = _REQUIREMENT.match(line)
@@ -174,7 +174,7 @@ def _package(name: str, wanted: str) -> Package:
 def _fits(version: str, wanted: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
-    except ImportError:  # comes with everything whose version matters
+    except ImportError:  # installed with every package whose version matters
         return True
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
@@ -191,7 +191,7 @@ def _import_problem(name: str) -> str | None:
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str] | None:
-    """Run it as a command would, in a folder that nothing is imported from; None when it does not end."""
+    """Run it as a command would, in a folder from which nothing is imported; None if it does not end."""
     environment = safe_environment({**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     try:
         return subprocess.run(
@@ -227,7 +227,7 @@ def _machine() -> Machine:
 
 
 def machine_memory_bytes() -> int | None:
-    """Of the machine, or of the container where that is less; None: not known."""
+    """Memory of the machine, or of the container if that is less; None if not known."""
     found = []
     with contextlib.suppress(ValueError, OSError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -240,7 +240,7 @@ def machine_memory_bytes() -> int | None:
 
 
 def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str, Any] | None) -> list[str]:
-    """What is wrong, and what to do about it."""
+    """Problems, with what to do about each."""
     found = [
         f"{package.name} {package.version} cannot be used: {package.problem}."
         for package in packages
@@ -250,15 +250,15 @@ def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str,
         found.append("this machine has an NVIDIA GPU, but torch was built without CUDA. Install torch for CUDA.")
     if torch is not None and torch["cuda"] is not None and has_nvidia() and not torch["gpus"]:
         found.append(
-            "this machine has an NVIDIA GPU, but torch sees none. Look at nvidia-smi and CUDA_VISIBLE_DEVICES; the "
+            "this machine has an NVIDIA GPU, but torch sees none. Check nvidia-smi and CUDA_VISIBLE_DEVICES; the "
             "driver may be too old for this torch."
         )
     if (python := os.environ.get(LIGHTEVAL_PYTHON)) and (reason := lacking_lighteval(python)) is not None:
-        found.append(f"{LIGHTEVAL_PYTHON}: {reason}. smolconv evaluate --engine lighteval says how to make one.")
+        found.append(f"{LIGHTEVAL_PYTHON}: {reason}. smolconv evaluate --engine lighteval explains how to create one.")
     for lock in _stale_locks():
         found.append(
             f"{lock}: an extension of DeepSpeed is being compiled, or was when its process was killed. Every start "
-            "that needs it waits for this file without a word. Delete it if nothing is compiling."
+            "that needs it silently waits for this file. Delete it if nothing is compiling."
         )
     if machine.shared_memory_bytes is not None and machine.shared_memory_bytes < _SHARED_MEMORY_BYTES:
         found.append(
@@ -269,7 +269,7 @@ def _problems(packages: Sequence[Package], machine: Machine, torch: Mapping[str,
 
 
 def has_nvidia() -> bool:
-    """Whether NVIDIA's driver is loaded, whatever torch says."""
+    """Whether NVIDIA's driver is loaded, regardless of torch."""
     return NVIDIA.exists()
 
 

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree. Each class knows the exit code that the command line ends with.
+"""All error classes, as one tree. Each class has the exit code of the command line.
 
 A message has three parts: what was found and where, what was expected, what to do next.
 """
@@ -21,12 +21,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def pip_install(packages: Iterable[str]) -> str:
-    """The command that installs these packages, in versions that smolconv works with; it needs no smolconv on PyPI."""
+    """The command that installs these packages in supported versions; it does not need smolconv on PyPI."""
     from importlib import metadata
 
     try:
         wanted = [re.split(r"[\s;]", line)[0] for line in metadata.requires("smolconv") or ()]
-    except metadata.PackageNotFoundError:  # a clone that was never installed
+    except metadata.PackageNotFoundError:  # a clone that is not installed
         wanted = []
     bounds = {re.split(r"[<>=!~(\[]", each)[0]: each for each in wanted}
     names = [name.replace("_", "-") for name in packages]
@@ -34,19 +34,19 @@ def pip_install(packages: Iterable[str]) -> str:
 
 
 class SmolconvError(Exception):
-    """The root: the command line prints the message without a traceback and exits with ``exit_code``."""
+    """The base class. The command line prints the message without a traceback and exits with ``exit_code``."""
 
     exit_code = 70
 
 
 class UsageError(SmolconvError):
-    """The words on the command line cannot be carried out as given."""
+    """The command cannot be run as given."""
 
     exit_code = 2
 
 
 class BadCheckpoint(SmolconvError):
-    """The checkpoint is missing, corrupt, contradictory or of a form we do not read."""
+    """The checkpoint is missing, corrupt, contradictory or in a form that smolconv does not read."""
 
     exit_code = 3
 
@@ -60,19 +60,19 @@ class UnsupportedModel(BadCheckpoint):
 
 
 class MissingFile(BadCheckpoint):
-    """A file that the checkpoint promises is not there."""
+    """A file of the checkpoint is missing."""
 
 
 class MissingShard(MissingFile):
-    """One rank's or one index entry's file is not there."""
+    """The file of a rank or of an index entry is missing."""
 
 
 class CorruptFile(BadCheckpoint):
-    """A file is there, but its bytes are not what its format demands."""
+    """A file exists, but its bytes do not follow its format."""
 
 
 class LfsPointer(CorruptFile):
-    """Git LFS left a pointer in a file's place."""
+    """The file is a pointer of Git LFS instead of its content."""
 
 
 class UnsafePickle(BadCheckpoint):
@@ -84,11 +84,11 @@ class ShapeMismatch(BadCheckpoint):
 
 
 class NameMismatch(BadCheckpoint):
-    """Tensor names are missing, unexpected or there twice."""
+    """Tensor names are missing, unexpected or duplicated."""
 
 
 class MixedCheckpoint(BadCheckpoint):
-    """Files of different formats, steps or topologies lie in one checkpoint."""
+    """One checkpoint has files of different formats, steps or topologies."""
 
 
 class SourceChanged(BadCheckpoint):
@@ -122,13 +122,13 @@ class TrainingStopped(SmolconvError):
 
 
 class StoppedBySignal(SmolconvError):
-    """Training was stopped by a signal, and has saved: the same command resumes from there."""
+    """A signal stopped training after a save; the same command resumes from there."""
 
     exit_code = 75
 
 
 class StoppedByRequest(StoppedBySignal):
-    """The same, by `smolconv stop`."""
+    """`smolconv stop` stopped training after a save."""
 
 
 class ParityFailed(SmolconvError):
@@ -144,12 +144,12 @@ class Interrupted(SmolconvError):
 
 
 class SignalReceived(BaseException):
-    """Raised by a signal's handler, wherever the command is at that moment; ``args[0]`` is the signal's name.
+    """Raised by a signal handler at any point of a command; ``args[0]`` is the signal's name.
 
-    No ``SmolconvError``: whoever expects an error and continues must not go on after this.
+    Not a ``SmolconvError``, so that code that handles errors and continues does not catch it.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in a line; its class where it says nothing."""
+    """The message of another library's error in one line; its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,8 +1,8 @@
-"""How files of a source are opened, and what they were then: a conversion of files that change is a mixture.
+"""Opens a source's files and records their state: converting files that change would mix two states.
 
-Every file that somebody gives us is opened here: only regular ones, since a pipe is waited for and a device has no end.
-``require_unchanged`` looks again, after the last byte was read. Files that only choose a step (``latest``) are left
-out: a run that continues rewrites them, and its older steps stay.
+All input files are opened here, and only regular ones: opening a pipe may block, and a device may have no end.
+``require_unchanged`` checks the files again after the last byte was read. It ignores files that only choose a step
+(``latest``), because a run that continues rewrites them and keeps its older steps.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from pathlib import Path
 
 from smolconv.errors import CorruptFile, LfsPointer, MachineError, MissingFile, SmolconvError, SourceChanged
 
-#: A document that people or programs wrote about tensors: configs, sidecars, recipes. Indexes may have more.
+#: Size limit of documents about tensors: configs, sidecars, recipes. Indexes may be larger.
 MOST_DOCUMENT_BYTES = 1 << 24
-#: A file whose text is the name of another, or one number.
+#: Size limit of a file that holds a name or a number.
 MOST_NAME_BYTES = 4096
-#: How what Git LFS leaves in a file's place begins, and the bytes that it stays below: git-lfs/docs/spec.md.
+#: The first bytes of a Git LFS pointer, and the size that it stays below: git-lfs/docs/spec.md.
 _LFS_POINTER, _LFS_POINTER_BYTES = b"version https://git-lfs", 1024
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
-#: What ``stat`` says where a path leads nowhere.
+#: Errors of ``stat`` for a path that leads nowhere.
 _NOWHERE = {
     errno.ENOENT: "is not there",
-    errno.ENOTDIR: "is not there: something above it is no folder",
+    errno.ENOTDIR: "is not there: a part of the path is not a folder",
     errno.ELOOP: "is a link that leads back to itself",
-    errno.ENAMETOOLONG: "cannot be: its name is longer than names of files are",
+    errno.ENAMETOOLONG: "cannot exist: its name is too long for a file",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileState:
-    """What tells that a file was written to or replaced, without reading it."""
+    """Metadata that shows whether a file was written to or replaced, without reading it."""
 
     size: int
     mtime_ns: int
-    ctime_ns: int  #: no program can set it back
+    ctime_ns: int  #: programs cannot set it
     inode: tuple[int, int]
 
     @staticmethod
@@ -55,7 +55,7 @@ class FileState:
 
 
 def states_of(paths: Iterable[Path]) -> dict[Path, FileState]:
-    """The files as they are now. Raises ``OSError``."""
+    """The current state of the files. Raises ``OSError``."""
     return {path: FileState.of(os.stat(path)) for path in dict.fromkeys(paths)}
 
 
@@ -64,7 +64,7 @@ _noted: ContextVar[dict[Path, FileState] | None] = ContextVar("_noted", default=
 
 @contextmanager
 def noting_files() -> Iterator[dict[Path, FileState]]:
-    """Inside, every file that is opened here is noted as it was at that moment, in the dictionary."""
+    """Within the block, record the state of every file opened here in the dictionary."""
     noted: dict[Path, FileState] = {}
     outer = _noted.get()
     token = _noted.set(noted)
@@ -78,12 +78,12 @@ def noting_files() -> Iterator[dict[Path, FileState]]:
 
 
 def open_file(path: Path, *, noted: bool = True) -> int:
-    """A descriptor to read a regular file by; the file is noted as it is now, unless it was opened before.
+    """Open a regular file for reading; its state is recorded when it is opened first.
 
-    Raises ``MissingFile``, ``CorruptFile`` for what is no file or a pointer of Git LFS, and ``MachineError``.
+    Raises ``MissingFile``, ``CorruptFile`` for anything but a regular file or for a Git LFS pointer, ``MachineError``.
     """
     with reading(path):
-        _require_regular(path, os.stat(path))  # before it is opened: to open a device may already do something
+        _require_regular(path, os.stat(path))  # before opening it, because opening a device may have effects
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             now = os.fstat(descriptor)
@@ -102,13 +102,13 @@ def _refuse_lfs_pointer(path: Path, descriptor: int, size: int) -> None:
     if size < _LFS_POINTER_BYTES and os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
         raise LfsPointer(
             f"{path} is a pointer left by Git LFS, not the file itself.\n"
-            f"Its content was expected; the pointer has {size} bytes.\n"
+            f"Expected its content; the pointer has {size} bytes.\n"
             "Run git lfs install and git lfs pull in the clone, or download the repository with hf download."
         )
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether Git LFS left a pointer there in the file's place; False also for what cannot be opened."""
+    """Whether the file is a Git LFS pointer; False also if it cannot be opened."""
     try:
         os.close(open_file(path, noted=False))
     except LfsPointer:
@@ -120,14 +120,14 @@ def is_lfs_pointer(path: Path) -> bool:
 
 def _require_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-        raise CorruptFile(f"{path} is {kind}; a file was expected.\nName the file itself, or copy it again.")
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "not a regular file")
+        raise CorruptFile(f"{path} is {kind}; expected a file.\nGive the file itself, or copy it again.")
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file of that name is there. Raises ``CorruptFile`` and ``MissingFile`` for anything else in its place.
+    """Whether a file of that name exists. Raises ``CorruptFile`` and ``MissingFile`` for anything else with the name.
 
-    A document that may be left out must not be taken for left out because it is a pipe, or a link to nothing.
+    An optional document that is a pipe or a dangling link must not count as absent.
     """
     found = _stat_if_any(path)
     if found is not None:
@@ -136,16 +136,16 @@ def is_there(path: Path) -> bool:
 
 
 def is_folder_there(path: Path) -> bool:
-    """Whether a folder of that name is there. Raises as ``is_there`` does for anything else in its place."""
+    """Whether a folder of that name exists. Raises like ``is_there`` for anything else with the name."""
     found = _stat_if_any(path)
     if found is not None and not stat.S_ISDIR(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a file")
-        raise CorruptFile(f"{path} is {kind}; a folder was expected.\nCopy it again, or take it away.")
+        raise CorruptFile(f"{path} is {kind}; expected a folder.\nCopy it again, or remove it.")
     return found is not None
 
 
 def _stat_if_any(path: Path) -> os.stat_result | None:
-    """What has that name; None for nothing, which a link to nothing is not."""
+    """The entry of that name, which may be a dangling link; None if there is none."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -156,7 +156,7 @@ def _stat_if_any(path: Path) -> os.stat_result | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Inside, a file is opened or read: what the system refuses is raised as ``unreadable`` has it."""
+    """Within the block, convert errors of the system while opening and reading a file with ``unreadable``."""
     try:
         yield
     except OSError as error:
@@ -164,24 +164,24 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
-    """What the system said when a file was to be read, with what to do: ``MissingFile`` or ``MachineError``."""
+    """The system's error for a file that cannot be read, with advice: ``MissingFile`` or ``MachineError``."""
     if error.errno in _NOWHERE:
         shown = f"{path}" if len(f"{path}") <= MOST_NAME_BYTES else f"{path!s:.200}..."
         dangling = error.errno == errno.ENOENT and os.path.islink(shown)
-        nowhere = "is a link to nothing" if dangling else _NOWHERE[error.errno]
+        nowhere = "is a dangling link" if dangling else _NOWHERE[error.errno]
         if dangling and "blobs" in os.readlink(shown):
-            advice = "A file was expected: the Hub's cache links to its folder blobs, which is not there.\n"
+            advice = "Expected a file: the Hub's cache links to its folder blobs, which is missing.\n"
             advice += "Download the checkpoint again, or copy it with its files from where they are: cp -rL"
-        advice = advice or "A file was expected there.\nCheck the path, or copy the file from where it was written."
+        advice = advice or "Expected a file.\nCheck the path, or copy the file from where it was written."
         return MissingFile(f"{shown} {nowhere}.\n{advice}")
     return MachineError(
         f"{path} cannot be read ({error.strerror or error}).\n"
-        "A readable file was expected.\nCheck its permissions and the disk."
+        "Expected a readable file.\nCheck its permissions and the disk."
     )
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, noted: bool = True) -> bytes:
-    """The content of a small file. Raises as ``open_file`` does, and ``CorruptFile`` when it is larger."""
+    """The content of a small file. Raises as ``open_file``, and ``CorruptFile`` if it is larger than the limit."""
     descriptor = open_file(path, noted=noted)
     with reading(path), open(descriptor, "rb", buffering=0) as file:
         size = os.fstat(descriptor).st_size
@@ -196,13 +196,13 @@ def read_bytes(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, noted: bool
 
 def _too_large(path: Path, size: int, most_bytes: int) -> CorruptFile:
     return CorruptFile(
-        f"{path} has {size} bytes; at most {most_bytes} were expected of a file of its kind.\n"
-        "It is not what its name says: copy it again."
+        f"{path} has {size} bytes; expected at most {most_bytes} for a file of this kind.\n"
+        "Its content does not match its name: copy it again."
     )
 
 
 def file_size(path: Path, most_bytes: int | None = None) -> int:
-    """Bytes of a regular file, which is not noted. Raises as ``open_file``, and for more than ``most_bytes``."""
+    """The content of a regular file whose state is not recorded. Raises as ``open_file``, and for a larger file."""
     with reading(path):
         found = os.stat(path)
     _require_regular(path, found)
@@ -212,7 +212,7 @@ def file_size(path: Path, most_bytes: int | None = None) -> int:
 
 
 def is_file_name(text: str) -> bool:
-    """Whether it can name a file or a folder beside the one that says so, and nothing elsewhere."""
+    """Whether the text can only name a file or folder next to the document that contains it."""
     try:
         length = len(os.fsencode(text))
     except UnicodeEncodeError:
@@ -221,12 +221,12 @@ def is_file_name(text: str) -> bool:
 
 
 def is_path_below(text: str) -> bool:
-    """Whether it can name a file or a folder below the one that says so, by names alone, and nothing elsewhere."""
+    """Whether the text can only name a file or folder below the document that contains it."""
     return all(map(is_file_name, text.split("/")))
 
 
 def require_unchanged(files: Mapping[Path, FileState], when: str) -> None:
-    """Raise ``SourceChanged`` when a file is not what it was; ``when`` says what went on meanwhile."""
+    """Raise ``SourceChanged`` if a file's state has changed; ``when`` names the work meanwhile."""
     for path, before in files.items():
         try:
             now = FileState.of(os.stat(path))
@@ -248,6 +248,6 @@ def require_unchanged(files: Mapping[Path, FileState], when: str) -> None:
 def _told(when: str, what: str) -> str:
     return (
         f"{what} {when}.\n"
-        "A source that stays as it is was expected: what was read of it may be of two states.\n"
+        "Expected an unchanged source: the bytes read may be of two states.\n"
         "Wait until nothing writes to it, then convert it again."
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint is, as facts for people and for --json. Headers only, unless digests are to be compared."""
+"""Collects facts about a checkpoint for inspect and its --json; reads only headers, unless digests are compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smolconv.storage.torch_archive.records import is_torch_archive
 
 
 def _proof(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """What a card in the folder says, which nobody has repeated here."""
+    """The claims of a card in the folder, which inspect does not check."""
     if not is_there(folder / PROOF):
         return None
     from smolconv.verification.proof import read_proof
@@ -85,17 +85,17 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, tensors: bool = False) -> dict
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What ``inspect --check`` has compared."""
+    """The result of ``inspect --check``."""
 
     checked: int  #: digests that hold: of tensors, of records of torch archives, of files
-    unchecked: Mapping[Path, str]  #: files for which nobody recorded a digest, and why
+    unchecked: Mapping[Path, str]  #: files without a recorded digest, and why
 
 
 def check_checkpoint(checkpoint: Checkpoint, workers: int = 1) -> Checked:
-    """Re-read all bytes and compare them with every digest that was recorded for them.
+    """Re-read all bytes and compare them with every digest recorded for them.
 
-    Raises ``DigestMismatch``, also for files that the manifest lists and that are gone, and ``CorruptFile`` for a
-    manifest that lists nothing.
+    Raises ``DigestMismatch``, also if a file in the manifest is missing, and ``CorruptFile`` for a manifest that lists
+    nothing.
     """
     tensors = [tensor for found in checkpoint.tensors.values() for tensor in found.values()]
     manifest = find_manifest(checkpoint)
@@ -117,7 +117,7 @@ def check_checkpoint(checkpoint: Checkpoint, workers: int = 1) -> Checked:
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
-    """Differences of specs and of tensors' names, shapes and dtypes. Reads no tensor."""
+    """Compare specs and tensors' names, shapes and dtypes. Reads no tensor."""
     left = {(slot.value, name): t for slot, found in a.tensors.items() for name, t in found.items()}
     right = {(slot.value, name): t for slot, found in b.tensors.items() for name, t in found.items()}
     changed = [

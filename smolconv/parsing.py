@@ -1,7 +1,7 @@
-"""JSON, YAML and tokenizers of strangers, with bounds that hold before anything is made of them.
+"""Parses untrusted JSON, YAML and tokenizers, within limits that are checked before values are built.
 
-A document of a few hundred bytes can ask for gigabytes (an alias of aliases), for ever (an alias of itself) or for a
-stack that ends (brackets). What is returned here has finite numbers, text that can be written again, and few levels.
+A document of a few hundred bytes can expand to gigabytes (aliases of aliases), for ever (an alias of itself), or
+overflow the stack (brackets). Parsed values have finite numbers, text that can be encoded again, and a limited depth.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from smolconv.errors import CorruptFile
 from smolconv.files import MOST_DOCUMENT_BYTES, read_bytes
 
-#: The deepest of ours has 8 levels; Python's own limit, some hundreds, is lower where it has to be walked.
+#: Most levels. The deepest of our documents has 8; Python's recursion limit allows some hundreds.
 _DEEPEST = 64
-#: Values of a YAML document, those of aliases as often as they are used.
+#: Most values of a YAML document, counting those of an alias at each use.
 _MOST_YAML_NODES = 200_000
-#: Digits of a whole number: Adam's steps, sizes and ids have 20 at most, seeds 39.
+#: Most digits of a whole number: Adam's steps, sizes and ids have up to 20, seeds 39.
 _MOST_DIGITS = 40
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -35,7 +35,7 @@ def read_json(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES, *, unique: bool
 
 
 def finite_json(value: Any) -> Any:
-    """The same as JSON can hold it: null for numbers that are not finite, lists for tuples."""
+    """The value as JSON can hold it: null for non-finite numbers, lists for tuples."""
     if isinstance(value, Mapping):
         return {name: finite_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -44,21 +44,21 @@ def finite_json(value: Any) -> Any:
 
 
 def parse_json_object(data: bytes, where: object, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object that was read from ``where``; ``unique`` as for ``parse_json``. Raises ``CorruptFile``."""
+    """Parse a JSON object read from ``where``; ``unique`` as for ``parse_json``. Raises ``CorruptFile``."""
     try:
         value = parse_json(data, unique=unique)
     except ValueError as error:
         raise CorruptFile(f"{where} is not valid JSON ({error}).\nCopy the file again.") from None
     if not isinstance(value, dict):
-        raise CorruptFile(f"{where} holds {_kind(value)}; a JSON object was expected.\nCopy the file again.")
+        raise CorruptFile(f"{where} holds {_kind(value)}; expected a JSON object.\nCopy the file again.")
     return value
 
 
 def parse_json(data: bytes, *, unique: bool = False) -> Any:
-    """Any JSON value; ``unique`` refuses names that are there twice.
+    """Parse any JSON value; ``unique`` refuses duplicate names.
 
-    Raises ``ValueError``, also for NaN and infinity, which no document of ours could hold, for numbers of more than 40
-    digits, text that is not Unicode, and more than 64 levels.
+    Raises ``ValueError``, also for NaN and infinity, numbers of more than 40 digits, text that is not Unicode, and more
+    than 64 levels.
     """
     try:
         value = json.loads(
@@ -70,7 +70,7 @@ def parse_json(data: bytes, *, unique: bool = False) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except UnicodeEncodeError:
-        raise ValueError("it has half a character, which is no text") from None
+        raise ValueError("it has a lone surrogate, which is not valid text") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
     require_shallow(value)
@@ -104,7 +104,7 @@ def _whole(text: str) -> int:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -115,12 +115,12 @@ def _kind(value: object) -> str:
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
-#: Of a tokenizer.json; that of a vocabulary of 256,000 entries has 34 MB.
+#: Size limit of a tokenizer.json; with a vocabulary of 256,000 entries it has 34 MB.
 MOST_TOKENIZER_BYTES = 1 << 27
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A ``tokenizers.Tokenizer``. Raises ``ImportError`` without the library, and as ``read_json`` does."""
+    """Load a ``tokenizers.Tokenizer``. Raises ``ImportError`` without the library, and as ``read_json`` does."""
     from tokenizers import Tokenizer
 
     data = read_bytes(path, MOST_TOKENIZER_BYTES)
@@ -130,11 +130,11 @@ def read_tokenizer(path: Path) -> Any:
 
 @contextmanager
 def tokenizing(path: Path) -> Iterator[None]:
-    """Inside, the tokenizers library works by the file ``path``; whatever it raises becomes ``CorruptFile``."""
+    """Convert whatever the tokenizers library raises for the file ``path`` to ``CorruptFile``."""
     try:
         yield
     except BaseException as error:
-        # It raises Exception itself; and where Rust panics, something that is no Exception.
+        # It raises plain Exception and, if Rust panics, a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CorruptFile(
@@ -146,18 +146,18 @@ def tokenizing(path: Path) -> Iterator[None]:
 
 
 def parse_yaml_mapping(data: bytes | str, where: object) -> dict[str, Any]:
-    """A YAML mapping of values that JSON has, too, that was read from ``where``. Raises ``CorruptFile``."""
+    """Parse a YAML mapping of JSON-like values, read from ``where``. Raises ``CorruptFile``."""
     import yaml
 
     try:
         require_small_yaml(data)
         value = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         _require_plain(value)
-    # Of values that are not what their tag says, PyYAML raises whatever comes: KeyError for !!bool x.
+    # For a value that does not match its tag PyYAML may raise anything, such as KeyError for !!bool x.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptFile(f"{where} is not valid YAML: {(str(error) or repr(error)).splitlines()[0]:.200}.") from None
     if not isinstance(value, dict):
-        raise CorruptFile(f"{where} holds no mapping.")
+        raise CorruptFile(f"{where} does not hold a mapping.")
     return value
 
 
@@ -188,7 +188,7 @@ def require_small_yaml(data: bytes | str) -> None:
             elif isinstance(event, yaml.AliasEvent):
                 found = known.get(event.anchor or "", (1, 0))
                 if found is None:
-                    raise ValueError(f"the alias *{event.anchor:.40} stands within what it stands for")
+                    raise ValueError(f"the alias *{event.anchor:.40} is inside its own anchor")
                 size, height = found
             elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
                 known[event.anchor] = 1, 0
@@ -199,13 +199,13 @@ def require_small_yaml(data: bytes | str) -> None:
             open_sizes[-1] += size
             heights[-1] = max(heights[-1], height)
             if open_sizes[-1] > _MOST_YAML_NODES:
-                raise ValueError(f"it holds more than {_MOST_YAML_NODES:,} values, those of aliases counted")
+                raise ValueError(f"it holds more than {_MOST_YAML_NODES:,} values, including those of aliases")
     except yaml.YAMLError:
-        return  # whoever parses it says what is wrong, with the line
+        return  # the parser will report the error with its line
 
 
 def _require_plain(value: object) -> None:
-    """Raise ``ValueError`` for what JSON does not have: dates, bytes, sets, NaN, half characters."""
+    """Raise ``ValueError`` for values that JSON does not have: dates, bytes, sets, NaN, lone surrogates."""
     if isinstance(value, dict):
         for key, part in value.items():
             if not isinstance(key, (str, int, float, bool, type(None))):
@@ -223,4 +223,4 @@ def _require_plain(value: object) -> None:
         if abs(value) >= 10**_MOST_DIGITS:
             raise ValueError("it has a number of more than 40 digits")
     elif value is not None:
-        raise ValueError(f"a value is {type(value).__name__}; text, a number, true or false was expected")
+        raise ValueError(f"a value is {type(value).__name__}; expected text, a number, true or false")

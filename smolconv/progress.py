@@ -1,15 +1,15 @@
-"""How work that takes seconds tells how far it is. Who shows it is the command."""
+"""The interface for progress of work that takes seconds. The commands display it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-#: A title and how much there is to do -> a context in which progress is told, by what was done since.
+#: Title and total -> a context whose function is called with each amount done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
 def no_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
     yield lambda _: None

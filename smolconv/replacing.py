@@ -1,4 +1,4 @@
-"""What --overwrite may replace: a checkpoint, or what smolconv wrote, and nothing else that lies with it."""
+"""Decides what --overwrite may replace: only a checkpoint or smolconv's output, without other files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SHOWN_FILES = 3
 
 
 def lost_with(target: Path) -> str | None:
-    """What would be lost if ``target`` were replaced, beside one checkpoint or what smolconv has written there.
+    """What else than one checkpoint or smolconv's output would be lost if ``target`` were replaced.
 
-    The answer continues "it ..."; None when nothing would. A link is as good as what it points to, which stays.
+    The result completes a sentence that starts "it"; None if nothing would be lost. A link counts as its target.
     """
     if not target.is_dir():
-        return "is no folder" if target.exists() else "is a link to nothing"
+        return "is not a folder" if target.exists() else "is a dangling link"
     if not any(os.scandir(target)):
         return None
     known, own = set[str](), OwnFiles()
@@ -38,7 +38,7 @@ def lost_with(target: Path) -> str | None:
         for name in sorted(names):
             path = Path(folder) / name
             inside = path.relative_to(target).as_posix()
-            # Of a run with several steps only one would be the checkpoint that is replaced.
+            # In a run with several steps, only one is the checkpoint to replace.
             of_step = own.step is None or target in (path.parent, own.step) or own.step in path.parents
             fits = of_step and bool(own.pattern) and re.fullmatch(own.pattern, inside) is not None
             fits = fits or (bool(own.beside) and re.fullmatch(own.beside, inside) is not None)

@@ -308,7 +308,7 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_named(sharded, refused
     weight_map = json.loads(index.read_text())["weight_map"]
     other = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} - {weight_map["model.norm.weight"]}
     edit_json(index, weight_map={**weight_map, "model.norm.weight": other.pop()})
-    refused(sharded, "NameMismatch", "model.norm.weight", "the index says", to="nanotron")
+    refused(sharded, "NameMismatch", "model.norm.weight", "the index has", to="nanotron")
 
 
 @pytest.mark.parametrize("layout", ["hf", "nanotron"])
@@ -381,7 +381,7 @@ def test_ranks_of_two_topologies_in_one_folder_are_refused(nanotron, refused):
     place = f"{DECODER}/0/pp_block/attn/qkv_proj"
     other = "model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"
     shutil.copy(TINY / "tp1-pp1-dp1-zero0" / place / other, nanotron / place)
-    refused(nanotron, "MixedCheckpoint", "qkv_proj", "rank 0 is there twice", "keep those of one")
+    refused(nanotron, "MixedCheckpoint", "qkv_proj", "rank 0 exists twice", "keep those of one")
 
 
 def test_a_rank_beyond_its_group_is_not_skipped(nanotron, refused):
@@ -637,7 +637,7 @@ def test_an_existing_target_is_refused_and_untouched(hf, cli, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
-    assert_short_error(cli("convert", hf, target, "--to", "nanotron"), 2, "is there already", "--overwrite")
+    assert_short_error(cli("convert", hf, target, "--to", "nanotron"), 2, "already exists", "--overwrite")
     assert files_below(target) == {"mine.txt": b"mine"}
 
 
@@ -919,7 +919,7 @@ def test_a_partial_folder_of_someone_else_is_not_touched(hf, cli, tmp_path):
     other = tmp_path / "out.partial"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
-    assert_short_error(cli("convert", hf, tmp_path / "out", "--to", "nanotron"), 2, "was not made by smolconv")
+    assert_short_error(cli("convert", hf, tmp_path / "out", "--to", "nanotron"), 2, "was not written by smolconv")
     assert files_below(other) == {"thesis.tex": b"precious"}
 
 

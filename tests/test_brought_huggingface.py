@@ -373,7 +373,7 @@ def link_to_nothing(folder: Path) -> None:
 
 
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link to nothing": (link_to_nothing, "tokenizer.json is a link to nothing"),
+    "a link to nothing": (link_to_nothing, "tokenizer.json is a dangling link"),
     "cut": (lambda f: (f / "tokenizer.json").write_bytes(tokenizer_json(64)[:300]), "tokenizer.json is not valid JSON"),
     "a pointer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a pointer left by Git LFS"),
     "a pointer to a model": (lambda f: (f / "tokenizer.model").write_bytes(POINTER), "tokenizer.model is a pointer left by Git LFS"),

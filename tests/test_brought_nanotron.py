@@ -172,7 +172,7 @@ def test_samples_of_a_deepspeed_run_are_shared_by_the_steps_of_each_stage(tmp_pa
     found = metas(tmp_path / "run")
     assert [stage["consumed_train_samples"] for stage in found["data_stages"]] == [4, 8, 0]
     assert (found["last_train_step"], found["last_stage_idx"]) == (3, 1)
-    assert any("has consumed 12 samples; how many tokens" in warning for warning in result.warnings)
+    assert any("has consumed 12 samples, without a record of the tokens" in warning for warning in result.warnings)
     # Without a config they are one stage's.
     plain = convert(ZERO2 / "checkpoint", tmp_path / "plain", "nanotron", config=ZERO2 / "config.json")
     assert [(s["name"], s["consumed_train_samples"]) for s in metas(tmp_path / "plain")["data_stages"]] == [
@@ -371,7 +371,7 @@ def test_the_progress_of_a_branch_is_converted_and_decides_the_learning_rate(tmp
     assert (found["last_train_step"], found["consumed_train_samples"], found["consumed_tokens_total"]) == (
         40_000, 23_040_000, 94_371_840_000,
     )  # fmt: skip
-    assert any("by the name of the branch" in warning for warning in result.warnings)
+    assert any("taken from the branch's name" in warning for warning in result.warnings)
     convert(uri, tmp_path / "copy", "hf")
     state = json.loads((tmp_path / "copy/smolconv_state/state.json").read_text())
     assert (state["step"], state["progress"]["consumed_tokens"]) == (40_000, 94_371_840_000)

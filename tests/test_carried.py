@@ -34,7 +34,7 @@ def test_a_training_checkpoint_says_its_state_progress_and_the_files_that_have_n
     tokenizer, files = left
     assert tokenizer == "a tokenizer: the source has none"
     # Random states of four ranks, and optimizer_config.json.
-    assert files.startswith("5 files that nothing was taken from (3/optimizer/optimizer_config.json, 3/random/tp-0")
+    assert files.startswith("5 files that nothing was read from (3/optimizer/optimizer_config.json, 3/random/tp-0")
 
 
 def test_the_same_topology_carries_the_random_states_too(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_files_of_a_trainer_beside_the_weights_are_named(tmp_path: Path) -> None
     for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
         (source / name).write_bytes(b"x")
     _, left = accounted(source, tmp_path, "nanotron")
-    assert "3 files that nothing was taken from (optimizer.pt, scheduler.pt, trainer_state.json)" in left
+    assert "3 files that nothing was read from (optimizer.pt, scheduler.pt, trainer_state.json)" in left
     (source / "tokenizer.json").write_text("{}")
     carried, left = accounted(source, tmp_path, "hf")
     assert "2 files beside the weights (generation_config.json, tokenizer.json)" in carried

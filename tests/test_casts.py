@@ -74,7 +74,7 @@ def test_a_value_that_the_dtype_cannot_hold_fails_verification_and_is_a_warning_
     assert not (tmp_path / "out").exists()
     result = convert(source, tmp_path / "plain", dtype=target, **to)
     (warning,) = [warning for warning in result.warnings if "became infinite" in warning]
-    assert not [warning for warning in result.warnings if "kept as they are" in warning]
+    assert not [warning for warning in result.warnings if "kept unchanged" in warning]
     assert NAME in warning and target in warning and "self_attn" not in warning
     # Without digests too: the pass is another one.
     result = convert(source, tmp_path / "undigested", dtype=target, digest="none", **to)
@@ -95,7 +95,7 @@ def test_what_was_not_finite_before_stays_a_warning(value, tmp_path):
     source = with_value(tmp_path / "hf", torch.float32, value)
     result = convert(source, tmp_path / "out", "hf", dtype="float16", verifier=verifier)
     assert result.verification["passed"]
-    assert [warning for warning in result.warnings if "kept as they are" in warning]
+    assert [warning for warning in result.warnings if "kept unchanged" in warning]
     assert not [warning for warning in result.warnings if "became infinite" in warning]
 
 
@@ -131,13 +131,13 @@ def test_verify_tells_a_rounded_copy_from_another_model(cli, tmp_path):
     for a, b in ((source, tmp_path / "out"), (tmp_path / "out", source)):
         done: Finished = cli("verify", a, b, "--tensors-only", "--json")
         document = json.loads(done.stdout)
-        assert done.code == 1 and "within its rounding" in document["reason"]
+        assert done.code == 1 and "within the rounding" in document["reason"]
         assert document["tensors"]["rounded"] + document["tensors"]["equal"] == document["tensors"]["compared"]
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights[NAME].view(torch.int16)[0, 0] += 1  # one unit in the last place, twice what rounding explains
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     document = json.loads(cli("verify", source, tmp_path / "out", "--tensors-only", "--json").stdout)
-    assert "within its rounding" not in document["reason"]
+    assert "within the rounding" not in document["reason"]
 
 
 # --- The arithmetic, against torch -------------------------------------------------------------------------------------

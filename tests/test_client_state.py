@@ -63,9 +63,9 @@ OBJECTS: dict[str, tuple[object, str]] = {
     "frozen": (frozenset({1}), "frozenset"),
     "complex": (torch.ones(2, dtype=torch.complex64), "ComplexFloatStorage"),
     "sparse": (torch.ones(2).to_sparse(), "_rebuild_sparse_tensor"),
-    "in_a_key": ({Path("a"): 1}, "a key is no text"),
+    "in_a_key": ({Path("a"): 1}, "a key is not text"),
     "in_a_set": ({Path("a")}, "pathlib.PosixPath"),
-    "in_a_tuple_key": ({(1, Path("a")): 2}, "a key is no text"),
+    "in_a_tuple_key": ({(1, Path("a")): 2}, "a key is not text"),
     "in_an_ordered_dict": (OrderedDict(a=[{"b": Path("a")}]), "pathlib.PosixPath"),
 }
 PLAIN: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_objects_upon_objects_are_bounded(tmp_path, monkeypatch):
     hooks: OrderedDict[str, object] = OrderedDict(a=large)
     reduced = [_Rebuilt(hooks) for _ in range(300)]
     torch.save({"mine": [argparse.Namespace(), *reduced]}, tmp_path / "b.pt")
-    with pytest.raises(CorruptFile, match="says the same things so often"):
+    with pytest.raises(CorruptFile, match="repeats its values so often"):
         read_torch_archive(tmp_path / "b.pt", plain_keys=())
 
 

@@ -337,7 +337,7 @@ def test_a_decay_that_moves_within_the_steps_that_are_made_is_said(recorded, ste
     run = decayed_run(tmp_path / "run", *steps, schedule=given)
     notes = " ".join(check_run(recipe(schedule={**WSD, **changed}), run, "auto"))
     assert "the decay has moved within the steps already trained" in notes and said in notes
-    assert f"go on from it with --resume {run / 'checkpoints' / 'step-6'}." in notes
+    assert f"resume from it with --resume {run / 'checkpoints' / 'step-6'}." in notes
 
 
 @pytest.mark.parametrize(
@@ -409,12 +409,12 @@ def of_bytes(data: bytes) -> Callable[[Path], object]:
         ("recipe.resolved.yaml", of_bytes(b"a: " + b"[" * 3000), UsageError, "nested more than 64 deep"),
         ("checkpoints/latest", pipe, CorruptFile, "latest is a named pipe"),
         ("checkpoints/latest", of_bytes(b"step-2\0"), CorruptFile, r"latest holds 'step-2\\x00'"),
-        ("checkpoints/latest", of_bytes(b"\xff" * 300), CorruptFile, "the name of a folder beside it"),
-        ("checkpoints/latest", of_bytes(b"step-" + b"9" * 3000), CorruptFile, "the name of a folder beside it"),
+        ("checkpoints/latest", of_bytes(b"\xff" * 300), CorruptFile, "the name of a folder next to it"),
+        ("checkpoints/latest", of_bytes(b"step-" + b"9" * 3000), CorruptFile, "the name of a folder next to it"),
         ("checkpoints/latest", of_bytes(b"x" * 5000), CorruptFile, "has 5000 bytes"),
         ("resume-from", pipe, CorruptFile, "resume-from is a named pipe"),
-        ("resume-from", of_bytes(b"a\0b"), MissingFile, "was told to go on from"),
-        ("resume-from", of_bytes(b"x" * 3000), MissingFile, "was told to go on from"),
+        ("resume-from", of_bytes(b"a\0b"), MissingFile, "was to resume from"),
+        ("resume-from", of_bytes(b"x" * 3000), MissingFile, "was to resume from"),
         ("resume-from", of_bytes(b"x" * 5000), CorruptFile, "has 5000 bytes"),
         ("checkpoints/step-2/trainer.json", pipe, None, ""),  # the ranks refuse it
     ],

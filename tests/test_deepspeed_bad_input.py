@@ -200,7 +200,7 @@ def test_a_latest_that_names_a_folder_without_files_says_so(broken, refused):
 def test_a_latest_that_is_no_folders_name_is_not_followed(broken, refused, text):
     source = broken(ZERO1)
     (source.checkpoint / "latest").write_text(text)
-    refused(source.checkpoint, CorruptFile, "latest", "the name of a folder beside it")
+    refused(source.checkpoint, CorruptFile, "latest", "the name of a folder next to it")
 
 
 def test_a_latest_that_is_not_text_is_shown(broken, refused):

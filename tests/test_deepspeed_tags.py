@@ -97,7 +97,7 @@ def test_a_folder_of_runs_is_no_run(tmp_path):
 def test_latest_leads_nowhere_but_below(text, tmp_path):
     run = run_with_tags(tmp_path, "runs/step3")
     (run.checkpoint / "latest").write_text(text)
-    with pytest.raises(CorruptFile, match="the name of a folder beside it was expected"):
+    with pytest.raises(CorruptFile, match="expected the name of a folder next to it"):
         step_of(run)
     shutil.copytree(run.checkpoint / "runs" / "step3", run.checkpoint / "step3")
     assert step_of(run, step=3) == 3  # which asks for no latest
@@ -107,7 +107,7 @@ def test_nor_does_it_by_a_link(tmp_path):
     run = run_with_tags(tmp_path, "runs/step3")
     elsewhere = (run.checkpoint / "runs").rename(tmp_path / "elsewhere")
     (run.checkpoint / "runs").symlink_to(elsewhere)
-    with pytest.raises(CorruptFile, match="the name of a folder beside it was expected"):
+    with pytest.raises(CorruptFile, match="expected the name of a folder next to it"):
         step_of(run)
     (run.checkpoint / "runs").unlink()
     elsewhere.rename(run.checkpoint / "here")

@@ -95,6 +95,22 @@ def in_sentences() -> Iterator[tuple[str, str]]:
             yield page, found
 
 
+def quoted_messages() -> list[str]:
+    """Parts of messages that docs/errors.md quotes, without what stands for names and numbers."""
+    rows = re.findall(
+        r"^\| `([^`]+)` \|", (REPOSITORY / "docs/errors.md").read_text().split("## Common messages")[1], re.M
+    )
+    parts = [part.strip() for row in rows for part in re.split(r"\.\.\.|\bDST(?:\.partial)?|\bN\b", row)]
+    return [part.replace("lm_head.weight", "").strip() for part in parts if " " in part]
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_a_message_that_the_errors_page_quotes_exists(message: str) -> None:
+    sources = [path for name in ("commands", "smolconv") for path in (REPOSITORY / name).rglob("*.py")]
+    joined = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources))
+    assert message in joined
+
+
 def in_the_table_of_the_readme() -> list[tuple[str, list[str]]]:
     """What one has, and the words of the command."""
     rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if "| `smolconv " in line]

@@ -215,7 +215,7 @@ def _mistakes(folder: Path, place: Path) -> dict[str, tuple[list[object], int, s
         "short": ([folder, "--held-out", lone], 2, "no document has two tokens or more"),
         "vocabulary": ([folder, "--held-out", foreign], 3, "token 1 is 64, but the model's vocabulary has 64"),
         "checkpoint": ([place / "nowhere", "--held-out", good], 3, "is not there"),
-        "output": ([folder, "--held-out", good, "-o", place / "no" / "x.json"], 2, "is not there"),
+        "output": ([folder, "--held-out", good, "-o", place / "no" / "x.json"], 2, "does not exist"),
         "tokenizer": ([folder, "--held-out", good, "--tokenizer", place / "bare"], 3, "--tokenizer"),
     }
 

@@ -259,11 +259,11 @@ def edited_config(source: Path, target: Path, **fields: Any) -> Path:
 
 
 REFUSED: dict[str, tuple[Path, dict[str, Any], str, str]] = {
-    "llama": (SMOLLM2, {}, "qwen2", "sets is_llama_config, which holds llama; --architecture says qwen2"),
+    "llama": (SMOLLM2, {}, "qwen2", "sets is_llama_config, which holds llama; --architecture is qwen2"),
     "no rope": (SMOLLM3, {"attention_bias": True}, "qwen2", "layer 3 does not rotate"),
     "no bias": (SMOLLM3, {"no_rope_layer": None}, "qwen2", "attention_bias is not set"),
     "smollm3": (SMOLLM3, {}, "llama", "sets is_qwen2_config, which holds smollm3 or qwen2"),
-    "not in nanotron": (SMOLLM3, {}, "qwen3", "holds smollm3 or qwen2; --architecture says qwen3"),
+    "not in nanotron": (SMOLLM3, {}, "qwen3", "holds smollm3 or qwen2; --architecture is qwen3"),
 }
 
 
@@ -275,7 +275,7 @@ def test_an_architecture_that_the_checkpoint_contradicts_is_refused(run_folder, 
 
 
 def test_hugging_faces_model_type_stands_and_unknown_names_are_no_architecture():
-    with pytest.raises(UnsupportedModel, match="model_type is llama; --architecture says qwen2"):
+    with pytest.raises(UnsupportedModel, match="model_type is llama; --architecture is qwen2"):
         read_checkpoint(SMOLLM2.parent / "expected_hf", ReadOptions(architecture="qwen2"))
     assert read_checkpoint(SMOLLM3, ReadOptions(architecture="smollm3")) == read_checkpoint(SMOLLM3)
     with pytest.raises(UsageError, match="--architecture gpt2: expected one of llama, smollm3, qwen2"):
@@ -287,7 +287,7 @@ def test_qwen3_has_no_place_in_nanotron(tmp_path):
     refused = run_cli("convert", source, tmp_path / "run", "--to", "nanotron")
     assert refused.code == 3 and "q_norm, k_norm" in refused.stderr
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UnsupportedModel, match="no class of nanotron has a place"):
+    with pytest.raises(UnsupportedModel, match="no class of nanotron has these"):
         spec_to_nanotron(spec_from_hf(config_of(source)), {})
 
 

@@ -436,14 +436,14 @@ def test_a_deepspeed_tag_comes_with_the_config_beside_latest(hub: FakeHub, clien
 
 def test_a_latest_that_names_no_folder_is_an_error(hub: FakeHub, client: Client, repo: str) -> None:
     hub.commit(repo, {"latest.txt": b"../30", "10/model_config.json": b"{}"})
-    with pytest.raises(CorruptFile, match=r"holds '\.\./30'; a step number was expected"):
+    with pytest.raises(CorruptFile, match=r"holds '\.\./30'; expected a step number"):
         client.fetch(f"hf://{repo}")
 
 
 def test_a_repository_of_folders_says_which(hub: FakeHub, client: Client, repo: str) -> None:
     step = {f"135M/10/{path}": content for path, content in nanotron_step(1).items()}
     hub.commit(repo, {**step, "135M/latest.txt": b"10", "360M/config.json": b"{}", "docs/a.md": b""})
-    with pytest.raises(MissingFile, match=r"in the address: 135M, 135M/10, 360M\."):
+    with pytest.raises(MissingFile, match=r"to the address: 135M, 135M/10, 360M\."):
         client.fetch(f"hf://{repo}")
     with pytest.raises(MissingFile, match=r"hf://.*/1\.7B is not a folder"):
         client.fetch(f"hf://{repo}/1.7B")
@@ -597,7 +597,7 @@ def test_a_gated_repository_names_the_page_to_ask_on(
 ) -> None:
     hub.commit(repo, MODEL)
     hub.repositories[repo].gated = True
-    with pytest.raises(MachineError, match=rf"Ask for access on {hub.url}/{repo}, then run `hf auth login`"):
+    with pytest.raises(MachineError, match=rf"Request access on {hub.url}/{repo}, then run `hf auth login`"):
         client.fetch(f"hf://{repo}", headers_only=headers_only)
     folder = client.fetch(f"hf://{repo}", headers_only=headers_only, token=TOKEN)
     assert sorted(contents(folder)) == sorted(MODEL)
@@ -650,7 +650,7 @@ def test_bytes_that_the_hub_does_not_list_are_asked_for_again_and_then_refused(
     hub.commit(repo, files)
     wrong = other_bytes(files[path])
     hub.lies[path] = [wrong, wrong]
-    with pytest.raises(CorruptFile, match=rf"{re.escape(path)}: what the Hub sent is not the file that it lists"):
+    with pytest.raises(CorruptFile, match=rf"{re.escape(path)}: the Hub sent other bytes than it lists"):
         client.fetch(f"hf://{repo}")
     assert not [p for p in (home / "hub").rglob("*") if p.is_file() and p.read_bytes() == wrong]
     hub.lies[path] = [wrong]  # once: a transfer may be damaged

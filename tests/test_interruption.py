@@ -255,7 +255,7 @@ def test_without_resume_everything_is_done_again(tmp_path):
 def test_resume_with_other_options_is_a_usage_error(tmp_path, other):
     interrupted(tmp_path / "out")
     before = files_below(partial(tmp_path / "out"))
-    with pytest.raises(UsageError, match="begun by another plan") as raised:
+    with pytest.raises(UsageError, match="belongs to another plan") as raised:
         convert(TP2, tmp_path / "out", "hf", resume=True, **other)
     assert raised.value.exit_code == 2
     assert files_below(partial(tmp_path / "out")) == before
@@ -267,7 +267,7 @@ def test_resume_from_a_source_that_changed_is_a_usage_error(cli: Callable[..., F
     path = next(iter(sorted((source / "3/model").rglob("*.safetensors"))))
     path.write_bytes(path.read_bytes())
     done = cli("convert", source, tmp_path / "out", "--to", "hf", "--resume")
-    assert (done.code, "begun by another plan" in done.stderr) == (2, True)
+    assert (done.code, "belongs to another plan" in done.stderr) == (2, True)
     assert cli("convert", source, tmp_path / "out", "--to", "hf").code == 0
 
 

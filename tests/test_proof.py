@@ -86,7 +86,7 @@ def gates(document: dict[str, Any]) -> dict[str, Any]:
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a digest": (lambda d: d["b"]["tensors"][Q].update(sha256="0" * 64), "1 have other digests, first " + Q),
     "a shape": (lambda d: d["a"]["tensors"][Q].update(shape=[32, 128]), "1 have other digests"),
-    "a verdict": (lambda d: d.update(passed=False), "its figures say the opposite"),
+    "a verdict": (lambda d: d.update(passed=False), "numbers show the opposite"),
     "a gate's verdict": (lambda d: gates(d)["kl"].update(passed=False), "gate kl is called failed"),
     "a value over its limit": (lambda d: gates(d)["max_abs"].update(value=9.0), "gate max_abs is called passed"),
     "a value that is not the figure": (lambda d: gates(d)["max_abs"].update(value=0.0), "gate max_abs has 0.0, and max_abs is"),
@@ -209,7 +209,7 @@ def test_a_card_of_a_failure_says_so_and_holds(tmp_path: Path) -> None:
     assert done.code == 1 and not read_proof(tmp_path / "proof.json").passed
     assert check(tmp_path / "proof.json", HF, other) == ()
     lied = changed(tmp_path / "proof.json", tmp_path, lambda d: d.update(passed=True))
-    assert any("its figures say the opposite" in each for each in check(lied, HF, other))
+    assert any("numbers show the opposite" in each for each in check(lied, HF, other))
 
 
 def test_adams_state_is_on_the_card_where_it_was_compared(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_inspect_shows_a_card_and_what_it_says_against_itself(card: Path, tmp_pa
     assert document["proof"]["passed"] is True and document["problems"] == []
     assert "proof" in run_cli("inspect", tmp_path / "hf").stdout
     shutil.copy(changed(card, tmp_path, lambda d: d.update(passed=False)), tmp_path / "hf" / "smolconv_proof.json")
-    assert "figures say the opposite" in smolconv.inspect(tmp_path / "hf")["problems"][0]
+    assert "numbers show the opposite" in smolconv.inspect(tmp_path / "hf")["problems"][0]
     assert smolconv.inspect(HF)["proof"] is None
 
 
@@ -270,7 +270,7 @@ def test_a_proof_needs_the_text_that_others_have_too(tmp_path: Path) -> None:
     done = run_cli("verify", NANOTRON, HF, "--text", tmp_path / "text.txt", "--proof", tmp_path / "proof.json")
     assert done.code == 2 and "others can repeat" in done.stderr and not (tmp_path / "proof.json").exists()
     done = run_cli("verify", NANOTRON, HF, "--proof", tmp_path / "no" / "proof.json")
-    assert done.code == 2 and "is not there" in done.stderr
+    assert done.code == 2 and "does not exist" in done.stderr
 
 
 def test_a_card_is_repeated_from_a_folder_on_the_hub(card: Path, tmp_path: Path) -> None:

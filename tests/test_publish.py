@@ -173,7 +173,7 @@ def test_a_card_of_proof_goes_up_and_is_believed_for_its_own_weights_only(publis
     card = json.loads(there["smolconv_proof.json"])
     (folder / "smolconv_proof.json").write_text(json.dumps({**card, "spec_differences": ["x"]}))
     refused = publisher("publish", folder, "lab/changed")
-    assert refused.code == 1 and "its figures say the opposite" in refused.stderr
+    assert refused.code == 1 and "its numbers show the opposite" in refused.stderr
     assert "lab/changed" not in publisher.hub.repositories
 
 

@@ -162,7 +162,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         config_and("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
         ("2 of 2 shards", "Copy pytorch_model.bin.index.json"),
     ),
-    "links": (snapshot, ("2 of its files are links to nothing", "../../blobs/LICENSE", "cp -rL")),
+    "links": (snapshot, ("2 of its files are dangling links", "../../blobs/LICENSE", "cp -rL")),
     "no config": (
         lambda folder: shutil.copy(HF / "model.safetensors", folder),
         ("no config.json", "--config PATH"),
@@ -208,7 +208,7 @@ def test_a_dangling_link_in_the_place_of_weights_or_config_is_said(hf):
     for name in ("model.safetensors", "config.json"):
         (hf / name).unlink()
         (hf / name).symlink_to(f"../../blobs/{name}")
-        with pytest.raises(MissingFile, match=f"{name} is a link to nothing(.|\\n)*blobs"):
+        with pytest.raises(MissingFile, match=f"{name} is a dangling link(.|\\n)*blobs"):
             read_checkpoint(hf)
 
 
@@ -367,7 +367,7 @@ def test_an_interrupted_conversion_that_is_begun_anew_is_told_of_resume(nanotron
 
     interrupt()
     done = cli("convert", tmp_path / "out.partial", tmp_path / "other", "--to", "nanotron")
-    assert (done.code, "is not whole" in done.stderr, "--resume" in done.stderr) == (3, True, True)
+    assert (done.code, "is incomplete" in done.stderr, "--resume" in done.stderr) == (3, True, True)
     said = "an earlier attempt at this conversion has finished 1 file; --resume continues"
     words = ("convert", nanotron, target, "--to", "nanotron")
     assert said in cli(*words, "--tp", 2, "--dry-run").stderr

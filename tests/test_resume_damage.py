@@ -201,7 +201,7 @@ def test_the_newest_whole_one_may_be_further_back_or_nowhere(run, tokens):
     assert found(run, tokens, on_damage="previous").checkpoint == step_folder(run, 2)
     an_exponent(step_folder(run, 2))
     for policy in ("stop", "previous"):
-        with pytest.raises(DigestMismatch, match="No checkpoint before it is whole"):
+        with pytest.raises(DigestMismatch, match="No earlier checkpoint is undamaged"):
             found(run, tokens, on_damage=policy)
 
 

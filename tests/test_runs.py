@@ -462,7 +462,7 @@ def test_a_checkpoint_that_is_not_there_is_a_note(tmp_path):
     run = fake_run(tmp_path / "run", ended(75))
     (run / "checkpoints" / "latest").write_text("step-9")
     found = read_status(run)
-    assert found.state == "stopped" and "names step-9, which is not there" in found.note
+    assert found.state == "stopped" and "names step-9, which is missing" in found.note
 
 
 def test_runs_are_found_a_few_levels_down_and_links_are_not_followed(tmp_path, monkeypatch):
@@ -553,10 +553,10 @@ def test_who_waits_is_told_of_a_run_that_dies_hangs_or_is_started_anew(tmp_path,
         request.told(request.wait(request.ended, 5), "stop")
     start(attempt="other").write(run)
     request._end = None
-    with pytest.raises(MachineError, match="started anew"):
+    with pytest.raises(MachineError, match="was started again"):
         request.wait(request.ended, 5)
     start().write(run)
-    with pytest.raises(MachineError, match="died before it could do"):
+    with pytest.raises(MachineError, match="died before it could respond"):
         request.wait(request.ended, 5)
 
 
@@ -568,7 +568,7 @@ def test_nothing_is_asked_of_a_run_that_does_not_train(tmp_path, held):
     held(run)
     with pytest.raises(UsageError, match="only just started"):
         stop_run(run, wait=True, timeout=1, say=quiet)
-    with pytest.raises(BadCheckpoint, match="no run's folder"):
+    with pytest.raises(BadCheckpoint, match="is not a run's folder"):
         stop_run(tmp_path, wait=True, timeout=1, say=quiet)
 
 
@@ -676,5 +676,5 @@ def test_a_runs_folder_is_a_source_wherever_a_checkpoint_is(brought, tokens, tmp
 def test_a_run_whose_latest_leads_elsewhere_gives_no_tokenizer(brought, tmp_path):
     run = Path(shutil.copytree(brought, tmp_path / "run"))
     (run / "checkpoints" / "latest").write_text("../../brought")
-    with pytest.raises(BadCheckpoint, match="the name of a folder beside it was expected"):
+    with pytest.raises(BadCheckpoint, match="expected the name of a folder next to it"):
         find_tokenizer(str(run))

@@ -433,7 +433,7 @@ SequenceRanks.own = cut
 
 @pytest.mark.parametrize(
     ("before", "said"),
-    [(SHIFTED_HEAD, "documents of a packed row see each other"), (LOST_LABEL, "its loss was taken over")],
+    [(SHIFTED_HEAD, "documents of a packed row see each other"), (LOST_LABEL, "its loss covers")],
     ids=["a head's tokens are shifted", "a label is lost at the cut"],
 )
 def test_what_an_exchange_or_a_cut_gets_wrong_is_not_trained(before, said, source, tokens, tmp_path):

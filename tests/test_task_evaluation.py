@@ -101,7 +101,7 @@ def test_a_run_evaluates_its_checkpoints_beside_the_training_and_keeps_the_one_t
     found = {each["step"]: each["tasks"] for each in events if each["kind"] == "evaluation"}
     assert found == {2: {"mine": {"acc": 0.2, "samples": 4.0}}, 6: {"mine": {"acc": 0.6, "samples": 4.0}}}
     failed = [each for each in events if each["kind"] == "evaluation_failed"]
-    assert [each["step"] for each in failed] == [4] and "has gone" in failed[0]["text"]
+    assert [each["step"] for each in failed] == [4] and "no longer exists" in failed[0]["text"]
     assert not list((run / "evaluations").glob("*.asked"))
 
 
@@ -190,7 +190,7 @@ def test_on_slurm_it_is_a_job_of_its_own_whose_result_is_told_when_it_is_there(
     assert told.results == [(1, {"mine": {"acc": 0.1}})]
     kinds = [kind for kind, _ in told.events]
     assert kinds == ["note", "note", "note", "evaluation_failed", "note"], told.events
-    assert "are still Slurm's" in told.events[-1][1]
+    assert "are still in Slurm's queue" in told.events[-1][1]
     assert sorted(path.name for path in (run / "evaluations").glob("*.asked")) == ["step-3.asked"]
     subprocess.run(["bash", str(scripts[2])], check=True)
     later, told = asked(run, tasks_as="slurm")
@@ -216,7 +216,7 @@ def test_the_jobs_script_has_the_runs_account_and_one_gpu(tmp_path: Path) -> Non
         ({"evaluation": {"every_steps": 2}}, "give sources with every_steps, or tasks"),
         ({"evaluation": {"tasks": ["a"], "every_steps": 2}}, "sources and every_steps need each other"),
         ({"evaluation": {"tasks": ["a,b"]}}, "evaluation.tasks.0"),
-        ({"evaluation": {"tasks": ["a"], "tasks_every_steps": 3}, "checkpoints": {"every_steps": 2}}, "no multiple"),
+        ({"evaluation": {"tasks": ["a"], "tasks_every_steps": 3}, "checkpoints": {"every_steps": 2}}, "not a multiple"),
     ],
 )
 def test_a_section_that_makes_no_sense_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -524,7 +524,7 @@ def spoilt_tokenizer(folder: Path, name: str, content: bytes) -> Path:
         ("tokenizer.json", b"[" * 3000, CorruptFile, r"tokenizer\.json is not a tokenizer.json"),
         ("tokenizer.json", b"\xff\x00", CorruptFile, r"tokenizer\.json is not a tokenizer.json"),
         ("tokenizer_config.json", b"[" * 3000, CorruptFile, r"tokenizer_config\.json is not valid JSON"),
-        ("tokenizer_config.json", b"[]", CorruptFile, "holds a list; a JSON object was expected"),
+        ("tokenizer_config.json", b"[]", CorruptFile, "holds a list; expected a JSON object"),
         ("special_tokens_map.json", b"\xff", CorruptFile, r"special_tokens_map\.json is not valid JSON"),
         ("config.json", b'{"eos_token_id": ' + b"9" * 5000 + b"}", CorruptFile, "a number of 5000 digits"),
         ("config.json", b'{"eos_token_id": true}', UsageError, "says which token ends a document"),
@@ -556,7 +556,7 @@ def test_a_pipe_is_not_waited_for(place: str, tmp_path: Path) -> None:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     inputs = [tmp_path / place.partition("/")[0]] if place.endswith(".jsonl") else [source]
-    with pytest.raises(CorruptFile, match="is a named pipe; a file was expected"):
+    with pytest.raises(CorruptFile, match="is a named pipe; expected a file"):
         plan_tokenization(inputs, tmp_path / "out", TokenizeOptions(tokenizer=str(tokenizer)))
 
 

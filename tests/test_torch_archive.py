@@ -912,7 +912,7 @@ def test_a_pickle_beyond_the_limit_is_refused_unread(tmp_path, monkeypatch):
     assert read_torch_archive(path) == "x" * 1000
     assert records.MAX_PICKLE_BYTES == 1 << 26
     monkeypatch.setattr(records, "MAX_PICKLE_BYTES", 1000)
-    with pytest.raises(CorruptFile, match="At most 1000"):
+    with pytest.raises(CorruptFile, match="Expected at most 1000"):
         read_torch_archive(path)
 
 
@@ -922,7 +922,7 @@ def test_an_archive_with_two_pickles_is_refused(tmp_path, second):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
         archive.writestr(second, pickle.dumps({}, 2))
-    with pytest.raises(CorruptFile, match="Exactly one"):
+    with pytest.raises(CorruptFile, match="Expected exactly one"):
         read_torch_archive(tmp_path / "a.pt")
 
 

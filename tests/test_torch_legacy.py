@@ -161,7 +161,7 @@ DAMAGE = {
     "a storage that is longer": (counted(1 << 40), "ends within storage"),
     "a storage of less than nothing": (counted(-1), "ends within storage"),
     "a storage that is shorter than its tensor": (lambda parts: (counted(1)(parts), parts.__setitem__(5, parts[5][:12])), "but its record has"),
-    "bytes behind it": (lambda parts: parts.append(b"more"), "4 bytes behind"),
+    "bytes behind it": (lambda parts: parts.append(b"more"), "4 bytes after"),
     "the last byte lost": (lambda parts: parts.__setitem__(5, parts[5][:-1]), "ends within storage"),
     "no storages": (lambda parts: parts.pop(), "ends within storage"),
 }  # fmt: skip

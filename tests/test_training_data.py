@@ -682,7 +682,7 @@ def test_broken_folders_are_refused(case: str, tmp_path: Path) -> None:
         (os.mkfifo, CorruptFile, "is a named pipe"),
         (lambda path: path.symlink_to("/dev/zero"), CorruptFile, "is a device"),
         (link_to_itself, MissingFile, "is a link that leads back to itself"),
-        (lambda path: path.symlink_to("nothing"), MissingFile, "is a link to nothing"),
+        (lambda path: path.symlink_to("nothing"), MissingFile, "is a dangling link"),
     ],
     ids=["a pipe", "a device", "a loop", "a link to nothing"],
 )

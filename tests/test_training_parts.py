@@ -668,7 +668,7 @@ def test_an_export_that_is_not_what_the_engine_holds_is_refused(trained, tmp_pat
     held = engine_weights(trained)
     flipped = held["model.layers.3.mlp.up_proj.weight"].view(-1).view(torch.int32)
     flipped[5] ^= 1  # the lowest bit of one weight
-    with pytest.raises(ParityFailed, match=r"model\.layers\.3\.mlp\.up_proj\.weight is not what the engine holds"):
+    with pytest.raises(ParityFailed, match=r"model\.layers\.3\.mlp\.up_proj\.weight differs from the engine"):
         export_run(Export(), tmp_path, latest(trained), held)
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["hf.failed"]
 
@@ -722,8 +722,8 @@ STATE: dict[str, Any] = {
         (("step",), True, "step is True, expected a count"),
         (("micro_batch_sequences",), -1, "micro_batch_sequences is -1"),
         (("global_batch_sequences",), "x" * 9999, "global_batch_sequences is 'xxx"),
-        (("dtype",), ["bfloat16"], r"no run trains in \['bfloat16'\]"),
-        (("manifest",), 1, "1 for a manifest"),
+        (("dtype",), ["bfloat16"], r"dtype \['bfloat16'\]"),
+        (("manifest",), 1, "manifest 1 is not valid"),
         (("position",), [], r"position is \[\], expected an object"),
         (("position",), {}, "position has no step, expected a count"),
         (("position", "step"), 2**63, "position.step is 9223372036854775808"),
@@ -736,8 +736,8 @@ STATE: dict[str, Any] = {
         (("position", "stages", 0, "sources", 0, "path"), 3, r"sources\[0\].path is 3, expected text"),
         (("position", "stages", 0, "sources", 0, "weight"), 0, "weight is 0, expected a positive number or null"),
         (("position", "restarted"), {"p": -1}, r"position.restarted is \{'p': -1\}, expected tokens by path"),
-        (("token_files",), [], "token_files is no object of folders"),
-        (("token_files",), {"p": 1}, "token_files is no object of folders"),
+        (("token_files",), [], "token_files is not an object of folders"),
+        (("token_files",), {"p": 1}, "token_files is not an object of folders"),
         (("token_files",), {"p": {"a.ds": [5, "x", None]}}, r"has \[5, 'x', None\] for 'a.ds' in 'p'"),
         (("token_files",), {"p" * 999: {"a" * 999: [5, 7, None, None]}}, r"has \[5, 7, None, None\] for 'aaa"),
         (("schedule",), {"train_steps": -1}, r"schedule is \{'train_steps': -1\}, expected a recipe's"),

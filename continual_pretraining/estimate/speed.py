@@ -143,12 +143,12 @@ def _between_sequence_ranks(recipe: Recipe, spec: ModelSpec) -> float:
 
 def _zero_traffic(recipe: Recipe, spec: ModelSpec, world_size: int, accumulation: int) -> ZeroTraffic:
     parameters, given = parameter_count(spec), recipe.parallelism
-    anew = parameters > MAX_LIVE_PARAMETERS or given.offload == "all"
-    if given.zero_stage == 3 and anew and spec.tied:
+    regathered = parameters > MAX_LIVE_PARAMETERS or given.offload == "all"
+    if given.zero_stage == 3 and regathered and spec.tied:
         parameters += spec.hidden_size * spec.vocab_size  # gathered again for the head
     return zero_traffic(
         given.zero_stage, parameters, world_size, accumulation, weight_bytes=weight_bytes(recipe),
-        gradient_bytes=2 if given.reduce_dtype == "bfloat16" else FP32, gathers_for_each_pass=anew,
+        gradient_bytes=2 if given.reduce_dtype == "bfloat16" else FP32, gathers_for_each_pass=regathered,
     )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def moved_decay_notes(recipe: Recipe, old: Schedule | None, step: int, checkpoin
     found = _newest_until(checkpoint, last)
     if found is None:
         return [f"{moved.says} No checkpoint from before the decay (until step {last:,}) is left."]
-    return [f"{moved.says} The newest checkpoint from before the decay: go on from it with {option} {found}."]
+    return [f"{moved.says} The newest checkpoint from before the decay: resume from it with {option} {found}."]
 
 
 def _newest_until(checkpoint: Path, step: int) -> Path | None:

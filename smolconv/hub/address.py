@@ -14,7 +14,7 @@ _ADDRESS = re.compile(r"(?!hf://)([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTAL
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """Where on the Hub a checkpoint lies."""
+    """The location of a checkpoint on the Hub."""
 
     repo: str  #: ``owner/name``
     subfolder: str  #: ``""`` for the root
@@ -26,16 +26,16 @@ class HubSource:
             raise UsageError(
                 f"The folder {self.subfolder!r} is not a path inside {self.repo}.\n"
                 "Expected names with single slashes between them, without '.' and '..'.\n"
-                f"Write it as in {SCHEME}{self.repo}/folder/in/it."
+                f"Write it like {SCHEME}{self.repo}/folder/in/it."
             )
-        # The rules of `git check-ref-format` that keep a name from leaving the cache's refs/ folder.
+        # The rules of `git check-ref-format` that keep a name inside the cache's refs/ folder.
         if self.revision is not None and not re.fullmatch(
             r"(?!.*(\.\.|//))[^\s\\~^:?*\[/.-][^\s\\~^:?*\[]*(?<![/.])", self.revision
         ):
             raise UsageError(
                 f"{self.revision!r} cannot be a revision of {self.repo}.\n"
-                "Expected a branch, a tag or a commit after the '@', as in @main.\n"
-                "Leave '@...' out for the default branch."
+                "Expected a branch, a tag or a commit after the '@', such as @main.\n"
+                "Omit '@...' for the default branch."
             )
 
     def __str__(self) -> str:
@@ -84,19 +84,19 @@ def parse_hub_uri(uri: str) -> HubSource:
         raise UsageError(
             f"{uri!r} is not an address on the Hub.\n"
             f"Expected {SCHEME}owner/name[/subfolder][@revision].\n"
-            f"Write it as in {SCHEME}HuggingFaceTB/SmolLM2-135M or {SCHEME}HuggingFaceTB/SmolLM3-3B@main."
+            f"Write it like {SCHEME}HuggingFaceTB/SmolLM2-135M or {SCHEME}HuggingFaceTB/SmolLM3-3B@main."
         )
     if parts[0] in ("datasets", "spaces", "kernels", "buckets", "models"):
         raise UsageError(
             f"{uri}: {parts[0]!r} is a kind of repository, not an owner.\n"
             f"Expected a model repository, {SCHEME}owner/name[/subfolder][@revision].\n"
-            "Checkpoints are read from model repositories only; leave out 'models/'."
+            "smolconv reads model repositories only; omit 'models/'."
         )
     return HubSource(repo="/".join(parts[:2]), subfolder="/".join(parts[2:]), revision=revision or None)
 
 
 def check_repo(repo: str) -> None:
-    # As on the Hub (huggingface_hub.utils.validate_repo_id), but an owner is required.
+    # The Hub's rules (huggingface_hub.utils.validate_repo_id), but the owner is required.
     name = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(?<![.-])"
     if not re.fullmatch(f"{name}/{name}", repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise UsageError(

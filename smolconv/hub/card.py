@@ -1,6 +1,6 @@
-"""The model card of a published checkpoint: metadata that the Hub reads, and a section that says where it comes from.
+"""The model card of a published checkpoint: metadata for the Hub, and a section on the origin of the weights.
 
-The section stands between two comments. What people write around it, and metadata that they gave, stay as they are.
+The section is between two comments. Text that people write around it, and metadata that they set, are kept.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a card says of a run, without a path of the machine that it ran on."""
+    """A card's facts about a run, without paths of its machine."""
 
     recipe: str
-    source: str  #: the recipe's ``model.source``: an address or a path, which the card does not show
+    source: str  #: the recipe's ``model.source``: an address, or a path, which the card does not show
     stages: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]  #: name, then names of sources and their shares
     steps: int
     tokens: int
@@ -63,7 +63,7 @@ def on_hub(source: str) -> str | None:
 
 
 def named(source: str) -> str:
-    """A checkpoint by an address or the name of its folder, without the path that this machine has it at."""
+    """A checkpoint's address, or the name of its folder without its local path."""
     if is_hub_uri(source):
         return source
     path = Path(source).resolve()
@@ -72,25 +72,25 @@ def named(source: str) -> str:
 
 
 def card_beside(source: str) -> bytes | None:
-    """The card of a checkpoint on this machine."""
+    """The card of a local checkpoint; None if there is none."""
     card = Path(source) / CARD
     return read_bytes(card) if not is_hub_uri(source) and card.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What is known of the weights."""
+    """Facts about the weights."""
 
     title: str
     verified: str  #: how, in a sentence
-    base_model: str | None = None  #: ``owner/name``, where the weights or those before training are from the Hub
-    licence: str | None = None  #: given by the user; None: whatever the cards say
-    source_card: bytes | None = None  #: of the checkpoint that the weights come from: for its licence alone
+    base_model: str | None = None  #: ``owner/name``, if the weights, or those before training, are from the Hub
+    licence: str | None = None  #: given by the user; None: taken from the cards
+    source_card: bytes | None = None  #: of the checkpoint that the weights come from, used only for its licence
     training: Training | None = None
 
 
 def facts_of_source(source: str | None, title: str, verified: str, licence: str | None = None) -> CardFacts:
-    """Of weights that were converted from ``source``, not trained further."""
+    """Facts about weights that were converted from ``source`` without further training."""
     return CardFacts(
         title=title, verified=verified, licence=licence, base_model=None if source is None else on_hub(source),
         source_card=None if source is None else card_beside(source),
@@ -101,14 +101,14 @@ def facts_of_source(source: str | None, title: str, verified: str, licence: str 
 class Composed:
     card: bytes
     licence: str | None
-    kept: bool  #: whether text of the repository's card was kept in place of the folder's, which has other text
+    kept: bool  #: whether the repository's text was kept instead of the folder's, which differs
 
 
 def compose(facts: CardFacts, ours: bytes | None, theirs: bytes | None) -> Composed:
-    """The card to publish from those of the folder (``ours``) and of the repository (``theirs``).
+    """Merge the cards of the folder (``ours``) and of the repository (``theirs``) into the card to publish.
 
-    Text of the repository's card goes before that of the folder's. Raises ``CorruptFile`` for metadata that cannot be
-    read, ``UsageError`` for a licence that cannot be one.
+    The repository's text takes precedence over the folder's. Raises ``CorruptFile`` for metadata that cannot be
+    read, ``UsageError`` for an invalid licence.
     """
     if facts.licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,62}", facts.licence):
         raise UsageError(
@@ -139,7 +139,7 @@ def compose(facts: CardFacts, ours: bytes | None, theirs: bytes | None) -> Compo
 
 
 def _parts(card: bytes | None, where: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text."""
+    """Split a card into metadata and text."""
     text = (card or b"").decode(errors="replace")
     found = _FRONT.match(text)
     if found is None:
@@ -147,7 +147,7 @@ def _parts(card: bytes | None, where: str) -> tuple[dict[str, Any], str]:
     try:
         metadata = parse_yaml_mapping(found[1], where) if found[1].strip() else {}
         if not all(isinstance(key, str) for key in metadata):
-            raise CorruptFile("a key is no text")
+            raise CorruptFile("a key is not text")
     except SmolconvError as error:
         raise _unreadable(where, error) from None
     return metadata, text[found.end() :]
@@ -156,18 +156,18 @@ def _parts(card: bytes | None, where: str) -> tuple[dict[str, Any], str]:
 def _unreadable(where: str, error: Exception) -> CorruptFile:
     return CorruptFile(
         f"{where}: its metadata cannot be read ({str(error).splitlines()[0]:.160}).\n"
-        "Expected YAML between two lines of '---', as the Hub's model cards have.\n"
-        "Correct it there, and publish again. Nothing was uploaded."
+        "Expected YAML between two lines of '---', as in the Hub's model cards.\n"
+        "Correct it, and publish again. Nothing was uploaded."
     )
 
 
 def _own(text: str) -> str:
-    """What people wrote: all but our section."""
+    """The text without smolconv's section."""
     return _SECTION.sub("", text).strip()
 
 
 def _put(text: str, section: str) -> str:
-    """The text with our section in its place, or at its end."""
+    """The text with smolconv's section replaced, or appended."""
     if (found := _SECTION.search(text)) is not None:
         rest = _SECTION.sub("", text[found.end() :])
         return text[: found.start()] + section + rest
@@ -208,7 +208,7 @@ def _put_results(data: Any, facts: CardFacts) -> None:
 
 
 def _section(facts: CardFacts, licence: str | None, *, alone: bool) -> str:
-    """Markdown. ``alone``: nothing else says what the model is, so it has the title."""
+    """The section as Markdown. ``alone``: the card has no other text, so the section has the title."""
     lines = [SECTION_BEGIN, f"# {plain_text(facts.title)}" if alone else "## How these weights were made", ""]
     training = facts.training
     if training is not None:

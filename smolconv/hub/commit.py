@@ -1,7 +1,7 @@
-"""One commit of a repository on the Hub: what it lists, checked, and its files, downloaded one by one.
+"""One commit of a repository on the Hub: checked listings, and files that are downloaded one by one.
 
-``huggingface_hub`` does the transfer, the cache and the login, and is imported only when an ``hf://`` address is used;
-0.36, 1.x and 2.x are all spoken to through the same calls.
+``huggingface_hub`` does the transfer, the cache and the login, and is imported only for an ``hf://`` address. The same
+calls work with 0.36, 1.x and 2.x.
 Paths inside a repository are strings with ``/``; ``""`` is its root.
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 RETRIES = 2
-#: Answers after which the same request may succeed a little later.
+#: HTTP statuses after which the same request may succeed a little later.
 _PASSING = (429, 500, 502, 503, 504)
-#: No request is waited for longer, whatever Retry-After says.
+#: The longest wait before a retry, whatever Retry-After says.
 _LONGEST_WAIT_SECONDS = 60.0
 
 
 @dataclass(kw_only=True)
 class HubCommit:
-    """A commit on the Hub. Listings are asked for once and kept as long as this object."""
+    """A commit on the Hub. Listings are requested once and cached in this object."""
 
     source: HubSource
     sha: str
@@ -42,7 +42,7 @@ class HubCommit:
     _children: dict[str, Mapping[str, bool]] = field(default_factory=dict)
 
     def children(self, folder: str) -> Mapping[str, bool]:
-        """The names directly in a folder: true for a file. None when there is no such folder."""
+        """The names in a folder, with True for a file; None if there is no such folder."""
         above, _, name = folder.rpartition("/")
         if folder and above in self._children and name not in self._children[above]:
             return {}
@@ -66,29 +66,29 @@ class HubCommit:
                 if isinstance(entry, RepoFile):
                     listed = _listed_file(entry)
                     if self.listed.setdefault(entry.path, listed) != listed:
-                        raise ValueError(f"{entry.path!r:.80} is another file than before")
-        return found  # git knows no empty folders: one that is not there has no files
+                        raise ValueError(f"{entry.path!r:.80} differs from an earlier listing")
+        return found  # git has no empty folders, so a missing folder has no files
 
     def _entries(self, folder: str, *, recursive: bool) -> list[RepoFile | RepoFolder]:
-        """All pages of a listing. Raises ``ValueError`` for a name that is there twice: pages may go in circles."""
+        """All pages of a listing. Raises ``ValueError`` for a duplicate name, because pages may repeat for ever."""
         from huggingface_hub import HfApi
 
         found: dict[str, RepoFile | RepoFolder] = {}
         for entry in HfApi().list_repo_tree(self.source.repo, folder or None, recursive=recursive, revision=self.sha):
             path = _path_inside(entry.path, folder)
             if path in found:
-                raise ValueError(f"{path!r:.80} is there twice")
+                raise ValueError(f"{path!r:.80} is listed twice")
             found[path] = entry
         return list(found.values())
 
     def download(self, path: str) -> Path:
-        """Bring one file into the Hub's cache, unless it is there, and return its path in the snapshot.
+        """Download one file to the Hub's cache, unless it is there, and return its path in the snapshot.
 
-        Raises ``CorruptFile`` when it is not the file whose digest the Hub lists, twice. Such a file does not stay.
+        Raises ``CorruptFile`` if two downloads differ from the digest that the Hub lists; they are deleted.
         """
         from huggingface_hub import hf_hub_download
 
-        listed = self.listed[path]  # whoever asks for a file has seen it in a listing
+        listed = self.listed[path]  # callers take the path from a listing
         for again in (False, True):
             local = Path(
                 _patiently(
@@ -102,28 +102,28 @@ class HubCommit:
                 return local
             discard(local)
         raise CorruptFile(
-            f"{self.source.inside(path)}: what the Hub sent is not the file that it lists.\n"
+            f"{self.source.inside(path)}: the Hub sent other bytes than it lists.\n"
             f"Expected {listed.size} bytes of {listed.digest}; two downloads gave other bytes, which were deleted.\n"
-            "Run again later, or check HF_ENDPOINT and the proxy, which may have changed it."
+            "Try again later, or check HF_ENDPOINT and the proxy, which may have changed it."
         )
 
     def remember_revision(self, path: str) -> None:
-        """Have the client note which commit the branch stands at, so that its cache can answer offline.
+        """Make the client's cache record the branch's commit, so that it can be used offline.
 
-        The files are asked for by commit, and then it notes nothing. So one small file is asked for by the branch.
+        Files are requested by commit, which records nothing, so one small file is requested by branch.
         """
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
         revision = self.source.revision or constants.DEFAULT_REVISION
         local = try_to_load_from_cache(self.source.repo, path, revision=self.sha)
         if try_to_load_from_cache(self.source.repo, path, revision=revision) != local:
-            with suppress(OSError):  # a cache shared by many users may be read-only; online it serves all the same
+            with suppress(OSError):  # a shared cache may be read-only, which does not matter online
                 hf_hub_download(self.source.repo, path, revision=revision)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubPath:
-    """A file or folder of a commit, asked as a ``pathlib.Path`` is; only ``read_bytes`` downloads."""
+    """A file or folder of a commit with the interface of ``pathlib.Path``; only ``read_bytes`` downloads."""
 
     commit: HubCommit
     path: str
@@ -155,7 +155,7 @@ class HubPath:
         return (self / name for name in self.commit.children(self.path))
 
     def rglob(self, pattern: str) -> Iterator[HubPath]:
-        """All files, whatever ``pattern`` is."""
+        """All files, for any ``pattern``."""
         return (HubPath(commit=self.commit, path=path) for path in self.commit.tree(self.path))
 
     def read_bytes(self) -> bytes:
@@ -165,17 +165,17 @@ class HubPath:
 def open_commit(source: HubSource) -> HubCommit:
     from huggingface_hub import HfApi, constants
 
-    # The name of a branch is looked up once, so that every file comes from the same commit.
-    with sound(f"what the Hub says of {source}"):
+    # The branch is resolved once, so that every file comes from the same commit.
+    with sound(f"the Hub's information on {source}"):
         info = _patiently(
             lambda: HfApi().model_info(source.repo, revision=source.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         )
-        # It becomes the name of folders.
+        # It is used as a folder name.
         if info.sha is not None and not re.fullmatch("[0-9a-f]{40}", info.sha):
             raise ValueError(f"{info.sha!r:.60} is not the name of a commit")
     if info.sha is None:
         raise MachineError(
-            f"{source}: the server at {constants.ENDPOINT} named no commit.\n"
+            f"{source}: the server at {constants.ENDPOINT} returned no commit.\n"
             "Expected a Hugging Face Hub.\nCheck HF_ENDPOINT and the proxy."
         )
     return HubCommit(source=source, sha=info.sha)
@@ -185,7 +185,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _patiently(ask: Callable[[], _Answer]) -> _Answer:
-    """Ask again, twice at most, after an answer that passes; the server may say when (Retry-After)."""
+    """Retry a temporary failure, at most twice; the server may set the wait (Retry-After)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for attempt in range(RETRIES):
@@ -203,7 +203,7 @@ def _patiently(ask: Callable[[], _Answer]) -> _Answer:
 
 
 def _asked_to_wait(value: str | None, default: float) -> float:
-    """Seconds from a Retry-After header, which holds a number of them or a date."""
+    """Seconds from a Retry-After header, which holds seconds or a date."""
     if value is None:
         return default
     try:
@@ -215,10 +215,10 @@ def _asked_to_wait(value: str | None, default: float) -> float:
 
 
 def _path_inside(path: object, folder: str) -> str:
-    """A path from a listing, once it is one below ``folder``. Raises ``ValueError``."""
+    """Check that a path from a listing is below ``folder``. Raises ``ValueError``."""
     if not isinstance(path, str) or "\\" in path or any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise ValueError(f"{path!r:.80} is no path")
-    path.encode()  # raises for half a character
+        raise ValueError(f"{path!r:.80} is not a path")
+    path.encode()  # raises for a lone surrogate
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError(f"{path!r:.80} leaves its folder")
     if folder and not path.startswith(f"{folder}/"):

@@ -1,4 +1,4 @@
-"""Whether a file in the Hub's cache is the one that the Hub lists: digests, compared once and remembered."""
+"""Checks that files in the Hub's cache have the digests that the Hub lists, once per file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from smolconv.storage.atomic import appearing_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """What the Hub says of a file. Its digest tells whether what came is that file."""
+    """The Hub's entry for a file; its digest identifies the content."""
 
     size: int
     digest: str  #: "sha256:..." of the content (LFS), or "git:...", the SHA-1 of git's blob
 
     def matches(self, path: Path) -> bool:
-        """Read the whole file, and compare it."""
+        """Read the whole file and compare its digest."""
         algorithm, _, wanted = self.digest.partition(":")
         if path.stat().st_size != self.size:
             return False
@@ -44,7 +44,7 @@ def _state_of(path: Path) -> str:
 
 
 def was_checked(local: Path, listed: Listed) -> bool:
-    """Whether this very file had this digest, and was not written to since: a model is not hashed at every start."""
+    """Whether this file had this digest and was not written to since, so that a model is not hashed at every start."""
     try:
         return _mark(listed).read_text() == _state_of(local)
     except OSError:
@@ -53,7 +53,7 @@ def was_checked(local: Path, listed: Listed) -> bool:
 
 def remember_checked(local: Path, listed: Listed) -> None:
     mark = _mark(listed)
-    with suppress(OSError):  # a cache that cannot be written to is checked each time
+    with suppress(OSError):  # a read-only cache is checked each time
         if not was_checked(local, listed):
             mark.parent.mkdir(parents=True, exist_ok=True)
             with appearing_whole(mark) as part:
@@ -61,23 +61,23 @@ def remember_checked(local: Path, listed: Listed) -> None:
 
 
 def check_cached(local: Path, address: str) -> None:
-    """Compare a file of the cache with the digest that its blob is named by. Raises ``CorruptFile``."""
+    """Compare a file of the cache with the digest in its blob's name. Raises ``CorruptFile``."""
     blob = Path(os.path.realpath(local))
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return  # a cache without links does not tell
+        return  # without links, the cache does not have the digest
     digest = f"{'git' if len(blob.name) == 40 else 'sha256'}:{blob.name}"
     listed = Listed(size=blob.stat().st_size, digest=digest)
     if not was_checked(local, listed) and not listed.matches(local):
         raise CorruptFile(
             f"{address}: the file in the cache is not the one that was downloaded.\n"
-            f"Expected {digest} of {blob}.\n"
-            "Unset HF_HUB_OFFLINE and run again with a network, so that it is fetched again."
+            f"Expected {digest} for {blob}.\n"
+            "Unset HF_HUB_OFFLINE and run again with a network to download it again."
         )
     remember_checked(local, listed)
 
 
 def discard(local: Path) -> None:
-    """Delete a file from the Hub's cache, and the blob that it is a link to."""
+    """Delete a file from the Hub's cache together with its blob."""
     blob = Path(os.path.realpath(local))
     local.unlink(missing_ok=True)
     if blob.parent.name == "blobs":

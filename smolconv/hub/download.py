@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub as a local folder: what its layout needs, fetched to the Hub's cache or found there."""
+"""Downloads the files of a Hub checkpoint that its layout needs, or finds them in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def open_source(
     uri: str | Path, *, headers_only: bool = False, optimizer: bool = True, step: int | None = None,
     layout: str | None = None, config: Path | None = None,
 ) -> Path:  # fmt: skip
-    """The local folder of a checkpoint: ``uri`` itself, or what a conversion needs of it, downloaded from the Hub.
+    """The local folder of a checkpoint: ``uri`` itself, or a folder with the files that a conversion needs.
 
-    That folder lies in the Hub's cache, may hold more files than were needed, and must not be written to.
+    That folder is in the Hub's cache, may hold more files than needed, and must not be written to.
 
-    ``headers_only`` leaves the tensors on the Hub: each safetensors file becomes a sparse file of the true size that
-    holds the real header and reads as zeros after it, under ``HF_HOME/smolconv-headers/<repo>/<commit>``, with the
-    other files linked beside it. ``.bin`` and ``.pt`` files are still downloaded whole: they are zip archives, whose
-    directory stands at the end and whose tensor names stand in a pickle, so their first bytes say nothing.
+    ``headers_only`` leaves the tensors on the Hub: each safetensors file becomes a sparse file of the real size, with
+    the real header and zeros after it, under ``HF_HOME/smolconv-headers/<repo>/<commit>``, next to links to the
+    other files. ``.bin`` and ``.pt`` files are downloaded completely: they are zip archives with their directory at
+    the end and their tensor names in a pickle, so a header is not enough.
 
-    Without ``optimizer``, Adam's tensors stay on the Hub where they lie apart; ``step`` chooses a step of a run,
-    ``layout`` one of several layouts, and ``config`` supplies a config that lacks. With ``HF_HUB_OFFLINE`` set, the
-    cache alone is used.
+    Without ``optimizer``, Adam's tensors stay on the Hub if they are in separate files. ``step`` chooses a step of a
+    run, ``layout`` one of several layouts, and ``config`` supplies a missing config. With ``HF_HUB_OFFLINE`` set, only
+    the cache is used.
 
-    Raises ``BadCheckpoint`` for what is not on the Hub, ``MachineError`` for network, login and disk.
+    Raises ``BadCheckpoint`` if something is not on the Hub, ``MachineError`` for network, login and disk.
     """
     if not is_hub_uri(str(uri)):
         require_known(str(uri))
@@ -67,8 +67,8 @@ def open_source(
             root = headers_root(source.repo, commit.sha)
             _run_on_threads(StandIns(commit, root).place, paths)
         else:
-            # Not by the client's snapshot_download: its threads keep Ctrl-C waiting, and for a busy Hub it answers with
-            # what lies in the cache.
+            # The client's snapshot_download is not used: its threads delay Ctrl-C, and if the Hub is busy it silently
+            # returns what is in the cache.
             root = snapshot
             _run_on_threads(commit.download, paths)
         commit.remember_revision(small)
@@ -76,26 +76,26 @@ def open_source(
 
 
 def _finished(folder: Path) -> Path:
-    """The folder. Raises ``BadCheckpoint`` for one that a conversion did not finish: its files have holes of zeros."""
+    """The folder. Raises ``BadCheckpoint`` if a conversion did not finish it: its files have holes of zeros."""
     if (folder / JOURNAL).is_file():
         raise BadCheckpoint(
-            f"{folder} is what an interrupted conversion has left, and is not whole.\n"
-            "A finished checkpoint was expected.\nRepeat that conversion with --resume, and it gets its name."
+            f"{folder} was left by an interrupted conversion, and is incomplete.\n"
+            "Expected a finished checkpoint.\nRepeat that conversion with --resume to finish it."
         )
     return folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """What of a folder is needed."""
+    """The parts of a folder that are needed."""
 
     optimizer: bool
     step: int | None
     layout: str | None
-    with_config: bool  #: the folder need not have it
+    with_config: bool  #: a config is supplied, so the folder need not have one
 
     def files(self, folder: P) -> list[P] | None:
-        """The files to read; None for no checkpoint. Raises as ``Listing.needed_files`` and ``layout_of`` do."""
+        """The files to read; None if it is no checkpoint. Raises as ``Listing.needed_files`` and ``layout_of``."""
         layout = layout_of(folder, self.layout, with_config=self.with_config) if folder.is_dir() else None
         if layout is None:
             return None
@@ -107,7 +107,7 @@ def _find_in_cache(source: HubSource, wanted: _Wanted, *, headers_only: bool) ->
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # No patterns: only the folder is looked up. Completeness is judged below, by what a conversion needs.
+        # Without patterns, this only finds the folder. Completeness is checked below, by what a conversion needs.
         snapshot = Path(
             snapshot_download(source.repo, revision=source.revision, local_files_only=True, allow_patterns=[])
         )
@@ -127,10 +127,10 @@ def _find_in_cache(source: HubSource, wanted: _Wanted, *, headers_only: bool) ->
                 raise _no_checkpoint(folder, there, list)
             return folder, needed
         except (MissingFile, UnknownLayout) as error:
-            # Whether the repository lacks it too cannot be known offline, so it is the machine that falls short.
+            # Offline, it is not known whether the repository has it, so this is an error of the machine.
             raise MachineError(
-                f"{source}, as far as it is in the cache: {str(error).rpartition(chr(10))[0] or error}\n"
-                "HF_HUB_OFFLINE is set: unset it and run again with a network, so that the rest is fetched."
+                f"{source}, in the cache: {str(error).rpartition(chr(10))[0] or error}\n"
+                "HF_HUB_OFFLINE is set: unset it and run again with a network to download the rest."
             ) from error
 
     try:
@@ -154,26 +154,26 @@ def _no_checkpoint(folder: P, repository: Iterable[str], names_of_branches: Call
     candidates = sorted({str(path.parent) for path in marked if SIDECAR not in path.parts} - {"."})
     known = names_of_branches() if not candidates else []
     if candidates:
-        remedy = f"Name one of its folders in the address: {some_of(candidates, 8, more=True)}."
+        remedy = f"Add one of its folders to the address: {some_of(candidates, 8, more=True)}."
     elif len(known) > 1:
-        remedy = f"Name one of its branches in the address, after an '@': {some_of(known, 8, more=True)}."
+        remedy = f"Add one of its branches to the address, after an '@': {some_of(known, 8, more=True)}."
     else:
-        remedy = "Check the address: no folder of the repository has them."
+        remedy = "Check the address: no folder of the repository has these files."
     found = "holds no checkpoint" if folder.is_dir() and any(folder.iterdir()) else "is not a folder with files"
     return MissingFile(f"{folder} {found}.\nExpected {signs(', or ')}.\n{remedy}")
 
 
 def _run_on_threads(work: Callable[[str], object], paths: Sequence[str]) -> None:
-    """Do the work for every path on a few threads, and raise the first failure.
+    """Run the work for every path on a few threads, and raise the first failure.
 
     The threads are daemons, unlike a ThreadPoolExecutor's, so that Ctrl-C does not wait for shards of several GB. The
-    client continues half a download next time.
+    client resumes a partial download next time.
     """
     waiting = deque(paths)
     outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
-        with suppress(IndexError):  # of a queue that is empty
+        with suppress(IndexError):  # the queue is empty
             while path := waiting.popleft():
                 outcomes.put(_failure(work, path))
 

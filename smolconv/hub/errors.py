@@ -1,4 +1,4 @@
-"""What failures of the Hub's client, and answers that are none, mean to a user."""
+"""Translates failures of the Hub's client, and unexpected answers, to errors for users."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from smolconv.hub.address import SCHEME
 
 @contextmanager
 def client_errors(address: str) -> Iterator[None]:
-    """Raise what goes wrong inside the client as one of ours; our own errors and unknown ones pass.
+    """Convert the client's exceptions to smolconv's; smolconv's own and unknown ones pass.
 
-    Raises ``NotInstalled`` at once when there is no client.
+    Raises ``NotInstalled`` at once if the client is not installed.
     """
     try:
         import huggingface_hub  # noqa: F401
@@ -48,15 +48,15 @@ def client_errors(address: str) -> Iterator[None]:
 
 @contextmanager
 def sound(what: str) -> Iterator[None]:
-    """Within the block, turn Python's errors about an unexpected answer of the Hub into ``CorruptFile``."""
+    """Within the block, convert Python's errors about an unexpected answer of the Hub to ``CorruptFile``."""
     from huggingface_hub.errors import HFValidationError
 
     try:
         yield
-    except (HFValidationError, json.JSONDecodeError, SmolconvError, OSError):  # OSError: the client's own errors are
+    except (HFValidationError, json.JSONDecodeError, SmolconvError, OSError):  # the client's errors are OSErrors
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        if type(error).__name__ == "JSONDecodeError":  # of requests: no JSON at all came, from a proxy perhaps
+        if type(error).__name__ == "JSONDecodeError":  # requests' own class: the answer was not JSON, perhaps a proxy's
             raise
         raise CorruptFile(
             f"{what} cannot be read ({type(error).__name__}: {shorten(str(error), 120, placeholder=' ...')}).\n"
@@ -67,23 +67,23 @@ def sound(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trouble:
-    """One failure of the client, in the terms that tell failures apart."""
+    """A failure of the client, with the fields that distinguish failures."""
 
     error: BaseException
     address: str
     repo: str
-    status: int | None  #: of the Hub's answer, if there was one
-    code: str | None  #: the Hub's own name for the failure
+    status: int | None  #: HTTP status of the Hub's answer, if there was one
+    code: str | None  #: the Hub's error code
     said: str
 
 
 def _as_ours(error: BaseException, address: str) -> SmolconvError | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # "Not in the cache and the Hub could not be asked", or "an upload failed": the reason stands behind it.
+    # "Not in the cache and the Hub could not be asked" or "an upload failed": its cause has the reason.
     while isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
         error = error.__cause__
-    response = getattr(error, "response", None)  # compared with None, since requests' failed responses are falsy
+    response = getattr(error, "response", None)  # compare with None: requests' failed responses are falsy
     trouble = _Trouble(
         error=error,
         address=address,
@@ -101,15 +101,15 @@ def _refused(trouble: _Trouble) -> SmolconvError | None:
 
     if isinstance(trouble.error, GatedRepoError):
         return MachineError(
-            f"{trouble.address}: access to {trouble.repo} is restricted and was not given (HTTP {trouble.status}).\n"
-            "Expected a token of someone who has been let in.\n"
-            f"Ask for access on {constants.ENDPOINT}/{trouble.repo}, then run `hf auth login` or set HF_TOKEN."
+            f"{trouble.address}: access to {trouble.repo} is restricted and not granted (HTTP {trouble.status}).\n"
+            "Expected the token of a user with access.\n"
+            f"Request access on {constants.ENDPOINT}/{trouble.repo}, then run `hf auth login` or set HF_TOKEN."
         )
-    # The Hub answers 401 to a visitor without a token for what is private and for what does not exist alike.
+    # Without a token, the Hub answers 401 both for a private repository and for one that does not exist.
     if trouble.status in (401, 403) and trouble.code != "RepoNotFound":
         return MachineError(
-            f"{trouble.address}: the Hub refused (HTTP {trouble.status}). It says so of a private repository, to a\n"
-            "token that may not do this and, to those without a token, also of a name that does not exist.\n"
+            f"{trouble.address}: the Hub refused access (HTTP {trouble.status}). The repository is private, the token\n"
+            "lacks permission or, without a token, the repository may not exist.\n"
             "Check the name, then run `hf auth login` or set HF_TOKEN."
         )
     return None
@@ -128,11 +128,11 @@ def _not_found(trouble: _Trouble) -> SmolconvError | None:
         return BadCheckpoint(
             f"{trouble.address}: {trouble.repo} has no such revision.\n"
             f"Expected a branch, a tag or a commit{f' (branches: {some_of(known, 8, more=True)})' if known else ''}.\n"
-            "Correct what stands after the '@'."
+            "Correct the part after the '@'."
         )
     if isinstance(trouble.error, RepositoryNotFoundError):
         return BadCheckpoint(
-            f"{trouble.address}: the Hub has no model repository {trouble.repo}, or not for this user "
+            f"{trouble.address}: the Hub has no model repository {trouble.repo} for this user "
             f"(HTTP {trouble.status}).\n"
             "Expected a public repository, or one that your token may read.\n"
             "Check the name; if it is private, run `hf auth login` or set HF_TOKEN."
@@ -140,9 +140,9 @@ def _not_found(trouble: _Trouble) -> SmolconvError | None:
     not_remote = isinstance(trouble.error, LocalEntryNotFoundError)
     if trouble.status == 404 or (isinstance(trouble.error, EntryNotFoundError) and not not_remote):
         return MissingFile(
-            f"{trouble.address}: what was asked for is not there ({trouble.said}).\n"
+            f"{trouble.address}: the requested file does not exist ({trouble.said}).\n"
             "Expected every file that the repository lists.\n"
-            "Run again, in case it was being changed; else choose another revision."
+            "Try again, in case it was being changed; otherwise choose another revision."
         )
     return None
 
@@ -154,7 +154,7 @@ def _failed(trouble: _Trouble) -> SmolconvError | None:
     error, kind = trouble.error, type(trouble.error)
     if isinstance(error, OfflineModeIsEnabled):
         return MachineError(
-            f"{trouble.address}: the Hub was not asked, because HF_HUB_OFFLINE is set.\n"
+            f"{trouble.address}: not requested from the Hub, because HF_HUB_OFFLINE is set.\n"
             "Expected a network for this step.\nUnset HF_HUB_OFFLINE and run again."
         )
     if isinstance(error, HFValidationError):
@@ -173,21 +173,21 @@ def _failed(trouble: _Trouble) -> SmolconvError | None:
         return MachineError(
             f"{trouble.address}: the connection to {constants.ENDPOINT} failed ({kind.__name__}: {trouble.said}).\n"
             "Expected to reach the Hub.\n"
-            "Check the network, the proxy and HF_ENDPOINT. With HF_HUB_OFFLINE=1, what is in the cache is used."
+            "Check the network, the proxy and HF_ENDPOINT. HF_HUB_OFFLINE=1 uses the cache only."
         )
     if isinstance(error, OSError):
         return MachineError(
             f"{trouble.address}: reading or writing a local file failed ({kind.__name__}: {error}).\n"
-            f"Expected room and permission in {constants.HF_HOME}.\nFree some space, or set HF_HOME to another folder."
+            f"Expected space and permission in {constants.HF_HOME}.\nFree some space, or set HF_HOME to another folder."
         )
     return None
 
 
 def branches(repo: str) -> list[str]:
-    """The repository's branches for an error message, or none if they cannot be had either."""
+    """The repository's branches for an error message; empty if they cannot be listed."""
     from huggingface_hub import HfApi
 
     try:
         return sorted(branch.name for branch in HfApi().list_repo_refs(repo).branches)
-    except Exception:  # a hint must not replace the error that it belongs to
+    except Exception:  # a failing hint must not replace the error
         return []

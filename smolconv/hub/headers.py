@@ -1,4 +1,4 @@
-"""A model's tensors seen without downloading them: each safetensors file as its header, and zeros after it."""
+"""Downloads only the headers of safetensors files; the rest of each file reads as zeros."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from smolconv.hub.digests import was_checked
 from smolconv.storage.atomic import appearing_whole
 
 # Headers computed from the names and shapes, bf16 in one file: SmolLM2-135M 30,530 bytes (272 tensors), 360M 32,670,
-# 1.7B 25,181, SmolLM3-3B 37,844 (326 tensors). So one request serves for each; a longer header costs a second one.
+# 1.7B 25,181, SmolLM3-3B 37,844 (326 tensors). One request is enough for each; a longer header takes a second one.
 FIRST_READ_BYTES = 48 * 1024
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself (MAX_HEADER_SIZE)
 
 
 class StandIns:
-    """Puts files of a commit under ``root``: safetensors as headers only, the rest as links into the Hub's cache."""
+    """Creates a commit's files under ``root``: safetensors as headers only, the rest as links into the Hub's cache."""
 
     def __init__(self, commit: HubCommit, root: Path) -> None:
         self.commit = commit
@@ -26,11 +26,11 @@ class StandIns:
         top = root.parents[2]
         if not top.is_dir():
             top.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (top / "README").write_text("Model files here are stand-ins for `smolconv inspect`: headers, no tensors.\n")
+            (top / "README").write_text("Model files here are placeholders for `smolconv inspect`: headers only.\n")
 
     def place(self, path: str) -> None:
         target = self.root / path
-        if target.exists():  # a commit never changes, so neither does what stands for it
+        if target.exists():  # a commit never changes
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         local = self._whole_file(path)
@@ -52,7 +52,7 @@ class StandIns:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.commit.source.repo, path, revision=self.commit.sha)
-        # One that was never compared is not hashed for its header, which costs a request instead.
+        # A file that was never verified is not hashed just for its header; a request is cheaper.
         known = isinstance(found, str) and was_checked(Path(found), self.commit.listed[path])
         return Path(found) if isinstance(found, str) and known else None
 
@@ -70,7 +70,7 @@ class StandIns:
         return start[:length]
 
     def _read(self, path: str, start: int, stop: int, size: int) -> bytes:
-        """The bytes from ``start`` to before ``stop`` of a file of ``size`` bytes."""
+        """The bytes ``[start, stop)`` of a file of ``size`` bytes."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -78,7 +78,7 @@ class StandIns:
             return b""
         headers = build_hf_headers()
         headers["Range"] = f"bytes={start}-{stop - 1}"
-        headers["Accept-Encoding"] = "identity"  # a range of compressed bytes would be of no use
+        headers["Accept-Encoding"] = "identity"  # a range of compressed bytes would be useless
         response = http_backoff(
             "GET",
             hf_hub_url(self.commit.source.repo, path, revision=self.commit.sha),
@@ -89,19 +89,19 @@ class StandIns:
         )
         hf_raise_for_status(response)
         content: bytes = response.content
-        if response.status_code == 200 and len(content) == size:  # the server does not know ranges
+        if response.status_code == 200 and len(content) == size:  # the server ignores ranges
             content = content[start:stop]
         if len(content) != stop - start:
             raise MachineError(
-                f"{self.commit.source.inside(path)}: {len(content)} bytes came for {headers['Range']}.\n"
-                f"Expected {stop - start}, from a server that answers range requests.\n"
-                "Run again; if it stays so, check HF_ENDPOINT and the proxy."
+                f"{self.commit.source.inside(path)}: received {len(content)} bytes for {headers['Range']}.\n"
+                f"Expected {stop - start}, from a server that supports range requests.\n"
+                "Try again; if it persists, check HF_ENDPOINT and the proxy."
             )
         return content
 
 
 def headers_root(repo: str, sha: str) -> Path:
-    """Where the stand-ins of a commit lie."""
+    """The folder of a commit's placeholders."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "smolconv-headers" / repo / sha

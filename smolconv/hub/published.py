@@ -1,7 +1,7 @@
-"""What the branches of a published repository of checkpoints say by their names: how far the run had come.
+"""Reads a run's progress from the branch names of published checkpoint repositories.
 
-The folders themselves hold weights alone. Only repositories listed here are believed, and only names of the form that
-their model cards give.
+The folders hold only weights. Only repositories listed here are trusted, and only names in the form that their model
+cards document.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class _Branches:
     sequence_length: int
 
 
-#: huggingface.co/HuggingFaceTB/SmolLM3-3B-checkpoints and the run's YAMLs: 2,359,296 tokens a step in each run. The
-#: steps of the two long-context runs are counted from their own beginning, as in their schedules.
+#: huggingface.co/HuggingFaceTB/SmolLM3-3B-checkpoints and the run's YAMLs: 2,359,296 tokens per step in each run. The
+#: steps of the two long-context runs are counted from their own start, as in their schedules.
 _PUBLISHED = {
     "HuggingFaceTB/SmolLM3-3B-checkpoints": (
         _Branches(pattern=r"stage[123]-step-(\d{1,9})", sequences_per_step=576, sequence_length=4096),
@@ -34,7 +34,7 @@ _PUBLISHED = {
 
 
 def published_progress(uri: str) -> TrainingProgress | None:
-    """Steps, samples and tokens by the branch that ``uri`` names; None where nothing was published about it."""
+    """Steps, samples and tokens by the branch in ``uri``; None if the branch is not known."""
     if not is_hub_uri(uri):
         return None
     source = parse_hub_uri(uri)
@@ -49,9 +49,9 @@ def published_progress(uri: str) -> TrainingProgress | None:
 
 
 def with_published_progress(checkpoint: Checkpoint, uri: str) -> Checkpoint:
-    """The checkpoint with the progress that its branch's name gives, where it says none itself, and a note of that."""
+    """The checkpoint with the progress from its branch's name, if it has none itself, and a note on that."""
     progress = None if checkpoint.progress is not None else published_progress(uri)
     if progress is None:
         return checkpoint
-    note = f"step {progress.step} and {progress.consumed_tokens} tokens are by the name of the branch, as published."
+    note = f"step {progress.step} and {progress.consumed_tokens} tokens are taken from the branch's name, as published."
     return replace(checkpoint, progress=progress, warnings=(*checkpoint.warnings, note))

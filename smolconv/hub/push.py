@@ -1,4 +1,4 @@
-"""A finished checkpoint as a commit on the Hub."""
+"""Uploads a finished checkpoint as one commit to the Hub."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _CODE = "*.py"
 class Published:
     url: str  #: of the commit
     licence: str | None
-    notes: tuple[str, ...]  #: what its owner should know
+    notes: tuple[str, ...]  #: notes for the owner
 
 
 def push_folder(
     folder: Path, repo: str, facts: CardFacts, *, message: str, private: bool = False, revision: str | None = None,
     with_code: bool = False,
 ) -> Published:  # fmt: skip
-    """Upload a folder as one commit with its model card, creating the repository and the branch where needed.
+    """Upload a folder as one commit with its model card, and create the repository and branch if needed.
 
-    Locks, journals and, without ``with_code``, Python files stay behind. Files that only the repository has are kept,
-    and so is what people wrote in its card. ``private`` False leaves the choice to the owner's default. A push that
-    asks for a private repository is refused when it exists as a public one.
+    Locks, journals and, without ``with_code``, Python files are not uploaded. Files that only the repository has are
+    kept, and so is text that people wrote in its card. ``private`` False means the owner's default. With ``private``,
+    an existing public repository is refused.
     """
     check_repo(repo)
     source = HubSource(repo=repo, subfolder="", revision=revision)
@@ -47,7 +47,7 @@ def push_folder(
         raise UsageError(f"{folder} is not a folder.\nExpected the folder of a finished checkpoint.\nCheck the path.")
     files, left = _files(folder, with_code=with_code)
     ours = read_bytes(folder / CARD, MOST_DOCUMENT_BYTES) if (folder / CARD).is_file() else None
-    compose(facts, ours, None)  # what is wrong with it is said before anything is created
+    compose(facts, ours, None)  # raises for an invalid card before anything is created
     with client_errors(str(source)):
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -62,17 +62,17 @@ def push_folder(
         commit = api.create_commit(repo, uploaded, commit_message=message, revision=revision)
     notes = []
     if composed.licence is None:
-        notes.append("neither the card nor its source's names a licence: nobody knows what others may do with the "
-                     "weights. Give it by --licence.")  # fmt: skip
+        notes.append("neither the card nor the source's card names a licence, so others may not know what they may do "
+                     "with the weights. Set it with --licence.")  # fmt: skip
     if composed.kept:
-        notes.append(f"{SCHEME}{repo} has a {CARD} with text of its own, which was kept; the folder's text was not.")
+        notes.append(f"{SCHEME}{repo} has a {CARD} with its own text, which was kept instead of the folder's.")
     if left:
-        notes.append(f"code stays here without --with-code: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}")
+        notes.append(f"not uploaded without --with-code: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}")
     return Published(url=str(commit.commit_url), licence=composed.licence, notes=tuple(notes))
 
 
 def _files(folder: Path, *, with_code: bool) -> tuple[dict[str, Path], list[str]]:
-    """What is uploaded beside the card, by its path in the repository, and code that is not."""
+    """Files to upload besides the card, by path in the repository, and code that is not uploaded."""
     files, left = dict[str, Path](), list[str]()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -89,24 +89,24 @@ def _files(folder: Path, *, with_code: bool) -> tuple[dict[str, Path], list[str]
 
 
 def _manifest(data: bytes) -> bytes:
-    """The manifest without the card, which is another on the Hub, and with the source's name in place of its path."""
+    """The manifest without the card, which differs on the Hub, and with the source's name instead of its path."""
     with suppress(CorruptFile, KeyError, TypeError, AttributeError):
         document = parse_json_object(data, MANIFEST)
         document["files"] = [each for each in document["files"] if each["path"] != CARD]
         uri = document["source"]["uri"]
         document["source"]["uri"] = named(uri)
         text = json.dumps(document, indent=1) + "\n"
-        if not is_hub_uri(uri):  # warnings, and files without a digest, are told with their paths
+        if not is_hub_uri(uri):  # warnings and files without a digest contain paths
             text = text.replace(json.dumps(str(Path(uri).resolve()))[1:-1], named(uri))
         return text.encode()
-    return data  # what is wrong with it is said by whoever compares it
+    return data  # an invalid manifest is reported when it is compared
 
 
 def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> None:
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise UsageError(
-            f"{SCHEME}{repo} exists already and is public, so nothing was uploaded.\n"
+            f"{SCHEME}{repo} already exists and is public, so nothing was uploaded.\n"
             "Expected a private repository, or none.\n"
             "Make it private in its settings, or push under another name."
         )

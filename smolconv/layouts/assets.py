@@ -16,11 +16,11 @@ from smolconv.files import read_bytes
 from smolconv.layouts.listing import ASSET_NAMES, TEMPLATES, assets_in, newest_step
 from smolconv.parsing import MOST_TOKENIZER_BYTES, parse_json_object, parse_yaml_mapping, read_json
 
-#: What transformers can make a tokenizer of: one of these, all files of it.
+#: Sets of files from which transformers can load a tokenizer.
 _SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _EXPECTED = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
 _CONFIG = "tokenizer_config.json"
-#: What makes none without the rest.
+#: Files that are no tokenizer without others.
 _PARTS = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", _CONFIG)
 #: Those of a folder that are not about the tokenizer.
 _OTHERS = ("README.md", "LICENSE", "generation_config.json")
@@ -28,11 +28,11 @@ _OTHERS = ("README.md", "LICENSE", "generation_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """What is known of a checkpoint's tokenizer without loading it."""
+    """Facts about a checkpoint's tokenizer, without loading it."""
 
     problems: tuple[str, ...]  #: files that are no use, one saying each
     complete: bool  #: whether all files of one are there
-    largest_id: int | None  #: that it can give, where its files say
+    largest_id: int | None  #: the largest id that it can produce, if its files show it
 
     @property
     def usable(self) -> bool:
@@ -40,17 +40,17 @@ class TokenizerFiles:
 
 
 def is_tokenizer(names: set[str]) -> bool:
-    """Whether files of these names are all of a tokenizer, if they are what their names say."""
+    """Whether files with these names form a complete tokenizer."""
     return any(names.issuperset(needed) for needed in _SETS)
 
 
 def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_for: Iterable[Path]) -> TokenizerFiles:
     """Look at the tokenizer among files that travel; ``made`` are those of our own making.
 
-    What was ``looked_for`` and is a link to nothing is a problem, unless another file has its name.
+    What was ``looked_for`` and is a dangling link is a problem, unless another file has its name.
     """
     nowhere = [path for path in looked_for if path.is_symlink() and not path.exists()]
-    problems = [f"{path} is a link to nothing" for path in nowhere if path.name not in {**assets, **made}]
+    problems = [f"{path} is a dangling link" for path in nowhere if path.name not in {**assets, **made}]
     largest: list[int] = []
     for name in dict.fromkeys(name for names in _SETS for name in names):
         if name in assets:
@@ -63,18 +63,18 @@ def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_f
 
 
 def tokenizer_warnings(checkpoint: Checkpoint, *, needed: bool) -> tuple[bool, list[str]]:
-    """Whether the checkpoint has a tokenizer that can be loaded, and what is said of it.
+    """Whether the checkpoint has a loadable tokenizer, with warnings.
 
-    With ``needed`` it is also said that there is none at all, and which one a nanotron run names.
+    With ``needed``, also warn if there is none, and name the one of a nanotron run.
     """
     tokenizer = tokenizer_of(checkpoint.assets, checkpoint.documents, _of_tokenizer(checkpoint.root))
     warnings = []
     if tokenizer.problems or (needed and not tokenizer.complete):
         found = f"no usable tokenizer: {'; '.join(tokenizer.problems)}" if tokenizer.problems else "no tokenizer"
         parts = [name for name in _PARTS if name in checkpoint.assets and not tokenizer.problems]
-        only = f" ({some_of(parts)} alone is none)" if parts else ""
+        only = f" ({some_of(parts)} alone is not enough)" if parts else ""
         warnings.append(
-            f"the source has {found}{only}; give one with --tokenizer, or copy it beside config.json later."
+            f"the source has {found}{only}; give one with --tokenizer, or copy it next to config.json later."
             f"{_named_by_nanotron(checkpoint)}"
         )
     if tokenizer.largest_id is not None and tokenizer.largest_id >= checkpoint.spec.vocab_size:
@@ -91,7 +91,7 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
     Raises ``MissingFile`` and ``CorruptFile`` where it could not be loaded.
     """
     path = newest_step(path)
-    if os.path.isdir(path):  # which says no to a name that is too long
+    if os.path.isdir(path):  # False for a name that is too long
         found = {name: file for name, file in assets_in(path).items() if _is_of_tokenizer(name)}
         tokenizer = tokenizer_of(found, {}, _of_tokenizer(path))
     else:
@@ -105,14 +105,14 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
     if not tokenizer.complete:
         raise MissingFile(
             f"--tokenizer {path}: no {_EXPECTED} is there.\n"
-            f"Expected a folder of this machine that holds a tokenizer, or its one file; {_CONFIG} alone is none.\n"
+            f"Expected a local folder with a tokenizer, or its single file; {_CONFIG} alone is not enough.\n"
             "Check the path. One on the Hub is downloaded by: hf download OWNER/NAME --local-dir FOLDER"
         )
     return found
 
 
 def without_own_code(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without names of code (``auto_map``) that lay beside it: no ``.py`` file travels.
+    """The checkpoint without references to code in its folder (``auto_map``): ``.py`` files are not carried.
 
     Code in another repository on the Hub (``owner/name--module.Class``) stays named.
     """
@@ -122,24 +122,24 @@ def without_own_code(checkpoint: Checkpoint) -> Checkpoint:
     if names:
         source = replace(source, hf_config=config)
         warnings.append(
-            f"config.json names code of its own ({some_of(names)}), which is not carried: auto_map was left out. The "
+            f"config.json names custom code ({some_of(names)}), which is not carried: auto_map was left out. The "
             f"model is read, written and verified as transformers' own {checkpoint.spec.architecture}."
         )
     if _CONFIG in assets:
-        with suppress(SmolconvError):  # whoever loads the tokenizer says what is wrong with it
+        with suppress(SmolconvError):  # an error is reported when the tokenizer is loaded
             config, names = _without_local_code(read_json(assets[_CONFIG]))
             if names:
                 documents[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
                 del assets[_CONFIG]
                 warnings.append(
-                    f"{_CONFIG} names code of its own ({some_of(names)}), which is not carried: auto_map was left out. "
+                    f"{_CONFIG} names custom code ({some_of(names)}), which is not carried: auto_map was left out. "
                     "Copy the .py file and the field if the tokenizer needs them."
                 )
     return replace(checkpoint, source=source, assets=assets, documents=documents, warnings=tuple(warnings))
 
 
 def _without_local_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The config with what is left of its auto_map, and the classes that were named there and lay beside it."""
+    """The config with the rest of its auto_map, and the removed classes, whose code was in the folder."""
     known = config.get("auto_map")
     names, kept = list[str](), dict[str, Any]()
     for key, value in known.items() if isinstance(known, dict) else ():
@@ -186,7 +186,7 @@ def _whole(values: Iterable[object]) -> Iterator[int]:
 
 
 def _named_by_nanotron(checkpoint: Checkpoint) -> str:
-    """Which tokenizer the run's own config.yaml names, for whoever looks for it."""
+    """A hint with the tokenizer that the run's config.yaml names."""
     training = checkpoint.source.nanotron_training
     if training is None:
         return ""

@@ -1,6 +1,6 @@
 """Values in documents that people and other programs wrote: each is checked before anything is computed from it.
 
-A config may be edited by hand, a file may be cut or come from another tool. What is found is said by its name.
+A config may be edited by hand; a file may be cut or come from another tool. Errors name the field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from smolconv.errors import CorruptFile, UnsupportedModel
 _MOST_LAYERS = 10_000
 
 
-#: Names that PEFT's LoRA and DoRA give: ...q_proj.lora_A.default.weight beside ...q_proj.base_layer.weight.
+#: Names of PEFT's LoRA and DoRA: ...q_proj.lora_A.default.weight and ...q_proj.base_layer.weight.
 _ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 #: More ranks than any run has. A file that promises more would have each of them looked for.
@@ -26,7 +26,7 @@ MOST_RANKS = 1 << 17
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a whole number from 0 on; ``True`` is none."""
+    """Whether it is a whole number, 0 or more; ``True`` is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -46,7 +46,7 @@ def adam_step(value: object, where: object) -> float:
         return float(value)
     raise CorruptFile(
         f"{where}: Adam's step is {_shown(value)}.\n"
-        "Expected a whole number from 0 on that training reaches.\n"
+        "Expected a whole number, 0 or more, that training reaches.\n"
         "Copy the file again, or pass --no-optimizer to convert the weights only."
     )
 
@@ -82,7 +82,7 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("model_type", "hidden_act"), _TEXT),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _ID),
     "num_hidden_layers": (f"a whole number from 1 to {_MOST_LAYERS}", lambda n: _is_size(n) and n <= _MOST_LAYERS),
-    "rms_norm_eps": ("a number from 0 on", lambda value: is_number(value) and value >= 0),
+    "rms_norm_eps": ("a number that is 0 or more", lambda value: is_number(value) and value >= 0),
     "rope_theta": ("a positive number", lambda value: is_number(value) and value > 0),
     "initializer_range": ("a number", is_number),
     "rope_scaling": ("an object", _is_rope),
@@ -99,11 +99,11 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     """Raise ``UnsupportedModel`` when a field of a Hugging Face or nanotron config has a value of another kind."""
     for name, (expected, holds) in _FIELDS.items():
         if name in config and (config[name] is not None or name in _NEEDED) and not holds(config[name]):
-            raise UnsupportedModel(f"{where}: {name} is {_shown(config[name])}; {expected} was expected.")
+            raise UnsupportedModel(f"{where}: {name} is {_shown(config[name])}; expected {expected}.")
 
 
 def check_progress(progress: TrainingProgress, where: object) -> TrainingProgress:
-    """The progress itself. Raises ``CorruptFile`` when a count in it is none."""
+    """The progress itself. Raises ``CorruptFile`` for an invalid count."""
     counts: dict[str, Any] = {"the step": progress.step, "consumed samples": progress.consumed_samples}
     known = {"consumed tokens": progress.consumed_tokens, "the last stage's index": progress.last_stage_index}
     for stage in progress.stages:
@@ -126,7 +126,7 @@ def check_progress(progress: TrainingProgress, where: object) -> TrainingProgres
 def _check_counts(counts: Mapping[str, Any], where: object) -> None:
     for name, count in counts.items():
         if not is_count(count):
-            raise CorruptFile(f"{where}: {name} is {_shown(count)}; a whole number from 0 on was expected.")
+            raise CorruptFile(f"{where}: {name} is {_shown(count)}; expected a whole number, 0 or more.")
 
 
 def refuse_adapter(names: Iterable[str], where: object) -> None:
@@ -135,7 +135,7 @@ def refuse_adapter(names: Iterable[str], where: object) -> None:
     if name is not None:
         raise UnsupportedModel(
             f"{where} is of a training with LoRA (PEFT): it holds {name}.\n"
-            "Expected the weights of a whole model; these are an adapter's, beside or without those that it changes.\n"
+            "Expected the weights of a complete model; these are an adapter's, with or without its base weights.\n"
             "Merge it first, from the folder with adapter_config.json that PEFT saved:\n"
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)\n"
             "or in the training script: model.merge_and_unload().save_pretrained(OUT)"
@@ -147,7 +147,7 @@ def check_plain(values: object, where: object) -> None:
     if isinstance(values, Mapping):
         for key, value in values.items():
             if not isinstance(key, str):
-                raise CorruptFile(f"{where}: {_shown(key)} is no name of a value.")
+                raise CorruptFile(f"{where}: {_shown(key)} is not a valid name.")
             check_plain(value, f"{where}: {key}")
     elif isinstance(values, (list, tuple)):
         for value in values:
@@ -155,7 +155,7 @@ def check_plain(values: object, where: object) -> None:
     elif not (
         values is None or isinstance(values, (bool, int, str)) or (isinstance(values, float) and math.isfinite(values))
     ):
-        raise CorruptFile(f"{where} is {_shown(values)}; a plain finite value was expected.")
+        raise CorruptFile(f"{where} is {_shown(values)}; expected a plain finite value.")
 
 
 def with_tuples(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

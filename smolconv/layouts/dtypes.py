@@ -1,7 +1,7 @@
-"""Which dtypes a checkpoint's slots may have; one list for every layout.
+"""The allowed dtypes of a checkpoint's slots, the same for every layout.
 
 A header or a pickle can name any dtype of the same width, and an integer would be copied as readily as a float: the
-result loads, and is no model. What no trainer writes is therefore refused, by name, before anything is planned.
+result loads but is not a model. Dtypes that no trainer writes are therefore refused before anything is planned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WHAT = {Slot.PARAMETER: "a parameter", Slot.MASTER: "a master", **dict.fromkeys
 
 
 def check_dtype(slot: Slot, dtype: str, where: object) -> None:
-    """Raise ``UnsupportedModel`` when no trainer writes ``slot`` in ``dtype``. ``where`` says which tensor it is."""
+    """Raise ``UnsupportedModel`` if no trainer writes ``slot`` in ``dtype``. ``where`` names the tensor."""
     if dtype not in ALLOWED:
         raise UnsupportedModel(
             f"{where} is {dtype}, as {_WHAT[slot]} ({slot.value}) never is.\n"

@@ -1,4 +1,4 @@
-"""What every layout offers: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files.
+"""The interface of a layout: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files.
 
 A layout is a package with a ``layout.py`` that holds its ``Layout``, and a line in ``registry.py``. Whoever converts,
 verifies or downloads asks the record, and names no layout.
@@ -28,16 +28,16 @@ from smolconv.storage.torch_archive.values import ArchiveTensor, Storage
 from smolconv.tensors.lazy import LazyTensor, Stored, equal
 from smolconv.version import __version__
 
-#: What the pass over the tensors found, by file: digests are known only then.
+#: The results of the pass over the tensors, by file; digests are known only afterwards.
 Written = Mapping[str, Sequence[WrittenTensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a user may say about a source beside its path."""
+    """Options for reading a source."""
 
     config: Path | None = None  #: a config to use instead of the folder's own
-    layout: str | None = None  #: what ``--from`` says it is, where a folder holds several; by default it is detected
+    layout: str | None = None  #: the layout to read (``--from``), if a folder holds several; None: detect it
     step: int | None = None  #: which step of a run folder; the latest by default
     architecture: str | None = None  #: which family, where a nanotron config could be of several
     #: Believe nanotron's rope_scaling, which nanotron itself ignores; None where the checkpoint says that it was
@@ -60,12 +60,12 @@ class PlannedOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnFiles:
-    """Which files of a folder are a checkpoint of the layout, and what programs write beside one."""
+    """The files of a checkpoint in the layout, and those that programs write with it."""
 
     names: frozenset[str] = frozenset()  #: paths within the folder
     pattern: str = ""  #: of such paths, for what no reader opens
     step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
-    beside: str = ""  #: of paths in folders beside the steps', which belong to all of them
+    beside: str = ""  #: paths in folders next to the steps' folders, which belong to all steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,25 +74,25 @@ class Layout:
 
     name: str  #: in JSON, manifests and messages
     words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
-    title: str  #: for people
+    title: str  #: for messages
     signs: str  #: what its folders are recognised by, for the message that nothing was
     listing: Listing  #: the package's module of that name
     #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
     read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
     own_files: Callable[[Path], OwnFiles]
-    options: type[Any]  #: a dataclass of what only its writer knows; raises ``UsageError`` for what does not fit
+    options: type[Any]  #: a dataclass with its writer's options; raises ``UsageError`` for invalid ones
     plan: Callable[[Checkpoint, Any], PlannedOutput]
     #: The checkpoint as its writer takes it, after dtype and vocabulary are chosen.
     prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
-    #: Why Adam's state of a checkpoint has no place in it, or None.
+    #: Why it cannot hold a checkpoint's Adam state, or None.
     without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
-    #: Canonical names of parameters that it has no place for: they are zero in what is read, and must be to be written.
+    #: Canonical names of parameters that it cannot hold: they are read as zero, and must be zero to be written.
     without_place: Callable[[ModelSpec], Sequence[str]] = lambda spec: ()
-    #: Whether a folder is one of its own once ``ReadOptions.config`` supplies the config that it lacks.
+    #: Whether a folder is in this layout once ``ReadOptions.config`` supplies the missing config.
     detect_with_config: Callable[[AnyPath], bool] = lambda folder: False
-    #: Why a folder that looks like one of its own cannot be read.
+    #: Why a folder that looks like this layout cannot be read.
     lacking: Callable[[AnyPath], MissingFile | None] = lambda folder: None
-    #: What it stores are an optimizer's fp32 masters, with Adam's state or with zeros; the weights are rounded masters.
+    #: Whether it stores fp32 masters, with Adam's state or zeros, of which the weights are the rounded values.
     of_an_engine: bool = False
     takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies
 
@@ -186,9 +186,9 @@ def copied_file(path: str, source: Path) -> PlannedFile:
 
 
 def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedFile]:
-    """Files that travel with the weights, but for pointers of Git LFS, which are said and stay behind.
+    """Files to copy with the weights, except Git LFS pointers, which are left out with a warning.
 
-    Raises ``CorruptFile`` for a config that is no JSON: no program would load the model beside it.
+    Raises ``CorruptFile`` for a config that is not JSON: no program could load the model with it.
     """
     travelling = {name: path for name, path in assets.items() if not is_lfs_pointer(path)}
     for name in travelling.keys() & {"config.json", "generation_config.json"}:
@@ -197,18 +197,18 @@ def copied_assets(assets: Mapping[str, Path], folder: str = "") -> list[PlannedF
 
 
 def hf_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """config.json of the model: the spec, and what the source's own document says beside it."""
+    """config.json of the model: the spec, and other fields of the source's document."""
     known = checkpoint.source.hf_config or {}
     if not known and "config.json" in checkpoint.assets:
-        # An HF folder went to nanotron and comes back: its own document holds fields that no spec knows.
+        # An HF folder was converted to nanotron and back: its document holds fields that are not in the spec.
         known = read_json(checkpoint.assets["config.json"])
     carried = {**(checkpoint.source.nanotron_config or {}), **known}
     if known.get("model_type") != checkpoint.spec.architecture:
-        known = {}  # --architecture asked for another family, whose class knows other fields
+        known = {}  # --architecture chose another family, whose class has other fields
     return {**known, **spec_to_hf(checkpoint.spec, carried, dtype)}
 
 
-#: Around what smolconv says in a model card. What people write outside stays when it is published again.
+#: Markers around smolconv's section in a model card. Other text is kept when it is published again.
 SECTION_BEGIN, SECTION_END = "<!-- smolconv: begin -->", "<!-- smolconv: end -->"
 
 

@@ -1,6 +1,6 @@
-"""Which files of a checkpoint are there and which are needed: asked alike of a folder on disk and of one on the Hub.
+"""Lists the existing and the needed files of a checkpoint, in a folder on disk or on the Hub.
 
-Each layout answers in its module ``listing``: the functions of ``Listing``, and the names that it knows
+Each layout implements it in its module ``listing``: the functions of ``Listing``, and the names that it uses
 its files by. Nothing there opens a file of tensors.
 """
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Files that travel with the weights, beside config.json.
+#: Files that are copied with the weights, besides config.json.
 ASSET_NAMES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "README.md",
     "LICENSE",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
-#: What ``smolconv continue-train`` writes into a run's folder: the recipe, and below the other name its checkpoints.
+#: Names that ``smolconv continue-train`` writes in a run's folder: the recipe and the folder of checkpoints.
 RUN_RECIPE, RUN_CHECKPOINTS = "recipe.resolved.yaml", "checkpoints"
-#: What says who may use the weights, however it is spelled: LICENSE.txt, NOTICE, USE_POLICY.md.
+#: Names of licence files: LICENSE.txt, NOTICE, USE_POLICY.md and so on.
 _TERMS = (
     r"(?i:(third[_-]party[_-]|acceptable[_-])?(licen[cs]es?|copying|notices?|use[_-]policy)([_-][\w-]+)?"
     r"(\.(txt|md|rst|html|pdf))?)"
 )
-#: All of them as a pattern, with what lies beside them in any folder that smolconv or a Hub client wrote.
+#: All of these names as a pattern, with other files that smolconv or a Hub client writes.
 ASSET_PATTERN = "|".join(
     (*map(re.escape, (*ASSET_NAMES, MANIFEST, "config.json", ".gitattributes")), _TERMS, rf"{TEMPLATES}/[^/]+\.jinja")
 )
 
 
 class AnyPath(Protocol):
-    """What ``pathlib.Path`` and a path in a repository on the Hub have in common. ``str`` is its name in messages."""
+    """The common interface of ``pathlib.Path`` and a path in a Hub repository. ``str`` is its name in messages."""
 
     @property
     def name(self) -> str: ...
@@ -61,17 +61,17 @@ P = TypeVar("P", bound=AnyPath)
 
 
 def there(path: AnyPath) -> bool:
-    """Whether a file is there. On disk, raises ``BadCheckpoint`` for anything else in its place."""
+    """Whether a file exists. On disk, raises ``BadCheckpoint`` for anything else with its name."""
     return is_there(path) if isinstance(path, Path) else path.is_file()
 
 
 def content(path: AnyPath, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
-    """What a small file holds that is not noted among a checkpoint's. Raises as ``read_bytes`` of ``files`` does."""
+    """The content of a small file whose state is not recorded. Raises as ``read_bytes`` of ``files``."""
     return read_bytes(path, most_bytes, noted=False) if isinstance(path, Path) else path.read_bytes()
 
 
 def pointer_text(pointer: AnyPath) -> str:
-    """The text of a file that says which folder beside it is meant. Raises ``CorruptFile`` when it is long.
+    """The text of a file that names a folder. Raises ``CorruptFile`` if it is long.
 
     It is not noted among a checkpoint's files: a run that continues rewrites it.
     """
@@ -79,23 +79,23 @@ def pointer_text(pointer: AnyPath) -> str:
 
 
 def read_name(pointer: AnyPath) -> str:
-    """The same, once it is the name of a folder beside it, or of one below by names alone (``runs/step5``).
+    """The same, checked to be the name of a folder next to it, or below it (``runs/step5``).
 
     Raises ``CorruptFile`` for anything else, as for a path whose links lead elsewhere.
     """
     name = pointer_text(pointer)
     if not is_path_below(name) or ("/" in name and _leads_out(pointer.parent, name)):
         raise CorruptFile(
-            f"{pointer} holds {name!r:.60}; the name of a folder beside it was expected.\n"
+            f"{pointer} holds {name!r:.60}; expected the name of a folder next to it.\n"
             "Copy it again, or name that folder itself."
         )
     return name
 
 
 def newest_step(folder: Path) -> Path:
-    """Of a run of ``smolconv continue-train`` the folder of its newest step, else the folder itself.
+    """The folder of the newest step in a run of ``smolconv continue-train``; any other folder unchanged.
 
-    Raises ``CorruptFile`` for a run whose ``latest`` names no folder beside it.
+    Raises ``CorruptFile`` for a run whose ``latest`` names no folder next to it.
     """
     checkpoints = folder / RUN_CHECKPOINTS
     if os.path.lexists(folder / RUN_RECIPE) and os.path.lexists(checkpoints / "latest"):
@@ -113,19 +113,19 @@ def _leads_out(folder: AnyPath, name: str) -> bool:
 class Listing(Protocol):
     """A layout's module ``listing``."""
 
-    MARKS: tuple[str, ...]  #: patterns of names that show where a checkpoint lies
+    MARKS: tuple[str, ...]  #: patterns of names by which a checkpoint is recognised
 
     def detect(self, folder: AnyPath) -> bool: ...
 
     def holds_training(self, folder: AnyPath) -> bool:
-        """Whether it has more than weights, as Adam's state and the step: of two layouts, that is read which has."""
+        """Whether it has training state besides weights: of two layouts, the one with it is read."""
         ...
 
     def needed_files(self, folder: P, *, step: int | None, optimizer: bool) -> list[P]:
         """The files that reading the checkpoint in ``folder`` opens; all are there.
 
-        ``step`` chooses one of a run's; without ``optimizer``, Adam's tensors are left out where they lie apart. Raises
-        ``BadCheckpoint`` and its kinds for what is missing.
+        ``step`` chooses one of a run's; without ``optimizer``, Adam's tensors are left out if they are in separate
+        files. Raises ``BadCheckpoint`` and its kinds for what is missing.
         """
 
 
@@ -150,5 +150,5 @@ def companions(folder: P) -> list[P]:
 
 
 def files_below(folder: P) -> list[P]:
-    """All files of a folder, at any depth; none when there is no such folder."""
+    """All files of a folder, at any depth; empty if there is no such folder."""
     return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []

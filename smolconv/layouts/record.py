@@ -1,4 +1,4 @@
-"""A source's record as documents in a folder, in layouts that have no place for it: written and read back."""
+"""Writes a source's record as documents into a folder, for layouts that cannot hold it, and reads it back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = (NANOTRON_CONFIG, NANOTRON_TRAINING, NANOTRON_METADATA, ENGINE)
 
 
 def documents_of(record: SourceRecord) -> dict[str, bytes]:
-    """By name: all but the HF config, for which every layout has a place."""
+    """The documents by name, except the HF config, which every layout can hold."""
     engine = None if record.engine is None else _engine_to_json(record.engine)
     found = {
         NANOTRON_CONFIG: None if record.nanotron_config is None else json.dumps(record.nanotron_config).encode(),
@@ -33,7 +33,7 @@ def documents_of(record: SourceRecord) -> dict[str, bytes]:
 
 
 def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
-    """What ``documents_of`` gave, from ``folder``, and its files. Raises ``CorruptFile`` for what is not one."""
+    """Read the documents of ``documents_of`` from ``folder``, with their files. Raises ``CorruptFile``."""
     entries = sorted(folder.iterdir()) if is_folder_there(folder) else []
     # Folders that an editor left are nothing of ours; one in the place of a document is.
     paths = tuple(path for path in entries if path.name in _NAMES or not path.is_dir())
@@ -99,5 +99,5 @@ def group_to_json(group: ParameterGroup) -> dict[str, Any]:
 
 
 def group_from_json(value: Mapping[str, Any]) -> ParameterGroup:
-    """The same, read back: betas are a tuple again."""
+    """The same, read back: betas become a tuple again."""
     return ParameterGroup(names=tuple(value["names"]), hyperparameters=with_tuples(value["hyperparameters"]))

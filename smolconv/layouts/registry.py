@@ -1,4 +1,4 @@
-"""Which layouts there are: detect one, read a checkpoint of it."""
+"""The layouts: detects a folder's layout, and reads its checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from smolconv.tensors.reading import close_thread_files
 
 #: A folder that could be read as several is the first of them.
 LAYOUTS: tuple[Layout, ...] = (HUGGINGFACE, NANOTRON, DEEPSPEED)
-#: By what ``--to`` calls them.
+#: By their names in ``--to``.
 BY_WORD = {word: layout for layout in LAYOUTS for word in layout.words}
-#: Of a folder that is no checkpoint, so many entries are looked at for one.
+#: If a folder is no checkpoint, this many entries are searched for one.
 MOST_CHILDREN = 200
 
 
@@ -38,7 +38,7 @@ def layout_named(word: str, option: str) -> Layout:
 
 
 def source_folder(folder: P) -> P:
-    """Where the checkpoints lie: of a run of ``smolconv continue-train`` its folder of them, else the folder itself."""
+    """The folder of checkpoints in a run of ``smolconv continue-train``; any other folder unchanged."""
     inside = folder / RUN_CHECKPOINTS
     is_run = (folder / RUN_RECIPE).is_file() and inside.is_dir() and layout_of(inside) is not None
     return inside if is_run else folder
@@ -60,30 +60,30 @@ def detect_layout(folder: Path, options: ReadOptions = ReadOptions()) -> Layout:
         raise reason
     if inside := [path.name for path in sorted(folder.iterdir())[:MOST_CHILDREN] if is_checkpoint(path)]:
         raise UnknownLayout(
-            f"{folder} is no checkpoint, but folders in it are: {some_of(inside, 8, more=True)}.\n"
+            f"{folder} is not a checkpoint, but folders in it are: {some_of(inside, 8, more=True)}.\n"
             f"Expected the folder of one checkpoint.\nName it, such as {folder / inside[0]}"
         )
-    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: neither {signs(', nor ')} is there.")
+    raise UnknownLayout(f"{folder} is not a checkpoint that smolconv knows: it has neither {signs(', nor ')}.")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint of any layout is there, by its names."""
+    """Whether the folder holds a checkpoint of any layout, by its names."""
     with suppress(SmolconvError, OSError):
         return path.is_dir() and layout_of(source_folder(path)) is not None
     return False
 
 
 def why_unknown(folder: AnyPath) -> BadCheckpoint | None:
-    """The error for a folder of no layout that says what is there instead, or what lacks; None where no name tells."""
+    """An error that explains what a folder of no layout holds or lacks; None if its names do not show it."""
     return what_is_there(folder) or next(
         (error for layout in LAYOUTS if (error := layout.lacking(folder)) is not None), None
     )
 
 
 def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = False) -> Layout | None:
-    """The layout of a folder on disk or on the Hub, by its names alone; None for no checkpoint.
+    """The layout of a folder on disk or on the Hub, by its names; None for no checkpoint.
 
-    Of several that with training state, if only one has it. ``word`` is what ``--from`` says: then it is that layout,
+    If there are several, the one with training state, if only one has it. ``word``: the layout of ``--from``,
     or ``UsageError``. ``with_config``: a config is supplied, so that the folder need not have it.
     """
 
@@ -95,7 +95,7 @@ def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = F
         if not fits(asked):
             raise UsageError(
                 f"--from {word}: {folder} holds no {asked.title} checkpoint.\n"
-                f"Expected {asked.signs}.\nLeave --from out, and the layout is detected."
+                f"Expected {asked.signs}.\nOmit --from to detect the layout."
             )
         return asked
     first = next(filter(fits, LAYOUTS), None)
@@ -105,7 +105,7 @@ def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = F
 
 
 def signs(between: str) -> str:
-    """What each layout is recognised by, for people."""
+    """The files by which each layout is recognised, as text."""
     return between.join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
 
 
@@ -127,7 +127,7 @@ def _read(folder: Path, options: ReadOptions) -> Checkpoint:
     checkpoint = check_dtypes(_read_layout(folder, options))
     if asked not in (None, checkpoint.spec.architecture):
         raise UnsupportedModel(
-            f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture says {asked}.\n"
+            f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture is {asked}.\n"
             "Leave it out: only a nanotron config can be of several architectures."
         )
     return checkpoint
@@ -149,12 +149,12 @@ def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
             error.args = (f"{error}\n--from {other.words[0]} reads the {other.title} files in the same folder.",)
         raise
     finally:
-        close_thread_files()  # reading a layout may open them; a file that is replaced later must be opened anew
+        close_thread_files()  # reading a layout may keep files open; a file that is replaced later must be opened again
     return replace(checkpoint, warnings=(*_not_read(folder, layout, other), *checkpoint.warnings))
 
 
 def _not_read(folder: Path, layout: Layout, other: Layout | None) -> list[str]:
-    """What is said of checkpoints that lie in the same folder."""
+    """Warnings about other checkpoints in the same folder."""
     said = []
     if other is not None:
         said.append(
@@ -162,7 +162,7 @@ def _not_read(folder: Path, layout: Layout, other: Layout | None) -> list[str]:
             f"state. --from {other.words[0]} reads the others."
         )
     if (folder / ADAPTER).is_file():
-        said.append("a PEFT adapter lies beside the model and is not read: to have it, merge it (merge_and_unload).")
+        said.append("the folder also has a PEFT adapter, which is not read: to use it, merge it (merge_and_unload).")
     said += [
         f"{name} holds Adam's state of a {program} without DeepSpeed, which names no parameters: it is not read."
         for name, program in (("optimizer.pt", "Trainer"), ("optimizer.bin", "run of accelerate"))

@@ -1,4 +1,4 @@
-"""What a folder is that no layout knows, by its names: another program's checkpoint, or one that lacks a part."""
+"""Explains a folder of no known layout by its names: another program's checkpoint, or one that lacks a part."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _TRAINER_STEP = re.compile(r"checkpoint-(\d{1,18})")
 
 
 def what_is_there(folder: AnyPath) -> UnknownLayout | None:
-    """The error that says what a folder of no layout holds, and what to do with it; None where no name tells.
+    """An error that explains what a folder of no layout holds, and what to do; None if its names do not show it.
 
-    Each message names what was found, what was expected, and the way to a folder that can be read.
+    Each message has what was found, what was expected, and how to get a folder that can be read.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     lines = next(filter(None, _answers(folder, names)), None)
@@ -124,7 +124,7 @@ def _bin_shards(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | Non
     index = "pytorch_model.bin.index.json"
     return (
         f"{folder} holds {len(found)} of {int(found[0][1])} shards ({found[0][0]}, ...), but no {index}.",
-        "Expected the index, which says what lies in which shard.",
+        "Expected the index, which lists the tensors of each shard.",
         f"Copy {index} from where the shards came from.",
     )
 
@@ -135,7 +135,7 @@ def _dangling(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
     if not gone:
         return None
     return (
-        f"{folder}: {len(gone)} of its files are links to nothing, as {gone[0].name} -> {gone[0].readlink()}.",
+        f"{folder}: {len(gone)} of its files are dangling links, such as {gone[0].name} -> {gone[0].readlink()}.",
         "Expected the files themselves. A snapshot in the Hub's cache holds links into its folder blobs.",
         "Download it again, or copy it with its files from where they are: cp -rL",
     )
@@ -146,6 +146,6 @@ def _no_config(folder: AnyPath) -> tuple[str, str, str] | None:
         return None
     return (
         f"{folder} holds weights of Hugging Face's names, but no {CONFIG}.",
-        f"Expected {CONFIG} beside them: it says which model they are of.",
+        f"Expected {CONFIG} in the same folder, which describes the model.",
         "Copy it there from where the weights came from, or name it with --config PATH.",
     )

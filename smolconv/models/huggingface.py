@@ -1,4 +1,4 @@
-"""Hugging Face's config to and from a spec, and its parameters, whose names are the canonical ones."""
+"""Converts Hugging Face's config to and from a spec, and lists its parameters, whose names are canonical."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from smolconv.models.spec import VOCABULARY, ModelSpec
 from smolconv.models.weights import Rule, WeightTable
 from smolconv.tensors.dtypes import FLOAT_DTYPES
 
-#: Fields of a config that do not change the forward pass but travel with it.
+#: Fields of a config that do not change the forward pass but are carried.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "use_cache")
 _BIASES = ("attention_bias", "mlp_bias")
-#: transformers saved them once, and other programs still do; it computes them itself, whatever a file holds.
+#: Saved by early transformers and some programs; transformers computes them itself, ignoring the file.
 _BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
 _PARTIAL = "{where}: partial_rotary_factor is set; only full rotary heads can be represented."
 _ORIGINAL = "original_max_position_embeddings"
-#: transformers' kinds of scaled rotary embedding (``ROPE_INIT_FUNCTIONS``), and the numbers that each needs. What v5
-#: alone would fill in, and v4 misses, is needed too.
+#: transformers' types of scaled rotary embedding (``ROPE_INIT_FUNCTIONS``) with their required numbers, including those
+#: that only v5 would fill in.
 ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -29,11 +29,11 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
     "proportional": (),
 }
-#: Those that know for how many positions the model was trained first.
+#: Types with the original context length.
 _STRETCHED = ("yarn", "longrope", "llama3")
-#: Lists of a number for each pair of a head's elements.
+#: Lists with one number per pair of a head's elements.
 _ROPE_LISTS: Mapping[str, tuple[str, ...]] = {"longrope": ("short_factor", "long_factor")}
-#: Numbers that a kind may have or leave out.
+#: Optional numbers of a type.
 _ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -54,13 +54,13 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def weight_table(spec: ModelSpec) -> WeightTable:
-    """Identity over the model's parameters: it only says what is tied and what old files hold in addition."""
+    """The identity table over the model's parameters, with tied names and additional tensors of old files."""
     shapes = parameter_shapes(spec)
     return WeightTable(
         rules=tuple(Rule((name,), name) for name in shapes),
         shapes=shapes,
         aliases={"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {},
-        dropped={_BUFFERS: "a buffer that follows from the config's rotary embedding"},
+        dropped={_BUFFERS: "a buffer that is computed from the config's rotary embedding"},
     )
 
 
@@ -91,7 +91,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model
         activation=known["hidden_act"],
         **{
             "use_rope": (True,) * layers,
-            # transformers does not look at a field that its class has not.
+            # transformers ignores fields that its class does not have.
             **{name: name in family.hf_defaults and bool(known[name]) for name in _BIASES},
             **family.from_hf(known),
         },
@@ -106,8 +106,8 @@ def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
         how = fields.get("quant_method", f"{fields.get('bits')} bits")
         raise UnsupportedModel(
             f"{where}: the model is quantised ({how!s:.40}).\n"
-            "Weights of float32, bfloat16 or float16 were expected.\n"
-            "Use the model that it was made from; its model card names it."
+            "Expected weights of float32, bfloat16 or float16.\n"
+            "Use the model that it was quantised from; its model card names it."
         )
     layer_types = known.get("layer_types") or []
     if any(kind != "full_attention" for kind in layer_types) or (
@@ -124,9 +124,9 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
     parameters = dict(config.get("rope_parameters") or {})
     if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
         raise UnsupportedModel(
-            f"{where}: rope_parameters holds an object for {nested[0]}, as models do whose layers rotate differently.\n"
-            "Expected one rotary embedding for all layers: rope_type, rope_theta and what belongs to them.\n"
-            "If the layers are alike, write that object's fields into rope_parameters itself."
+            f"{where}: rope_parameters holds an object for {nested[0]}, as if layers rotated differently.\n"
+            "Expected one rotary embedding for all layers: rope_type, rope_theta and their fields.\n"
+            "If all layers are the same, move that object's fields into rope_parameters itself."
         )
     if parameters.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise UnsupportedModel(_PARTIAL.format(where=f"{where}: rope_parameters"))
@@ -135,8 +135,8 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
         default = family.hf_defaults["rope_theta"]
         raise UnsupportedModel(
             f"{where}: rope_parameters has no rope_theta.\n"
-            f"Expected the base that the model was trained with; transformers would take {default:g} for any "
-            f"{family.name}.\nWrite it there."
+            f"Expected the base that the model was trained with; transformers would use {default:g} for any "
+            f"{family.name}.\nAdd it there."
         )
     if len(set(thetas)) > 1:
         raise UnsupportedModel(
@@ -146,7 +146,7 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
     scalings = [rope_scaling(config.get("rope_scaling")), rope_scaling(parameters)]
     if "rope_parameters" in config and "rope_scaling" in config and scalings[0] != scalings[1]:
         raise UnsupportedModel(
-            f"{where}: rope_scaling is {scalings[0]}, but rope_parameters say {scalings[1]}.\n"
+            f"{where}: rope_scaling is {scalings[0]}, but rope_parameters is {scalings[1]}.\n"
             "transformers v4 reads the first and v5 the second: make them agree."
         )
     return (thetas or [family.hf_defaults["rope_theta"]])[0], _with_trained_length(
@@ -155,7 +155,7 @@ def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tupl
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that a config says, in v5's field or v4's; None where it says none that we know by name."""
+    """The dtype in a config's field of v5 or v4; None if there is none, or an unknown one."""
     said = config.get("dtype") or config.get("torch_dtype")
     name = said.removeprefix("torch.") if isinstance(said, str) else None
     return name if name in FLOAT_DTYPES else None
@@ -164,7 +164,7 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
 def _with_trained_length(
     scaling: dict[str, Any] | None, config: Mapping[str, Any], where: str
 ) -> Mapping[str, Any] | None:
-    """With the length that a config says beside its rotary embedding: v5 takes it for all, v4 for longrope."""
+    """Add the original length from outside the rotary embedding: v5 uses it for all types, v4 for longrope."""
     trained = config.get(_ORIGINAL)
     if scaling is None or trained is None or scaling.get("rope_type") not in _STRETCHED:
         return scaling
@@ -177,7 +177,7 @@ def _with_trained_length(
 
 
 def rope_scaling(raw: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A config's field as the spec has it; None for plain rotary embedding, however it is written."""
+    """The scaling in the spec's form; None for plain rotary embedding in any spelling."""
     if not raw:
         return None
     scaling = {key: value for key, value in raw.items() if key not in ("rope_theta", "type")}
@@ -187,7 +187,7 @@ def rope_scaling(raw: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def check_rope_scaling(spec: ModelSpec, where: str) -> None:
-    """Raise ``UnsupportedModel`` for a scaled rotary embedding that transformers does not know, or not all of it."""
+    """Raise ``UnsupportedModel`` for a scaled rotary embedding that is unknown to transformers, or incomplete."""
     scaling = spec.rope_scaling
     if scaling is None:
         return
@@ -197,11 +197,11 @@ def check_rope_scaling(spec: ModelSpec, where: str) -> None:
         raise UnsupportedModel(
             f"{where}: {found}.\n"
             f"Expected one that transformers knows: default, {', '.join(ROPE_TYPES)}.\n"
-            "Write the one that the model was trained with."
+            "Set the type that the model was trained with."
         )
     needed = list(ROPE_TYPES[kind])
     if kind == "longrope" and scaling.get("factor") is None:
-        needed.append(_ORIGINAL)  # max_position_embeddings over it is the factor
+        needed.append(_ORIGINAL)  # the factor is max_position_embeddings divided by it
     needed += [name for name in ("factor", _ORIGINAL) if scaling.get(name) is not None]
     for name in needed:
         if not _is_positive(scaling.get(name)):
@@ -209,7 +209,7 @@ def check_rope_scaling(spec: ModelSpec, where: str) -> None:
     for name in _ROPE_NUMBERS:
         value = scaling.get(name)
         if value is not None and value != 0 and not _is_positive(value):
-            raise _unscaled(where, kind, name, scaling, "a number from 0 on")
+            raise _unscaled(where, kind, name, scaling, "a number that is 0 or more")
     for name in _ROPE_LISTS.get(kind, ()):
         values = scaling.get(name)
         size = spec.head_size // 2
@@ -230,7 +230,7 @@ def _unscaled(where: str, kind: str, name: str, scaling: Mapping[str, Any], expe
 
 
 def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """An HF config in both rope spellings, for transformers v4.53+ and v5. ``dtype`` is the weights'."""
+    """An HF config in both rope spellings, for transformers v4.53+ and v5. ``dtype``: of the weights."""
     family = family_of(spec)
     base = family.hf_defaults
     rope = {"rope_theta": spec.rope_theta, **(spec.rope_scaling or {"rope_type": "default"})}
@@ -256,7 +256,7 @@ def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[
     }
     if "head_dim" in base or spec.head_size * spec.num_heads != spec.hidden_size:
         config["head_dim"] = spec.head_size
-    # Null is written out: transformers would fill in the class's own pad id, which may lie beyond this vocabulary.
+    # null is written: otherwise transformers uses the class's pad id, which may be outside this vocabulary.
     config.update({name: carried.get(name, base.get(name)) for name in CARRIED if name in carried or name in base})
     if isinstance(config["pad_token_id"], int) and config["pad_token_id"] >= spec.vocab_size:
         config["pad_token_id"] = None

@@ -1,6 +1,6 @@
-"""nanotron's ``model_config.json`` to and from a spec, and the table of its parameters.
+"""Converts nanotron's ``model_config.json`` to and from a spec, and builds the table of its parameters.
 
-Raises ``UnsupportedModel`` for what the spec, or nanotron, cannot hold.
+Raises ``UnsupportedModel`` for anything that the spec or nanotron cannot hold.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ def spec_from_nanotron(
     rope_as_configured: bool = False,
     architecture: str | None = None,
 ) -> ModelSpec:
-    """Read nanotron's ``LlamaConfig`` or ``Qwen2Config``, which is SmolLM3's unless ``architecture`` says otherwise.
+    """Read nanotron's ``LlamaConfig`` or ``Qwen2Config``, which means SmolLM3 unless ``architecture`` overrides it.
 
-    nanotron's forward ignores its own ``rope_scaling``, so the spec holds it only when ``rope_as_configured``.
-
-    Raises ``UnsupportedModel`` for other classes, mixtures of experts, sliding windows, interpolated positions, when a
-    field that the mathematics needs is not there, and when ``architecture`` contradicts the config.
+    nanotron's forward pass ignores ``rope_scaling``, so the spec has it only with ``rope_as_configured``.
+    Raises ``UnsupportedModel`` for other classes, mixtures of experts, sliding windows, interpolated positions, a
+    missing field that the forward pass needs, and an ``architecture`` that contradicts the config.
     """
     family, form = family_of_nanotron_config(config, where, architecture)
     refused = {"moe_config": None, "sliding_window_size": None, "rope_seq_len_interpolation_factor": None}
     for name, neutral in refused.items():
         if config.get(name) != neutral:
             raise UnsupportedModel(
-                f"{where}: {name} is {config[name]!r}; Hugging Face's {family.hf_class} has no equal."
+                f"{where}: {name} is {config[name]!r}; Hugging Face's {family.hf_class} has no equivalent."
             )
     layers, interval = _needed(config, "num_hidden_layers", where), None
     if "no_rope_layer" in form.fields:
         interval = config.get("no_rope_layer")
         if interval is not None and interval <= 0:
-            raise UnsupportedModel(f"{where}: no_rope_layer is {interval}; a positive number or null was expected.")
+            raise UnsupportedModel(f"{where}: no_rope_layer is {interval}; expected a positive number or null.")
     heads, hidden = _needed(config, "num_attention_heads", where), _needed(config, "hidden_size", where)
     if hidden % heads:
         raise UnsupportedModel(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
@@ -69,7 +68,7 @@ def spec_from_nanotron(
     )
     check_rope_scaling(spec, where)
     if problem := family.contradiction(spec):
-        raise UnsupportedModel(f"{where} is no {family.name}: {problem}.\nLeave --architecture out.")
+        raise UnsupportedModel(f"{where} is not {family.name}: {problem}.\nOmit --architecture.")
     return spec
 
 
@@ -81,7 +80,7 @@ def nanotron_interleaved(config: Mapping[str, Any], where: str = "model_config.j
 def _needed(config: Mapping[str, Any], name: str, where: str) -> Any:
     if config.get(name) is None:
         raise UnsupportedModel(
-            f"{where} does not say {name}, and a guess could silently change the model.\n"
+            f"{where} lacks {name}, and a guess could silently change the model.\n"
             f"Copy the file, add the value that the model was trained with, and pass it with --config."
         )
     return config[name]
@@ -107,10 +106,10 @@ def spec_to_nanotron(spec: ModelSpec, carried: Mapping[str, Any]) -> dict[str, A
     config = {name: known.get(name, otherwise) for name, otherwise in fields.items()}
     for name in CARRIED:
         if name in carried and name in config:
-            # nanotron's dataclass holds one end-of-text id; HF's list begins with the one that ends a document.
+            # nanotron's dataclass holds one end-of-text id; the first of HF's list ends a document.
             value = carried[name]
             config[name] = value[0] if isinstance(value, list) and value else value
-    # nanotron types these as plain integers.
+    # nanotron requires plain integers here.
     for name in ("bos_token_id", "eos_token_id"):
         config[name] = fields[name] if config[name] is None else config[name]
     return config
@@ -136,16 +135,15 @@ def refuse_for_nanotron(spec: ModelSpec) -> None:
 
 
 def without_place(spec: ModelSpec) -> tuple[str, ...]:
-    """Canonical names of parameters that nanotron's classes do not build; its models have zeros there."""
+    """Canonical names of parameters that nanotron's classes do not have; they must be zero."""
     return tuple(name for name in parameter_shapes(spec) if name.endswith("o_proj.bias"))
 
 
 def nanotron_table(spec: ModelSpec, *, interleaved: bool) -> WeightTable:
     """The table between canonical names and nanotron's, in the order of nanotron's optimizer.
 
-    NoPE changes no row order by itself, but an interleaved model stores the rows of its NoPE layers like those of the
-    others: q and k are reordered in every layer, and together, so that only a comparison of tensors could notice a
-    slip.
+    NoPE itself does not change the row order, but an interleaved model also interleaves its NoPE layers. There q and k
+    are reordered together, which does not change the logits, so only a comparison of tensors could notice a mistake.
     """
     norms = [
         Rule((f"{_CANONICAL}{name}_layernorm.weight",), f"{_NANOTRON}{name}_layernorm.weight")

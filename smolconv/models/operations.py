@@ -1,8 +1,7 @@
-"""The algebra of reversible operations between canonical tensors and a layout's.
+"""Reversible operations between canonical tensors and a layout's.
 
-Each operation has both directions, and applying one after the other gives the tensor back. Being elementwise in value,
-they serve weights, fp32 masters and Adam's moments alike. Shapes use E hidden size, H query heads, K key/value heads,
-D head size, V vocabulary.
+Each operation has both directions, which cancel. They only move elements, so they apply to weights, fp32 masters and
+Adam's moments alike. Shapes use E hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class JoinRows:
     def to_layout(self, parts: Sequence[LazyTensor]) -> LazyTensor:
         found = tuple(part.shape[0] for part in parts)
         if found != self.rows:
-            raise ShapeMismatch(f"tensors with {list(found)} rows were to be joined, expected {list(self.rows)}.")
+            raise ShapeMismatch(f"tensors to join have {list(found)} rows, expected {list(self.rows)}.")
         return join([op.to_layout([part]) for op, part in zip(self._operations(), parts)])
 
     def to_canonical(self, tensor: LazyTensor) -> tuple[LazyTensor, ...]:
@@ -83,7 +82,7 @@ class JoinRows:
 
 @dataclass(frozen=True)
 class PadVocabulary:
-    """Zero rows after the last of the vocabulary: canonical [V, E], layout [padded, E]. Taking away gives V rows."""
+    """Zero rows after the vocabulary: canonical [V, E], layout [padded, E]."""
 
     rows: int
     padded_rows: int

@@ -16,8 +16,8 @@ def _layer(spec: ModelSpec) -> Shapes:
 
 def _contradiction(spec: ModelSpec) -> str | None:
     if not all(spec.use_rope):
-        return f"layer {spec.use_rope.index(False)} does not rotate (no_rope_layer), and in Qwen2 all do"
-    return None if spec.attention_bias else "attention_bias is not set, and Qwen2 always has it"
+        return f"layer {spec.use_rope.index(False)} does not rotate (no_rope_layer), but in Qwen2 all do"
+    return None if spec.attention_bias else "attention_bias is not set, but Qwen2 always has it"
 
 
 FAMILY = Family(

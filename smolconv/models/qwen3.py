@@ -24,7 +24,7 @@ FAMILY = Family(
     },
     to_hf=full_attention,
     layer=_layer,
-    nanotron="Qwen3 normalises queries and keys (q_norm, k_norm), and no class of nanotron has a place for these",
+    nanotron="Qwen3 normalises queries and keys (q_norm, k_norm), but no class of nanotron has these",
     weight_decay=0.1,
     decay_source="as in SmolLM3's recipe, since none is published for Qwen3",
     undecayed={VOCABULARY[0]: "the embedding"},

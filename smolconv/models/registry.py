@@ -1,4 +1,4 @@
-"""Which model families there are, and which of them a config describes."""
+"""The model families, and the detection of a config's family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smolconv.errors import UnsupportedModel, UsageError
 from smolconv.models.family import Family, NanotronClass
 from smolconv.models.spec import ModelSpec
 
-#: Each is the name of the family, and of the file that holds its record.
+#: The names of families; each is also the name of the module with its record.
 _NAMES = (
     "llama",
     "smollm3",
@@ -25,14 +25,14 @@ def family_of(spec: ModelSpec) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """What ``--architecture`` asks for. Raises ``UsageError``."""
+    """The family for ``--architecture``. Raises ``UsageError``."""
     if name not in FAMILIES:
         raise UsageError(f"--architecture {name}: expected one of {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 
 
 def family_of_hf_config(config: Mapping[str, Any], where: str) -> Family:
-    """By model_type. Raises ``UnsupportedModel``."""
+    """The family by model_type. Raises ``UnsupportedModel``."""
     name = str(config.get("model_type"))
     if name not in FAMILIES:
         known = ", ".join(f"{family.name} ({family.models})" for family in FAMILIES.values())
@@ -55,9 +55,9 @@ def is_nanotron_config(config: Mapping[str, Any]) -> bool:
 def family_of_nanotron_config(
     config: Mapping[str, Any], where: str, architecture: str | None
 ) -> tuple[Family, NanotronClass]:
-    """By the class that the config names; ``architecture`` chooses where several families share one.
+    """The family by the config's class; ``architecture`` chooses if several families share it.
 
-    Raises ``UnsupportedModel`` for other classes, and for one that does not hold ``architecture``.
+    Raises ``UnsupportedModel`` for other classes, and for a class that does not support ``architecture``.
     """
     flag = next((form.flag for _, form in _in_nanotron() if config.get(form.flag)), None)
     if flag is None:
@@ -73,11 +73,11 @@ def family_of_nanotron_config(
         if family.name == architecture or (architecture is None and form.assumed):
             return family, form
     names = " or ".join(family.name for family, _ in held)
-    raise UnsupportedModel(f"{where} sets {flag}, which holds {names}; --architecture says {architecture}.")
+    raise UnsupportedModel(f"{where} sets {flag}, which holds {names}; --architecture is {architecture}.")
 
 
 def nanotron_class(spec: ModelSpec) -> NanotronClass:
-    """The class that holds the spec's family in nanotron. Raises ``UnsupportedModel`` where there is none."""
+    """nanotron's class for the spec's family. Raises ``UnsupportedModel`` if there is none."""
     form = family_of(spec).nanotron
     if isinstance(form, str):
         raise UnsupportedModel(f"nanotron cannot hold this model: {form}.")

@@ -38,7 +38,7 @@ def _from_hf(known: Mapping[str, Any]) -> Mapping[str, Any]:
 def _to_hf(spec: ModelSpec) -> Mapping[str, Any]:
     return {
         "no_rope_layers": [int(on) for on in spec.use_rope],
-        # Given beside the list for readers that recompute it; one more than the layers means that all rotate.
+        # Written for readers that recompute the list; one more than the number of layers means that all rotate.
         "no_rope_layer_interval": spec.nope_interval or spec.num_layers + 1,
         **full_attention(spec),
     }

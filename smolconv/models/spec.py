@@ -1,7 +1,7 @@
-"""``ModelSpec``: everything that a model's mathematics needs.
+"""``ModelSpec``: everything that a model's forward pass needs.
 
-What a config says that does not change the forward pass (token ids, initialisation, training switches) is not part of
-the spec; layouts carry it beside. A field that we cannot represent is refused, never dropped.
+Config fields that do not change the forward pass (token ids, initialisation, training switches) are not part of the
+spec; layouts carry them separately. A field that the spec cannot represent is refused, never dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ModelSpec:
                      "vocab_size", "max_positions"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
-                raise UnsupportedModel(f"the config gives {name} = {value!r}; a positive whole number was expected.")
+                raise UnsupportedModel(f"the config gives {name} = {value!r}; expected a positive whole number.")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(
                 f"the config gives {self.num_heads} query heads and {self.num_kv_heads} key/value heads; "
@@ -55,7 +55,7 @@ class ModelSpec:
             )
         if len(self.use_rope) != self.num_layers:
             raise UnsupportedModel(
-                f"the config says for {len(self.use_rope)} layers whether they rotate, but has {self.num_layers}."
+                f"the config lists {len(self.use_rope)} layers with or without rotation, but has {self.num_layers}."
             )
 
     @property

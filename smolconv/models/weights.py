@@ -1,7 +1,7 @@
-"""A mapping is a table: rules from canonical names to a layout's names, read in both directions, strict in accounting.
+"""``WeightTable``: rules from canonical names to a layout's names, used in both directions, with strict accounting.
 
 Every name on either side is mapped, tied to another, absent from the layout for a stated reason, or dropped for one.
-A name that nobody claimed is an error, never a skip.
+Any other name is an error, never skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WeightTable:
 
     rules: tuple[Rule, ...]
     shapes: Mapping[str, tuple[int, ...]]  #: canonical name -> shape, all that the model has
-    aliases: Mapping[str, str] = field(default_factory=dict)  #: layout name -> the canonical one that it only repeats
+    aliases: Mapping[str, str] = field(default_factory=dict)  #: layout name -> the canonical name that it repeats
     absent: Mapping[str, str] = field(default_factory=dict)  #: canonical name that the layout cannot hold -> why
     dropped: Mapping[str, str] = field(default_factory=dict)  #: pattern of layout names -> why they are not needed
 
@@ -48,7 +48,7 @@ class WeightTable:
         """Layout tensors to canonical ones, in the order of ``shapes``.
 
         Raises ``NameMismatch`` for names missing (unless not ``all_needed``) or unexpected, ``ShapeMismatch`` for
-        shapes that contradict the spec. What the layout cannot hold comes back as zeros.
+        shapes that contradict the spec. Parameters that the layout cannot hold become zeros.
         """
         claimed = {rule.layout for rule in self.rules}
         missing = [rule.layout for rule in self.rules if rule.layout not in found]
@@ -70,9 +70,9 @@ class WeightTable:
     def to_layout(
         self, tensors: Mapping[str, LazyTensor], where: str, is_zero: Callable[[LazyTensor], bool]
     ) -> dict[str, LazyTensor]:
-        """Canonical tensors to the layout's, in its own order. Raises ``NameMismatch`` and ``ShapeMismatch`` alike.
+        """Canonical tensors to the layout's, in its own order. Raises the same errors.
 
-        Raises ``UnsupportedModel`` where tensors of several dtypes would become one.
+        Raises ``UnsupportedModel`` if tensors of several dtypes would become one.
         """
         _check_names(
             where,
@@ -82,14 +82,14 @@ class WeightTable:
         self._check_shapes(tensors, where)
         for name, why in self.absent.items():
             if name in tensors and not is_zero(tensors[name]):
-                raise NameMismatch(f"{where}: {name} is not zero, but {why}. The model cannot be held by this layout.")
+                raise NameMismatch(f"{where}: {name} is not zero, but {why}. This layout cannot hold the model.")
         for rule in self.rules:
             dtypes = {tensors[name].dtype: name for name in rule.canonical}
             if len(dtypes) > 1:
                 (one, first), (other, second) = sorted(dtypes.items())[:2]
                 raise UnsupportedModel(
                     f"{where}: {first} is {one} and {second} is {other}; the target holds both in one tensor "
-                    f"({rule.layout}).\nExpected one dtype for what becomes one tensor.\n"
+                    f"({rule.layout}).\nExpected one dtype for tensors that become one.\n"
                     "Choose it with --dtype; float32 holds every value of the others."
                 )
         return {rule.layout: rule.op.to_layout([tensors[name] for name in rule.canonical]) for rule in self.rules}

@@ -1,7 +1,7 @@
-"""An output folder that appears under its final name only when it is whole, and replaces nothing but what it may.
+"""An output folder that appears under its final name only once it is complete, and replaces only what it may.
 
-Work happens in ``DST.partial`` under an exclusive lock, with a journal of the files that are finished and on disk. A
-kill, an error or Ctrl-C leaves the partial folder, which ``--resume`` continues when the plan is the same one.
+It is written to ``DST.partial`` under an exclusive lock, with a journal of the files that are finished and on disk. A
+kill, an error or Ctrl-C leaves the partial folder, which ``--resume`` continues if the plan is the same.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from smolconv.storage.planned import WrittenTensor
 
 JOURNAL = "smolconv_journal.jsonl"
 LOCK = "smolconv.lock"
-#: Lies in a folder that is being published without rename; our readers refuse such a folder.
+#: Marks a folder that is being published without a rename; smolconv's readers refuse such a folder.
 INCOMPLETE = "smolconv_incomplete"
 _MANIFEST = "smolconv_manifest.json"
-#: What tells other programs that a folder is a checkpoint: published last where a folder cannot be renamed.
+#: Files by which other programs recognise a checkpoint: published last if a folder cannot be renamed.
 _ENTRY_POINTS = ("config.json", "model_config.json", "latest", "latest.txt", "latest_universal")
 _NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EINVAL)
 
 
-#: What would be lost with a folder or file, in words that go on "...: it "; None when nothing of anybody else's would.
+#: What else would be lost with a folder or file; completes a sentence that ends with "it". None: nothing.
 Loses = Callable[[Path], str | None]
 
 
 class OutputFolder:
-    """``DST`` while it is being made. Use as a context manager; ``publish`` ends it well.
+    """``DST`` while it is being written. Use as a context manager; ``publish`` completes it.
 
-    ``overwrite`` replaces a target of which ``loses`` says that nothing is lost with it, and no other.
+    ``overwrite`` replaces a target only if nothing would be lost according to ``loses``.
     """
 
     def __init__(self, target: Path, plan_digest: str, *, resume: bool, overwrite: bool, loses: Loses) -> None:
         here = Path.cwd()
         if target.name == ".." or Path(os.path.realpath(target)) in (here, *here.parents):
             raise UsageError(
-                f"{target} is the folder that this command runs in, or one around it, which is not replaced.\n"
+                f"{target} is the working folder of this command, or contains it, so it cannot be replaced.\n"
                 "Choose another target, or run from another folder."
             )
         self.target = target
@@ -55,7 +55,7 @@ class OutputFolder:
         self.plan_digest, self.resume, self.overwrite, self.loses = plan_digest, resume, overwrite, loses
         self.done: dict[str, Sequence[WrittenTensor]] = {}
         self.published = False
-        self._approved: tuple[int, int] | None = None  #: the very thing at the target that may be replaced
+        self._approved: tuple[int, int] | None = None  #: identity of the target that may be replaced
         self._mutex = threading.Lock()
         self._lock: int | None = None
         self._journal: int | None = None
@@ -64,7 +64,7 @@ class OutputFolder:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         if self.partial.exists() and not self._ours():
             raise UsageError(
-                f"{self.partial} is there and was not made by smolconv. Move it away or choose another target."
+                f"{self.partial} exists but was not written by smolconv. Move it away or choose another target."
             )
         self.partial.mkdir(exist_ok=True)
         self._lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -80,7 +80,7 @@ class OutputFolder:
                 ) from None
             raise
         try:
-            # Checked under the lock: another process may have published the target a moment ago.
+            # Checked under the lock: another process may just have published the target.
             self._refuse_stale_lock()
             refuse_existing(self.target, self.overwrite, self.loses)
             self._approved = _identity(self.target)
@@ -102,15 +102,15 @@ class OutputFolder:
             raise Interrupted(self._left(error.args[0], kept)) from None
 
     def _left(self, signal: str, kept: bool) -> str:
-        """What a signal left, and how to go on."""
+        """What remains after a signal, and how to continue."""
         if self.published:
             return f"stopped by {signal}.\n{self.target} is finished.\nNothing is left to do."
         if kept:
             return (
-                f"stopped by {signal}; {counted(len(self.done), 'whole file')} kept.\nThey lie in {self.partial}.\n"
-                "Repeat the command with --resume to go on, or without it to begin again."
+                f"stopped by {signal}; {counted(len(self.done), 'file')} kept.\nThey are in {self.partial}.\n"
+                "Repeat the command with --resume to continue, or without it to start over."
             )
-        return f"stopped by {signal} before anything was written.\n{self.target} is as it was.\nRepeat the command."
+        return f"stopped by {signal} before anything was written.\n{self.target} is unchanged.\nRepeat the command."
 
     def _ours(self) -> bool:
         if not self.partial.is_dir():
@@ -119,11 +119,11 @@ class OutputFolder:
         return not names or bool(names & {JOURNAL, LOCK})
 
     def _refuse_stale_lock(self) -> None:
-        """The lock file may have gone between opening and locking it, with the folder that it lay in."""
+        """Check that the lock file was not deleted, together with its folder, between opening and locking it."""
         assert self._lock is not None
         path = self.partial / LOCK
         if not path.exists() or path.stat().st_ino != os.fstat(self._lock).st_ino:
-            raise OutputLocked(f"another process wrote {self.target} at this moment. Look at its result, or try again.")
+            raise OutputLocked(f"another process is just publishing {self.target}. Check its result, or try again.")
 
     def _remove_if_empty(self) -> None:
         """An attempt that ended before its first byte leaves nothing."""
@@ -142,19 +142,19 @@ class OutputFolder:
             self._append({"plan_digest": self.plan_digest})
 
     def _read_journal(self, journal: Path) -> bool:
-        """Take over what is done; False when the kill came before the journal's first line was whole.
+        """Take over finished files; False if the journal has no complete first line.
 
-        Raises ``UsageError`` when another plan began it.
+        Raises ``UsageError`` if it belongs to another plan.
         """
         records, whole_bytes = _whole_records(journal)
         if not records:
             return False
         if records[0].get("plan_digest") != self.plan_digest:
             raise UsageError(
-                f"{self.partial} was begun by another plan (other source, options or version) and cannot be resumed.\n"
-                "Repeat the first command's options, or run without --resume to start again."
+                f"{self.partial} belongs to another plan (other source, options or version) and cannot be resumed.\n"
+                "Repeat the first command's options, or run without --resume to start over."
             )
-        # A torn last line would swallow the next record.
+        # A torn last line would merge with the next record.
         os.truncate(journal, whole_bytes)
         for record in records[1:]:
             path = self.partial / record["path"]
@@ -163,7 +163,7 @@ class OutputFolder:
         return True
 
     def add(self, path: str, tensors: Sequence[WrittenTensor]) -> None:
-        """Record that a file is whole and on disk. Thread-safe."""
+        """Record that a file is finished and on disk. Thread-safe."""
         with self._mutex:
             size = (self.partial / path).stat().st_size
             self._append({"path": path, "size": size, "tensors": [asdict(tensor) for tensor in tensors]})
@@ -174,20 +174,20 @@ class OutputFolder:
         os.write(self._journal, (json.dumps(record) + "\n").encode())
 
     def write(self, path: str, data: bytes) -> None:
-        """A small file that is known only at the end, such as the manifest."""
+        """Write a small file that is only known at the end, such as the manifest."""
         target = self.partial / path
-        if not target.parent.is_dir():  # a sidecar that holds nothing else
+        if not target.parent.is_dir():  # a sidecar without other files
             target.parent.mkdir(parents=True)
         write_synced(target, data)
 
     def publish(self) -> None:
-        """Give the folder its final name.
+        """Rename the folder to its final name.
 
-        Raises ``UsageError`` when something is there by now that may not be replaced; the partial folder stays whole.
+        Raises ``UsageError`` if something now exists there that may not be replaced; the partial folder stays complete.
         """
         found = _identity(self.target)
         if found is not None and found != self._approved:
-            raise self._occupied(f"{self.target} appeared while the output was being written, and stays as it is.")
+            raise self._occupied(f"{self.target} appeared while the output was being written, and is kept.")
         try:
             refuse_existing(self.target, self.overwrite, self.loses)
         except UsageError as error:
@@ -196,19 +196,19 @@ class OutputFolder:
         self.published = True
 
     def publish_failed(self) -> Path:
-        """Give the folder the name of output that did not verify: ``DST.failed``, or with a number."""
+        """Rename a folder that did not verify to ``DST.failed``, or with a number."""
         failed = self._ours_or_free(self.target.with_name(self.target.name + ".failed"))
         self._publish(failed)
         return failed
 
     def _occupied(self, what: str) -> UsageError:
         return UsageError(
-            f"{what}\nThe output is whole in {self.partial}.\n"
-            f"Move {self.target} away, then repeat the command with --resume, which only gives it its name."
+            f"{what}\nThe output is complete in {self.partial}.\n"
+            f"Move {self.target} away, then repeat the command with --resume, which only renames the folder."
         )
 
     def _ours_or_free(self, path: Path) -> Path:
-        """The path, or one with a number after it, where nothing is but output of ours or what a kill left of it."""
+        """The path, or the first one with a number, that is free or holds only smolconv's output or its remains."""
         names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
         return next(name for name in names if not _is_there(name) or self._is_ours(name))
 
@@ -230,8 +230,8 @@ class OutputFolder:
             if _is_there(target):
                 _discard(replaced)
                 os.rename(target, replaced)
-            os.rename(self.partial, target)  # fails where another folder with anything in it has appeared
-        except BaseException as error:  # a signal, too, must not leave the old folder aside
+            os.rename(self.partial, target)  # fails if another non-empty folder has appeared
+        except BaseException as error:  # a signal, too, must not leave the old folder renamed
             if not _is_there(target) and _is_there(replaced):
                 os.rename(replaced, target)
             if isinstance(error, OSError) and error.errno in _NO_RENAME:
@@ -240,10 +240,10 @@ class OutputFolder:
                 if self.partial.is_dir():
                     journal.write_bytes(records)
                 if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise self._occupied(f"{target} appeared at this moment, and stays as it is.") from None
+                    raise self._occupied(f"{target} appeared at this moment, and is kept.") from None
                 raise
         else:
-            # Held until here: a second process that opened it before must not take the folder for its own.
+            # Held until here, so that a second process that opened it earlier does not use the folder.
             os.unlink(target / LOCK)
         sync_folder(target.parent)
         _discard(replaced)
@@ -256,7 +256,7 @@ class OutputFolder:
 
 
 def _publish_by_copy(partial: Path, target: Path) -> None:
-    """For file systems that cannot rename folders: entry points last, and a marker until all is there."""
+    """For file systems that cannot rename folders: entry points last, with a marker until all are there."""
     if not target.is_dir() or target.is_symlink():
         _remove(target)
     target.mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ def _publish_by_copy(partial: Path, target: Path) -> None:
 
 
 def files_kept(target: Path, plan_digest: str) -> int:
-    """How many files of this very plan an interrupted attempt has finished, which ``resume`` would go on from."""
+    """How many files of the same plan an interrupted attempt has finished, from which ``resume`` would continue."""
     try:
         whole = target.absolute()
         records, _ = _whole_records(whole.with_name(whole.name + ".partial") / JOURNAL)
@@ -285,19 +285,19 @@ def files_kept(target: Path, plan_digest: str) -> int:
 
 
 def _whole_records(journal: Path) -> tuple[list[dict[str, Any]], int]:
-    """The journal's records, and how many bytes they take: a kill may have come in the middle of the last line."""
+    """The journal's records and their size in bytes: a kill may have cut the last line."""
     records, whole_bytes = list[dict[str, Any]](), 0
     for line in journal.read_bytes().splitlines(keepends=True):
         record = _record(line)
         if record is None:
-            break  # what it spoke of is done again
+            break  # the work of a cut line is repeated
         records.append(record)
         whole_bytes += len(line)
     return records, whole_bytes
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of the journal; None when it is not whole."""
+    """A line of the journal; None if it is incomplete."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -319,7 +319,7 @@ def _remove(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete what may be deleted. A kill in the middle leaves a folder that says so, or an empty one."""
+    """Delete what may be deleted. A kill meanwhile leaves a marked folder, or an empty one."""
     if path.is_dir() and not path.is_symlink():
         _mark(path, _below(path), "deleting")
         _empty(path, keep=INCOMPLETE)
@@ -327,7 +327,7 @@ def _discard(path: Path) -> None:
 
 
 def _mark(folder: Path, names: Sequence[str], doing: str) -> None:
-    """Say that a folder is not whole, and which of the things in it may be deleted."""
+    """Mark a folder as incomplete, and list the entries in it that may be deleted."""
     said = f"smolconv was interrupted while {doing} this folder; it is not whole. These may be deleted:"
     (folder / INCOMPLETE).write_text("\n".join([said, *names, ""]), "utf-8", "surrogateescape")
 
@@ -337,7 +337,7 @@ def _below(folder: Path) -> list[str]:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether an interrupted publication or deletion left a folder, and nothing was put into it since."""
+    """Whether the folder remains from an interrupted publication or deletion, without new entries."""
     try:
         listed = (path / INCOMPLETE).read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
@@ -348,7 +348,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of its name; None when nothing is there."""
+    """The identity of a folder, apart from its name; None if there is none."""
     try:
         stat = os.lstat(path)
     except OSError:
@@ -363,32 +363,32 @@ def _empty(folder: Path, *, keep: str) -> None:
 
 
 def refuse_existing(target: Path, overwrite: bool, loses: Loses) -> None:
-    """Raise ``UsageError`` when something would be overwritten that may not be.
+    """Raise ``UsageError`` if something would be overwritten that must be kept.
 
-    What an interrupted publication left may always be; with ``overwrite`` also that of which ``loses`` knows nothing.
+    Remains of an interrupted publication may always be replaced; with ``overwrite`` also a target without losses.
     """
     if not _is_there(target) or _is_marked(target):
         return
     if not overwrite:
-        raise UsageError(f"{target} is there already. Choose another target, or pass --overwrite to replace it.")
+        raise UsageError(f"{target} already exists. Choose another target, or pass --overwrite to replace it.")
     if (lost := loses(target)) is not None:
         raise UsageError(
-            f"{target} is there already, and --overwrite would lose more than a checkpoint: it {lost}.\n"
-            "--overwrite replaces checkpoints and output of smolconv, nothing else.\n"
+            f"{target} already exists, and --overwrite would lose more than a checkpoint: it {lost}.\n"
+            "--overwrite replaces only checkpoints and output of smolconv.\n"
             f"Choose another target, or move it away yourself: mv {target} {target}.old"
         )
 
 
 def refuse_nested(source: Path, target: Path) -> None:
-    """Raise ``UsageError`` when one folder lies in the other."""
+    """Raise ``UsageError`` if one folder contains the other."""
     inner, outer = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        found = f"{target} is the source" if inner == outer else f"{target} and {source} lie in each other"
+        found = f"{target} is the source" if inner == outer else f"{target} and {source} contain each other"
         raise UsageError(f"{found}.\nChoose a target outside the source.")
 
 
 def require_space(target: Path, needed_bytes: int) -> None:
-    """Raise ``MachineError`` when the target's file system has less room than the plan needs."""
+    """Raise ``MachineError`` if the target's file system has less space than the plan needs."""
     parent = next(p for p in target.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if needed_bytes > free:
@@ -400,9 +400,9 @@ def require_space(target: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(target: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A path to write to, which takes the name ``target`` when the block ends well and vanishes otherwise.
+    """A temporary path that is renamed to ``target`` if the block succeeds, and deleted otherwise.
 
-    ``synced``: what is written there is on disk before it gets its name. Any number of processes may do so at once.
+    ``synced``: sync the content to disk before the rename. Any number of processes may do so at once.
     """
     part = target.with_name(f".{os.urandom(16).hex()}.partial")
     try:
@@ -411,12 +411,12 @@ def appearing_whole(target: Path, *, synced: bool = False) -> Iterator[Path]:
             sync_file(part)
         part.replace(target)
     finally:
-        # Renaming one hard link onto another of the same file leaves both names.
+        # Renaming a hard link onto another one of the same file keeps both names.
         part.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and put it on disk."""
+    """Write a small file and sync it to disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -424,7 +424,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Put a file's content on disk. Raises ``OSError``, which is then the only news of what could not be written."""
+    """Sync a file's content to disk. Raises ``OSError``, which is the only report of a failed write."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -433,7 +433,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's own entries on disk. Some file systems cannot, and need not."""
+    """Sync a folder's entries to disk. Some file systems cannot do that, and do not need it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
-"""Digests that were recorded when a source was written, compared with the bytes that are read of it.
+"""Compares the digests recorded when a source was written with the bytes that are read from it.
 
 A ``Seal`` is a digest of some bytes of a file: the CRC-32 of a record in a torch archive, or a digest from a manifest.
-``SourceCheck`` looks at the bytes as a conversion reads them, so that the check costs no second pass. CRC-32s may be
-put together from ranges in any order; other digests need the bytes in order, by one thread. What was read in part only
-is told, or read again where that is asked for or small.
+``SourceCheck`` sees the bytes as a conversion reads them, so the check takes no second pass. CRC-32s can be combined
+from ranges in any order; other digests need the bytes in order, from one thread. Seals that were read only in part are
+reported, or read again if that is requested or small.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from smolconv.tensors.lazy import LazyTensor
 from smolconv.tensors.reading import as_bytes
 
 _READ_BYTES = 1 << 20
-#: As much is read again without being asked for, a seal: the padding of flat partitions, scalars, headers.
+#: Up to this many bytes per seal are read again without request: padding of flat partitions, scalars, headers.
 _SMALL_BYTES = 1 << 20
 
 
 class _Crc32:
-    """CRC-32 as hashlib would have it."""
+    """CRC-32 with the interface of hashlib."""
 
     name = "crc32"
 
@@ -50,7 +50,7 @@ class _Crc32:
 
 
 def new_hasher(algorithm: str) -> Any:
-    """For "xxh3", "xxh3-128", "sha256" or "crc32"; None for "none". Raises ``ValueError`` for any other."""
+    """A hasher for "xxh3", "xxh3-128", "sha256" or "crc32"; None for "none". Raises ``ValueError`` for any other."""
     match algorithm:
         case "none":
             return None
@@ -60,11 +60,11 @@ def new_hasher(algorithm: str) -> Any:
             return hashlib.sha256()
         case "crc32":
             return _Crc32()
-    raise ValueError(f"{algorithm} is no digest that is known here")
+    raise ValueError(f"{algorithm} is not a known digest")
 
 
 def digest_text(hasher: Any) -> str | None:
-    """As manifests have it: the algorithm, a colon, hexadecimal digits."""
+    """The digest in the format of manifests: algorithm, colon, hexadecimal digits."""
     if hasher is None:
         return None
     return f"{hasher.name if hasher.name in ('sha256', 'crc32') else 'xxh3-128'}:{hasher.hexdigest()}"
@@ -72,7 +72,7 @@ def digest_text(hasher: Any) -> str | None:
 
 @lru_cache(maxsize=1024)
 def digest_of_zeros(nbytes: int, digest: str) -> str | None:
-    """The digest of that many zero bytes; padding and fresh moments have few different sizes."""
+    """The digest of that many zero bytes, cached: padding and new moments have few different sizes."""
     hasher, block = new_hasher(digest), bytes(_READ_BYTES)
     if hasher is not None:
         for start in range(0, nbytes, _READ_BYTES):
@@ -83,7 +83,7 @@ def digest_of_zeros(nbytes: int, digest: str) -> str | None:
 def digest_of_ranges(
     path: Path, ranges: Iterable[tuple[int, int]], algorithm: str, abandoned: Callable[[], bool] = lambda: False
 ) -> str | None:
-    """The digest of ranges of a file, (offset, bytes), one after the other; None for "none", and when abandoned."""
+    """The digest of a file's concatenated ranges, (offset, bytes); None for "none", and if abandoned."""
     hasher = new_hasher(algorithm)
     if hasher is not None:
         with reading(path), open(open_file(path), "rb", buffering=0) as file:
@@ -96,7 +96,7 @@ def digest_of_ranges(
 
 
 def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
-    """The digest of a tensor's bytes in row-major order, as the engine computes it while writing."""
+    """The digest of a tensor's bytes in row-major order, as computed while writing."""
     hasher = new_hasher(algorithm)
     for values in tensor.raw_chunks():
         hasher.update(as_bytes(values))
@@ -107,10 +107,10 @@ def digest_tensor(tensor: LazyTensor, algorithm: str = "xxh3") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """A digest of some of a file's bytes, as it was recorded when they were written."""
+    """The recorded digest of some of a file's bytes."""
 
     path: Path
-    ranges: tuple[tuple[int, int], ...]  #: (offset, bytes), one after the other
+    ranges: tuple[tuple[int, int], ...]  #: (offset, bytes), in order
     digest: str  #: "crc32:...", "xxh3-128:..." or "sha256:..."
     what: str  #: for messages: a tensor's name, a record's
 
@@ -123,27 +123,27 @@ class Seal:
         return self.digest.partition(":")[0]
 
     def differs(self, abandoned: Callable[[], bool] = lambda: False) -> str | None:
-        """Read the bytes, and say how they are not what was recorded; None when they are, and when abandoned."""
+        """Read the bytes and describe a difference from the digest; None if there is none, and if abandoned."""
         found = digest_of_ranges(self.path, self.ranges, self.algorithm, abandoned)
         return None if found is None else self.contradicted(found)
 
     def contradicted(self, found: str | None) -> str | None:
-        return None if found == self.digest else f"{self.what} in {self.path.name}: {found}, was {self.digest}"
+        return None if found == self.digest else f"{self.what} in {self.path.name}: {found}, recorded as {self.digest}"
 
 
 def _read(descriptor: int, path: Path, offset: int, nbytes: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes of a range with the offset of each piece."""
+    """Yield the bytes of a range in pieces, with their offsets."""
     end = offset + nbytes
     while offset < end:
         data = os.pread(descriptor, min(_READ_BYTES, end - offset), offset)
         if not data:
-            raise CorruptFile(f"{path} ends at byte {offset}; {end} were expected.\nIt is truncated: copy it again.")
+            raise CorruptFile(f"{path} ends at byte {offset}; expected {end} bytes.\nIt is truncated: copy it again.")
         yield offset, data
         offset += len(data)
 
 
 def archive_seals(paths: Iterable[Path]) -> list[Seal]:
-    """Every record's CRC-32 in those of the files that are torch archives with checksums."""
+    """The CRC-32 of every record in files that are torch archives with checksums."""
     return [
         Seal(
             path=path, ranges=((record.offset, record.nbytes),), digest=f"crc32:{record.crc:08x}",
@@ -157,12 +157,12 @@ def archive_seals(paths: Iterable[Path]) -> list[Seal]:
 
 
 def differences(seals: Sequence[Seal], workers: int) -> list[str]:
-    """Read all the bytes, and say which seals no longer hold."""
+    """Read all bytes, and describe the seals that differ."""
     abandoned = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         try:
             found = list(pool.map(lambda seal: seal.differs(abandoned.is_set), seals))
-        except BaseException:  # Ctrl-C, or a file that cannot be read: nobody waits for the rest
+        except BaseException:  # Ctrl-C, or an unreadable file: abandon the rest
             abandoned.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -170,16 +170,16 @@ def differences(seals: Sequence[Seal], workers: int) -> list[str]:
 
 
 def refuse(where: Path, problems: Sequence[str], advice: str) -> None:
-    """Raise ``DigestMismatch`` where there are problems."""
+    """Raise ``DigestMismatch`` if there are problems."""
     if not problems:
         return
     shown = "\n".join(f"  {problem}" for problem in problems[:5])
     more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-    number = "a recorded digest no longer holds" if len(problems) == 1 else f"{len(problems)} digests no longer hold"
+    number = "a recorded digest differs" if len(problems) == 1 else f"{len(problems)} recorded digests differ"
     raise DigestMismatch(f"{where}: {number}.\n{shown}{more}\n{advice}")
 
 
-#: What to do about bytes that are not those which were written.
+#: Advice for bytes that differ from those written.
 COPY_AGAIN = "The file was damaged after it was written: copy it again from where it was written."
 RECORDED_BY_US = (
     "The checkpoint was changed after smolconv wrote it: copy it again, or convert it again from its source.\n"
@@ -188,7 +188,7 @@ RECORDED_BY_US = (
 
 
 def refuse_seals(where: Path, seals: Sequence[Seal], workers: int) -> None:
-    """Read all the bytes, and raise ``DigestMismatch`` where seals no longer hold."""
+    """Read all bytes, and raise ``DigestMismatch`` if seals differ."""
     for ours in (True, False):  # a manifest names tensors, an archive only its records
         wanted = [seal for seal in seals if (seal.algorithm != "crc32") == ours]
         refuse(where, differences(wanted, workers), RECORDED_BY_US if ours else COPY_AGAIN)
@@ -196,21 +196,21 @@ def refuse_seals(where: Path, seals: Sequence[Seal], workers: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What is known of a source's bytes after a conversion."""
+    """The result of checking a source's bytes during a conversion."""
 
-    checked: int  #: seals that hold
-    unchecked: Sequence[Seal]  #: of which only a part was read, so that nobody knows
+    checked: int  #: seals that match
+    unchecked: Sequence[Seal]  #: read only in part, so not compared
 
 
 class _Covered:
-    """Which bytes of a range were seen, each once, and the CRC-32 of every stretch of them. Guarded by its owner."""
+    """The bytes of a range that were seen, each once, with the CRC-32 of every stretch. The owner must lock it."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []  # ascending
         self.stretches: dict[int, tuple[int, int | None]] = {}  # start -> (end, CRC-32; None while it is computed)
 
     def claim(self, first: int, last: int) -> list[tuple[int, int]]:
-        """What nobody has seen of ``first`` to ``last``; the caller has to ``settle`` it."""
+        """Claim the unseen parts of ``[first, last)``; the caller must ``settle`` them."""
         new: list[tuple[int, int]] = []
         at = first
         index = max(bisect_right(self.starts, first) - 1, 0)
@@ -227,7 +227,7 @@ class _Covered:
         return new
 
     def settle(self, start: int, end: int, crc: int) -> None:
-        """Put in the CRC-32 of what was claimed, and join it with its neighbours."""
+        """Set the CRC-32 of a claimed part, and merge it with its neighbours."""
         if (after := self.stretches.get(end, (end, None)))[1] is not None:
             crc = crc32_combine(crc, after[1], after[0] - end)
             self._drop(end)
@@ -245,7 +245,7 @@ class _Covered:
         del self.stretches[start], self.starts[bisect_right(self.starts, start) - 1]
 
     def gaps(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """What was not seen of ``begin`` to ``end``."""
+        """The unseen parts of ``[begin, end)``."""
         found, at = [], begin
         for start in self.starts:
             if start > at:
@@ -255,14 +255,14 @@ class _Covered:
 
 
 class SourceCheck:
-    """Compares what is read of files with their seals. One ``Observer`` a thread; ``finish`` once all are through.
+    """Compares bytes read from files with their seals. One ``Observer`` per thread; ``finish`` when all have ended.
 
-    ``checksums`` are CRC-32s of the same bytes as some seals, for what is not read in order.
+    ``checksums``: CRC-32s of the same bytes as some seals, for bytes that are not read in order.
     """
 
     def __init__(self, seals: Sequence[Seal], root: Path, checksums: Sequence[Seal] = ()) -> None:
         places = {(seal.path, seal.ranges): len(seals) + index for index, seal in enumerate(checksums)}
-        #: By seal: the checksum of the same bytes, as good as the seal itself.
+        #: By seal: a checksum of the same bytes, equivalent to the seal.
         self.instead = {
             index: places[seal.path, seal.ranges]
             for index, seal in enumerate(seals)
@@ -274,13 +274,13 @@ class SourceCheck:
         self.touched: set[int] = set()
         self.covered: dict[int, _Covered] = {}
         self.lock = threading.Lock()
-        #: By file, for each kind of seal: where they begin, ascending, and their indices. A kind does not overlap.
+        #: By file, for each kind of seal: their starts, ascending, and their indices. Seals of one kind do not overlap.
         self.by_path: dict[Path, dict[str, tuple[list[int], list[int]]]] = {}
         archives = {seal.path for seal in seals[: self.recorded] if seal.algorithm == "crc32"}
         for index in sorted(range(len(seals)), key=lambda index: seals[index].ranges[:1]):
             seal = seals[index]
             whole = seal.algorithm != "crc32" and seal.path in archives and seal.ranges[:1] and not seal.ranges[0][0]
-            if len(seal.ranges) == 1 and not whole:  # an archive's records have digests of their own
+            if len(seal.ranges) == 1 and not whole:  # an archive's records have their own digests
                 kinds = self.by_path.setdefault(seal.path, {})
                 kind = "checksum" if index >= self.recorded else seal.algorithm
                 begins, indices = kinds.setdefault(kind, ([], []))
@@ -291,7 +291,7 @@ class SourceCheck:
         return path in self.by_path
 
     def observer(self) -> Observer:
-        """For one thread. Raises ``DigestMismatch`` from the read that completes a seal which does not hold."""
+        """An observer for one thread. The read that completes a differing seal raises ``DigestMismatch``."""
         return Observer(self)
 
     def compare(self, index: int, found: str | None) -> None:
@@ -317,9 +317,9 @@ class SourceCheck:
             self.compare(index, f"crc32:{whole[1]:08x}")
 
     def finish(self, read_again: Collection[Path], workers: int) -> SourceReport:
-        """Read what is left of seals where that is small, once all threads are through.
+        """Read the remaining bytes of seals if they are few, once all threads have ended.
 
-        Of the files in ``read_again`` everything is read that was not compared yet. Raises ``DigestMismatch``.
+        In the files of ``read_again``, read everything that was not compared yet. Raises ``DigestMismatch``.
         """
         again: list[Seal] = []
         unchecked: list[Seal] = []
@@ -338,7 +338,7 @@ class SourceCheck:
         return SourceReport(checked=checked + len(again), unchecked=tuple(unchecked))
 
     def _completed(self, index: int, however_large: bool) -> bool:
-        """Read the gaps of a record that was seen in part. False where they are large, and most of the record."""
+        """Read the gaps of a partly seen record. False if they are large and most of the record."""
         seal, covered = self.seals[index], self.covered[index]
         begin, nbytes = seal.ranges[0]
         gaps = covered.gaps(begin, begin + nbytes)
@@ -356,11 +356,11 @@ class SourceCheck:
 
 
 class Observer:
-    """What one thread reads of sealed bytes."""
+    """Tracks the sealed bytes that one thread reads."""
 
     def __init__(self, check: SourceCheck) -> None:
         self.check = check
-        self._hashers: dict[int, tuple[Any, int]] = {}  # by seal, with the byte that comes next
+        self._hashers: dict[int, tuple[Any, int]] = {}  # by seal, with the offset of the next byte
 
     def __call__(self, path: Path, offset: int, view: memoryview) -> None:
         end = offset + len(view)
@@ -380,14 +380,14 @@ class Observer:
                     self._hash(index, first, last, data)
 
     def _hash(self, index: int, first: int, last: int, data: memoryview) -> None:
-        """Digests that cannot be put together: of what this thread reads in order, from its first byte on."""
+        """Update digests that cannot be combined, which this thread reads in order from the first byte."""
         seal = self.check.seals[index]
         begin, nbytes = seal.ranges[0]
         hasher, expected = self._hashers.pop(index, (None, -1))
         if first == begin:
             hasher, expected = new_hasher(seal.algorithm), begin
         if first != expected:
-            return  # out of order: left to finish
+            return  # out of order: ``finish`` handles it
         hasher.update(data)
         if last == begin + nbytes:
             self.check.compare(index, digest_text(hasher))

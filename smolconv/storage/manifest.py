@@ -1,7 +1,7 @@
-"""``smolconv_manifest.json``: what was written from what, and a digest for every byte of it.
+"""``smolconv_manifest.json``: the source of an output, and digests that cover every byte of it.
 
-Each tensor has a digest of its stored bytes, each file one of what is left of it: a header, a pickle, a zip directory,
-or all of a file without tensors.
+Each tensor has a digest of its stored bytes, and each file a digest of its other bytes: a header, a pickle, a zip
+directory, or the whole file if it has no tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MANIFEST = "smolconv_manifest.json"
 #: A card of proof, by the name under which smolconv writes and looks for it.
 PROOF = "smolconv_proof.json"
 SCHEMA = 1
-#: Room for 384 ranks of a 3B model with Adam's state: 460,000 tensors.
+#: Enough for 384 ranks of a 3B model with Adam's state: 460,000 tensors.
 _MOST_BYTES = 1 << 28
 
 
@@ -47,9 +47,9 @@ def make_manifest(
     plan_digest: str,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """The manifest of what lies in ``folder``, as plain JSON types.
+    """Build the manifest of ``folder``, as plain JSON types.
 
-    ``late`` are files that were written beside the planned ones; ``digest`` is xxh3, sha256 or none.
+    ``late``: files written in addition to the planned ones; ``digest`` is xxh3, sha256 or none.
     """
     tensors: list[dict[str, Any]] = [
         {
@@ -85,7 +85,7 @@ def _file_entry(path: Path, tensors: Iterable[tuple[int, int]], digest: str) -> 
 
 
 def _outside(tensors: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:
-    """The ranges of a file that no tensor covers: (offset, bytes)."""
+    """The ranges of a file outside all tensors: (offset, bytes)."""
     found, at = [], 0
     for offset, nbytes in sorted(tensors):
         if offset > at:
@@ -98,18 +98,19 @@ def _outside(tensors: Iterable[tuple[int, int]], size: int) -> tuple[tuple[int, 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A manifest that was read, and the folder that it speaks of."""
+    """A parsed manifest and its folder."""
 
     folder: Path
     files: Mapping[Path, int]  #: every file that it lists, with its size in bytes
-    seals: tuple[Seal, ...]  #: those that have a digest
+    seals: tuple[Seal, ...]  #: its digests
     checksums: tuple[Seal, ...]  #: CRC-32s of tensors that have a digest, too
     without_digest: tuple[Path, ...]  #: files that were written with --digest none, or by an early version
-    step: object  #: of a run's checkpoint, as it was read; None for others
+    step: object  #: of a run's checkpoint, not validated; None for others
 
 
 def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest that lists files of ``checkpoint``: in its folder, the one around it, or its step's. None without.
+    """The manifest that lists files of ``checkpoint``, in its folder, the parent folder or the step's; None without
+    one.
 
     Raises ``CorruptFile`` for one that cannot be read or lists nothing.
     """
@@ -123,21 +124,21 @@ def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in ``folder``, or None. Raises ``CorruptFile`` when it cannot be read, or lists nothing."""
+    """The manifest in ``folder``, or None. Raises ``CorruptFile`` if it cannot be read or lists nothing."""
     path = folder / MANIFEST
     if not is_there(path):
         return None
     try:
         document = parse_json(read_bytes(path, _MOST_BYTES))
         if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r:.40}, this version reads {SCHEMA}")
+            raise ValueError(f"its schema is {document['schema']!r:.40}, but this version reads {SCHEMA}")
         return _parsed(folder, document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(
             f"{path} cannot be read.\n"
-            "The list of files and digests that smolconv writes beside a checkpoint was expected; this is none "
+            "Expected the list of files and digests that smolconv writes with a checkpoint; this is none "
             f"({type(error).__name__}: {error!s:.200}).\n"
-            "Copy it again from where the checkpoint was written. Without the file nothing can be compared."
+            "Copy it again from where the checkpoint was written. Without it nothing can be compared."
         ) from None
 
 
@@ -197,7 +198,7 @@ def _digest(text: str) -> str:
 
 
 def size_problems(manifest: Manifest, paths: Iterable[Path]) -> list[str]:
-    """Which of the files that the manifest lists are gone or of another size."""
+    """The listed files that are missing or have another size."""
     problems = []
     for path in paths:
         size = path.stat().st_size if path.is_file() else None
@@ -210,7 +211,7 @@ def size_problems(manifest: Manifest, paths: Iterable[Path]) -> list[str]:
 def check_manifest(manifest: Manifest, workers: int = 1) -> int:
     """Re-read everything and compare digests; returns how many were compared.
 
-    Raises ``DigestMismatch`` naming the first that differ, and files that are gone or of another size.
+    Raises ``DigestMismatch`` with the first differing digests and with files that are missing or have another size.
     """
     refuse(manifest.folder, size_problems(manifest, manifest.files), RECORDED_BY_US)
     refuse_seals(manifest.folder, manifest.seals, workers)
@@ -222,28 +223,28 @@ def check_manifest(manifest: Manifest, workers: int = 1) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSeals:
-    """Every digest that was recorded for the files of a source, whoever recorded it."""
+    """All digests recorded for the files of a source."""
 
     seals: tuple[Seal, ...]
     checksums: tuple[Seal, ...]  #: CRC-32s of the same tensors as some of the seals
-    unsealed: tuple[Path, ...]  #: files for which nobody did
+    unsealed: tuple[Path, ...]  #: files without a digest
     warnings: tuple[str, ...] = ()
 
 
 def _says_something(path: Path, edited: Container[str]) -> bool:
-    """Whether a file that is gone was a document, without which the others would be read as something else.
+    """Whether a missing file is a document that changes how the others are read.
 
-    A whole folder may be left behind, and tensors that are not asked for: of those the reader, or nobody, misses any.
+    Whole folders may be missing, and tensors that are not requested; the reader reports others that it needs.
     """
     is_document = path.suffix in (".json", ".yaml", ".txt") and not path.name.endswith(".index.json")
     return is_document and path.parent.is_dir() and path.name not in edited
 
 
 def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable: Iterable[str]) -> SourceSeals:
-    """The seals of all files that ``checkpoint`` was read from and of those below ``tensors``.
+    """The seals of all files that ``checkpoint`` was read from, and of those below ``tensors``.
 
-    ``editable`` are names of files that people edit, such as README.md: a change of those is a warning. Raises
-    ``DigestMismatch`` when a file is not of the size that the source's manifest lists, or is not listed there.
+    ``editable``: names of files that people edit, such as README.md, whose change is only a warning. Raises
+    ``DigestMismatch`` if a file's size differs from the source's manifest, or if the file is not listed there.
     """
     leaves = {leaf.path for tensor in tensors for leaf in tensor.leaves()}
     paths = [path for path in dict.fromkeys([*checkpoint.files, *checkpoint.opened, *sorted(leaves)]) if path.is_file()]
@@ -253,7 +254,7 @@ def source_seals(checkpoint: Checkpoint, tensors: Iterable[LazyTensor], editable
     manifest = find_manifest(checkpoint)
     if manifest is not None:
         where, listed = manifest.folder, set(manifest.files)
-        # A later step that a trainer saved beside ours: the manifest says nothing of its folder.
+        # A later step that a trainer saved in the same run: its folder is not in the manifest.
         known = {path.relative_to(where).parts[0] for path in listed}
         unlisted = [
             path for path in sorted(leaves)

@@ -1,8 +1,8 @@
-"""The engine that streams tensors into planned files.
+"""Streams tensors into planned files.
 
-A writer decides every byte offset before any data moves. The engine then runs one task per tensor: read a chunk, add it
-to the digest, write it in its place. Nothing larger than a few chunks a worker is ever in memory, files are flushed
-while others are still being written, and a file counts as done only once it is on disk and in the journal.
+A plan fixes every byte offset before data moves. Then each tensor is one task: read a chunk, add it to the digest,
+write it at its offset. Memory stays below a few chunks per worker, files are flushed while others are being written,
+and a file counts as finished only once it is on disk and in the journal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smolconv.tensors.finite import has_nonfinite
 from smolconv.tensors.lazy import CHUNK_BYTES, Zeros
 from smolconv.tensors.reading import as_bytes, close_thread_files, observed
 
-#: A worker has this much written before the disk is asked to begin with it.
+#: Bytes that a worker writes before it starts writeback to the disk.
 _WRITEBACK_BYTES = 8 << 20
 
 
@@ -43,11 +43,11 @@ def write_files(
     check: SourceCheck | None = None,
     rounded_to: str | None = None,
 ) -> dict[str, Sequence[WrittenTensor]]:
-    """Write ``files`` below ``folder`` with ``workers`` threads; returns what was found, by file.
+    """Write ``files`` below ``folder`` with ``workers`` threads; returns the results by file.
 
-    Files that the journal has are kept as they are. ``check`` sees what is read. The first error stops all workers and
-    is raised. ``rounded_to`` is the dtype of the weights that an engine makes of these tensors when it loads them:
-    float32 values that it cannot hold count as ``nonfinite``.
+    Keeps files that the journal lists. ``check`` sees all bytes read. The first error stops all workers and is raised.
+    ``rounded_to``: the dtype to which an engine rounds these tensors when it loads them; float32 values beyond its
+    range count as ``nonfinite``.
     """
     todo = [file for file in files if str(file.path) not in journal.done]
     for parent in sorted({(folder / file.path).parent for file in todo}):
@@ -62,7 +62,8 @@ class _OpenFile:
 
     plan: PlannedFile
     lock: threading.Lock = field(default_factory=threading.Lock)
-    #: Held while writing: threads that meet in the kernel's lock of one file spin there, and burn more than they copy.
+    #: Held while writing: threads that contend for the kernel's lock of one file spin, which takes more time than
+    #: copying.
     write_lock: threading.Lock = field(default_factory=threading.Lock)
     descriptor: int | None = None
     next_task: int = 0
@@ -70,12 +71,12 @@ class _OpenFile:
 
     @property
     def tasks_left(self) -> int:
-        """Tensors that no worker has taken yet; a file without tensors is one task."""
+        """Tensors that are not assigned yet; a file without tensors is one task."""
         return max(1, len(self.plan.tensors)) - self.next_task
 
 
 class _Abandoned(Exception):
-    """Another worker failed; this one stops in the middle of its tensor."""
+    """Another worker failed, so this one stops within its tensor."""
 
 
 class _WritePass:
@@ -97,14 +98,14 @@ class _WritePass:
     def run(self, workers: int) -> None:
         self.working = workers
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        # Flushing waits for the disk, not for a processor: two threads beside the workers keep it busy.
+        # Flushing waits for the disk, not for a CPU: two additional threads keep the disk busy.
         flushers = [threading.Thread(target=self._flush, daemon=True) for _ in range(2)]
         for thread in threads + flushers:
             thread.start()
         try:
             for thread in threads + flushers:
                 while thread.is_alive():
-                    thread.join(0.2)  # a plain join would hold back Ctrl-C
+                    thread.join(0.2)  # a plain join would delay Ctrl-C
         except BaseException as error:
             self._fail(error)
             for thread in threads + flushers:
@@ -123,9 +124,9 @@ class _WritePass:
             self.wake.notify_all()
 
     def _next_task(self, current: _OpenFile | None) -> tuple[_OpenFile, int] | None:
-        """The next tensor of the worker's own file, else of a file that nobody has begun, else of any.
+        """The next tensor of the worker's current file, else of a file without a writer, else of any file.
 
-        Writers of one file wait for each other in the kernel, so workers keep to their own as long as there are enough.
+        Writers of one file wait for each other in the kernel, so each worker has its own file while there are enough.
         """
         with self.wake:
             if self.error is not None:
@@ -164,7 +165,7 @@ class _WritePass:
         with opened.lock:
             if opened.descriptor is None:
                 opened.descriptor = os.open(self.folder / plan.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-                os.ftruncate(opened.descriptor, 0)  # what an interrupted run left would show through holes
+                os.ftruncate(opened.descriptor, 0)  # data of an interrupted run would show through holes
                 os.ftruncate(opened.descriptor, plan.size)
                 for offset, data in plan.pieces:
                     _pwrite(opened.descriptor, data, offset)
@@ -183,7 +184,7 @@ class _WritePass:
             self.wake.notify()
 
     def _stream(self, opened: _OpenFile, tensor: PlannedTensor, buffer: Raw) -> WrittenTensor:
-        # Checksums of ranges can be put together in any order, which a manifest's digests cannot.
+        # Checksums of ranges can be combined in any order; a manifest's digests cannot.
         descriptor, with_crc = opened.descriptor, opened.plan.finish is not None or self.digest != "none"
         assert descriptor is not None
         source, item = tensor.source, DTYPE_BYTES[tensor.source.dtype]
@@ -198,7 +199,7 @@ class _WritePass:
         crc, nonfinite, behind = 0, False, tensor.offset
         for start, stop in source.chunks(self.chunk_bytes):
             if self.error is not None:
-                raise _Abandoned  # a tensor cut short must not count as found
+                raise _Abandoned  # an unfinished tensor must not have a result
             view = buffer[: (stop - start) * item].view(raw_dtype(source.dtype))
             source.read(start, stop, view)
             data = as_bytes(view)
@@ -221,7 +222,7 @@ class _WritePass:
         if extents is None or not hasattr(os, "copy_file_range"):
             return False
         if self.check is not None and any(self.check.watches(extent.path) for extent in extents):
-            return False  # the kernel would not compare them
+            return False  # the kernel's copy would skip the comparison
         at = tensor.offset
         for extent in extents:
             with open(open_file(extent.path), "rb", buffering=0) as source:
@@ -231,7 +232,7 @@ class _WritePass:
                         count = os.copy_file_range(
                             source.fileno(), descriptor, extent.nbytes - done, extent.offset + done, at + done
                         )
-                    except OSError:  # another file system, or one that cannot: the caller copies from the start
+                    except OSError:  # another or an unsupported file system: the caller copies from the start
                         return False
                     if count == 0:
                         return False  # the plain copy reports where the file ends
@@ -252,7 +253,9 @@ class _WritePass:
                 assert opened.descriptor is not None
                 os.fsync(opened.descriptor)
                 if not self.keep_cached:
-                    _begin_writeback(opened.descriptor, 0, opened.plan.size)  # all is written: this drops the rest
+                    _begin_writeback(
+                        opened.descriptor, 0, opened.plan.size
+                    )  # all is written: this drops the remaining pages
                 os.close(opened.descriptor)
                 opened.descriptor = None
                 if opened.plan.check is not None:
@@ -263,20 +266,20 @@ class _WritePass:
 
 
 def _begin_writeback(descriptor: int, start: int, stop: int) -> None:
-    """Have the disk begin with what was written, while the rest is still being copied, and drop what it has by now.
+    """Start writeback of written data while the rest is being copied, and drop pages that are on disk from the cache.
 
-    The kernel would wait for a tenth of the memory to be dirty, or for fsync. Pages on their way to the disk are not
-    dropped by this, only clean ones are: of a range that was written just now, next to none.
+    Otherwise the kernel would wait until a tenth of the memory is dirty, or for fsync. Only clean pages are dropped; a
+    range that was just written has almost none.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _bytes_to_cache() -> int:
-    """How much output may stay in the page cache: an eighth of the memory, or what nothing uses, if that is more.
+    """How much output may stay in the page cache: an eighth of the memory, or the unused memory if that is more.
 
-    For more, the kernel must find other pages to evict, which costs it as much time as the copying itself does, and
-    costs other programs what they had there. Where the system does not tell, everything stays.
+    Beyond that the kernel must evict other pages, which takes it as much time as copying, and takes cached data from
+    other programs. If the system does not report its memory, everything stays.
     """
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

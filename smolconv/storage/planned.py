@@ -1,4 +1,4 @@
-"""Output files, planned to the byte before any data moves, and what is known of them once they are written."""
+"""Output files, planned to the byte before data moves, and the results of writing them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class PlannedTensor:
     """One tensor's place in an output file."""
 
     name: str
-    slot: str | None  #: None for a file that is copied as it is
+    slot: str | None  #: None for a file that is copied unchanged
     offset: int  #: bytes from the start of the file
     source: LazyTensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """An output file whose size and every offset are known before any data is read."""
+    """An output file whose size and offsets are known before any data is read."""
 
     path: PurePosixPath  #: relative to the output folder
     size: int
     tensors: tuple[PlannedTensor, ...] = ()
     pieces: tuple[Piece, ...] = ()
-    #: What can be written only when the tensors' CRC-32s are known (zip archives): CRCs in order -> pieces.
+    #: Pieces that depend on the tensors' CRC-32s (zip archives): CRCs in order -> pieces.
     finish: Callable[[Sequence[int]], Sequence[Piece]] | None = None
-    #: Reopens the written file and raises when it is not what was planned.
+    #: Reopens the written file and raises if it differs from the plan.
     check: Callable[[Path], None] | None = None
 
 
@@ -44,7 +44,7 @@ def plain_file(path: str, data: bytes) -> PlannedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenTensor:
-    """What the pass over a tensor's stored bytes found."""
+    """The results of the pass over a tensor's stored bytes."""
 
     digest: str | None  #: "xxh3-128:..." or "sha256:..."
     crc: int = 0
@@ -52,7 +52,7 @@ class WrittenTensor:
 
 
 class Journal(Protocol):
-    """Remembers finished files, so that an interrupted conversion can go on."""
+    """Records finished files, so that an interrupted conversion can continue."""
 
     @property
     def done(self) -> Mapping[str, Sequence[WrittenTensor]]: ...

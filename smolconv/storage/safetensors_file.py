@@ -1,4 +1,4 @@
-"""safetensors: headers read and planned, bytes left alone. No tensor is loaded by anything here.
+"""Reads and plans safetensors headers; loads no tensor.
 
 A file is eight bytes of header length, a JSON header padded with spaces, then the tensors' bytes without gaps.
 """
@@ -27,7 +27,7 @@ _CODES = {
     "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-#: The same bound as the safetensors library's, so that a header we write is one that it reads.
+#: The safetensors library's limit, so that it can read every header written here.
 _MAX_HEADER_BYTES = 100_000_000
 _FIRST_READ_BYTES = 8192
 
@@ -44,26 +44,26 @@ class SafetensorsFile:
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Read the header and check it against the file's size.
 
-    Raises ``MissingFile``; ``CorruptFile`` for a truncated file, a broken header, gaps, overlaps or unknown dtypes.
+    Raises ``MissingFile``, and ``CorruptFile`` for a truncated file, a broken header, gaps, overlaps or unknown dtypes.
     """
     try:
-        # One read is a whole header for most files; each more is a round trip on a network file system.
+        # One read covers the header of most files; each further read is a round trip on a network file system.
         with reading(path), open(open_file(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             first = os.pread(file.fileno(), _FIRST_READ_BYTES, 0)
             if len(first) < 8:
-                raise CorruptFile(f"{path} has {size} bytes; a safetensors file begins with 8. Copy the file again.")
+                raise CorruptFile(f"{path} has {size} bytes; a safetensors file has at least 8. Copy the file again.")
             (length,) = struct.unpack_from("<Q", first)
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CorruptFile(
-                    f"{path} announces a header of {length} bytes but has {size} bytes in all.\n"
+                    f"{path} declares a header of {length} bytes but has only {size} bytes.\n"
                     "It is truncated or not a safetensors file: copy it again."
                 )
             raw = first[8 : 8 + length]
             while len(raw) < length:
                 more = os.pread(file.fileno(), length - len(raw), 8 + len(raw))
                 if not more:
-                    break  # cut short at this moment; the JSON will not parse
+                    break  # truncated meanwhile; the JSON will not parse
                 raw += more
     except FileNotFoundError:
         raise MissingFile(f"{path} is not there.") from None
@@ -83,7 +83,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         at += tensor.nbytes
     if at != size:
         raise CorruptFile(
-            f"{path} has {size} bytes, but its header promises {at}.\nThe file is truncated or padded: copy it again."
+            f"{path} has {size} bytes, but {at} by its header.\nThe file is truncated or padded: copy it again."
         )
     return SafetensorsFile(path=path, tensors=ordered, metadata={str(k): str(v) for k, v in metadata.items()})
 

@@ -1,4 +1,4 @@
-"""Elements in memory: numpy arrays, scratch space for them, casts. What only looks at headers never imports this."""
+"""Elements in memory: numpy arrays, scratch buffers, casts. Commands that only read headers never import this."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from smolconv.tensors.dtypes import DTYPE_BYTES
 
-#: Tensors move as unsigned integers of their width: no operation but a cast looks at the value.
+#: Tensors are moved as unsigned integers of their width, because only casts need their values.
 Raw = NDArray[Any]
 
 
@@ -35,7 +35,7 @@ _thread = _Scratch()
 
 @contextmanager
 def scratch(size: int, dtype: np.dtype[Any]) -> Iterator[Raw]:
-    """A buffer of ``size`` elements, reused by this thread: fresh pages cost more than the copy into them."""
+    """A buffer of ``size`` elements, reused by this thread, because new pages cost more than the copy into them."""
     needed = size * dtype.itemsize
     held = _thread.buffers.pop() if _thread.buffers else np.empty(0, np.uint8)
     if held.nbytes < needed:
@@ -58,7 +58,7 @@ def cast_raw(raw: Raw, source: str, target: str) -> Raw:
     with np.errstate(over="ignore", invalid="ignore"):
         bits = values.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding may carry a NaN over into infinity: keep its sign and make it quiet.
+    # Rounding may turn a NaN into infinity: keep its sign and make it a quiet NaN.
     rounded = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
     narrow: Raw = rounded.astype(np.uint16)
     return narrow

@@ -1,4 +1,4 @@
-"""NaN and infinity in raw elements, and which casts make them."""
+"""Finds NaN and infinity in raw elements, and those that a cast creates."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from smolconv.tensors.lazy import LazyTensor, uncast
 
 #: Bits of positive infinity, by floating-point dtype: a larger magnitude is NaN.
 _INFINITY = {"float64": 0x7FF << 52, "float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-#: Bits of the first float32 that rounds to infinity, by the dtype that it is rounded to.
+#: Bits of the smallest float32 that rounds to infinity, by target dtype.
 _ROUNDS_TO_INFINITY = {"bfloat16": 0x7F7F8000, "float16": 0x477FF000}
 
 
 def has_nonfinite(raw: Raw, dtype: str, rounded_to: str | None = None) -> bool:
     """Whether raw floating-point values hold NaN or infinity; False for other dtypes.
 
-    With ``rounded_to``, also whether float32 values would once they are rounded to that dtype.
+    With ``rounded_to``, also whether float32 values would after rounding to that dtype.
 
-    Two maxima, without a temporary: as signed integers, positive values keep their order and those from infinity on are
-    largest; as unsigned ones, the negative.
+    It takes two maxima without a temporary array: as signed integers, positive values keep their order, with infinity
+    and NaN the largest; as unsigned ones, negative values do.
     """
     infinity = _INFINITY.get(dtype)
     if dtype == "float32" and rounded_to is not None:
@@ -30,9 +30,9 @@ def has_nonfinite(raw: Raw, dtype: str, rounded_to: str | None = None) -> bool:
 
 
 def finiteness(tensor: LazyTensor) -> tuple[bool, bool]:
-    """Whether a tensor held NaN or infinity before it was cast, and whether a cast made any of a finite value.
+    """Whether a tensor held NaN or infinity before its cast, and whether the cast created any from finite values.
 
-    Reads the tensor: where its chunks are finite, once.
+    Reads the tensor, only once where its chunks are finite.
     """
     source = uncast(tensor)
     was = became = False

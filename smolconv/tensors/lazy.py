@@ -1,10 +1,10 @@
-"""Tensors that are not read yet: where their bytes lie, and what is done to them on the way.
+"""Lazy tensors: where their bytes are in files, and the operations on them.
 
-A ``LazyTensor`` knows its shape, its dtype and how its bytes are made of bytes in files; nothing is read until a range
-is asked for. Whatever a layout does to a tensor (fuse, cut over ranks, reorder rotary rows, flatten) is an expression
-over ``Stored`` leaves. Expressions simplify on creation, so that a tensor which is contiguous in files says so.
+A ``LazyTensor`` has a shape, a dtype and an expression over bytes in files; nothing is read until a range is
+requested. Everything that a layout does to a tensor (fuse, split over ranks, reorder rotary rows, flatten) is an
+expression over ``Stored`` leaves. Expressions are simplified on creation, so that contiguous tensors are recognised.
 
-All ranges count elements of the flattened, row-major tensor. Shapes use R rows and W elements in a row.
+All ranges count elements of the flattened, row-major tensor. Shapes use R rows and W elements per row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from smolconv.errors import ShapeMismatch, UnsupportedModel
 from smolconv.tensors.dtypes import DTYPE_BYTES, FLOAT_DTYPES
 from smolconv.tensors.reading import as_bytes, pread, read_observed
 
-if TYPE_CHECKING:  # numpy is half of the time to start, and whoever only inspects a checkpoint moves no element
+if TYPE_CHECKING:  # importing numpy takes half of the start-up time, and inspecting a checkpoint needs no elements
     from smolconv.tensors.elements import Raw
 
-#: Bytes that one read works on. Scratch space in an expression stays within it: memory does not grow with shapes.
-#: A MiB stays in a core's second-level cache between read, digest and write: at 4 MiB the same copy took up to three
-#: times the system time on ext4 (benchmarks/README.md).
+#: Bytes per read. Scratch space of an expression stays within it, so memory does not grow with shapes. 1 MiB stays in
+#: a core's L2 cache between read, digest and write: with 4 MiB the same copy took up to three times the system time
+#: on ext4 (benchmarks/README.md).
 CHUNK_BYTES = 1 << 20
-#: From this run length on, reading column slices run by run beats reading whole rows (2 us a call, 10 GB/s copied).
+#: From this length on, reading column slices separately is faster than reading whole rows (2 us per call, 10 GB/s).
 _DIRECT_RUN_BYTES = 32 << 10
 
 
@@ -50,14 +50,14 @@ class LazyTensor(ABC):
 
     @property
     def width(self) -> int:
-        """Elements in a row: the product of all dimensions but the first; 1 for vectors and scalars."""
+        """Elements per row: the product of all dimensions except the first; 1 for vectors and scalars."""
         return prod(self.shape[1:])
 
     @abstractmethod
     def read(self, start: int, stop: int, out: Raw) -> None:
         """Fill ``out``, contiguous ``[stop - start]`` of ``raw_dtype``, with that range of elements.
 
-        Raises ``CorruptFile`` when a file ends early and ``MissingFile`` when it has gone.
+        Raises ``CorruptFile`` if a file ends early and ``MissingFile`` if it no longer exists.
         """
 
     @abstractmethod
@@ -65,11 +65,11 @@ class LazyTensor(ABC):
         """The stored ranges that this tensor is made of, in no particular order."""
 
     def extents(self) -> tuple[Stored, ...] | None:
-        """The file ranges whose bytes, one after the other, are the tensor; None when it takes arithmetic."""
+        """The file ranges whose concatenated bytes are the tensor; None if it must be computed."""
         return None
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-        """Element ranges of about ``chunk_bytes``, on row borders where rows are shorter than that."""
+        """Element ranges of about ``chunk_bytes``, at row borders if rows are shorter."""
         step = max(1, chunk_bytes // DTYPE_BYTES[self.dtype])
         if self.width <= step:
             step -= step % max(1, self.width)
@@ -77,7 +77,7 @@ class LazyTensor(ABC):
             yield start, min(start + step, self.numel)
 
     def raw_chunks(self) -> Iterator[Raw]:
-        """All elements in order, a chunk at a time, in a buffer that the next chunk overwrites."""
+        """Yield all elements in order, one chunk at a time, in a buffer that the next chunk overwrites."""
         from smolconv.tensors.elements import raw_dtype, scratch
 
         for start, stop in self.chunks():
@@ -86,7 +86,7 @@ class LazyTensor(ABC):
                 yield values
 
     def numpy(self) -> Raw:
-        """The whole tensor in memory, as raw unsigned integers of its shape. For small tensors and tests."""
+        """Read the whole tensor into memory, as raw unsigned integers of its shape. For small tensors and tests."""
         import numpy as np
 
         from smolconv.tensors.elements import raw_dtype
@@ -116,7 +116,7 @@ class Stored(LazyTensor):
         return (self,)
 
     def raw_bytes(self) -> bytes:
-        """All of its bytes. For scalars and other small tensors."""
+        """Read all bytes. For scalars and other small tensors."""
         data = bytearray(self.nbytes)
         pread(self.path, self.offset, memoryview(data))
         return bytes(data)
@@ -144,7 +144,7 @@ class Literal(LazyTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Zeros(LazyTensor):
-    """Zeros in every dtype: padding rows, biases that a layout leaves out, moments before the first step."""
+    """Zeros in any dtype: padding rows, biases that a layout does not have, moments before the first step."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -158,7 +158,7 @@ class Zeros(LazyTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Joined(LazyTensor):
-    """The flattened parts one after the other, seen in another shape. Build it with ``join``."""
+    """The concatenation of the flattened parts in another shape. Build it with ``join``."""
 
     parts: tuple[LazyTensor, ...]
     shape: tuple[int, ...]
@@ -191,7 +191,7 @@ class Joined(LazyTensor):
 
 
 class _Rearranged(LazyTensor):
-    """Elements of one base, none of them changed."""
+    """Unchanged elements of one base."""
 
     base: LazyTensor
 
@@ -216,13 +216,13 @@ class FlatSlice(_Rearranged):
 
 
 class _Blocks(LazyTensor):
-    """A tensor that is easy to make in whole blocks of ``block`` elements (a row, a head); ranges may cut blocks."""
+    """A tensor that is computed in whole blocks of ``block`` elements (a row, a head); ranges may cut blocks."""
 
     block: int
 
     @abstractmethod
     def produce(self, first: int, last: int, out: Raw) -> None:
-        """Fill ``out`` with blocks ``first`` to ``last``."""
+        """Fill ``out`` with the blocks ``[first, last)``."""
 
     def read(self, start: int, stop: int, out: Raw) -> None:
         from smolconv.tensors.elements import scratch
@@ -315,8 +315,8 @@ class SideBySide(_Blocks):
 class RotaryRows(_Rearranged, _Blocks):
     """Rows of ``base`` [heads * D, W] reordered within each head, between the two rotary conventions.
 
-    ``to_interleaved`` takes half-split order (x0 .. xD/2-1, y0 .. yD/2-1; Hugging Face) to interleaved pairs
-    (x0, y0, x1, y1, ..; GPT-J); otherwise the other way. Works for weights [heads * D, W] and biases [heads * D].
+    ``to_interleaved`` converts half-split order (x0 .. xD/2-1, y0 .. yD/2-1; Hugging Face) to interleaved pairs
+    (x0, y0, x1, y1, ..; GPT-J); otherwise the reverse. Works for weights [heads * D, W] and biases [heads * D].
     """
 
     base: LazyTensor
@@ -367,9 +367,9 @@ class Cast(LazyTensor):
 
 
 def join(parts: Sequence[LazyTensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
-    """The parts one after the other: rows joined when ``shape`` is None, else seen in ``shape``.
+    """Concatenate the parts: along rows if ``shape`` is None, else reshaped to ``shape``.
 
-    Raises ``ShapeMismatch`` when dtypes, row widths or the number of elements disagree.
+    Raises ``ShapeMismatch`` if dtypes, row widths or the number of elements differ.
     """
     flat: list[LazyTensor] = []
     for part in parts:
@@ -407,7 +407,7 @@ def reshape(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def flat_slice(tensor: LazyTensor, start: int, stop: int, shape: tuple[int, ...] | None = None) -> LazyTensor:
-    """Elements ``start`` to ``stop`` of the flattened tensor, seen in ``shape`` (default: a vector)."""
+    """Elements ``[start, stop)`` of the flattened tensor in ``shape`` (default: a vector)."""
     shape = (stop - start,) if shape is None else shape
     if not 0 <= start <= stop <= tensor.numel or prod(shape) != stop - start:
         raise ShapeMismatch(f"elements {start}:{stop} as {list(shape)} do not fit a tensor {list(tensor.shape)}")
@@ -467,9 +467,9 @@ def column_slice(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Matrices [R, Wi] side by side: [R, sum Wi]. Raises ``ShapeMismatch`` when rows or dtypes disagree."""
+    """Join matrices [R, Wi] along columns: [R, sum Wi]. Raises ``ShapeMismatch`` if rows or dtypes differ."""
     if len({(part.shape[0], part.dtype) for part in parts}) != 1:
-        raise ShapeMismatch(f"cannot be joined side by side: {[(part.shape, part.dtype) for part in parts]}")
+        raise ShapeMismatch(f"cannot be joined along columns: {[(part.shape, part.dtype) for part in parts]}")
     flat: list[LazyTensor] = []
     for part in parts:
         flat.extend(part.parts if isinstance(part, SideBySide) else (part,))
@@ -491,14 +491,14 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
 def rotary_rows(tensor: LazyTensor, head_size: int, *, to_interleaved: bool) -> LazyTensor:
     """Reorder rows within heads; the two directions cancel. See ``RotaryRows``."""
     if tensor.shape[0] % head_size or head_size % 2:
-        raise ShapeMismatch(f"a tensor {list(tensor.shape)} has no whole heads of {head_size} rows")
+        raise ShapeMismatch(f"a tensor {list(tensor.shape)} cannot be divided into heads of {head_size} rows")
     if isinstance(tensor, RotaryRows) and tensor.head_size == head_size and tensor.to_interleaved != to_interleaved:
         return tensor.base
     return RotaryRows(base=tensor, head_size=head_size, to_interleaved=to_interleaved)
 
 
 def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """The tensor in another floating-point dtype; the tensor itself when it has it already."""
+    """The tensor in another floating-point dtype; the tensor itself if it already has it."""
     if tensor.dtype == dtype:
         return tensor
     if tensor.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
@@ -509,14 +509,14 @@ def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
 
 
 def uncast(tensor: LazyTensor) -> LazyTensor:
-    """The tensor as it was before the first of its casts."""
+    """The tensor before the first of its casts."""
     while isinstance(tensor, Cast):
         tensor = tensor.base
     return tensor
 
 
 def is_zero(tensor: LazyTensor) -> bool:
-    """Whether all elements are zero; reads it, unless that is known."""
+    """Whether all elements are zero; reads the tensor unless that is known."""
     return isinstance(tensor, Zeros) or not any(values.any() for values in tensor.raw_chunks())
 
 

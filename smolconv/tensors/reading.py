@@ -1,4 +1,4 @@
-"""Bytes of files, read by threads that each keep what they read last open."""
+"""Reads bytes of files. Each thread keeps the files that it read last open."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from smolconv.files import open_file, reading
 if TYPE_CHECKING:
     from smolconv.tensors.elements import Raw
 
-#: Told of every range that is read of a file: path, offset in bytes, the bytes.
+#: Called for every range read: path, offset in bytes, the bytes.
 ReadObserver = Callable[[Path, int, memoryview], None]
 
 
 class _ThreadFiles(threading.local):
-    """One thread's open files, newest last, and who watches what it reads of tensors."""
+    """One thread's open files, newest last, and its observer."""
 
     def __init__(self) -> None:
         self.observer: ReadObserver | None = None
@@ -37,8 +37,8 @@ _OPEN_FILES = 16
 
 
 def pread(path: Path, offset: int, view: memoryview) -> None:
-    """Fill ``view`` from a file. Raises ``MissingFile`` when it has gone and ``CorruptFile`` when it ends early."""
-    # Opening costs a round trip on network file systems, so each thread keeps the files that it read last.
+    """Fill ``view`` from a file. Raises ``MissingFile`` if it no longer exists, ``CorruptFile`` if it ends early."""
+    # Opening takes a round trip on network file systems, so each thread keeps its last files open.
     descriptor = _thread.files.get(path)
     if descriptor is None:
         descriptor = open_file(path)
@@ -53,14 +53,14 @@ def pread(path: Path, offset: int, view: memoryview) -> None:
             count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             raise CorruptFile(
-                f"{path} ends at byte {offset + done}, but its header promises {offset + len(view)}.\n"
+                f"{path} ends at byte {offset + done}, but by its header at {offset + len(view)}.\n"
                 "The file is truncated: copy it again."
             )
         done += count
 
 
 def read_observed(path: Path, offset: int, view: memoryview) -> None:
-    """``pread``, of which the thread's observer is told."""
+    """``pread`` that reports to the thread's observer."""
     pread(path, offset, view)
     if _thread.observer is not None:
         _thread.observer(path, offset, view)
@@ -72,14 +72,14 @@ def as_bytes(raw: Raw) -> memoryview:
 
 
 def close_thread_files() -> None:
-    """Close the files that the calling thread keeps open for reading."""
+    """Close the files that the calling thread keeps open."""
     while _thread.files:
         os.close(_thread.files.popitem()[1])
 
 
 @contextmanager
 def observed(observer: ReadObserver | None) -> Iterator[None]:
-    """Inside, the observer is told of what this thread reads by ``read_observed``."""
+    """Within the block, report everything that this thread reads with ``read_observed`` to the observer."""
     outer, _thread.observer = _thread.observer, observer
     try:
         yield

@@ -1,4 +1,4 @@
-"""Two checkpoints of any layout: spec, tensors, optimizer and logits tiers, one verdict."""
+"""Compares two checkpoints of any layout in tiers (spec, tensors, optimizer, logits), with one verdict."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from smolconv.verification.tensors import (
 if TYPE_CHECKING:
     from smolconv.verification.forward import Side
 
-#: Of ``convert --verify``, whose tensors were compared bit for bit already.
+#: For ``convert --verify``, which has already compared the tensors bit for bit.
 CONVERSION_POSITIONS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What to compare, and on which tokens."""
+    """Settings of a comparison, including the tokens."""
 
     logits: bool = True
     optimizer: bool = False
@@ -55,7 +55,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AsStored:
-    """Where a checkpoint lies as it was stored, for the forward that runs on that and not on our reading of it."""
+    """The stored form of a checkpoint, for a forward pass that does not use smolconv's reader."""
 
     folder: Path
     options: ReadOptions = field(default_factory=ReadOptions)
@@ -63,15 +63,15 @@ class AsStored:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was found in each tier."""
+    """The results of each tier."""
 
     spec_differences: tuple[str, ...]
     tensors: TensorReport
     optimizer: Mapping[str, TensorReport] | None
     optimizer_differences: tuple[str, ...]
     logits: LogitsReport | None
-    logits_left_out: bool = False  #: not finite on either side, as NaN or infinity in equal tensors makes them
-    casts: TensorReport | None = None  #: of a conversion: values that were rounded to another dtype, before and after
+    logits_left_out: bool = False  #: not finite on either side, because of NaN or infinity in equal tensors
+    casts: TensorReport | None = None  #: for a conversion: values before and after a cast to another dtype
 
     @property
     def passed(self) -> bool:
@@ -86,7 +86,7 @@ class VerifyReport:
 
     @property
     def first_divergence(self) -> str | None:
-        """The earliest module, in forward order, at which the two models part; None when only the spec differs."""
+        """The earliest module, in forward order, at which the models differ; None if only the spec differs."""
         candidates = [module_of(self.tensors.first)] if self.tensors.first is not None else []
         if self.casts is not None and not self.casts.within_rounding:
             candidates += [module_of(name) for name in self.casts.overflowed or (self.casts.first or "",) if name]
@@ -97,7 +97,7 @@ class VerifyReport:
 
     @property
     def reason(self) -> str:
-        """One line: what holds, or the first thing that does not."""
+        """One line: the result, or the first difference."""
         if self.spec_differences:
             return f"specs differ: {self.spec_differences[0]}"
         if not self.tensors.passed:
@@ -106,7 +106,7 @@ class VerifyReport:
             if self.casts.overflowed:
                 return _overflowed(self.casts)
             wrong = self.casts.compared - self.casts.equal - self.casts.rounded
-            return f"{wrong} of {self.casts.compared} tensors that were cast are further away than rounding explains"
+            return f"{wrong} of {self.casts.compared} cast tensors differ by more than rounding"
         for slot, report in (self.optimizer or {}).items():
             if not report.passed:
                 first = report.first or (*report.missing, *report.unexpected)[0]
@@ -129,7 +129,7 @@ class VerifyReport:
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON types. NaN and infinity, which JSON has not, become null."""
+        """The report as plain JSON types. NaN and infinity become null, because JSON has neither."""
         logits = None if self.logits is None else asdict(self.logits)
         layers = [] if logits is None else logits.pop("layers")
         gates = {} if logits is None else logits.pop("gates")
@@ -162,7 +162,7 @@ def _counted(report: TensorReport) -> str:
     if report.overflowed:
         return f"{said}; {_overflowed(report)}"
     if report.rounded and report.within_rounding:
-        return f"{said}; all that differ are of another dtype, within its rounding"
+        return f"{said}; all differences are within the rounding of another dtype"
     return said
 
 
@@ -179,7 +179,7 @@ def verify_checkpoints(
     stored: tuple[AsStored | None, AsStored | None] = (None, None),
     bar: Bar = no_bar,
 ) -> VerifyReport:
-    """Compare tier by tier. With ``stored`` a side's own forward runs on the folder, else on its canonical tensors."""
+    """Compare tier by tier. With ``stored`` a side's forward pass runs on the folder, else on its canonical tensors."""
     differences = spec_differences(a.spec, b.spec)
     sets = a.tensors.items() if options.optimizer else [(Slot.PARAMETER, a.parameters)]
     in_both = sum(len(set(found) & set(b.tensors.get(slot, {}))) for slot, found in sets)
@@ -187,7 +187,7 @@ def verify_checkpoints(
         tensors = compare_tensors(a.parameters, b.parameters, advance=advance)
         optimizer, state_differences = compare_optimizers(a, b, advance) if options.optimizer else (None, [])
     logits = None
-    # Tensors of other names or shapes are another model already; its logits could not be laid side by side.
+    # With other names or shapes it is already another model, whose logits cannot be compared.
     comparable = not tensors.missing and not tensors.unexpected and tensors.max_abs != float("inf")
     if options.logits and comparable and a.spec.vocab_size == b.spec.vocab_size:
         require_torch()
@@ -224,7 +224,7 @@ def verify_checkpoints(
 
 
 def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
-    """Our own forward on its native tensors."""
+    """smolconv's own forward pass on nanotron's tensors."""
     from smolconv.verification.native import NanotronSide
 
     if options.engine == "transformers":
@@ -233,7 +233,7 @@ def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side
 
 
 def _huggingface_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
-    """transformers on the folder, unless another config is to be believed."""
+    """transformers on the folder, unless another config was given."""
     from smolconv.verification.hf import FolderWeights, TransformersSide
 
     if stored.options.config is not None:
@@ -241,18 +241,18 @@ def _huggingface_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> S
     return TransformersSide(FolderWeights(stored.folder), dtype, options.device)
 
 
-#: By layout, a forward that needs nothing of our mapping. None is what it says where it does not apply.
+#: By layout, a forward pass that does not use smolconv's mapping; None if it does not apply.
 _INDEPENDENT: Mapping[str, Callable[[AsStored, VerifyOptions, Any], Side | None]] = {
     "nanotron": _nanotron_side, "huggingface": _huggingface_side,
 }  # fmt: skip
-#: Whose own forward ignores ``rope_scaling``, which a conversion may keep: see ``ReadOptions.rope_as_configured``.
+#: Layouts whose forward pass ignores ``rope_scaling``, which a conversion may keep: ``ReadOptions.rope_as_configured``.
 _WITHOUT_SCALING = frozenset({"nanotron"})
 
 
 def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOptions) -> Side:
-    """The forward that is as independent of our mapping as the layout allows.
+    """The forward pass that is as independent of smolconv's mapping as the layout allows.
 
-    Where no layout has one of its own, and for whatever is not as it was stored: transformers on canonical tensors.
+    Layouts without one, and checkpoints not in their stored form, run with transformers on canonical tensors.
     """
     import torch
     from transformers.activations import ACT2FN
@@ -261,7 +261,7 @@ def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOpti
 
     if checkpoint.spec.activation not in ACT2FN:
         raise UnsupportedModel(
-            f"hidden_act is {checkpoint.spec.activation!r}, which transformers does not know: no forward can run.\n"
+            f"hidden_act is {checkpoint.spec.activation!r}, which transformers does not know: it cannot run.\n"
             "Compare with verify --tensors-only, or convert without --verify."
         )
     dtype = getattr(torch, options.compute)
@@ -273,11 +273,10 @@ def side_of(checkpoint: Checkpoint, stored: AsStored | None, options: VerifyOpti
 def verify_conversion(
     prepared: Checkpoint, folder: Path, *, logits: bool = True, source: AsStored | None = None, bar: Bar = no_bar
 ) -> VerifyReport:
-    """What was written against what was to be written: bitwise in every slot, and logits against the cast source.
+    """Compare the output with the plan: bitwise in every slot, and logits against the cast source.
 
-    Values that were cast are also compared with those before, within the rounding of their new dtype.
-
-    ``source`` is given when the source's tensors are written as they are: then its own forward runs on them.
+    Cast values are also compared with the original values, within the rounding of their new dtype.
+    ``source`` is given if its tensors are written unchanged: then its own forward pass runs on them.
     """
     if prepared.layout in _WITHOUT_SCALING and prepared.spec.rope_scaling is not None:
         source = None

@@ -1,7 +1,7 @@
-"""What the logits tier asks of a side: a forward pass that can be led one block at a time, over several rows at once.
+"""The interface of the logits tier: a forward pass that runs one block at a time, over several runs at once.
 
-A side loads one block's weights, advances every run that is under way through it, and drops them again, so that a model
-needs the memory of its largest block. Shapes: B rows, T positions, E hidden size, V vocabulary.
+A side loads one block's weights, advances every active run through it, and drops them again, so it needs only the
+memory of its largest block. Shapes: B rows, T positions, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from smolconv.tensors.reading import as_bytes
 if TYPE_CHECKING:
     import torch
 
-#: What a block computed, by Hugging Face module path: "model.layers.3.self_attn.q_proj".
+#: A block's activations, by Hugging Face module path: "model.layers.3.self_attn.q_proj".
 Observe = Callable[[str, "torch.Tensor"], None]
 
 
 @dataclass(kw_only=True)
 class ForwardPass:
-    """One pass of one side over one batch of tokens, as far as it has come."""
+    """The state of one pass of one side over one batch of tokens."""
 
     tokens: torch.Tensor  #: int64 [B, T]
     positions: torch.Tensor  #: int64 [B, T]; every 0 begins a document
     attention: str  #: "sdpa" or "eager"
     observe: Observe = field(default=lambda name, tensor: None)
     hidden: Any = None  #: [B, T, E], the residual stream
-    context: Any = None  #: the side's own: masks, rotary tables
+    context: Any = None  #: private to the side: masks, rotary tables
 
     @property
     def packed(self) -> bool:
@@ -43,7 +43,7 @@ class ForwardPass:
 class Side(Protocol):
     """One checkpoint's forward pass."""
 
-    title: str  #: for people: whose code on which tensors
+    title: str  #: for messages: whose code runs on which tensors
     num_layers: int
     vocab_size: int
     max_positions: int
@@ -52,17 +52,17 @@ class Side(Protocol):
         """Look the tokens up in the embedding."""
 
     def advance(self, layer: int, runs: Sequence[ForwardPass]) -> None:
-        """Take every run through one block, whose weights are loaded once."""
+        """Advance every run through one block, whose weights are loaded once."""
 
     def finish(self, runs: Sequence[ForwardPass]) -> None:
         """The final norm."""
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of the output matrix, [stop - start, E], in the dtype that the side computes in."""
+        """Rows of the output matrix, [stop - start, E], in the side's compute dtype."""
 
 
 def to_torch(tensor: LazyTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The whole tensor in torch, in its own dtype or another, without a second copy of the stored bytes."""
+    """The tensor in torch, in its own dtype or another, without a second copy of the stored bytes."""
     import torch
 
     stored = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
@@ -80,7 +80,7 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 
 def return_freed_memory() -> None:
-    """Give pages of freed activations back to the system: glibc keeps them between blocks, a GB at 2048 positions."""
+    """Return freed memory to the system: glibc keeps the activations of a block, 1 GB at 2048 positions."""
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -89,7 +89,7 @@ def return_freed_memory() -> None:
 
 
 def embedding_rows(embedding: LazyTensor, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The rows that the tokens look up, [B, T, E]: of 128,256 rows a text needs few."""
+    """The embedding rows of the tokens, [B, T, E]; a text needs few of 128,256 rows."""
     import torch
 
     wanted, inverse = torch.unique(tokens, return_inverse=True)

@@ -1,7 +1,7 @@
-"""transformers' forward pass, its own modules, one block in memory at a time.
+"""transformers' forward pass with its own modules, one block in memory at a time.
 
-A Hugging Face folder is read by transformers (config) and safetensors (weights), not by our reader. Any other
-checkpoint comes in by its canonical tensors: a DeepSpeed one consolidated, a nanotron one through the mapping.
+A Hugging Face folder is read by transformers (config) and safetensors (weights), not by smolconv's reader. Any other
+checkpoint is given by its canonical tensors: a DeepSpeed one consolidated, a nanotron one through the mapping.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from smolconv.verification.forward import ForwardPass, embedding_rows, to_torch
 if TYPE_CHECKING:
     import torch
 
-#: transformers' sdpa attention on a GPU, under this name: see ``_sdpa_on_gpus``.
+#: The name of transformers' sdpa attention on a GPU: see ``_sdpa_on_gpus``.
 _ON_GPUS = "smolconv_sdpa_on_gpus"
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-#: What is watched in a block, by the end of its module path.
+#: Observed modules of a block, by the end of their path.
 _WATCHED = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "post_attention_layernorm",
     "mlp.gate_proj", "mlp.up_proj", "mlp", "self_attn",
@@ -35,7 +35,7 @@ _WATCHED = (
 
 
 class Weights(Protocol):
-    """Where the tensors come from."""
+    """A source of tensors."""
 
     title: str
 
@@ -50,37 +50,37 @@ class Weights(Protocol):
 
 @contextmanager
 def _accepted(path: Path) -> Iterator[None]:
-    """Inside, another library reads a file that our reader has taken; what it says against it is ``CorruptFile``."""
+    """Convert another library's error for a file that smolconv could read to ``CorruptFile``."""
     try:
         yield
     except (SmolconvError, MemoryError):
         raise
-    except Exception as error:  # none of them says which errors it raises
+    except Exception as error:  # the libraries do not document their errors
         raise CorruptFile(
-            f"{path}: smolconv reads it, but transformers, torch or safetensors does not "
+            f"{path}: smolconv can read it, but transformers, torch or safetensors cannot "
             f"({type(error).__name__}: {first_line(error):.200}).\n"
-            "Expected a file that all of them read alike.\n"
-            "Write it again with the library that made it; what smolconv reads of it can be converted."
+            "Expected a file that all of them can read.\n"
+            "Write it again with the library that wrote it; smolconv can still convert it."
         ) from error
 
 
 class FolderWeights:
-    """A Hugging Face folder, by transformers and safetensors alone."""
+    """A Hugging Face folder, read only by transformers and safetensors."""
 
     title = "transformers on the folder"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._archives: dict[Path, Any] = {}
-        #: Canonical name -> the file that holds it, and its name there.
+        #: Canonical name -> its file, and its name there.
         found = {name: (path, name) for name, path in self._stored()}
         self._files = with_tied_embedding(stored_names(found).by_canonical(found))
 
     def _stored(self) -> Iterator[tuple[str, Path]]:
-        """Every tensor's own name, and its file."""
+        """Every stored name with its file."""
         for stem in ("model.safetensors", "pytorch_model.bin"):
             index, single = self.folder / f"{stem}.index.json", self.folder / stem
-            if single.is_file():  # transformers takes it, whether an index lies beside it or not
+            if single.is_file():  # transformers uses it even if there is an index
                 yield from ((name, single) for name in self._names(single))
                 return
             if index.is_file():
@@ -99,7 +99,7 @@ class FolderWeights:
     def config(self) -> Any:
         import transformers
 
-        # As below: a padding id beyond the vocabulary plays no part in a forward pass.
+        # As below: a padding id beyond the vocabulary does not matter in a forward pass.
         with _accepted(self.folder / "config.json"):
             return transformers.AutoConfig.from_pretrained(self.folder, pad_token_id=None, trust_remote_code=False)
 
@@ -117,7 +117,7 @@ class FolderWeights:
         import torch
 
         if path not in self._archives:
-            mapped = is_torch_archive(path)  # a file of torch before 1.6 is read whole
+            mapped = is_torch_archive(path)  # files of torch before 1.6 cannot be mapped
             with _accepted(path):
                 self._archives[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return self._archives[path]
@@ -146,7 +146,7 @@ class CanonicalWeights:
         import transformers
 
         carried = self.checkpoint.source.model_config
-        # Ids beyond the vocabulary stop transformers from building the embedding; they play no part in a forward pass.
+        # transformers cannot build an embedding with ids beyond the vocabulary; they do not matter in a forward pass.
         raw = spec_to_hf(self.checkpoint.spec, {**carried, "pad_token_id": None}, "float32")
         return transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
 
@@ -164,13 +164,13 @@ class CanonicalWeights:
 
 
 def _attention(run: ForwardPass, device: str) -> str:
-    """The attention implementation that transformers is given for ``run``."""
-    # With a mask, which only packed documents need, transformers repeats keys and values by itself.
+    """The attention implementation for ``run``."""
+    # With a mask, which only packed documents need, transformers repeats keys and values itself.
     if run.attention != "sdpa" or run.packed or not device.startswith("cuda"):
         return run.attention
     from transformers import AttentionInterface
 
-    # No mask is registered under this name, so transformers makes none: v4 would, of T x T, for any positions.
+    # No mask is registered under this name, so transformers builds none: v4 would build one of T x T for any positions.
     AttentionInterface.register(_ON_GPUS, _sdpa_on_gpus)
     return _ON_GPUS
 
@@ -179,21 +179,21 @@ def _sdpa_on_gpus(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' own function, which is given as many key/value heads as query heads.
+    """transformers' function with as many key/value heads as query heads.
 
-    Given fewer, it leaves them to torch, whose only kernel for that in float32 on GPUs writes all scores: 69 GB for 16
-    heads and a document of 32,768 tokens.
+    With fewer, it passes them to torch, whose only float32 GPU kernel for them stores all scores: 69 GB for 16 heads
+    and a document of 32,768 tokens.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    whole = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # the module, but for num_key_value_groups
+    whole = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # the module without num_key_value_groups
     output: tuple[torch.Tensor, None] = sdpa_attention_forward(whole, query, key, value, attention_mask, **options)
     return output
 
 
 class _Reached(Exception):
-    """The model has come to its first block: these are the arguments that it calls blocks with."""
+    """Raised at the model's first block, with the arguments that it passes to blocks."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
@@ -213,7 +213,7 @@ def _empty_model(weights: Weights, attention: str, device: str) -> Any:
 
 
 def whole_model(weights: Weights, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """transformers' model with all of its weights in memory, for programs that take a ``PreTrainedModel``.
+    """transformers' model with all weights in memory, for programs that need a ``PreTrainedModel``.
 
     Raises ``BadCheckpoint`` for a tensor of another shape.
     """
@@ -237,7 +237,7 @@ def _of_shape(tensor: torch.Tensor, name: str, empty: torch.Tensor) -> torch.Ten
 
 
 class TransformersSide:
-    """A ``Side``: transformers' modules, made on the meta device and filled one at a time."""
+    """A ``Side``: transformers' modules, created on the meta device and filled one at a time."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, device: str = "cpu") -> None:
         import transformers
@@ -269,7 +269,7 @@ class TransformersSide:
             model = self._model(_attention(run, self.device))
             hook = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
             try:
-                # Positions that restart, no mask and no cache: transformers then separates documents by itself.
+                # With positions that restart, no mask and no cache, transformers separates documents itself.
                 model.model(
                     inputs_embeds=run.hidden, attention_mask=None, position_ids=run.positions.to(self.device),
                     use_cache=False,

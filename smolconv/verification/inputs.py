@@ -1,4 +1,4 @@
-"""The tokens that two models are compared on: text that ships with smolconv, one's own, or packed into documents."""
+"""The tokens of a comparison: from the shipped text, the user's text or ids, perhaps packed documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolconv.files import file_size, read_bytes
 from smolconv.parsing import read_tokenizer, tokenizing
 
 _SEED = 20240711
-#: Of a text, from which some thousand tokens are taken.
+#: Size limit of a text, from which a few thousand tokens are taken.
 _MOST_TEXT_BYTES = 1 << 26
 
 
@@ -53,10 +53,10 @@ def choose_rows(
     length: int = 2048,
     documents: int = 1,
 ) -> Rows:
-    """Ids from ``tokens``, else a text through the tokenizer, else random ones; ``where`` of the result says which.
+    """Ids from ``tokens``, else text through the tokenizer, else random ids; ``where`` of the result says which.
 
-    Random ones also stand in for the shipped text where the tokenizer is not of this vocabulary, or cannot be read.
-    Raises ``UsageError`` for ids beyond the vocabulary and for words that do not fit.
+    Random ids also replace the shipped text if the tokenizer does not fit the vocabulary, or cannot be read.
+    Raises ``UsageError`` for ids beyond the vocabulary and for options that do not fit.
     """
     length = max(2, min(length, max_positions))
     if tokens is not None:
@@ -68,7 +68,7 @@ def choose_rows(
     else:
         ids, where = _of_our_own(vocab_size, tokenizer, length)
     if len(ids) < 2:
-        raise UsageError(f"{where} gives {counted(len(ids), 'token')}; at least 2 are needed.")
+        raise UsageError(f"{where} gives {counted(len(ids), 'token')}; expected at least 2.")
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
         raise UsageError(f"{where} gives token {int(wrong[0])}, but the smaller vocabulary has {vocab_size} entries.")
@@ -83,9 +83,9 @@ def _of_our_own(vocab_size: int, tokenizer: Path | None, length: int) -> tuple[N
         try:
             ids = _encoded(shipped_text(), tokenizer)
         except CorruptFile as error:
-            why = str(error).partition("\n")[0].rstrip(".")  # two models are the same with and without it
+            why = str(error).partition("\n")[0].rstrip(".")  # models can be compared without it
         else:
-            # Another vocabulary may need more text than there is: it begins anew.
+            # Another vocabulary may need more text than there is: then the text repeats.
             ids = np.resize(ids, length) if len(ids) else ids
             if (ids < vocab_size).all():
                 return ids, "the text that ships with smolconv"
@@ -109,12 +109,12 @@ def _spans(length: int, documents: int) -> tuple[tuple[int, int], ...]:
 def _loaded(path: Path, most: int) -> NDArray[np.int64]:
     nbytes = file_size(path)
     try:
-        # Mapped: a header may promise more than the machine has. What is empty cannot be.
+        # Mapped, because a header may declare more than fits in memory. Empty arrays cannot be mapped.
         ids = np.load(path, allow_pickle=False, mmap_mode="r" if nbytes > 128 else None)
     except Exception as error:  # numpy evaluates the header as an expression, which fails in many ways
         raise CorruptFile(f"--tokens {path} is not a .npy file of token ids ({error!s:.200}).") from None
     if not isinstance(ids, np.ndarray):
-        raise CorruptFile(f"--tokens {path} is an .npz archive; a .npy file of token ids was expected.")
+        raise CorruptFile(f"--tokens {path} is an .npz archive; expected a .npy file of token ids.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise UsageError(f"--tokens {path} holds {ids.dtype}; token ids are integers.")
     flat: NDArray[np.int64] = ids.reshape(-1)[:most].astype(np.int64)

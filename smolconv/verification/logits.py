@@ -1,8 +1,8 @@
-"""The logits tier: two forwards led side by side, one block in memory at a time, on the same tokens.
+"""The logits tier: two forward passes in parallel, one block in memory at a time, on the same tokens.
 
-A runs twice, with sdpa and with eager attention: the distance between these is the noise floor, and what B differs by
-is judged against it. The first module in which B leaves A by more than noise is named. Of long rows the eager run takes
-the first half: a position sees only what came before it, so that is the very floor of these positions.
+A runs twice, with sdpa and with eager attention: their distance is the noise floor, against which B's difference is
+judged. The result names the first module at which B differs from A by more than noise. For long rows the eager run uses
+the first half: attention is causal, so the floor of those positions is exact.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from smolconv.verification.metrics import Distances, Walk
 if TYPE_CHECKING:
     import torch
 
-#: Rows of the output matrix that are in memory at a time.
+#: Rows of the output matrix in memory at a time.
 _VOCABULARY_ROWS = 2048
-#: Rows up to this length have their noise floor measured at every position, longer ones over their first half.
+#: For rows up to this length the noise floor is measured at every position, for longer ones over the first half.
 _FLOOR_POSITIONS = 512
-#: Modules that ``first_divergence`` may name; finer ones are listed in ``layers``.
+#: Modules that ``first_divergence`` may name; ``layers`` lists finer ones.
 _MODULES = ("embed_tokens", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm")
 #: By dtype, the gates that every comparison has; ``documents`` where rows are packed, ``nll`` where there are targets.
 GATES = {"float32": ("max_abs", "kl", "top1"), "bfloat16": ("kl", "top1", "flips")}
@@ -45,13 +45,13 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsReport:
-    """How far two models' logits lie apart, beside the noise floor of A: sdpa against eager attention."""
+    """The distance of two models' logits, and the noise floor of A: sdpa against eager attention."""
 
     positions: int
     tokens_from: str
     documents: int
     compute: str
-    forwards: tuple[str, str]  #: whose code ran on which tensors
+    forwards: tuple[str, str]  #: whose code ran on which tensors, for A and B
     max_abs: float
     mean_abs: float
     kl_mean: float
@@ -62,10 +62,10 @@ class LogitsReport:
     noise_floor: Mapping[str, float]
     gates: Mapping[str, Gate]
     layers: tuple[Mapping[str, Any], ...]  #: module, max_abs, floor, scale, limit, diverged; in forward order
-    #: max_abs, floor (NaN where it was not measured), kl, nll_a, nll_b of every position
+    #: max_abs, floor (NaN if not measured), kl, nll_a, nll_b of every position
     by_position: Mapping[str, tuple[float, ...]]
     first_divergence: str | None
-    #: False when neither side's logits are finite, and no module that is finite in A told them apart
+    #: False if neither side's logits are finite, and no module that is finite in A showed a difference
     comparable: bool
 
     @property
@@ -74,7 +74,7 @@ class LogitsReport:
 
 
 def require_torch() -> None:
-    """Raise ``NotInstalled`` when the logits tier cannot run."""
+    """Raise ``NotInstalled`` if the logits tier cannot run."""
     from importlib.util import find_spec
 
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
@@ -86,7 +86,7 @@ def require_torch() -> None:
 
 
 def require_device(device: str) -> None:
-    """Raise ``UsageError`` where torch cannot compute on it."""
+    """Raise ``UsageError`` if torch cannot compute on the device."""
     if device == "cpu":
         return
     import torch
@@ -107,9 +107,9 @@ def compare_logits(
     engines: Mapping[str, NDArray[np.float32]] | None = None,
     bar: Bar = no_bar,
 ) -> LogitsReport:
-    """Lead A and B through the same tokens. Gates that the user sets replace the calibrated ones.
+    """Run A and B on the same tokens. Gates set by the user replace the calibrated ones.
 
-    ``engines`` are logits [T, V] that a real engine gave for side "a" or "b"; they must be that side's own.
+    ``engines``: logits [T, V] of a real engine for side "a" or "b", which must equal that side's.
     """
     import torch
 
@@ -121,7 +121,7 @@ def compare_logits(
         ForwardPass(**plain, attention="sdpa", observe=layers.remember),
         ForwardPass(**first, attention="eager", observe=layers.floor_of),
     ]
-    # Packed rows are compared with each document alone: what one sees of another shows there.
+    # Packed rows are compared with each document alone, which shows whether documents see each other.
     alone = [
         ForwardPass(
             tokens=plain["tokens"][:, start:stop], positions=plain["positions"][:, start:stop], attention="sdpa"
@@ -129,7 +129,7 @@ def compare_logits(
         for start, stop in rows.spans
     ] if rows.documents > 1 else []  # fmt: skip
     run_b = ForwardPass(**plain, attention="sdpa", observe=layers.distance_of)
-    # Beside the layers: the embedding, and the output matrix.
+    # Besides the layers: the embedding and the output matrix.
     with torch.inference_mode(), bar("comparing layers", a.num_layers + 2) as advance:
         a.begin([*runs, *alone])
         b.begin([run_b])
@@ -149,7 +149,7 @@ def compare_logits(
 
 
 class _Layers:
-    """Largest differences by module. A's activations are kept for one block only."""
+    """The largest differences by module. A's activations are kept for one block only."""
 
     def __init__(self, compute: str) -> None:
         self.compute = compute
@@ -172,7 +172,7 @@ class _Layers:
         return_freed_memory()
 
     def listed(self) -> list[dict[str, Any]]:
-        """In forward order, each with whether it lies beyond noise."""
+        """Modules in forward order, each with whether it differs by more than noise."""
         times, share = (8, 2e-5) if self.compute == "float32" else (4, 2e-2)
         result = []
         for name, values in self.found.items():
@@ -190,12 +190,12 @@ def _walk_vocabulary(
     rows: Rows,
     engines: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Distances]:
-    """Over chunks of the vocabulary: "floor", "found" (B), "apart" (A's documents alone), "engine a", "engine b"."""
+    """Distances over the vocabulary: "floor", "found" (B), "apart" (A's documents alone), "engine a", "engine b"."""
     import torch
 
     targets = torch.from_numpy(rows.targets).flatten()
     names = ["found", *(["apart"] if alone else []), *(f"engine {label}" for label in engines)]
-    first = runs[1].tokens.shape[1]  # one row: the positions that the noise floor was measured at
+    first = runs[1].tokens.shape[1]  # one row: the positions with a measured noise floor
     walks = {"floor": Walk(targets[:first]), **{name: Walk(targets) for name in names}}
     hidden = [run.hidden.flatten(0, 1) for run in (*runs, run_b)]
     documents = torch.cat([run.hidden.flatten(0, 1) for run in alone]) if alone else None
@@ -243,7 +243,7 @@ def _judged(
         for name, limit in limits.items()
         if (value := measured[name]) is not None
     }
-    # A bf16 engine is another kernel in another dtype: what two correct ones of bf16 may differ by.
+    # A bf16 engine is another kernel in another dtype: allow what two correct bf16 kernels may differ by.
     for name in (name for name in walks if name.startswith("engine")):
         kl = float(walks[name].kl.mean())
         gates[name] = Gate(limit=5e-3, value=kl, passed=kl <= 5e-3)
@@ -273,11 +273,11 @@ def _judged(
 
 
 def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
-    """Calibrated on SmolLM2-135M, whose logits spread by 6.4: another correct fp32 forward stays below 1e-3 there."""
+    """Calibrated on SmolLM2-135M, logits spread by 6.4: correct fp32 forward passes differ by less than 1e-3."""
     documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
     if compute == "float32":
         return {"max_abs": documents, "kl": max(1e-9, 8 * noise["kl_mean"]), "top1": 1.0, "documents": documents}
-    # In bf16 two correct kernels differ by 2.0 somewhere, so the largest difference says nothing.
+    # In bf16 two correct kernels differ by 2.0 at some positions, so the largest difference is no criterion.
     return {
         "kl": max(5e-3, 2.5 * noise["kl_mean"]),
         "top1": min(0.95, noise["top1_agreement"] - 0.02),
@@ -307,5 +307,5 @@ def _share(same: torch.Tensor, among: torch.Tensor | None) -> float:
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
-    # By rows of the batch: the difference of two MLP activations need not be whole.
+    # Row by row of the batch, so that the difference of two MLP activations is never held completely.
     return max(float((x - y).abs().max()) for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512)))

@@ -1,4 +1,4 @@
-"""Distances between logits, found while walking over the vocabulary: the logits of 128,256 tokens are never whole.
+"""Distances between logits, computed in chunks of the vocabulary, so that 128,256 logits per token are never held.
 
 All sums are kept per position, in float64. Shapes: N positions, C a chunk of the vocabulary.
 """
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-#: From here on exp(-d) is told from 1 - d well enough in float64 without a series.
+#: From here on, exp(-d) and 1 - d differ enough in float64 without a series.
 _SMALL = 1e-3
-#: Up to this share of B's mass over A's the series serves; beyond, plain sums.
+#: The series is used up to this excess of B's mass over A's; beyond it, plain sums.
 _NEAR = 0.1
 
 
@@ -35,10 +35,10 @@ class Distances:
 
 
 class Walk:
-    """Gathers ``Distances`` from chunks of the vocabulary, in order."""
+    """Accumulates ``Distances`` over chunks of the vocabulary, in order."""
 
     def __init__(self, targets: torch.Tensor) -> None:
-        """``targets`` [N] are the next tokens, -1 where there is none to predict."""
+        """``targets`` [N]: the next tokens, -1 if there is none."""
         import torch
 
         self.targets = targets
@@ -49,7 +49,7 @@ class Walk:
             return torch.full((count,), value, dtype=torch.float64)
 
         self.max_abs, self.sum_abs = filled(0), filled(0)
-        self.top = filled(-torch.inf)  # A's largest so far: sums of exponentials are relative to it
+        self.top = filled(-torch.inf)  # A's maximum so far; sums of exponentials are relative to it
         self.second, self.top_b = filled(-torch.inf), filled(-torch.inf)
         self.first_a, self.first_b = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         self.mass, self.excess, self.shift = filled(0), filled(0), filled(0)
@@ -58,7 +58,7 @@ class Walk:
         self.total, self.squares, self.total_b = 0.0, 0.0, 0.0
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """The next chunk of both, [N, C] in float32."""
+        """Add the next chunk of both, [N, C] in float32."""
         import torch
 
         difference = a - b
@@ -69,7 +69,7 @@ class Walk:
         self.squares += float((a * a).sum(dtype=torch.float64))
         self.total_b += float(b.sum(dtype=torch.float64))
         two, (top_b, index_b) = a.topk(min(2, a.shape[1]), dim=1).values, b.max(1)
-        index = a.argmax(1)  # of equal logits the first, as in b; topk takes any
+        index = a.argmax(1)  # the first of equal logits, as for b; topk may return any
         best, runner = two[:, 0].double(), two[:, -1].double() if two.shape[1] > 1 else self.second.new_full(
             (len(a),), -torch.inf
         )  # fmt: skip
@@ -80,7 +80,7 @@ class Walk:
         )
         self.top_b = top_of_b
         self.first_a = torch.where(best > self.top, index + self.seen, self.first_a)
-        # Of the four candidates the second largest.
+        # The second largest of the four candidates.
         self.second = torch.maximum(torch.minimum(self.top, best), torch.maximum(self.second, runner))
         top = torch.maximum(self.top, best)
         rescale = (self.top - top).exp()
@@ -108,7 +108,7 @@ class Walk:
 
         shift = self.shift / self.mass
         log_total_a = self.top + self.mass.log()
-        # The series is for small differences: far from them its exponentials overflow, and plain sums do not cancel.
+        # The series is for small differences: for large ones its exponentials overflow, and plain sums do not cancel.
         plain_b = self.top_b + self.mass_b.log()
         near = shift.abs() < _NEAR
         log_total_b = torch.where(near, log_total_a + shift.log1p(), plain_b)

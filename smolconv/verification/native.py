@@ -1,7 +1,7 @@
-"""nanotron's forward pass on its own tensors: fused q, k, v and gate, up as stored, its rotary convention, its mask.
+"""nanotron's forward pass on its own tensors, with fused q, k, v and gate, up, its rotary convention and its mask.
 
-Written from nanotron's source (branch ``smollm3``, models/llama.py and models/qwen.py), for inference, and independent
-of the mapping: it reads ``model_config.json`` and the native parameters, so that an error of the mapping shows as a
+Written from nanotron's source (branch ``smollm3``, models/llama.py and models/qwen.py), for inference. It reads
+``model_config.json`` and the native parameters, without the mapping, so an error of the mapping shows as a
 difference. Shapes: B rows, T positions, E hidden size, H query heads, K key/value heads, D head size, F MLP size.
 """
 
@@ -29,11 +29,11 @@ _EAGER_ROWS = 256
 @dataclass(frozen=True, kw_only=True)
 class _Context:
     rotary: tuple[torch.Tensor, torch.Tensor]  #: cosine and sine, fp32 [T, D/2]
-    documents: torch.Tensor | None  #: [B, T]: which document a position is of; None for causal attention over the row
+    documents: torch.Tensor | None  #: [B, T]: the document of each position; None for causal attention over the row
 
 
 class NanotronSide:
-    """A ``Side``: our own forward over a nanotron checkpoint as it is stored."""
+    """A ``Side``: smolconv's own forward pass on a nanotron checkpoint's stored tensors."""
 
     def __init__(self, native: NativeModel, dtype: torch.dtype, device: str = "cpu") -> None:
         config: Mapping[str, Any] = native.config
@@ -51,7 +51,7 @@ class NanotronSide:
         self.interleaved = bool(config["rope_interleaved"])
         self.activation = config["hidden_act"]
         qwen2 = bool(config.get("is_qwen2_config"))
-        # Llama's forward knows neither: it rotates in every layer and attends to the whole row.
+        # Llama's forward pass has neither: it rotates in every layer and attends to the whole row.
         self.no_rope_layer = config.get("no_rope_layer") if qwen2 else None
         self.separates_documents = qwen2 and bool(config.get("_use_doc_masking"))
         self.head = _EMBEDDING if config["tie_word_embeddings"] else _HEAD
@@ -96,12 +96,12 @@ class NanotronSide:
         fused = linear(normed, weights["attn.qkv_proj.weight"], weights.get("attn.qkv_proj.bias"))
         rows = (self.heads * self.head_size, self.kv_heads * self.head_size, self.kv_heads * self.head_size)
         q, k, v = fused.split(rows, dim=-1)
-        # Seen as Hugging Face orders rows; the sides could not be laid side by side otherwise.
+        # Reported in Hugging Face's row order, so that the sides can be compared.
         run.observe(f"{name}.self_attn.q_proj", self._half_split(q))
         run.observe(f"{name}.self_attn.k_proj", self._half_split(k))
         run.observe(f"{name}.self_attn.v_proj", v)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in (q, k, v))
-        # Every no_rope_layer-th layer, counted from 1, goes without.
+        # Every no_rope_layer-th layer, counted from 1, does not rotate.
         if not (self.no_rope_layer and (layer + 1) % self.no_rope_layer == 0):
             q, k = self._rotate(q, run.context.rotary), self._rotate(k, run.context.rotary)
         mixed = self._attend(q, k, v, run).transpose(1, 2).flatten(2)
@@ -132,7 +132,7 @@ class NanotronSide:
         return activated
 
     def _rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """nanotron rotates by the index in the row, whether documents begin in it or not."""
+        """nanotron rotates by the index in the row, regardless of documents."""
         import torch
 
         powers = torch.arange(0, self.head_size, 2, dtype=torch.float32) / self.head_size
@@ -157,7 +157,7 @@ class NanotronSide:
         return pairs.transpose(-1, -2).flatten(-3)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: ForwardPass) -> torch.Tensor:
-        """[B, H, T, D]; a position sees itself and what came before it, in its document where they are separated."""
+        """[B, H, T, D]. Causal attention over the row, or within documents if they are separated."""
         import torch
 
         groups = self.heads // self.kv_heads

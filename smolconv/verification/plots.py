@@ -1,6 +1,6 @@
-"""Plots of a verify report as inline SVG: differences by module, and by position.
+"""Plots of a verify report as inline SVG: differences by module and by position.
 
-They stretch without a script: what lies across is given in percent of the width, what stands upright in pixels.
+They scale without a script: horizontal coordinates are percents of the width, vertical ones pixels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from smolconv.drawing import multiples, round_step
 
-#: A plot over positions draws no more columns than this; each shows the largest value of its bin.
+#: Most columns of a plot over positions; each shows the largest value of its bin.
 _MOST_COLUMNS = 600
 HEIGHT = 190.0  # of a plot, in pixels
-_ROW = 20.0  # what a plot's rows for 0 and for values that are not finite take of that
+_ROW = 20.0  # height of a plot's rows for 0 and for non-finite values
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -26,19 +26,19 @@ def number(value: float | None, digits: int = 3) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Series:
-    """One line of a plot. None is a gap, or on an axis with a row for it a value that is not finite."""
+    """One line of a plot. None is a gap or, on an axis with a row for it, a non-finite value."""
 
     title: str
     css: str
     values: Sequence[float | None]
-    gaps: bool = False  #: None was not measured; otherwise it is a value that is not finite
+    gaps: bool = False  #: whether None means not measured instead of non-finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """Upright: linear, or decades with a row for 0 below them and one for what is not finite above."""
+    """The vertical axis: linear, or decades with a row for 0 below and one for non-finite values above."""
 
-    low: float  #: log10 of the value when ``log``
+    low: float  #: log10 of the value if ``log``
     high: float
     log: bool = True
     zero: bool = False
@@ -69,7 +69,7 @@ class _Axis:
         return bottom - (bottom - top) * (position - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Pixels from the top, and what stands there."""
+        """Labels with their pixels from the top."""
         span = self.high - self.low
         marks = multiples(float(math.ceil(span / 6)) if self.log else round_step(span, 5), self.low, self.high)
         shown = [(self._at(m), f"10{str(round(m)).translate(_RAISED)}" if self.log else f"{m:g}") for m in marks]
@@ -83,7 +83,7 @@ def _plot(
     title: str, note: str, axis: _Axis, series: Sequence[_Series], ticks: Iterable[tuple[float, str]], across: str,
     *, over: str = "", under: str = "", legend: str = "",
 ) -> str:  # fmt: skip
-    """A figure. ``ticks`` are percents and labels below; ``under`` and ``over`` are SVG below and above the lines."""
+    """A figure. ``ticks``: percents and labels on the x axis; ``under`` and ``over``: SVG below and above the lines."""
     grid = "".join(
         f'<line class=grid x1=0 x2="100%" y1={y:.1f} y2={y:.1f} />'
         f"<text x=-8 y={y + 4:.1f} text-anchor=end>{label}</text>"
@@ -101,7 +101,7 @@ def _plot(
 
 
 def _path(series: _Series, axis: _Axis) -> str:
-    """Straight lines between the middles of columns; a lone point is a line of no length, which its round ends show."""
+    """Straight lines between the middles of columns. A lone point is a line of length 0 with round ends."""
     said, pen = [], "M"
     for i, value in enumerate(series.values):
         if value is None and (series.gaps or not axis.broken):
@@ -155,7 +155,7 @@ def layer_plot(document: Mapping[str, Any]) -> str:
 
 
 def _marker(module: str | None, modules: Sequence[str]) -> tuple[str, str]:
-    """The first divergence: a band over what the module and its parts compute, and its name above the plot."""
+    """Mark the first divergence: a band over the module and its parts, and its name above the plot."""
     parts = [i for i, name in enumerate(modules) if f"{name}.".startswith(f"{module}.")]
     if module is None or (not parts and module != "lm_head"):
         return "", ""
@@ -204,7 +204,7 @@ def position_plots(found: Mapping[str, Sequence[float | None]]) -> str:
 
 
 def _binned(values: Sequence[float | None], size: int, *, strict: bool = False) -> list[float | None]:
-    """The largest of each ``size`` values. None counts as larger than any when ``strict``, else it is left out."""
+    """The largest of each ``size`` values. With ``strict``, None counts as the largest; otherwise it is ignored."""
     bins = [values[i : i + size] for i in range(0, len(values), size)]
     return [
         None if strict and None in each else max((value for value in each if value is not None), default=None)
@@ -213,7 +213,7 @@ def _binned(values: Sequence[float | None], size: int, *, strict: bool = False) 
 
 
 def _columns(series: Sequence[_Series], size: int, count: int) -> str:
-    """Invisible columns that say their values when pointed at."""
+    """Invisible columns that show their values on hover."""
     columns = len(series[0].values)
     said = []
     for i in range(columns):

@@ -1,7 +1,7 @@
-"""A card of what a verification found, for others to repeat: ``verify --proof`` writes it, ``--check-proof`` reads it.
+"""The card of a verification that others can repeat: ``verify --proof`` writes it, ``--check-proof`` reads it.
 
-docs/proof.md describes the document, and docs/smolconv_proof.schema.json is its JSON schema. It has no path of a
-machine: folders are called by their names, and sources on the Hub by their addresses.
+docs/proof.md describes the document, and docs/smolconv_proof.schema.json is its JSON schema. It contains no local path:
+folders are given by name, and sources on the Hub by address.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from smolconv.verification.compare import VerifyOptions, VerifyReport
 from smolconv.version import __version__
 
 PROOF_SCHEMA = "smolconv_proof.schema.json"
-#: Tensors of a 3B model take 60 kB; a thousand times as many are no model of ours.
+#: Size limit. The tensors of a 3B model take 60 kB.
 MOST_BYTES = 64 << 20
 _PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 _Text = Annotated[str, Field(max_length=10_000)]
@@ -76,7 +76,7 @@ class ProvenOptions(_Strict):
 
 
 class ProvenTensors(_Strict):
-    """The tier that compares bit for bit."""
+    """The tier that compares tensors bit for bit."""
 
     compared: int
     equal: int
@@ -85,7 +85,7 @@ class ProvenTensors(_Strict):
 
 
 class ProvenGate(_Strict):
-    """A figure and its limit: top1 passes from its limit on, every other one up to it."""
+    """A value and its limit: top1 passes if it is at least the limit, others if at most."""
 
     limit: float
     value: float | None = Field(description="null where it was not finite.")
@@ -112,7 +112,7 @@ class ProvenLogits(_Strict):
 
 
 class Machine(_Strict):
-    """What kind of machine it was; no name of it."""
+    """The kind of machine, without its name."""
 
     system: _Text
     architecture: _Text
@@ -121,7 +121,7 @@ class Machine(_Strict):
 
 
 class Proof(_Strict):
-    """The whole card."""
+    """The complete card."""
 
     schema_version: Literal[1] = Field(alias="schema")
     made: _Text = Field(description="The day, as YYYY-MM-DD.")
@@ -143,7 +143,7 @@ class Proof(_Strict):
         return self.model_dump(mode="json", by_alias=True)
 
     def verdict(self) -> bool:
-        """By the card's own figures."""
+        """The verdict by the card's own numbers."""
         tiers = [self.tensors, *self.optimizer.values()]
         return (
             not self.spec_differences
@@ -247,7 +247,7 @@ def _side(
 
 
 def sha256_of(tensor: LazyTensor) -> str:
-    """Of its elements, row-major and little-endian, in hexadecimal digits."""
+    """SHA-256 of the elements, row-major and little-endian, as hexadecimal digits."""
     hasher = hashlib.sha256()
     for chunk in tensor.raw_chunks():
         hasher.update(as_bytes(chunk))
@@ -291,7 +291,7 @@ def read_proof(path: Path) -> Proof:
 
 
 def proof_schema() -> dict[str, Any]:
-    """The JSON schema that is kept in docs/."""
+    """The JSON schema in docs/."""
     return Proof.model_json_schema(by_alias=True)
 
 

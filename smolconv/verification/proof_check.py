@@ -42,7 +42,7 @@ def doubts(proof: Proof) -> list[str]:
     """A line for each verdict, count or figure that the rest of the card contradicts."""
     found = [*_tensor_doubts(proof), *_logits_doubts(proof)]
     if proof.passed != proof.verdict():
-        found.append(f"the card says passed: {_json(proof.passed)}, and its figures say the opposite")
+        found.append(f"the card says passed: {_json(proof.passed)}, but its numbers show the opposite")
     if not _follows(proof):
         found.append(f"its command is {proof.command!r:.200}, which does not follow from its names and options")
     return found

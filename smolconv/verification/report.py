@@ -1,6 +1,6 @@
-"""A report of ``verify`` as one HTML page that needs nothing else: no scripts, fonts or images; for screen and paper.
+"""A report of ``verify`` as one self-contained HTML page, without scripts, fonts or images, for screen and print.
 
-Plots stretch without a script: what lies across is given in percent of the width, what stands upright in pixels.
+Plots scale without a script: horizontal coordinates are percents of the width, vertical ones pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from smolconv.verification.plots import layer_plot, number, position_plots
 from smolconv.version import __version__
 
-#: Lists of names and differences show this many, the rest when unfolded.
+#: Lists of names and differences show this many entries; unfold them for the rest.
 _MOST_LINES = 8
 
 _GATES = {
@@ -39,7 +39,7 @@ _METRICS = {
 
 
 def render_html(document: Mapping[str, Any], *, a: str, b: str) -> str:
-    """The page for ``VerifyReport.to_json()``; ``a`` and ``b`` are what the user called the two checkpoints."""
+    """The page for ``VerifyReport.to_json()``; ``a`` and ``b``: the checkpoints' names as given by the user."""
     logits = document["logits"]
     sections = [_verdict(document), _compared(logits, a, b), _lines("Spec differences", document["spec_differences"])]
     if logits is not None:
@@ -58,7 +58,7 @@ def render_html(document: Mapping[str, Any], *, a: str, b: str) -> str:
     )
 
 
-# --- what is said in words -------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _verdict(document: Mapping[str, Any]) -> str:
@@ -79,7 +79,7 @@ _STATES = {True: ("good", "✓"), False: ("bad", "✗"), None: ("none", "&ndash;
 
 
 def _tiers(document: Mapping[str, Any]) -> list[tuple[str, bool | None, str]]:
-    """Name, whether it passed (None: not compared), and what was found."""
+    """Each tier's name, whether it passed (None: not compared), and its result."""
     spec, tensors, optimizer = document["spec_differences"], document["tensors"], document["optimizer"]
     logits, gates = document["logits"], document["gates"]
     tiers: list[tuple[str, bool | None, str]] = [
@@ -153,9 +153,7 @@ def _gates(gates: Mapping[str, Mapping[str, Any]]) -> str:
         for name, gate in gates.items()
     ]  # fmt: skip
     table = _table(("", "gate", "value", "limit", "value beside its limit"), rows)
-    scale = (
-        f"The upright line is the limit, {decades} {_plural(decades, 'decade')} to either side; shares lie from 0 to 1."
-    )
+    scale = f"The vertical line is the limit, {decades} {_plural(decades, 'decade')} on either side; shares are 0 to 1."
     return f"<section><h2>Gates</h2>{table}<p><small>{scale}</small></p></section>"
 
 
@@ -165,7 +163,7 @@ def _ratio(gate: Mapping[str, Any]) -> float | None:
 
 
 def _bar(name: str, gate: Mapping[str, Any], decades: int) -> str:
-    """Shares lie between 0 and 1; anything else on a log scale with its limit in the middle."""
+    """Shares are drawn from 0 to 1; anything else on a log scale with the limit in the middle."""
     value, limit, ratio = gate["value"], gate["limit"], _ratio(gate)
     if limit is None or (name not in _SHARES and limit <= 0):
         return "&ndash;"
@@ -192,7 +190,7 @@ def _metrics(logits: Mapping[str, Any]) -> str:
     apart = None if one is None or other is None else other - one
     nll = f"<div class=wrap>A {number(one, 6)}, B {number(other, 6)}, B &minus; A {number(apart)}</div>"
     rows.append(("NLL of the next token, mean, nats", nll, ""))
-    note = "The noise floor is how far A lies from itself when sdpa is exchanged for eager attention."
+    note = "The noise floor is the difference of A with sdpa and with eager attention."
     table = _table(("", "B against A", "noise floor"), rows)
     return f"<section><h2>Logits over all positions</h2>{table}<p><small>{note}</small></p></section>"
 
@@ -229,7 +227,7 @@ def _layer_list(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of HTML. On narrow screens the columns scroll inside."""
+    """An HTML table. On narrow screens it scrolls horizontally."""
     cells = "".join(f"<th>{name}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
     return f"<div class=scroll><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -1,4 +1,4 @@
-"""The tensor tier: two checkpoints' parameters, bit for bit; and their optimizers', slot by slot."""
+"""The tensor tier: compares two checkpoints' parameters bit for bit, and their optimizers slot by slot."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from smolconv.tensors.dtypes import FLOAT_DTYPES
 from smolconv.tensors.elements import Raw, raw_dtype, scratch
 from smolconv.tensors.lazy import Cast, LazyTensor, uncast
 
-#: Hyperparameters in which two optimizers have to agree to be the same.
+#: Hyperparameters that equal optimizers must share.
 _HYPERPARAMETERS = ("weight_decay", "lr", "betas", "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorReport:
-    """What comparing two sets of tensors found."""
+    """The result of comparing two sets of tensors."""
 
     compared: int
-    equal: int  #: same values, bit for bit after an exact widening of the narrower dtype
+    equal: int  #: same values, bit for bit, after an exact widening of the narrower dtype
     max_abs: float
     worst: str | None
     first: str | None  #: the first unequal parameter in forward order
     missing: tuple[str, ...]  #: in A only
     unexpected: tuple[str, ...]  #: in B only
-    rounded: int = 0  #: not equal, but of different dtypes, and one is the other rounded to its own
-    overflowed: tuple[str, ...] = ()  #: hold a finite value on one side that is infinite or NaN on the other
+    rounded: int = 0  #: not equal, but one is the other rounded to its dtype
+    overflowed: tuple[str, ...] = ()  #: have a finite value on one side that is infinite or NaN on the other
 
     @property
     def within_rounding(self) -> bool:
-        """Whether B may be A in another dtype: each value within half a unit in the last place, and as finite."""
+        """Whether B may be A in another dtype: each value within half a unit in the last place, and equally finite."""
         return self.equal + self.rounded == self.compared and not self.missing and not self.unexpected
 
     @property
@@ -45,9 +45,9 @@ def compare_tensors(
     a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], *, steps: Mapping[str, tuple[str, ...]] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TensorReport:  # fmt: skip
-    """Compare by name, streaming: a few chunks are in memory. Order of the result is forward order.
+    """Compare by name, streaming, with a few chunks in memory. The result is in forward order.
 
-    ``steps`` are the dtypes that A was rounded to, by name; without them either side may be the other, rounded.
+    ``steps``: the dtypes that A was rounded to, by name; without them either side may be the rounded one.
     ``advance`` is called after each tensor.
     """
     compared, same, rounded, max_abs, worst = 0, 0, 0, 0.0, None
@@ -81,7 +81,7 @@ def compare_tensors(
 def compare_casts(
     planned: Mapping[Slot, Mapping[str, LazyTensor]], written: Mapping[Slot, Mapping[str, LazyTensor]]
 ) -> TensorReport | None:
-    """What was rounded to another dtype against the values before; None when nothing was. Names are canonical."""
+    """Compare cast values with the original ones; None if nothing was cast. Names are canonical."""
     before: dict[str, LazyTensor] = {}
     after: dict[str, LazyTensor] = {}
     steps: dict[str, tuple[str, ...]] = {}
@@ -94,7 +94,7 @@ def compare_casts(
 
 
 def _cast_steps(tensor: LazyTensor) -> tuple[str, ...]:
-    """The dtypes that a tensor was rounded to, one after the other."""
+    """The dtypes that a tensor was rounded to, in order."""
     found: list[str] = []
     while isinstance(tensor, Cast):
         found.insert(0, tensor.dtype)
@@ -105,7 +105,7 @@ def _cast_steps(tensor: LazyTensor) -> tuple[str, ...]:
 def compare_optimizers(
     a: Checkpoint, b: Checkpoint, advance: Callable[[int], None] = lambda _: None
 ) -> tuple[dict[str, TensorReport], list[str]]:
-    """Masters and moments by slot, and differences of steps and hyperparameters as readable lines."""
+    """Compare masters and moments by slot, and steps and hyperparameters as readable lines."""
     reports = {
         slot.value: compare_tensors(a.tensors.get(slot, {}), b.tensors.get(slot, {}), advance=advance)
         for slot in Slot
@@ -138,19 +138,19 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """What comparing two tensors found."""
+    """The result of comparing two tensors."""
 
     max_abs: float | None  #: the largest absolute difference; None when all values are bitwise equal
     rounded: bool = False
     overflowed: bool = False
 
 
-#: Precision in bits, with the implicit one, and the exponent of the smallest normal number: IEEE 754, and bfloat16.
+#: Precision in bits, including the implicit one, and exponent of the smallest normal number: IEEE 754, and bfloat16.
 _PRECISION = {"float64": (53, -1022), "float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
 
 
 def _compare(a: LazyTensor, b: LazyTensor, steps: tuple[str, ...] | None) -> _Found:
-    """Values after an exact widening. Tensors of different shapes are infinitely different."""
+    """Compare values after an exact widening. Tensors of different shapes have an infinite difference."""
     floats = a.dtype in FLOAT_DTYPES and b.dtype in FLOAT_DTYPES
     if a.shape != b.shape or (a.dtype != b.dtype and not floats):
         return _Found(max_abs=float("inf"))
@@ -182,17 +182,17 @@ def _compare(a: LazyTensor, b: LazyTensor, steps: tuple[str, ...] | None) -> _Fo
 
 
 def _values(raw: Raw, dtype: str) -> Raw:
-    """Raw elements as float64, exactly (integers of 64 bits but for their last digits)."""
+    """Raw elements as float64, exactly, except for the last digits of 64-bit integers."""
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return (raw.view(np.dtype(dtype)) if dtype in FLOAT_DTYPES else raw).astype(np.float64)
 
 
 def _is_rounded(exact: Raw, rounded: Raw, steps: tuple[str, ...]) -> bool:
-    """Whether every value is the exact one to within half a unit in the last place of each dtype in ``steps``.
+    """Whether every value is within half a unit in the last place of the exact one, for each dtype in ``steps``.
 
-    Computed from the numbers themselves, not by the cast that is to be checked. What is not finite must be the same.
-    Zero stays zero, and no rounding goes below the power of two beneath a value.
+    Computed by arithmetic instead of the cast that is being checked. Non-finite values must be the same.
+    Zero stays zero, and rounding never goes below the power of two beneath a value.
     """
     finite = np.isfinite(exact)
     if not np.array_equal(finite, np.isfinite(rounded)):

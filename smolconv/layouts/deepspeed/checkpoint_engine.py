@@ -1,4 +1,4 @@
-"""What DeepSpeed loads and saves its files with in our processes: without unpickling freely, and with digests.
+"""Loads and saves DeepSpeed's files in smolconv's processes, by an allow-list for pickles and with digests.
 
 DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs whatever a file asks for. An
 engine of ours has its ``checkpoint_engine`` replaced before it loads. Files are then read by ``read_torch_archive``,
@@ -33,7 +33,7 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """What a whole file held when it was written."""
+    """The digest and size of a complete file when it was written."""
 
     nbytes: int
     digest: str  #: "xxh3-128:..."
@@ -57,7 +57,7 @@ class CheckpointEngine:
 
 
 def deepspeed_classes() -> Mapping[tuple[str, str], Callable[..., object]]:
-    """What DeepSpeed's files may name beside tensors, and what is made in its place. The list is closed."""
+    """The allow-list of classes in DeepSpeed's files besides tensors, and their replacements."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     scaler = "deepspeed.runtime.fp16.loss_scaler"
@@ -105,7 +105,7 @@ def _tensors(value: object, seen: set[int]) -> Iterator[ArchiveTensor]:
 
 
 def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Tensor]:
-    """By the ``id`` of what stands for them; each storage is read once, as far as tensors reach in it."""
+    """Tensors by the ``id`` of their placeholder; each storage is read once, as far as its tensors reach."""
     import torch
 
     spans: dict[str, tuple[int, int]] = {}
@@ -163,7 +163,7 @@ def _with_tensors(value: Any, tensors: Mapping[int, torch.Tensor], done: dict[in
 
 
 class _HashedFile:
-    """A file that is written from its beginning to its end, and knows the digest of what it was given."""
+    """A file that is written sequentially, and computes the digest of its content."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb", buffering=0)
@@ -305,7 +305,7 @@ def _torch_tensors(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """The same of a file that lies on the disk."""
+    """The same for a file on disk."""
     hasher, nbytes, chunk = new_hasher("xxh3"), 0, memoryview(bytearray(_CHUNK_BYTES))
     with reading(path), open(open_file(path), "rb", buffering=0) as file:
         while count := file.readinto(chunk):

@@ -1,4 +1,4 @@
-"""What DeepSpeed's files say, parsed and checked; no layout arithmetic, no tensor is read but scalars.
+"""Parses and checks DeepSpeed's files, without layout arithmetic; reads no tensors except scalars.
 
 Model files and ``zero/<name>/*.pt`` are plain. Optimizer files name three of DeepSpeed's classes, which stand-ins take
 the place of; nothing else that a pickle names is accepted.
@@ -38,9 +38,9 @@ MODEL_KEYS = frozenset(
      "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", "autoep_layers",
      "ds_autoep_layers", "num_experts")
 )  # fmt: skip
-#: The key of ``client_state`` under which our writer keeps what DeepSpeed has no place for.
+#: The key of ``client_state`` under which smolconv's writer stores data that DeepSpeed cannot hold.
 CLIENT_KEY = "smolconv"
-#: Objects of the user's own, such as argparse's, may lie in a model file below any other key.
+#: Keys without user objects; a user's objects, such as argparse's, may be below any other key of a model file.
 _PLAIN_KEYS = MODEL_KEYS | {CLIENT_KEY}
 #: How an error ends where the weights can be read without what is damaged.
 WITHOUT = "pass --no-optimizer to convert the weights only"
@@ -71,7 +71,7 @@ STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = dict.fromkeys(
 )
 
 
-#: What a DynamicLossScaler holds where nothing else is known: the defaults of DeepSpeed's ``fp16``.
+#: The state of a DynamicLossScaler by default: the defaults of DeepSpeed's ``fp16``.
 SCALER_DEFAULTS: Mapping[str, Any] = {
     "cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1,
     "delayed_shift": 2, "cur_hysteresis": 2, "consecutive_hysteresis": False, "raise_error_at_min_scale": True,
@@ -157,16 +157,16 @@ class ModelDocument:
     skipped_steps: int
     samples: int
     dp: int | None
-    tp: int  #: tensor-parallel ranks, each with files of its own
+    tp: int  #: tensor-parallel ranks, each with its own files
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
     round_robin: bool  #: its flat order assigns parameters to ranks in turn; the groups' own order differs
-    client_state: Mapping[str, Any]  #: as the user gave it; what is no plain data is an ``Opaque``
+    client_state: Mapping[str, Any]  #: as given by the user; anything but plain data is an ``Opaque``
     ds_version: str | None
 
 
 def read_model_document(path: Path) -> ModelDocument:
-    """Parse a model file. Raises ``CorruptFile`` when it is none."""
+    """Parse a model file. Raises ``CorruptFile`` if it is not one."""
     document = _mapping(path, ("module", "global_steps"), plain_keys=_PLAIN_KEYS)
     with corrupt_if_malformed(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
@@ -204,21 +204,21 @@ def read_model_document(path: Path) -> ModelDocument:
         for name, tensor in found.frozen_fragments.items():
             check_dtype(Slot.PARAMETER, tensor.dtype, f"{path}: the fragment of {name}")
         if not isinstance(found.optimizer, (dict, type(None))):
-            raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; a mapping was expected.")
+            raise CorruptFile(f"{path}: optimizer is {type(found.optimizer).__name__}; expected a mapping.")
     for name, value in (("global_steps", found.step), ("skipped_steps", found.skipped_steps),
                         ("global_samples", found.samples)):  # fmt: skip
         if not is_count(value):
-            raise CorruptFile(f"{path}: {name} is {value!r:.60}; a whole number from 0 on was expected.")
+            raise CorruptFile(f"{path}: {name} is {value!r:.60}; expected a whole number, 0 or more.")
     for name, value in (("dp_world_size", found.dp or 1), ("mp_world_size", found.tp)):
         if not is_world(value):
-            raise CorruptFile(f"{path}: {name} is {value!r:.60}; the number of ranks was expected.")
+            raise CorruptFile(f"{path}: {name} is {value!r:.60}; expected the number of ranks.")
     return found
 
 
 def _shapes(group: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
     shapes = {str(name): tuple(shape) for name, shape in group.items()}
     if not all(is_count(size) for shape in shapes.values() for size in shape):
-        raise CorruptFile(f"{path}: param_shapes holds something that is no shape.")
+        raise CorruptFile(f"{path}: param_shapes holds something that is not a shape.")
     return shapes
 
 
@@ -239,10 +239,10 @@ class OptimizerDocument:
 
     path: Path
     zero_stage: int
-    bf16_optimizer: bool  #: ``BF16_Optimizer``, which is a ZeRO-1 that does not say so
+    bf16_optimizer: bool  #: ``BF16_Optimizer``, a ZeRO-1 that does not store its stage
     ranks: int
     masters: tuple[Stored, ...]  #: one flat tensor a group (ZeRO 1 and 2) or a sub-group (ZeRO-3)
-    states: Mapping[int, AdamState] | None  #: by the same indices; None when they were not asked for
+    states: Mapping[int, AdamState] | None  #: by the same indices; None if not requested
     steps: Mapping[int, float]  #: the optimizer's, by the same indices, where it counts them
     groups: tuple[Mapping[str, Any], ...]  #: hyperparameters
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
@@ -252,7 +252,7 @@ class OptimizerDocument:
 
 
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
-    """Parse an optimizer file of any ZeRO stage or of ``BF16_Optimizer``. Raises ``CorruptFile`` when it is none."""
+    """Parse an optimizer file of any ZeRO stage or of ``BF16_Optimizer``. Raises ``CorruptFile`` if it is not one."""
     document = _mapping(path, ("optimizer_state_dict",))
     with corrupt_if_malformed(path):
         state = document["optimizer_state_dict"]
@@ -261,7 +261,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
         ranks = counts[0]
         # One a group; only experts are spread over other ranks than the rest.
         if not is_world(ranks) or any(type(count) is not int or count != ranks for count in counts):
-            raise CorruptFile(f"{path}: partition_count is {counts!r:.60}; the number of ranks was expected.")
+            raise CorruptFile(f"{path}: partition_count is {counts!r:.60}; expected the number of ranks.")
         bf16_optimizer = "zero_stage" not in state
         stage = 1 if bf16_optimizer else _stage(state["zero_stage"], path)
         masters = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
@@ -281,7 +281,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             raise CorruptFile(f"{path}: group_paddings has {len(group_paddings[0])} groups; there are {len(masters)}.")
         members = numbered(groups, path)
         if members != tuple((i,) for i in range(len(members))) and stage != 3:
-            raise CorruptFile(f"{path}: its groups hold the flat tensors {members!r:.60}; one each was expected.")
+            raise CorruptFile(f"{path}: its groups hold the flat tensors {members!r:.60}; expected one each.")
         if sum(map(len, members)) != len(masters):
             raise CorruptFile(
                 f"{path}: the groups name {sum(map(len, members))} flat tensors, but {len(masters)} are there."
@@ -303,7 +303,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
 
 
 def numbered(groups: Sequence[Mapping[str, Any]], path: Path) -> tuple[tuple[int, ...], ...]:
-    """Each group's ``params``: torch numbers them from 0 on, through all groups. Raises ``CorruptFile`` otherwise."""
+    """Each group's ``params``: torch numbers them from 0, across all groups. Raises ``CorruptFile`` otherwise."""
     members = tuple(tuple(group["params"]) for group in groups)
     numbers = [index for group in members for index in group]
     if not all(map(is_count, numbers)) or numbers != list(range(len(numbers))):
@@ -325,7 +325,7 @@ def _paddings(state: Mapping[str, Any], key: str, groups: int, path: Path) -> tu
         raise CorruptFile(f"{path}: {key} has {len(paddings)} groups, but there are {groups}.")
     if not all(is_count(count) for group in paddings for count in group):
         raise CorruptFile(
-            f"{path}: {key} is {found!r:.60}.\nExpected whole numbers from 0 on.\nThe file is damaged: copy it again."
+            f"{path}: {key} is {found!r:.60}.\nExpected whole numbers, 0 or more.\nThe file is damaged: copy it again."
         )
     return paddings
 
@@ -333,14 +333,14 @@ def _paddings(state: Mapping[str, Any], key: str, groups: int, path: Path) -> tu
 def _stage(value: object, path: Path) -> int:
     stage = value.args[0] if isinstance(value, _StandIn) and value.args else value
     if type(stage) is not int or stage not in (1, 2, 3):
-        raise CorruptFile(f"{path}: zero_stage is {stage!r:.60}; 1, 2 or 3 was expected.")
+        raise CorruptFile(f"{path}: zero_stage is {stage!r:.60}; expected 1, 2 or 3.")
     return stage
 
 
 def adam_states(
     states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], path: Path
 ) -> dict[int, AdamState]:
-    """Adam's state by index. Raises ``AnotherOptimizer`` when it is no Adam's."""
+    """Adam's state by index. Raises ``AnotherOptimizer`` for another optimizer's."""
     found: dict[int, AdamState] = {}
     # Some of DeepSpeed's compiled optimizers count their steps in the group.
     group_steps = {index: group["step"] for group in groups if "step" in group for index in group["params"]}
@@ -379,7 +379,7 @@ class UniversalDocument:
 
     groups: tuple[Mapping[str, Any], ...]
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors, in the source
-    steps: tuple[float | None, ...]  #: by group; None where only ``step.pt`` beside a parameter has it
+    steps: tuple[float | None, ...]  #: by group; None if only a parameter's ``step.pt`` has it
     loss_scaler: Mapping[str, Any] | None = None
 
 
@@ -404,7 +404,7 @@ def _universal_members(groups: Sequence[Mapping[str, Any]], path: Path) -> tuple
     """Numbers of flat tensors in the source; ``ds_to_universal`` leaves them out, or keeps those of one rank."""
     members = tuple(tuple(group.get("params") or ()) for group in groups)
     if not all(is_count(index) for group in members for index in group):
-        raise CorruptFile(f"{path}: a parameter group holds {members!r:.60}; numbers of parameters were expected.")
+        raise CorruptFile(f"{path}: a parameter group holds {members!r:.60}; expected numbers of parameters.")
     return members
 
 
@@ -433,7 +433,7 @@ def plain(value: object) -> Any:
     """The parts of a client_state that JSON can hold; raises ``ValueError`` with the name of what it cannot."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise ValueError("a key is no text")
+            raise ValueError("a key is not text")
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, TorchSize):
         return [plain(item) for item in value]

@@ -1,6 +1,6 @@
 """Names of DeepSpeed's files, and those of one tag folder, sorted.
 
-In it lie one model file a tensor-parallel rank (ZeRO-3: a rank) and, for ZeRO 1 to 3, one optimizer file a rank.
+It holds one model file per tensor-parallel rank (ZeRO-3: per rank) and, for ZeRO 1 to 3, one optimizer file per rank.
 Names: ``_get_ckpt_name`` and ``_get_rank_zero_ckpt_name`` in deepspeed/runtime/engine.py, 0.19.8.
 """
 
@@ -49,7 +49,7 @@ class TagFiles:
 
     @property
     def first_model(self) -> Path:
-        """Of global rank 0, the only one whose ``shared_params`` is filled. Raises ``MissingShard``."""
+        """The model file of global rank 0, the only one with ``shared_params``. Raises ``MissingShard``."""
         path = self.models.get((None, 0), self.models.get((0, 0)))
         if path is None:
             name = model_file(None if any(dp is None for dp, _ in self.models) else 0)
@@ -80,14 +80,14 @@ def tag_files(folder: Path) -> TagFiles:
     if is_folder_there(folder / _OFFLOADED):
         raise UnsupportedModel(
             f"{folder}: the run kept its fp32 weights and Adam's state on NVMe, so they are in {_OFFLOADED}/.\n"
-            "Expected them in the optimizer files: only the running engine knows what lies in which *.tensor.swp, and "
+            "Expected them in the optimizer files: only the running engine knows the content of a *.tensor.swp, and "
             "zero_to_fp32 cannot tell either.\n"
             "Load it into DeepSpeed as it was saved, with stage3_gather_16bit_weights_on_model_save, and save the "
             "weights by engine.save_16bit_model(OUT)."
         )
     universal = is_folder_there(folder / "zero")
     if len({dp is None for dp, _ in models}) > 1 and not universal:
-        raise MixedCheckpoint(f"{folder}: model files of ZeRO-3 lie beside one of another stage. Keep those of one.")
+        raise MixedCheckpoint(f"{folder} has model files of ZeRO-3 and of another stage. Keep those of one.")
     if not models:
         raise MissingShard(
             f"{folder}: {model_file(None)} (ZeRO-3: {model_file(0)}) is missing: it names the parameters that the "

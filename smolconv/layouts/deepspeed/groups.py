@@ -22,13 +22,13 @@ from smolconv.models.registry import family_of
 from smolconv.parsing import parse_json
 from smolconv.tensors.lazy import LazyTensor, Zeros, cast
 
-#: What torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams look for.
+#: Fields that torch.optim.AdamW stores in a group, and ``bias_correction``, which DeepSpeed's own Adams read.
 _ADAMW: Mapping[str, Any] = {
     "lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False,
     "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
     "bias_correction": True,
 }  # fmt: skip
-#: How Adam is carried out, not what it computes: another trainer's choice is no business of the engine's.
+#: Implementation switches of Adam that do not change its results: the engine's choice, not the checkpoint's.
 _EXECUTION = ("foreach", "capturable", "differentiable", "fused")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 
@@ -76,9 +76,9 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
             f"{'was' if len(found) == 1 else 'were'} made, {f'{spared} undecayed, the rest' if spared else 'all'} "
             f"with weight decay {family.weight_decay:g} {family.decay_source} (--groups FILE.json chooses)."
         )
-    if zero_stage != 3:  # whose engine, alone, counts a group that is wholly frozen
+    if zero_stage != 3:  # only ZeRO-3's engine counts a group that is entirely frozen
         found = [group for group in found if group.names]
-    if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must say everything
+    if zero_stage is not None:  # a rank's file replaces the running optimizer's groups, so it must be complete
         found = _in_full(found, family, warnings)
     if checkpoint.source.engine is None:
         found = [
@@ -146,7 +146,7 @@ def _tensors(
 
 
 def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[ParameterGroup]:
-    """What the family's pretraining decays, and what it does not, where there is such."""
+    """The parameters that the family's pretraining decays, and those that it does not, if any."""
     family = family_of(checkpoint.spec)
     rest, undecayed = ([name for name in trained if (name in family.undecayed) == spared] for spared in (False, True))
     return [
@@ -194,7 +194,7 @@ def _from_file(path: Path, trained: Sequence[str], known: OptimizerState | None)
     groups = []
     for i, (rule, names) in enumerate(zip(rules, members)):
         if unknown := [name for name in rule.names if name not in trained]:
-            raise UsageError(f"--groups {path}: group {i} names {unknown[0]}, which is no trained parameter.")
+            raise UsageError(f"--groups {path}: group {i} names {unknown[0]}, which is not a trained parameter.")
         if not names:
             raise UsageError(f"--groups {path}: no parameter is in group {i}.")
         if taken := [name for name in rule.names if name not in names or rule.names.count(name) > 1]:
@@ -231,7 +231,7 @@ def _read_rules(path: Path) -> list[_Rule]:
         for key, value in values.items():
             betas = key == "betas" and isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
             if not betas and (key == "betas" or not is_number(value)):
-                raise UsageError(f"{where}: {key} is {json.dumps(value)[:40]}; a number (betas: two) was expected.")
+                raise UsageError(f"{where}: {key} is {json.dumps(value)[:40]}; expected a number (betas: two).")
             values[key] = tuple(value) if betas else value
         try:
             pattern = None if regex is None else re.compile(regex)

@@ -14,9 +14,9 @@ from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
 from smolconv.layouts.listing import AnyPath, P, companions, files_below, read_name, there
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
-#: Where our writer keeps the documents of the layout that the checkpoint came from, beside ``latest``.
+#: Folder next to ``latest`` in which smolconv's writer stores documents of the source's layout.
 SOURCE_DOCUMENTS = "smolconv_source"
-#: Names that show where a checkpoint lies.
+#: Names by which a checkpoint is recognised.
 MARKS: tuple[str, ...] = (LATEST, LATEST_UNIVERSAL, "*_model_states.pt")
 
 
@@ -26,7 +26,7 @@ def detect(folder: AnyPath) -> bool:
 
 
 def holds_training(folder: AnyPath) -> bool:
-    """``Listing.holds_training``. A ``latest`` alone is none: Trainers upload it without the tag that it names."""
+    """``Listing.holds_training``. A ``latest`` alone does not count: Trainers upload it without its tag."""
     return _is_tag_folder(folder) or any(True for _ in _tags(folder, 1))
 
 
@@ -35,7 +35,7 @@ def _is_tag_folder(folder: AnyPath) -> bool:
 
 
 def _inside(folder: P) -> list[P]:
-    """What a folder holds: nothing where it is none, or may not be listed."""
+    """A folder's entries; empty if it is not a folder, or cannot be listed."""
     try:
         return list(folder.iterdir())
     except OSError:
@@ -43,7 +43,7 @@ def _inside(folder: P) -> list[P]:
 
 
 def _tags(folder: P, depth: int) -> Iterator[str]:
-    """The tags in a folder: those with a slash lie deeper, at most ``depth`` folders below."""
+    """The tags in a folder; those with a slash are deeper, at most ``depth`` folders below."""
     level = {"": folder}
     for _ in range(depth):
         below = {f"{tag}/{path.name}".lstrip("/"): path for tag, each in level.items() for path in _inside(each)}
@@ -107,10 +107,10 @@ def _step_of(tag: str) -> int | None:
 
 
 def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
-    """``Listing.needed_files``. Adam's state is always among them: the weights' masters lie in the same files."""
+    """``Listing.needed_files``. Always includes Adam's state, because the masters are in the same files."""
     tag = find_tag_folder(folder, step)
     run = run_folder(folder, tag)
     pointers = [path for name in (LATEST, LATEST_UNIVERSAL) if (path := folder / name).is_file()]
-    # The tag holds no model config of DeepSpeed's: it may lie beside ``latest``, or above the run.
+    # DeepSpeed saves no model config: it may be next to ``latest``, or above the run.
     above = [path for place in (run, run.parent) for path in companions(place)]
     return [*pointers, *files_below(tag), *above, *files_below(run / SOURCE_DOCUMENTS)]

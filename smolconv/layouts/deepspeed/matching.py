@@ -1,4 +1,4 @@
-"""Which weight a master belongs to, told by its values: where DeepSpeed wrote no name, or files may be mixed."""
+"""Matches masters to weights by their values, if DeepSpeed stored no names, or files may be mixed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _places_by_order(
             places[name] = (group, stop - sizes[name] - (stops[group] - ends[group]))
         if all(place >= 0 and fits(name, group, place) for name, (group, place) in places.items()):
             return places
-    # After each name: how far each group may have come, in how many ways (2 stands for more), and by which last step.
+    # After each name: possible positions in each group, the number of ways (2: several), and the last step of each.
     start = (0,) * len(ends)
     levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], int | None]]] = [{start: (1, start, None)}]
     for stop, (name, size) in zip(total, sizes.items()):
@@ -111,18 +111,18 @@ def _places_by_order(
 
 
 def starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
-    """Whether the first elements of a weight are those of the master, rounded to its dtype."""
+    """Whether the first elements of a weight are the master's, rounded to its dtype."""
     return weight.shape == master.shape and alike(weight, master, 0)
 
 
 def alike(weight: LazyTensor, master: LazyTensor, start: int, count: int = 1024) -> bool:
-    """Whether ``count`` elements from ``start`` on are those of the master, rounded to the weight's dtype."""
+    """Whether ``count`` elements from ``start`` on are the master's, rounded to the weight's dtype."""
     stop = min(start + count, weight.numel)
     stored, rounded = flat_slice(weight, start, stop), cast(flat_slice(master, start, stop), weight.dtype)
     if equal(stored, rounded):
         return True
     import numpy as np
 
-    # Which NaN a rounded NaN becomes is everybody's own choice.
+    # The bits of a rounded NaN are not specified.
     left, right = (cast(tensor, "float32").numpy().view(np.float32) for tensor in (stored, rounded))
     return bool(np.array_equal(left, right, equal_nan=True))

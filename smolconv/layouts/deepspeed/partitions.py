@@ -122,14 +122,14 @@ def cut_piece(parameter: LazyTensor, ranks: int, rank: int) -> LazyTensor:
 
 
 def join_pieces(pieces: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
-    """One parameter from the ranks' padded pieces. What lies in the padding is DeepSpeed's uninitialised memory."""
+    """One parameter from the ranks' padded pieces. The padding is uninitialised memory of DeepSpeed."""
     numel, size = prod(shape), piece_numel(prod(shape), len(pieces))
     counts = [_filled(numel, size, rank) for rank in range(len(pieces))]
     return join([flat_slice(piece, 0, count) for piece, count in zip(pieces, counts) if count], shape)
 
 
 def sub_groups(numels: Sequence[int], ranks: int, sub_group_size: int) -> list[range]:
-    """Which parameters of a group of ZeRO-3 make each sub-group, as DeepSpeed would cut it."""
+    """The parameters of each sub-group in a ZeRO-3 group, divided as DeepSpeed would."""
     pieces = [piece_numel(numel, ranks) for numel in numels]
     if sub_group_size >= sum(pieces):
         return [range(len(numels))]

@@ -20,7 +20,7 @@ def without_shared_memory_operations() -> None:
 
 
 def replace_checkpoint_engine(engine: Any) -> None:
-    """Have a DeepSpeed engine load and save by ``CheckpointEngine``, and by the names of files alone.
+    """Make a DeepSpeed engine load and save with ``CheckpointEngine``, and find files by name only.
 
     Its own would unpickle freely, and looks for model files by a pattern of which the whole path is part. One that
     sorts before the right one would be loaded in its place, and with ``run[1]`` in the path those of a folder ``run1``.
@@ -43,7 +43,7 @@ def stay_fused(optimizer: Any) -> None:
 
 
 def reduce_nothing(engine: Any) -> None:
-    """For a rank alone: DeepSpeed would copy all gradients of ZeRO-0 and 1 into one tensor, and back."""
+    """For a single rank: avoid DeepSpeed's copy of all gradients of ZeRO-0 and 1 into one tensor and back."""
     engine.buffered_allreduce_fallback = lambda **_: None
 
 
@@ -59,7 +59,7 @@ def gather_whole(modules: Iterable[Any]) -> None:
 
 
 def scatter_gradients(engine: Any) -> None:
-    """Where ZeRO-1 and 2 are to scatter gradients, have them send no more than that, and sum in ``reduce_dtype`` alone.
+    """If ZeRO-1 and 2 scatter gradients, make them send nothing else, and sum only in ``reduce_dtype``.
 
     Before the first step. ZeRO-1 in bf16 (``BF16_Optimizer``) ignores ``reduce_scatter``: it sums all gradients on all
     ranks. ZeRO-2 divides by the number of ranks in bf16, before it sums in fp32.
@@ -84,7 +84,7 @@ def scatter_gradients(engine: Any) -> None:
 
 
 def _sum_shares(engine: Any) -> None:
-    """Each rank's share of every group's gradients, the mean over all ranks; the rest of them is left as it is."""
+    """Each rank's share of every group's gradients, averaged over all ranks; the other gradients are unchanged."""
     from deepspeed import comm
 
     group, dtype = engine.optimizer.dp_process_group, engine.communication_data_type
@@ -100,7 +100,7 @@ def _sum_shares(engine: Any) -> None:
 
 
 def _own_gradients(optimizer: Any, *, whole: bool) -> Any:
-    """What clipping scales; or what it takes the norm of: a tensor whose norm is that of all ranks' shares."""
+    """The tensors that clipping scales, or one with the norm of all ranks' shares."""
     import torch
     from deepspeed import comm
 
@@ -127,9 +127,9 @@ def keep_own_clipping(engine: Any) -> None:
 
 @contextmanager
 def saving_by(engine: Any, checkpoint_engine: Any) -> Iterator[None]:
-    """Save by another checkpoint engine, and nothing beside the checkpoint."""
+    """Save with another checkpoint engine, and write nothing but the checkpoint."""
     before, engine.checkpoint_engine = engine.checkpoint_engine, checkpoint_engine
-    # Rank 0 alone would copy DeepSpeed's scripts into the folder, and leave the others waiting when it could not.
+    # Rank 0 would copy DeepSpeed's scripts into the folder, and if that failed the others would wait for it.
     engine._copy_recovery_script = lambda _: None
     try:
         yield
@@ -139,7 +139,7 @@ def saving_by(engine: Any, checkpoint_engine: Any) -> Iterator[None]:
 
 @contextmanager
 def without_update(engine: Any) -> Iterator[None]:
-    """Count a step of ZeRO-0 in fp32, whose optimizer is torch's own and skips none, and leave the weights alone."""
+    """Count a skipped step of ZeRO-0 in fp32, whose optimizer is torch's and never skips, without changing weights."""
     update, engine.optimizer.step = engine.optimizer.step, lambda *_, **__: None
     try:
         yield

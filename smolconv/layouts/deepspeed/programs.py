@@ -1,4 +1,4 @@
-"""Programs around a DeepSpeed engine: the tag that each asks for, and what it keeps beside the tag.
+"""Programs around a DeepSpeed engine: the tag that each expects, and its files next to the tag.
 
 Sources: ``_load_optimizer_and_scheduler``, ``_load_rng_state`` and ``TrainerState`` of transformers 5.23's Trainer;
 ``load_state`` and ``load_accelerator_state`` of accelerate 1.15.
@@ -27,19 +27,19 @@ from smolconv.storage.torch_archive.archive import plan_torch_archive, read_torc
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What one program asks of a folder that it resumes from."""
+    """What a program needs to resume from a folder."""
 
     title: str
     tag: str | None  #: the only one that it loads; None: any that begins with global_step
     random: re.Pattern[str]  #: names of the ranks' random states
     others: re.Pattern[str]  #: names of what all ranks share
-    #: Of those that a run cannot resume without: made where the source has none that fit, with what is said of it.
+    #: Files without which a run cannot resume: written if the source has no valid one, with a warning.
     made: Mapping[str, Callable[[Checkpoint], tuple[bytes, str]]]
     check: Callable[[Path, Checkpoint], None]  #: raises ``BadCheckpoint`` for a file of another step
 
 
 def _trainer_state(checkpoint: Checkpoint) -> tuple[bytes, str]:
-    # A Trainer continues by these in place of its own arguments, and fails without them.
+    # A Trainer uses these instead of its own arguments, and fails without them.
     intervals = {"logging_steps": 500, "eval_steps": 500, "save_steps": 500, "train_batch_size": 1}
     state: dict[str, Any] = {"global_step": _step(checkpoint), **intervals}
     if checkpoint.progress is not None and checkpoint.progress.consumed_tokens is not None:
@@ -60,7 +60,7 @@ def _schedule(checkpoint: Checkpoint) -> tuple[bytes, str]:
         "_last_lr": [float(group.hyperparameters.get("lr", 0.0)) for group in groups],
     }  # fmt: skip
     data = plan_torch_archive("scheduler", state).without_data()
-    return data, f"it says step {step} of the run's own schedule, for one of transformers' (a LambdaLR)"
+    return data, f"it has step {step} of the run's own schedule, for one of transformers' (a LambdaLR)"
 
 
 def _check_trainer(path: Path, checkpoint: Checkpoint) -> None:
@@ -98,7 +98,7 @@ PROGRAMS: Mapping[str, Program] = {
         check=_check_accelerate,
     ),
 }
-#: Names of all files here, for whoever tells a checkpoint's files from others.
+#: Names of all these files, to distinguish a checkpoint's files from others.
 PROGRAM_PATTERN = "|".join(
     pattern.pattern.replace("?P<rank>", "")
     for program in PROGRAMS.values()
@@ -107,7 +107,7 @@ PROGRAM_PATTERN = "|".join(
 
 
 def program_files(folder: Path) -> dict[str, Path]:
-    """What programs keep beside a tag, by name; nothing is opened."""
+    """Files of programs next to a tag, by name; opens none."""
     with suppress(OSError):
         return {
             entry.name: folder / entry.name
@@ -124,7 +124,7 @@ def check_tag(tag: str | None, program: str | None) -> None:
     if tag is None:
         return
     if not is_path_below(tag) or tag != tag.strip() or not tag.isprintable():
-        raise UsageError(f"--tag {tag!r:.80}: the name of a folder was expected, such as global_step100.")
+        raise UsageError(f"--tag {tag!r:.80}: expected the name of a folder, such as global_step100.")
     if program is not None:
         wanted = PROGRAMS[program].tag
         if tag != wanted and (wanted is not None or not tag.startswith("global_step")):
@@ -142,7 +142,7 @@ def program_tag(program: str | None) -> str | None:
 def program_documents(
     checkpoint: Checkpoint, name: str | None, ranks: int | None, warnings: list[str]
 ) -> list[PlannedFile]:
-    """What the program needs beside the tag: the source's own where it still holds, else made of what is known.
+    """The program's files: the source's if they are still valid, else new ones.
 
     ``ranks`` is None where any number of them may load the checkpoint. ``warnings`` gets what is made or left out.
     """

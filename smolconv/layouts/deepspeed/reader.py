@@ -223,7 +223,7 @@ def _progress(reading: DeepSpeedReading) -> TrainingProgress:
 
 
 def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> SourceRecord:
-    """The documents of the layout it came from, the model's config, and what DeepSpeed alone knows."""
+    """The documents of the source's layout, the model's config, and DeepSpeed's own state."""
     kept, files = read_documents(reading.run / SOURCE_DOCUMENTS)
     reading.read_files += files
     if is_nanotron_config(reading.config):

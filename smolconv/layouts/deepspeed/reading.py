@@ -1,4 +1,4 @@
-"""What all parts of a DeepSpeed checkpoint's reading share: the files, the model's shapes, what was found."""
+"""State shared while reading a DeepSpeed checkpoint: the files, the model's shapes, the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from smolconv.tensors.lazy import LazyTensor
 
 @dataclass(kw_only=True)
 class StoredState:
-    """What the files of one tensor-parallel rank hold, by DeepSpeed's names. Filled while reading."""
+    """The contents of one tensor-parallel rank's files, by DeepSpeed's names. Filled while reading."""
 
     weights: dict[str, LazyTensor]  #: as the model file has them; not those that are empty there
     dtypes: dict[str, str]  #: the module's, also of empty tensors
@@ -34,7 +34,7 @@ class StoredState:
         default_factory=lambda: {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
     )
     steps: dict[str, float] = field(default_factory=dict)
-    flat_steps: Mapping[int, float] = field(default_factory=dict)  #: by flat tensor, also where no state was asked for
+    flat_steps: Mapping[int, float] = field(default_factory=dict)  #: by flat tensor, even if no state was requested
     groups: tuple[ParameterGroup, ...] = ()
 
 
@@ -58,7 +58,7 @@ class DeepSpeedReading:
         if not self.spec.tied and heads:
             raise MixedCheckpoint(
                 f"{self.first.path} ties {heads[0]} to {self.first.shared[heads[0]]}, but {self.where} "
-                "says that they are two. Check that the config belongs to this checkpoint."
+                "has them as two. Check that the config belongs to this checkpoint."
             )
         self.shapes = parameter_shapes(self.spec)
         self.table = weight_table(self.spec)
@@ -83,7 +83,7 @@ class DeepSpeedReading:
 
 
 def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDocument) -> tuple[dict[str, Any], str]:
-    """--config, then the tag folder, beside ``latest``, the run folder's parent, and the client_state."""
+    """Search --config, then the tag folder, the folder of ``latest``, the run folder's parent, and the client_state."""
     if override is not None:
         return read_json(override), str(override)
     run = run_folder(folder, tag)
@@ -104,5 +104,5 @@ def _find_config(folder: Path, tag: Path, override: Path | None, model: ModelDoc
     raise MissingFile(
         f"{folder} holds no model config: DeepSpeed saves none. Looked for config.json in "
         f"{', '.join(map(str, looked))} and in the client_state.\n"
-        "Put the model's config.json beside latest, or pass it (or nanotron's model_config.json) with --config."
+        "Put the model's config.json next to latest, or pass it (or nanotron's model_config.json) with --config."
     )

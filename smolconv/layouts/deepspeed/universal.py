@@ -54,7 +54,7 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
         )
     for name in wanted:
         _read_parameter(reading, zero / name, name, model, found)
-    # What is in no group is frozen; DeepSpeed's tool writes fp32.pt alone for a tied head and its embedding.
+    # Parameters in no group are frozen; for a tied head and its embedding DeepSpeed's tool writes only fp32.pt.
     names = stored_names([*found.dtypes, *there])
     for name in sorted(there.difference(wanted)):
         canonical = names.canonical(name)

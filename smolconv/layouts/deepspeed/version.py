@@ -1,4 +1,4 @@
-"""Which versions of DeepSpeed our engines can be.
+"""The versions of DeepSpeed that smolconv's engines support.
 
 A patch release changes what a file means. Up to 0.19.6 ZeRO's flat partitions have no padding between parameters
 (``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes; going on from what it saves then,
@@ -11,7 +11,7 @@ import importlib.metadata
 
 from smolconv.errors import NotInstalled
 
-#: What test_deepspeed_engine.py and test_training_resume.py pass with: 0.19.8. pyproject.toml asks for the same.
+#: test_deepspeed_engine.py and test_training_resume.py pass with 0.19.8. pyproject.toml requires the same.
 RANGE = ">=0.19.8,<0.19.9"
 
 

@@ -59,9 +59,9 @@ from smolconv.storage.torch_archive.values import Storage, TensorRef, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Literal, Zeros, join, reshape
 from smolconv.version import __version__
 
-#: The newest that ``ds_to_universal`` knows.
+#: The newest version that ``ds_to_universal`` supports.
 _UNIVERSAL_VERSION = 0.4
-#: What ZeRO-0's optimizer stores of a loss scale.
+#: The loss scale fields that ZeRO-0's optimizer stores.
 _UNFUSED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
@@ -89,11 +89,11 @@ class DeepSpeedOptions:
         if self.zero_stage and self.world_size is None:
             raise UsageError(f"--zero-stage {self.zero_stage} needs --world-size: the number of data-parallel ranks.")
         if self.world_size is not None and self.world_size < 1:
-            raise UsageError(f"--world-size {self.world_size}: a positive number was expected.")
+            raise UsageError(f"--world-size {self.world_size}: expected a positive number.")
         if self.sub_group_size is not None and self.zero_stage != 3:
             raise UsageError(f"--sub-group-size {self.sub_group_size}: only ZeRO-3 has sub-groups (--zero-stage 3).")
         if self.sub_group_size is not None and self.sub_group_size < 1:
-            raise UsageError(f"--sub-group-size {self.sub_group_size}: a positive number was expected.")
+            raise UsageError(f"--sub-group-size {self.sub_group_size}: expected a positive number.")
         check_tag(self.tag, self.program)
 
     @property
@@ -143,7 +143,7 @@ class _DeepSpeedWriter:
             *program_documents(self.checkpoint, self.options.program, self.options.world_size, self.warnings),
         ]
         if any(file.path.parts[0] == self.tag.split("/")[0] for file in documents):
-            raise UsageError(f"--tag {self.tag}: a file beside the tag has that name. Choose another.")
+            raise UsageError(f"--tag {self.tag}: a file next to the tag has that name. Choose another.")
         return PlannedOutput(files=(*files, *documents), warnings=tuple(self.warnings))
 
     def _tag(self) -> str:
@@ -185,7 +185,7 @@ class _DeepSpeedWriter:
         frozen, weights_of = self.checkpoint.frozen, self.checkpoint.parameters
         module: OrderedDict[str, TensorRef] = OrderedDict()
         for name, tensor in weights_of.items():
-            # A universal load leaves the module alone, so only what has no other place is stored there.
+            # A universal load ignores the module, so only data without another place is stored there.
             stored = weights or (self.options.writes_universal and name in frozen and rank is None)
             own = archive.own(tensor, name, Slot.PARAMETER.value) if stored else archive.empty(tensor.dtype)
             module[self.stored(name)] = own
@@ -309,7 +309,7 @@ class _DeepSpeedWriter:
         return self.checkpoint.parameters[name].numel
 
     def _slice_mapping(self, names: Sequence[str], rank: int) -> OrderedDict[str, object]:
-        """Where each parameter lies in the rank's slice; ds_to_universal reads it."""
+        """The position of each parameter in the rank's slice; ds_to_universal reads it."""
         size = partition_numel(sum(map(self._shape_numel, names)), self.ranks)
         first, found, at = rank * size, OrderedDict[str, object](), 0
         for name in names:
@@ -432,7 +432,7 @@ class _DeepSpeedWriter:
             one_step(self.optimizer, group.names)
         steps = {self.optimizer.steps[name] for name in names}
         if len(steps) > 1:
-            self.warnings.append("groups have different Adam steps: a universal load into ZeRO-3 knows only the first.")
+            self.warnings.append("groups have different Adam steps: a universal load into ZeRO-3 uses only the first.")
         if len(self.groups) > 1:
             self.warnings.append(
                 f"loaded into ZeRO-3, DeepSpeed counts one Adam step for all {len(self.groups)} groups, which drifts: "
@@ -494,7 +494,7 @@ class _Archive:
         return archive_file(path, document, self.contents, allow=STAND_INS)
 
     def own(self, tensor: LazyTensor, name: str, slot: str) -> TensorRef:
-        """A reference to the tensor, in a storage of its own."""
+        """A reference to the tensor in a separate storage."""
         storage = Storage(dtype=tensor.dtype, numel=tensor.numel)
         self.contents[storage] = [ArchiveContent(name=name, slot=slot, source=tensor)]
         return TensorRef(storage=storage, shape=tensor.shape)

@@ -1,4 +1,4 @@
-"""ZeRO 1 to 3: masters and moments lie in flat tensors that are cut over the ranks."""
+"""ZeRO 1 to 3: masters and moments are in flat tensors that are split over the ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from smolconv.layouts.deepspeed.reading import DeepSpeedReading, StoredState
 from smolconv.layouts.deepspeed.zero3 import require_model_files, whole_groups, zero3_tensors
 from smolconv.tensors.lazy import LazyTensor
 
-#: Elements that tell whether a weight is its rounded master, at each place where that is asked.
+#: Elements compared at each position to check whether a weight is its rounded master.
 _COMPARED = 64
 
 
@@ -85,7 +85,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
 
 
 def _another_step(model: ModelDocument, first: OptimizerDocument) -> list[str]:
-    """What is to be said where Adam has made other steps than the model files count."""
+    """Warnings if Adam's step count differs from the model files'."""
     steps, made = set(first.steps.values()), model.step - model.skipped_steps
     if not steps or made in steps:
         return []
@@ -93,10 +93,10 @@ def _another_step(model: ModelDocument, first: OptimizerDocument) -> list[str]:
     if steps == {made + 1} and re.match(r"0\.(\d|1[012])\.", str(model.ds_version)):
         return [
             f"Adam counts {made + 1} steps after {made}: DeepSpeed {str(model.ds_version).strip():.20} begins ZeRO-3 "
-            "with one of zero gradients. The count is carried as it is."
+            "with one of zero gradients. The count is carried unchanged."
         ]
     return [
-        f"the model files are of step {model.step}, but Adam has made {_steps(first.steps)} steps: it began anew in "
+        f"the model files are of step {model.step}, but Adam has made {_steps(first.steps)} steps: it started over in "
         "between, or files of two checkpoints are mixed."
     ]
 
@@ -218,7 +218,7 @@ def _check_group_paddings(
     """
     sizes = {part.numel for slot in MOMENTS for part in flat.get(slot, ())}
     if len(sizes) != 1:
-        return  # moments were not asked for, or an elastic checkpoint left their padding out
+        return  # moments were not requested, or an elastic checkpoint has no padding
     (size,) = sizes
     for document, master in zip(documents, flat[Slot.MASTER]):
         padding = None if document.group_paddings is None else document.group_paddings[index]

@@ -1,4 +1,4 @@
-"""No ZeRO: Adam's state lies in the model file, without names, alone or in one of DeepSpeed's wrappers."""
+"""No ZeRO: Adam's state is in the model file, without names, perhaps in one of DeepSpeed's wrappers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from smolconv.tensors.lazy import Stored, flat_slice
 
 
 def read_zero0(reading: DeepSpeedReading, model: ModelDocument, found: StoredState) -> None:
-    """Adam's state lies in the model file: by parameter, numbered through the groups, without names."""
+    """Adam's state in the model file: by parameter, numbered across groups, without names."""
     state = model.optimizer
     assert state is not None
     path = model.path
@@ -76,7 +76,7 @@ def read_zero0(reading: DeepSpeedReading, model: ModelDocument, found: StoredSta
             for slot, tensor in states[index].moments.items():
                 found.slots[slot][name] = tensor
     found.groups = tuple(
-        # What has no state after a step is frozen, though it was given to the optimizer.
+        # Parameters without state after a step are frozen, although they were given to the optimizer.
         ParameterGroup(names=tuple(names[i] for i in group if i in states or not states), hyperparameters=hyper)
         for group, hyper in zip(indices, values)
     )

@@ -51,7 +51,7 @@ def require_model_files(reading: DeepSpeedReading, model: ModelDocument, found: 
                 f"(zero_pp_rank_{rank}_mp_rank_{tp:02d}_model_states.pt).\nCopy it from the training node."
             )
         if not model.frozen_fragments and path != model.path:
-            # Parsing 384 of them takes seconds, and all but the first say the same.
+            # Parsing 384 of them takes seconds, and all repeat the first.
             pickled = read_pickle_bytes(path)
             if pickled in seen:
                 reading.read_files.append(path)
@@ -76,7 +76,7 @@ def require_model_files(reading: DeepSpeedReading, model: ModelDocument, found: 
 
 
 def _require_same_parameters(model: ModelDocument, other: ModelDocument) -> None:
-    """Names, shapes and order are taken from the first rank's model file, so the others must say the same."""
+    """Names, shapes and order are taken from the first rank's model file, so the others must be the same."""
     mine, found = (
         {
             "param_shapes": [item for group in document.groups or () for item in group.items()],

@@ -1,4 +1,4 @@
-"""A GGUF file's header (ggml's docs/gguf.md, versions 2 and 3): metadata by key, and where the tensors lie."""
+"""A GGUF file's header (ggml's docs/gguf.md, versions 2 and 3): metadata by key, and the tensors' positions."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str,
         for _ in range(key_count):
             key = header.string()
             if key in metadata:
-                raise header.corrupt(f"the key {key} is there twice")
+                raise header.corrupt(f"the key {key} occurs twice")
             metadata[key] = header.value(header.number("I"))
         entries: dict[str, Entry] = {}
         for _ in range(tensor_count):
             name = header.string()
             if name in entries:
-                raise header.corrupt(f"the tensor {name} is there twice")
+                raise header.corrupt(f"the tensor {name} occurs twice")
             entries[name] = _read_entry(header, name, gguf)
         end_of_header = file.tell()
     alignment = metadata.get("general.alignment", 32)
@@ -104,9 +104,9 @@ def read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str,
     start, size = -(-end_of_header // alignment) * alignment, path.stat().st_size
     at = 0
     for name, entry in entries.items():
-        # As llama.cpp demands: tensors lie one after the other, so none can stand in another's place.
+        # As in llama.cpp, tensors must be consecutive, so that none can overlap another.
         if entry.offset != at:
-            raise header.corrupt(f"{name} begins at byte {entry.offset} of the data, where {at} was expected")
+            raise header.corrupt(f"{name} begins at byte {entry.offset} of the data, expected {at}")
         at += -(-entry.nbytes // alignment) * alignment
         if start + entry.offset + entry.nbytes > size:
             raise header.corrupt(

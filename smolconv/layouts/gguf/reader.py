@@ -39,7 +39,7 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
-#: Keys below ``llama.`` that are read here, and those that may be there if they say that nothing changes.
+#: Keys below ``llama.`` that are read, and those that are allowed if their value changes nothing.
 _READ = frozenset({
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> Checkpoint:
         spec=spec,
         tensors={Slot.PARAMETER: gguf_table(spec).to_canonical(stored, str(path))},
         documents=_documents(metadata, found, spec, ids, path),
-        # A key that is null says that the file names no such token; HF would fill in its class's own id.
+        # null means that the file names no such token; transformers would fill in its class's id.
         source=SourceRecord(hf_config={name: ids[name] for name in ids if name != "unk_token_id"}),
         files=(path,),
         warnings=tuple(
@@ -159,7 +159,7 @@ def _spec(metadata: Mapping[str, Any], found: Mapping[str, Entry], path: Path) -
         if value(name, int, expected) != expected:
             raise UnsupportedModel(
                 f"{path}: llama.{name} is {metadata[f'llama.{name}']}, but its other metadata ask for {expected}.\n"
-                "A Hugging Face Llama has no place for the difference."
+                "A Hugging Face Llama cannot represent the difference."
             )
     return ModelSpec(
         architecture="llama",

@@ -53,7 +53,7 @@ def token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
 
 
 def listed(metadata: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
-    """The list of ``kind`` under a key. Raises ``UnsupportedModel`` where there is none."""
+    """The list of ``kind`` under a key. Raises ``UnsupportedModel`` if there is none."""
     value = metadata.get(key)
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
         raise UnsupportedModel(f"{path} has no list {key}, so its tokenizer cannot be rebuilt.")

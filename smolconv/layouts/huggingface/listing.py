@@ -9,13 +9,13 @@ from smolconv.layouts.listing import AnyPath, P, companions, content, files_belo
 from smolconv.parsing import parse_json
 
 CONFIG = "config.json"
-#: Where Transformers puts weights, the best first. ``index_of`` each names the file that says where the shards are.
+#: Transformers' names for weights, in order of preference. ``index_of`` gives the index of each one's shards.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 #: Where our writer puts Adam's state and the documents of the layout that the checkpoint came from.
 SIDECAR = "smolconv_state"
 #: Lies in a folder with an adapter of PEFT, which changes the weights and is not read.
 ADAPTER = "adapter_config.json"
-#: Names that show where a checkpoint lies.
+#: Names by which a checkpoint is recognised.
 MARKS: tuple[str, ...] = (CONFIG,)
 
 #: Suffixes of weights for any program.
@@ -29,19 +29,19 @@ def index_of(weights: str) -> str:
 
 
 def detect(folder: AnyPath) -> bool:
-    """Whether ``folder`` holds an HF config beside weights."""
+    """Whether ``folder`` holds an HF config and weights."""
     return there(folder / CONFIG) and has_weights(folder)
 
 
 def has_weights(folder: AnyPath) -> bool:
-    """Whether it holds weights of Transformers' names, whatever config they are of."""
+    """Whether it holds weights with Transformers' names, with any config."""
     return any(there(folder / name) for single in WEIGHTS for name in (single, index_of(single))) or any(
         fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
     )
 
 
 def holds_training(folder: AnyPath) -> bool:
-    """``Listing.holds_training``: Adam's tensors have no place but the sidecar, which may hold documents alone."""
+    """``Listing.holds_training``: Adam's tensors can only be in the sidecar, which may hold only documents."""
     return any(path.name.endswith(".safetensors") for path in files_below(folder / SIDECAR))
 
 
@@ -49,7 +49,7 @@ def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
     """``Listing.needed_files``. A folder is one step, so ``step`` chooses nothing."""
     adam = (".safetensors", index_of(".safetensors"))
     sidecar = [path for path in files_below(folder / SIDECAR) if optimizer or not path.name.endswith(adam)]
-    adapter = folder / ADAPTER  # to say that it is there
+    adapter = folder / ADAPTER  # to warn about it
     return [*companions(folder), *_weights(folder), *sidecar, *([adapter] if adapter.is_file() else [])]
 
 
@@ -60,7 +60,7 @@ def _weights(folder: P) -> list[P]:
             return [folder / single]
         if there(index):
             shards = _shards(index)
-            # Whatever the index names is looked for among the names that are there, so it leads nowhere else.
+            # Names in the index are looked up among the folder's entries, so they cannot lead outside it.
             missing = sorted(shards.difference(path.name for path in folder.iterdir() if path.is_file()))
             if missing:
                 raise MissingShard(

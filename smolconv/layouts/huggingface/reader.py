@@ -1,7 +1,7 @@
-"""Hugging Face: config.json, safetensors (one file or sharded) or legacy pytorch_model.bin, tokenizer beside them.
+"""Hugging Face: config.json, safetensors (one file or sharded) or legacy pytorch_model.bin, and a tokenizer.
 
-HF has no place for Adam's state, so it goes to the sidecar folder ``smolconv_state/`` (docs/sidecar.md), from where it
-comes back without losing a bit.
+HF's layout cannot hold Adam's state, so it is in the sidecar folder ``smolconv_state/`` (docs/sidecar.md), from where
+it comes back without losing a bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from smolconv.tensors.lazy import LazyTensor
 
 
 def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpoint:  # noqa: B008
-    """Read config, headers and, when asked for, the sidecar; tensors stay in their files.
+    """Read config, headers and, if requested, the sidecar; tensors stay in their files.
 
     Raises ``BadCheckpoint`` and its kind for anything missing, contradictory or unsupported.
     """
@@ -41,7 +41,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     table = weight_table(spec)
     files, found = _weights(folder, lambda name: name.endswith(tuple(table.aliases)))
     refuse_adapter(found, folder)
-    # Before the names: a quantised model has others beside its weights, and the dtype says what is the matter.
+    # Before the names: a quantised model has additional tensors, and the dtype explains the problem.
     check_named_dtypes(Slot.PARAMETER, found)
     names = stored_names(found)
     found = names.by_canonical(found)
@@ -62,7 +62,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         files = (*files, *sidecar.files)
     ignored = next((f"{name}.index.json" for name in WEIGHTS if folder / name in files), None)
     if ignored is not None and (folder / ignored).is_file():
-        warnings = (*warnings, f"{ignored} was ignored, as transformers does beside a single file of weights.")
+        warnings = (*warnings, f"{ignored} was ignored, because transformers prefers a single file of weights.")
     assets = assets_in(folder)
     return Checkpoint(
         layout="huggingface",
@@ -88,7 +88,7 @@ def _dtype_warnings(parameters: Mapping[str, LazyTensor], config: Mapping[str, A
         yield f"parameters are {stored} and are kept so; transformers loads all in {loaded}. --dtype makes it one."
     elif said is not None and said not in counts:
         yield (
-            f"config.json says {said}, but all parameters are {next(iter(counts))} and are kept so; transformers casts "
+            f"config.json has {said}, but all parameters are {next(iter(counts))} and keep it; transformers casts "
             f"them when it loads the source, as --dtype {said} does."
         )
 
@@ -99,7 +99,7 @@ def _require_head(found: Mapping[str, LazyTensor], folder: Path, config_path: Pa
     said = "says" if "tie_word_embeddings" in config else "leaves out what its class takes for"
     raise NameMismatch(
         f"{folder}: {HEAD} is missing, and {config_path.name} {said} tie_word_embeddings: false.\n"
-        "Expected a head of its own; transformers would fill one with random numbers.\n"
+        "Expected a separate head; transformers would fill it with random numbers.\n"
         "Set tie_word_embeddings to true if the model was trained so. If not, save it again with its head "
         "(AutoModelForCausalLM), or copy the file that holds it."
     )
@@ -109,7 +109,7 @@ def _weights(folder: Path, may_lack: Callable[[str], bool]) -> tuple[tuple[Path,
     """The weight files, and what they hold by name."""
     for stem in WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
-        if is_there(single):  # transformers, too, looks for an index only where there is no single file
+        if is_there(single):  # like transformers, which uses an index only without a single file
             return (single,), tensors_of(single)
         if is_there(index):
             return read_indexed(folder, index, may_lack)

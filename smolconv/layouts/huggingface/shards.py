@@ -1,4 +1,4 @@
-"""Tensors in one file or several with an index beside them: the weights, and each slot of the sidecar."""
+"""Tensors in one file, or in several with an index: the weights, and each slot of the sidecar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_indexed(
 ) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The shards that an index names, and the tensors in them. Raises ``BadCheckpoint`` where they disagree.
 
-    ``may_lack`` says of a name in the index whether it is no loss that its shard does not hold it.
+    ``may_lack``: whether the shard of a name in the index may lack it without loss.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
@@ -31,7 +31,7 @@ def read_indexed(
     for name in names:
         if not is_file_name(name) or "\\" in name:
             raise CorruptFile(
-                f"{index} names {name!r:.80}, which is not a plain file name beside it. It was not opened."
+                f"{index} names {name!r:.80}, which is not a plain file name in its folder. It was not opened."
             )
         if not is_there(folder / name):
             raise MissingShard(
@@ -43,7 +43,7 @@ def read_indexed(
         for tensor_name, tensor in tensors_of(folder / name).items():
             if weight_map.get(tensor_name) != name:
                 raise NameMismatch(
-                    f"{folder}: {tensor_name} lies in {name}, but the index says {weight_map.get(tensor_name)}.\n"
+                    f"{folder}: {tensor_name} is in {name}, but the index has {weight_map.get(tensor_name)}.\n"
                     "Shards of two checkpoints may be mixed: copy all of one."
                 )
             found[tensor_name] = tensor

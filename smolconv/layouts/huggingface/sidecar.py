@@ -1,4 +1,4 @@
-"""The folder ``smolconv_state/`` (docs/sidecar.md): Adam's state and progress, for which Hugging Face has no place."""
+"""The folder ``smolconv_state/`` (docs/sidecar.md): Adam's state and progress, for which Hugging Face has no files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIDECAR = "smolconv_state"
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What is read of the folder, by canonical names."""
+    """The content of the folder, by canonical names."""
 
     slots: Mapping[Slot, Mapping[str, LazyTensor]]
     optimizer: OptimizerState | None
@@ -65,7 +65,7 @@ def read_sidecar(
             files += [index, *shards]
         elif slot in MOMENTS:
             raise MissingShard(
-                f"{index} is missing, although {home / 'state.json'} says that Adam's state is there.\n"
+                f"{index} is missing, although {home / 'state.json'} lists Adam's state.\n"
                 "Copy it from the source, or pass --no-optimizer to convert the weights only."
             )
     if options.check_sidecar:
@@ -79,7 +79,7 @@ def read_sidecar(
         grouped = [name for group in optimizer.groups for name in group.names]
         same = len(grouped) == len(optimizer.steps) and set(grouped) == optimizer.steps.keys()
     if not same or not optimizer.steps.keys() <= slots[Slot.EXP_AVG].keys():
-        raise CorruptFile(f"{where}: its steps, its groups and the moments beside it are not of the same parameters.")
+        raise CorruptFile(f"{where}: its steps, its groups and the stored moments are not of the same parameters.")
     return Sidecar(slots=slots, optimizer=optimizer, progress=progress, source=source, files=tuple(files))
 
 
@@ -119,7 +119,7 @@ def sidecar_files(checkpoint: Checkpoint, max_shard_bytes: int) -> list[PlannedF
 
 
 def sidecar_state(checkpoint: Checkpoint, files: Sequence[PlannedFile], written: Written) -> dict[str, Any]:
-    """What state.json holds, once ``files`` are written."""
+    """The content of state.json, once ``files`` are written."""
     digests = {}
     for file in files:
         for tensor, found in zip(file.tensors, written[str(file.path)]):

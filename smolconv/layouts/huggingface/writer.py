@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder: safetensors, config, tokenizer, card, and a sidecar for what has no place in it."""
+"""Writes a Hugging Face folder: safetensors, config, tokenizer, card, and a sidecar for everything else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> Pla
     files = list(plan_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
     known = config_dtype(checkpoint.source.hf_config or {})
-    # Of several, the one that the source is loaded in.
+    # With several dtypes, the one in which the source is loaded.
     dtype = known if known in dtypes else layout["model.embed_tokens.weight"].dtype
     config = hf_config(checkpoint, dtype)
     files.append(plain_file("config.json", json_bytes(config)))
@@ -64,7 +64,7 @@ def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "5GB", "500MB" (powers of 1000), "2GiB" (of 1024) or a plain number. Raises ``ValueError``."""
+    """Bytes of "5GB", "500MB" (powers of 1000), "2GiB" (of 1024) or a plain number. Raises ``ValueError``."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(text)

@@ -13,13 +13,13 @@ from smolconv.files import is_there, read_bytes
 from smolconv.layouts.documents import check_progress, corrupt_if_malformed, is_count
 from smolconv.parsing import parse_yaml_mapping, read_json
 
-#: In ``custom_metas``, which nanotron reads and does not save again: so it says that nothing was trained since.
+#: In ``custom_metas``, which nanotron reads but does not save, so it shows that nothing was trained since.
 IMPORT = "smolconv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """What our writer noted of a model that it imported, where nanotron has not trained it since."""
+    """The note of smolconv's writer on an imported model that nanotron has not trained since."""
 
     vocab_size: int | None = None  #: rows before the padding
     rope_scaling: bool = False  #: the weights belong to the config's scaling, though nanotron ignores it
@@ -34,8 +34,8 @@ def read_import(metadata: Mapping[str, Any] | None, path: Path) -> Import:
     rows = note.get("vocab_size")
     if not is_count(rows) or rows == 0:
         raise CorruptFile(
-            f"{path}: custom_metas.{IMPORT}.vocab_size is {rows!r:.60}; a number of rows was expected.\n"
-            f"Remove custom_metas.{IMPORT} from the file, and say the rows by --vocab-size."
+            f"{path}: custom_metas.{IMPORT}.vocab_size is {rows!r:.60}; expected a number of rows.\n"
+            f"Remove custom_metas.{IMPORT} from the file, and give the rows with --vocab-size."
         )
     return Import(vocab_size=rows, rope_scaling=note.get("rope_scaling") is True)
 
@@ -60,7 +60,7 @@ def read_model_config(step_folder: Path, override: Path | None) -> tuple[dict[st
 def read_progress(
     metadata: Mapping[str, Any] | None, path: Path, scheduler: Mapping[str, Any] | None
 ) -> TrainingProgress | None:
-    """From checkpoint_metadata.json, with the scheduler's state beside it. Raises ``CorruptFile``."""
+    """The progress from checkpoint_metadata.json, with the scheduler's state. Raises ``CorruptFile``."""
     if metadata is None:
         return None
     metas = metadata.get("metas") or {}

@@ -34,7 +34,7 @@ def _without_adam(checkpoint: Checkpoint) -> str | None:
 
 
 def _prepare(checkpoint: Checkpoint, options: NanotronOptions) -> Checkpoint:
-    """With the state of what nanotron has no place for, as its reader gives it, where a run has held that at zero."""
+    """Add the state of parameters that nanotron cannot hold, which a run has kept at zero."""
     own = checkpoint.optimizer
     held = [name for name in without_place(checkpoint.spec) if own is not None and name not in own.steps]
     if own is None or not held or not checkpoint.has_optimizer:

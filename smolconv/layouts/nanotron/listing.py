@@ -17,9 +17,9 @@ METADATA = "checkpoint_metadata.json"
 DOCUMENTS = (MODEL_CONFIG, "config.yaml", METADATA)
 #: Folders of a step: weights, Adam's state, and what else training continues from.
 WEIGHTS, STATE = "model", ("optimizer", "lr_scheduler", "random")
-#: Where our writer puts tokenizer and other documents, beside the step folder.
+#: Folder next to the step folder in which smolconv's writer puts the tokenizer and other documents.
 ASSETS = "smolconv_assets"
-#: Names that show where a checkpoint lies.
+#: Names by which a checkpoint is recognised.
 MARKS: tuple[str, ...] = (MODEL_CONFIG, LATEST)
 
 
@@ -66,8 +66,8 @@ def find_step_folder(folder: P, step: int | None = None) -> P:
         text = pointer_text(latest)
         if not is_number(text):
             raise CorruptFile(
-                f"{latest} holds {text!r:.60}; a step number was expected.\n"
-                "It names the folder of the newest step beside it.\nChoose a step with --step."
+                f"{latest} holds {text!r:.60}; expected a step number.\n"
+                "It names the folder of the newest step.\nChoose a step with --step."
             )
         step = int(text)
     if step is not None and _is_step_of_run(folder / str(step)):  # without a look at every other step

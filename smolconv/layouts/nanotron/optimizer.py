@@ -45,7 +45,7 @@ _SLOT_KEYS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
 
 @dataclass(frozen=True, kw_only=True)
 class NativeState:
-    """What the optimizer files hold, by nanotron's names, whole."""
+    """The complete content of the optimizer files, by nanotron's names."""
 
     slots: Mapping[Slot, Mapping[str, LazyTensor]]
     steps: Mapping[str, float]
@@ -68,7 +68,7 @@ def _optimizer_files(folder: Path, weights_topology: Topology) -> dict[tuple[int
     if not files:
         raise MissingFile(f"{folder} holds no optimizer_*.pt file. Pass --no-optimizer to convert the weights only.")
     if len(sizes) > 1:
-        raise MixedCheckpoint(f"{folder}: optimizer files of several topologies lie together. Keep those of one.")
+        raise MixedCheckpoint(f"{folder} has optimizer files of several topologies. Keep those of one.")
     pp_size, dp_size, tp_size = sizes.pop()
     if (tp_size, pp_size) != (weights_topology.tp, weights_topology.pp):
         raise MixedCheckpoint(
@@ -151,7 +151,7 @@ def read_optimizer(
     for (slot, name), found in copies.items():
         where = f"{folder} ({slot.value} of {name}, the last pipeline rank's)"
         copy = _whole_state(weights[name], found, dp_size, tp_size, where)
-        # A parameter without state here is missing there too, which is said later, by its name.
+        # A parameter without state here is missing there, too, which is reported later by name.
         if name in slots[slot] and not _looks_equal(copy, slots[slot][name]):
             raise _differs(where, "that of the embedding's own pipeline rank")
     return NativeState(slots=slots, steps=steps, hyperparameters=hyperparameters, topology=topology)

@@ -56,8 +56,8 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
             if metadata is None:
                 raise MissingFile(
                     f"{metadata_path} is not there, but Adam's state is.\n"
-                    "Expected it beside them, as nanotron saves it: it alone says after which step and which samples.\n"
-                    "Copy it from the run, or pass --no-optimizer to take the weights alone."
+                    "Expected it in the same folder, as nanotron saves it: only it has the step and the samples.\n"
+                    "Copy it from the run, or pass --no-optimizer to take only the weights."
                 )
             optimizer = canonical_optimizer(state, table)
         else:
@@ -97,7 +97,7 @@ def _source(step_folder: Path, config: Mapping[str, Any], metadata: Mapping[str,
 def _metadata(path: Path) -> Mapping[str, Any] | None:
     metadata = read_json(path) if is_there(path) else None
     if metadata is not None and not is_count(metadata.get("dp", 1)):
-        raise CorruptFile(f"{path}: dp is {metadata['dp']!r:.60}; a whole number was expected.")
+        raise CorruptFile(f"{path}: dp is {metadata['dp']!r:.60}; expected a whole number.")
     return metadata
 
 
@@ -127,7 +127,7 @@ def _warnings(
 
 @dataclass(frozen=True, kw_only=True)
 class NativeModel:
-    """A nanotron model as it is stored: its own config, its own fused parameters, joined over the ranks."""
+    """A stored nanotron model: its own config and its fused parameters, joined over the ranks."""
 
     config: Mapping[str, Any]
     parameters: Mapping[str, LazyTensor]  #: by nanotron's names
@@ -139,7 +139,7 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
     config, where = read_model_config(step_folder, options.config)
     check_config(config, where)
     spec = spec_from_nanotron(config, where, architecture=options.architecture)
-    nanotron_interleaved(config, where)  # refuses a config that does not say
+    nanotron_interleaved(config, where)  # refuses a config without the field
     metadata_path = step_folder / "checkpoint_metadata.json"
     metadata = read_json(metadata_path) if is_there(metadata_path) else None
     weights = read_native(step_folder, list(_walk(step_folder)), spec, metadata)
@@ -156,7 +156,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _assets(folder: Path) -> dict[str, Path]:
-    """Tokenizer and other documents that our writer put beside the step folder."""
+    """Tokenizer and other documents that smolconv's writer put next to the step folder."""
     assets = folder / ASSETS
     config = assets / "config.json"
     return {**assets_in(assets), **({"config.json": config} if is_there(config) else {})}

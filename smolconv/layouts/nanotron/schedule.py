@@ -8,7 +8,7 @@ from typing import Any
 
 from smolconv.errors import BadCheckpoint
 
-#: What is left of the way from the lowest rate to the peak after k of D steps of the decay.
+#: Share of the difference between peak and lowest rate that is left after k of D decay steps.
 Shape = Callable[[int, int], float]
 #: By lr_decay_style.
 SHAPES: Mapping[str, Shape] = {

@@ -13,7 +13,7 @@ from smolconv.checkpoint import TrainingProgress
 from smolconv.errors import CorruptFile
 from smolconv.layouts.documents import corrupt_if_malformed, is_count
 
-#: Of a stage that no document describes, and the folder of tokens of which nobody says where they came from.
+#: Names for a stage without a document, and for the folder of tokens of unknown origin.
 IMPORTED = "imported"
 
 Stage = dict[str, Any]
@@ -25,7 +25,7 @@ def data_stages(
     """The stages, and the index of the one that the last step belongs to.
 
     ``config`` is the training config that is written; ``chosen`` is its path where the user gave it, so that its
-    stages count and not the source's. Adds to ``warnings`` what the source does not say. Raises ``CorruptFile``.
+    stages count instead of the source's. Adds missing information to ``warnings``. Raises ``CorruptFile``.
     """
     own = [
         _stage(
@@ -88,7 +88,7 @@ def _planned(config: Mapping[str, Any], where: str) -> tuple[list[Stage], list[l
             if not is_count(start) or not is_count(own):
                 raise CorruptFile(
                     f"{where}: data stage {entry['name']!r:.60} has start_training_step {start!r:.20} and "
-                    f"sequence_length {own!r:.20}; whole numbers were expected. Mend them in the file."
+                    f"sequence_length {own!r:.20}; expected whole numbers. Correct them in the file."
                 )
             folders = ((entry.get("data") or {}).get("dataset") or {}).get("dataset_folder") or []
             found.append((_stage(str(entry["name"]), start, own, 0, None), _listed(folders)))
@@ -129,7 +129,7 @@ def _share(
             unplaced += mine[1] if folder == IMPORTED else 0
     if samples and tokens is None:
         warnings.append(
-            f"the source has consumed {samples} samples; how many tokens, and of which folders, it does not say: they "
+            f"the source has consumed {samples} samples, without a record of the tokens and their folders: they "
             "are counted from 0."
         )
     elif unplaced:

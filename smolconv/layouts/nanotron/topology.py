@@ -88,7 +88,7 @@ def join_shards(
         at = pair.full[1]
     whole = join(pieces) if dim == 0 else join_columns(pieces)
     if whole.shape != shape:
-        raise ShapeMismatch(f"{where}: the shards make {list(whole.shape)}, their metadata say {list(shape)}.")
+        raise ShapeMismatch(f"{where}: the shards form {list(whole.shape)}, but {list(shape)} by their metadata.")
     return whole
 
 
@@ -135,7 +135,7 @@ def check_pairs(
     found = tuple(sorted(pairs, key=lambda pair: pair.local))
     whole = (0, shape[found[0].dim])
     if tp == len(found) == 1 and shard_shape == shape and found[0].local == found[0].full == whole:
-        return  # the whole parameter, in whichever dimension it says so
+        return  # the complete parameter, in any dimension
     # A writer may leave borders out where the rows on both sides stay neighbours.
     same = found == expected if len(found) == len(expected) else _merged(found) == _merged(expected)
     if not same or {pair.dim for pair in found} != {cut.dim} or expected[-1].local[1] != shard_shape[cut.dim]:
@@ -188,7 +188,7 @@ def require_tp(spec: ModelSpec, tp: int) -> None:
 
 
 def splits_heads(spec: ModelSpec, tp: int) -> bool:
-    """Whether the cut goes through heads (SmolLM2-135M at TP 2). nanotron merges such files, but cannot run so."""
+    """Whether the split goes through heads (SmolLM2-135M at TP 2). nanotron merges such files, but cannot run them."""
     return bool(spec.num_heads % tp or spec.num_kv_heads % tp)
 
 

@@ -70,7 +70,7 @@ def read_native(
         ranks = grouped.setdefault(name, {})
         if ranked.tp in ranks:
             raise MixedCheckpoint(
-                f"{name}: tensor-parallel rank {ranked.tp} is there twice: {ranks[ranked.tp][0].name}, {path.name}.\n"
+                f"{name}: tensor-parallel rank {ranked.tp} exists twice: {ranks[ranked.tp][0].name}, {path.name}.\n"
                 "Files of two checkpoints lie in one folder: keep those of one."
             )
         ranks[ranked.tp] = (path, ranked)
@@ -103,7 +103,7 @@ def _check_sizes(
     if len(sizes) > 1:
         (a, b), paths = list(sizes)[:2], list(sizes.values())
         raise MixedCheckpoint(
-            f"{step_folder}: files of TP {a[0]} x PP {a[1]} and of TP {b[0]} x PP {b[1]} lie together:\n"
+            f"{step_folder} has files of TP {a[0]} x PP {a[1]} and of TP {b[0]} x PP {b[1]}:\n"
             f"  {paths[0]}\n  {paths[1]}\nKeep those of one topology."
         )
     if sizes and metadata is not None and "tp" in metadata and next(iter(sizes))[0] != metadata["tp"]:
@@ -120,7 +120,7 @@ def _native(
         path, _ = ranks[None]
         tensor, found = _data(path)
         if len(ranks) > 1:
-            raise MixedCheckpoint(f"{path.parent}: {path.name} lies beside files of single ranks. Keep one kind.")
+            raise MixedCheckpoint(f"{path.parent} has {path.name} and files of single ranks. Keep one kind.")
         _check_format(path, found.get("version"), version)
         if tensor_parallel(name, spec) is not None:
             raise MixedCheckpoint(f"{path}: no rank in the name of a parameter that nanotron cuts over ranks.")
@@ -132,12 +132,12 @@ def _native(
     missing = next((rank for rank in range(tp_size) if rank not in ranks), None)
     if missing is not None:
         raise MissingShard(
-            f"{name}: tensor-parallel rank {missing} of {tp_size} is missing beside {first}.\n"
+            f"{name}: tensor-parallel rank {missing} of {tp_size} is missing, {first} is there.\n"
             "Every rank holds its own rows of the parameter. Copy the file from the training node."
         )
     if len({ranked.pp for _, ranked in ranks.values()}) > 1:
         raise MixedCheckpoint(
-            f"{first.parent}: one parameter lies on several pipeline ranks. Keep one checkpoint's files."
+            f"{first.parent}: one parameter is on several pipeline ranks. Keep one checkpoint's files."
         )
     shards: list[LazyTensor] = []
     pairs, shapes, formats = [], set(), set()
@@ -154,7 +154,7 @@ def _native(
             raise ShapeMismatch(f"{path}: the shard is {list(tensor.shape)}, the whole parameter {list(shape)}.")
         if shards and tensor.dtype != shards[0].dtype:
             raise MixedCheckpoint(
-                f"{path} is {tensor.dtype}, but the shard of rank 0 beside it is {shards[0].dtype}.\n"
+                f"{path} is {tensor.dtype}, but the shard of rank 0 is {shards[0].dtype}.\n"
                 "Expected one dtype on all ranks.\n"
                 "The file is damaged, or of another checkpoint: copy it again."
             )

@@ -45,14 +45,14 @@ from smolconv.storage.torch_archive.values import Storage, TensorRef
 from smolconv.tensors.lazy import LazyTensor, Literal, flat_slice, is_zero
 
 FORMAT = "1.5"
-#: What torch.optim.AdamW stores in a group, as nanotron builds it.
+#: Fields of a group that torch.optim.AdamW stores as nanotron builds it.
 _ADAMW: Mapping[str, Any] = {
     "lr": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": False, "maximize": False,
     "foreach": None, "capturable": False, "differentiable": False, "fused": True, "decoupled_weight_decay": True,
 }  # fmt: skip
 
 
-#: What another trainer's Adam says of how it is carried out.
+#: Implementation switches of another trainer's Adam.
 _EXECUTION = ("foreach", "capturable", "differentiable", "fused", "bias_correction")
 
 
@@ -69,7 +69,7 @@ class NanotronOptions:
     def __post_init__(self) -> None:
         for name, value in (("--tp", self.tp), ("--pp", self.pp), ("--dp", self.dp)):
             if value < 1:
-                raise UsageError(f"{name} {value}: a positive number was expected.")
+                raise UsageError(f"{name} {value}: expected a positive number.")
         if self.zero_stage not in (0, 1):
             raise UsageError(f"--zero-stage {self.zero_stage}: nanotron has 0 and 1.")
 
@@ -142,7 +142,7 @@ class _NanotronWriter:
         spec, source = self.spec, self.checkpoint.source
         if source.nanotron_config is not None:
             config = {**source.nanotron_config, "vocab_size": spec.vocab_size}
-            # The source's own document, if it still speaks of this model: it holds switches that no spec knows.
+            # The source's document, if it still describes this model: it has switches that are not in the spec.
             if _speaks_of(config, spec):
                 return config
         carried = source.hf_config or {}
@@ -292,7 +292,7 @@ class _NanotronWriter:
         return archive_file(path, document, contents)
 
     def _own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Hyperparameters as nanotron stores them, without those that only say how DeepSpeed runs Adam."""
+        """Hyperparameters in nanotron's form, without DeepSpeed's implementation switches of Adam."""
         if self.checkpoint.source.engine is None:
             return dict(values)
         factory = ((self.config or {}).get("optimizer") or {}).get("optimizer_factory") or {}
@@ -360,7 +360,7 @@ class _NanotronWriter:
         config = parse_yaml_mapping(original, where)
         for name in ("parallelism", "optimizer", "general", "model"):
             if not isinstance(config.get(name) or {}, dict):
-                raise CorruptFile(f"{where}: {name} is {config[name]!r:.60}; a mapping was expected.")
+                raise CorruptFile(f"{where}: {name} is {config[name]!r:.60}; expected a mapping.")
         options = self.options
         parallelism = dict(config.get("parallelism") or {})
         before = parallelism.get("dp", 1)
@@ -415,7 +415,7 @@ class _NanotronWriter:
             plain_file("README.md", card),
             *copied_assets(assets, f"{ASSETS}/"),
             *(plain_file(f"{ASSETS}/{name}", data) for name, data in made.items()),
-            # An HF config holds fields that no spec knows; it comes back with the tokenizer.
+            # An HF config has fields that are not in the spec; it is restored with the tokenizer.
             *(plain_file(f"{ASSETS}/config.json", data) for data in [self._hf_config()] if data is not None),
         ]
 

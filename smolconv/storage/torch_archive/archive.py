@@ -1,6 +1,6 @@
 """torch.save zip archives, read and written without torch and without touching tensor data.
 
-Reading returns the saved object with an ``ArchiveTensor`` wherever a tensor belongs: where its bytes lie, never the
+Reading returns the saved object with an ``ArchiveTensor`` for every tensor: the position of its bytes, never the
 bytes. Writing plans the offset of every byte, so that another module can pwrite tensor data in any order and ask
 for the checksums at the end.
 
@@ -61,9 +61,9 @@ def read_torch_archive(
 
 
 def read_pickle_bytes(path: Path) -> bytes:
-    """The archive's pickle as it is. Two files with the same say the same, but for where their tensors' bytes lie.
+    """The archive's pickle, unparsed. Files with equal pickles hold the same object, except for the positions of bytes.
 
-    Of a file that is no zip, whose pickle names addresses in memory, something that no other has. Raises as
+    For a file that is not a zip, whose pickle contains memory addresses, a unique value. Raises as
     ``read_torch_archive`` does.
     """
     with opened(path) as file:
@@ -92,7 +92,7 @@ class ArchivePlan:
     zip_records: tuple[_Record, ...] = field(repr=False)
 
     def without_data(self) -> bytes:
-        """The whole file, when all its storages are empty."""
+        """The complete file, if all its storages are empty."""
         data = bytearray(self.size)
         for offset, piece in (*self.pieces, *self.finish({})):
             data[offset : offset + len(piece)] = piece
@@ -125,8 +125,8 @@ def plan_torch_archive(stem: str, obj: object) -> ArchivePlan:
     """Lay out the archive that ``torch.save(obj, "<stem>.pt")`` would write, the same bytes for the same object.
 
     ``obj`` is made of None, bool, int, float, str, tuple, list, dict, OrderedDict, ``TorchSize``, ``DtypeRef``,
-    ``GlobalRef``, ``TensorRef`` and ``PickledObject``; storages are numbered in the order in which they are met.
-    Unlike torch, a container that is met twice is written twice. Raises ``TypeError`` for any other type.
+    ``GlobalRef``, ``TensorRef`` and ``PickledObject``; storages are numbered in order of appearance.
+    Unlike torch, a container that occurs twice is written twice. Raises ``TypeError`` for any other type.
     """
     if not stem or "/" in stem or "\0" in stem:
         raise ValueError(f"{stem!r} cannot be the name of the folder in an archive")

@@ -1,4 +1,4 @@
-"""Files in the form of torch.save before version 1.6, which it still writes when it is told to: no zip archive.
+"""Reads files of torch.save before version 1.6, which it still writes on request, and which are not zip archives.
 
 Five pickles stand one after the other: a magic number, the form's version, facts of the machine, the object, and the
 storages' keys. Each storage follows in the order of the keys: the number of its elements in 8 bytes, then the elements.
@@ -22,7 +22,7 @@ from smolconv.storage.torch_archive.unpickle import MAX_COUNT, unpickle_at
 #: The pickle of MAGIC_NUMBER.
 _BEGINNING = pickle.PROTO + b"\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _VERSION = 1001
-#: The pickles' length stands nowhere: as much is read at first, and eight times as much as long as they are cut short.
+#: The pickles' length is not stored: this much is read first, and eight times as much while they are incomplete.
 _FIRST_BYTES = 1 << 20
 _COUNT = struct.Struct("<q")
 
@@ -87,12 +87,12 @@ def _read(
     _, at, item_bytes = unpickle_at(unplaced, beginning, start, allow, plain_keys)
     keys, end, _ = unpickle_at(unplaced, beginning, at)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise unplaced.damaged("does not list its storages", "The keys of its storages were expected as text.")
+        raise unplaced.damaged("does not list its storages", "Expected the keys of its storages as text.")
     sizes = {key: next(iter(found)) for key, found in item_bytes.items() if len(found) == 1}
     if len(set(keys)) != len(keys) or not set(keys) == set(sizes) == set(item_bytes):
         raise unplaced.damaged(
-            f"lists {len(keys)} storages, which are not the {len(item_bytes)} that its tensors lie in",
-            "Each of them was expected once, with elements of one size.",
+            f"lists {len(keys)} storages, which are not the {len(item_bytes)} of its tensors",
+            "Expected each of them once, with elements of one size.",
         )
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
@@ -105,5 +105,5 @@ def _read(
                 f"ends within storage {shown(key)}", f"It has {size} bytes, and was perhaps cut short."
             )
     if end != size:
-        raise unplaced.damaged(f"has {size - end} bytes behind its last storage", "Nothing was expected there.")
+        raise unplaced.damaged(f"has {size - end} bytes after its last storage", "Expected nothing there.")
     return unpickle_at(_LegacyFile(path=path, places=places), beginning, start, allow, plain_keys)[0]

@@ -34,7 +34,7 @@ def pickle_object(obj: object) -> tuple[bytes, tuple[Storage, ...]]:
 
 
 class _Pickler:
-    """Collects the instructions for one object, and the storages in it, numbered as they are met."""
+    """Collects the instructions for one object, and its storages, numbered in order of appearance."""
 
     def __init__(self) -> None:
         self.out = bytearray(pickle.PROTO + b"\x02")
@@ -128,7 +128,7 @@ class _Pickler:
             self.write_call("torch._utils", "_rebuild_tensor_v3", (*args, DtypeRef(storage.dtype)))
 
 
-#: By exact type: a subclass may mean more than its value, and what it means would be lost.
+#: By exact type: a subclass may carry more than its value, which would be lost.
 _WRITERS: Mapping[type, Callable[[_Pickler, Any], None]] = {
     type(None): lambda p, _: p.out.extend(pickle.NONE),
     bool: lambda p, value: p.out.extend(pickle.NEWTRUE if value else pickle.NEWFALSE),

@@ -1,4 +1,4 @@
-"""The records of a torch.save archive: which there are, where their bytes lie, and their checksums."""
+"""Lists the records of a torch.save archive, with the positions of their bytes and their checksums."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class Archive:
             return self.directory.place(self.file.fileno(), entry), entry.nbytes
         except ValueError as error:
             raise self.damaged(
-                f"record {shown(record)} is not where the zip directory says ({shown(str(error))})",
-                "Records that lie one after the other, before the directory, were expected.",
+                f"record {shown(record)} is not at the place in the zip directory ({shown(str(error))})",
+                "Expected consecutive records before the directory.",
             ) from error
 
     def records(self) -> list[ArchiveRecord]:
-        """Every record, where it lies, and its checksum."""
+        """Every record, with its position and checksum."""
         found: list[ArchiveRecord] = []
         for name, entry in self.entries.items():
             place = self.locate(name)
@@ -85,7 +85,7 @@ class Archive:
             return None
         offset, nbytes = place
         if nbytes > most_bytes:
-            raise self.damaged(f"{record} has {nbytes} bytes", f"At most {most_bytes} were expected.{advice}")
+            raise self.damaged(f"{record} has {nbytes} bytes", f"Expected at most {most_bytes}.{advice}")
         self.file.seek(offset)
         data = self.file.read(nbytes)
         if self.directory.has_checksums and (expected := self.entries[record].crc) != crc32(data):
@@ -103,7 +103,7 @@ class Archive:
 
     def check_byte_order(self) -> None:
         found = self.read_checked("byteorder", 1 << 20)
-        # Archives before torch 2.1 do not say; torch.load takes them for little-endian, too.
+        # Archives before torch 2.1 do not store the byte order; torch.load assumes little-endian, too.
         if found not in (None, b"little"):
             raise self.damaged(
                 f"the byte order is {shown(found[:16].decode('latin-1'))}",
@@ -116,7 +116,7 @@ class Archive:
 
 
 def is_torch_archive(path: Path) -> bool:
-    """Whether a file begins as one, or ends as one, and is no safetensors file, whose first bytes are a length."""
+    """Whether a file begins or ends like one, and is not a safetensors file, whose first bytes are a length."""
     if path.suffix == ".safetensors":
         return False
     try:
@@ -130,7 +130,7 @@ def is_torch_archive(path: Path) -> bool:
 
 
 def read_archive_records(path: Path) -> list[ArchiveRecord]:
-    """Every record of an archive: where its bytes lie, and their checksum. Raises as ``read_torch_archive`` does."""
+    """Every record of an archive: its position and checksum. Raises as ``read_torch_archive``."""
     with open_archive(path) as archive:
         return archive.records()
 
@@ -154,13 +154,13 @@ def archive_in(path: Path, file: BinaryIO) -> Archive:
     beginning = file.read(512)
     if not beginning.startswith(LOCAL_SIGNATURE):
         found, advice = _what_begins_with(beginning)
-        raise CorruptFile(f"{path}: {found}.\nA zip archive written by torch.save was expected.\n{advice}")
+        raise CorruptFile(f"{path}: {found}.\nExpected a zip archive written by torch.save.\n{advice}")
     try:
         directory = read_zip_directory(file.fileno())
     except ValueError as error:
         raise CorruptFile(
             f"{path}: begins like a zip archive, but its directory cannot be read ({shown(str(error))}).\n"
-            "A complete file, with a directory that can be read in one way only, was expected; this one has "
+            "Expected a complete file with an unambiguous directory; this one has "
             f"{file.seek(0, 2)} bytes and was perhaps cut short.\n"
             f"{COPY_AGAIN}"
         ) from error
@@ -172,13 +172,13 @@ def archive_in(path: Path, file: BinaryIO) -> Archive:
         raise CorruptFile(
             f"{path}: is a zip archive, but not one of torch.save's: it has {len(directory.records)} records, of "
             f"{len(names)} names in {len(folders)} folders.\n"
-            "Exactly one folder, with one data.pkl and no record twice, was expected.\n"
+            "Expected exactly one folder, with one data.pkl and no duplicate record.\n"
             "Check that the path is right; other zip files, such as .npz, cannot be read here."
         )
     if code := next((name for name in entries if name == "constants.pkl" or name.startswith("code/")), None):
         raise UnsafePickle(
             f"{path}: is a TorchScript archive, which holds code (record {shown(code)}). Nothing was executed.\n"
-            "A file written by torch.save was expected.\n"
+            "Expected a file written by torch.save.\n"
             "Load it in a safe place and save its state_dict with torch.save."
         )
     archive = Archive(path=path, file=file, directory=directory, entries=entries)

@@ -47,7 +47,7 @@ _MAX_LEVELS, _MAX_VALUES = 64, 1 << 22
 
 
 class Container(Protocol):
-    """The file that a pickle lies in, with the storages of its tensors."""
+    """The file that holds a pickle, with the storages of its tensors."""
 
     @property
     def path(self) -> Path: ...
@@ -85,8 +85,8 @@ class _Unpickler:
     """Runs the instructions of one data.pkl, for the length of one ``load``.
 
     It is not a ``pickle.Unpickler``: that one has instructions which call, build and set attributes as they please,
-    reserves memory for any memo index it is told, and leaves by many exceptions. This one knows the few instructions
-    that torch.save writes, imports nothing, and never recurses. What it calls stands in ``_BUILDERS`` or ``allow``.
+    reserves memory for any memo index, and raises many kinds of exceptions. This one has only the instructions that
+    torch.save writes, imports nothing, and never recurses. It calls only functions in ``_BUILDERS`` or ``allow``.
     """
 
     def __init__(
@@ -131,10 +131,10 @@ class _Unpickler:
     def written_out(self, value: object, sizes: dict[int, int | None], level: int = 0) -> int:
         """How many values it is, each counted as often as it is contained. ``sizes`` are those of containers, by id.
 
-        Raises ``CorruptFile`` for containers that hold themselves, lie too deep, or in each other too often.
+        Raises ``CorruptFile`` for containers that hold themselves, are too deep, or contain each other too often.
         """
         if level > _MAX_LEVELS or sizes.get(id(value), 1) is None:
-            raise self.damaged("has a container that holds itself, or lies more than 64 deep")
+            raise self.damaged("has a container that holds itself, or is more than 64 deep")
         parts = _parts(value)
         if parts is None:
             return 1
@@ -143,7 +143,7 @@ class _Unpickler:
             sizes[id(value)] = None  # while it is open
             known = 1 + sum(self.written_out(part, sizes, level + 1) for part in parts)
             if known > _MAX_VALUES:
-                raise self.damaged(f"says the same things so often that they are {known:,} values")
+                raise self.damaged(f"repeats its values so often that they are {known:,}")
             sizes[id(value)] = known
         return known
 
@@ -151,20 +151,20 @@ class _Unpickler:
 
     def damaged(self, found: str) -> CorruptFile:
         where = f"{self.archive.pickle_name} {found} (near its byte {self.position})"
-        return self.archive.damaged(where, "A pickle written by torch.save was expected.")
+        return self.archive.damaged(where, "Expected a pickle written by torch.save.")
 
     def refuse(self, asked: str) -> NoReturn:
         raise UnsafePickle(
             f"{self.archive.path}: {self.archive.pickle_name} asks for {shown(asked)}, which is not on the list of "
             "what a checkpoint may contain. Nothing was executed.\n"
-            "Tensors, parameters, dtypes, sizes and plain Python containers were expected.\n"
+            "Expected tensors, parameters, dtypes, sizes and plain Python containers.\n"
             "If you know where the file comes from, load it with torch in a safe place and save only the tensors again."
         )
 
     def unlisted(self, asked: str) -> Opaque:
-        """What takes the place of an object that is not on the list; whether it may is seen by where it comes to lie.
+        """A placeholder for an object that is not on the list; its final position decides whether it is allowed.
 
-        Calls of it and with it, and what it is given as its state or its items, become no more than this.
+        Calls of it or with it, and its state and items, become such placeholders as well.
         """
         if self.plain_keys is None:
             self.refuse(asked)
@@ -172,7 +172,7 @@ class _Unpickler:
         return Opaque(asked=asked)
 
     def refuse_misplaced(self, result: object) -> None:
-        """Raise ``UnsafePickle`` for what is not on the list and lies elsewhere than below a key that may hold it."""
+        """Raise ``UnsafePickle`` for a placeholder that is not below a key that may hold one."""
         places = [result]
         if isinstance(result, dict):
             own = [value for key, value in result.items() if key in (self.plain_keys or ())]
@@ -193,7 +193,7 @@ class _Unpickler:
                 waiting.extend(parts)
             self.looked_at += 1
             if self.looked_at > _MAX_VALUES:
-                raise self.damaged(f"says the same things so often that they are more than {_MAX_VALUES:,} values")
+                raise self.damaged(f"repeats its values so often that they are more than {_MAX_VALUES:,}")
         return None
 
     def refuse_instruction(self, opcode: bytes) -> NoReturn:
@@ -445,7 +445,7 @@ class _Unpickler:
         if not _is_count(offset) or len(sizes) != len(steps) or math.prod(sizes) >= MAX_COUNT:
             raise self.damaged(f"gives a tensor of storage {shown(storage.key)} an impossible shape, stride or offset")
         if any(metadata) or dtype not in DTYPE_BYTES:
-            # The metadata says that the elements are yet to be negated or conjugated.
+            # The metadata marks the elements for negation or conjugation.
             raise self.archive.damaged(
                 f"a tensor of storage {shown(storage.key)} is {dtype}"
                 + (" and marked for negation or conjugation" if any(metadata) else ""),
@@ -488,7 +488,7 @@ _TENSOR_BUILDERS: Mapping[tuple[str, str], _Builder] = {
     ("torch._utils", "_rebuild_tensor_v3"): _Unpickler.tensor_with_dtype,
 }
 
-#: Everything that a pickle may call, with what is called in its place.
+#: Everything that a pickle may call, with the function that is called instead.
 _BUILDERS: Mapping[tuple[str, str], _Builder] = {
     **_TENSOR_BUILDERS,
     ("torch._utils", "_rebuild_parameter"): _Unpickler.parameter,
@@ -500,7 +500,7 @@ _BUILDERS: Mapping[tuple[str, str], _Builder] = {
     ("builtins", "frozenset"): _Unpickler.a_frozenset,
 }
 
-#: The instructions that torch.save writes by default (protocol 2), and those in which protocols 3 to 5 say the same.
+#: The instructions that torch.save writes by default (protocol 2), and their equivalents in protocols 3 to 5.
 _INSTRUCTIONS: Mapping[bytes, Callable[[_Unpickler], object]] = {
     pickle.PROTO: _Unpickler.set_protocol,
     pickle.FRAME: lambda u: u.take(8),

@@ -1,4 +1,4 @@
-"""What stands for torch's objects in a saved object: what reading finds, and what can be written."""
+"""Representations of torch's objects in a saved object, for reading and writing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ArchiveStorage:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveTensor:
-    """Where the elements of a saved tensor lie. A ``Parameter`` is read as its tensor."""
+    """The position of a saved tensor's elements. A ``Parameter`` is read as its tensor."""
 
     path: Path
     dtype: str
@@ -79,7 +79,7 @@ class ArchiveTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Storage:
-    """One ``data/<key>`` record to be written. Its identity says which tensors share it."""
+    """One ``data/<key>`` record to be written. Tensors with the same object share it."""
 
     dtype: str
     numel: int
@@ -104,7 +104,7 @@ class TensorRef:
     def __post_init__(self) -> None:
         end = self.offset + math.prod(self.shape)
         if min(self.shape, default=0) < 0 or self.offset < 0 or end > self.storage.numel:
-            raise ValueError(f"{self} does not lie within its storage")
+            raise ValueError(f"{self} is not within its storage")
 
 
 @dataclass(frozen=True, kw_only=True)

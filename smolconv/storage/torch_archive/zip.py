@@ -104,7 +104,7 @@ def read_zip_directory(descriptor: int) -> ZipDirectory:
         if len(found) > count:
             break
     if len(found) != count or at != nbytes:
-        raise ValueError(f"the directory promises {count} records in {nbytes} bytes, which is not what it holds")
+        raise ValueError(f"the directory declares {count} records in {nbytes} bytes, but holds others")
     if not found:
         raise ValueError("there are no records")
     if bad := next((record.name for record in found if "\0" in record.name or "\\" in record.name), None):
@@ -227,7 +227,7 @@ def _version_needed(nbytes: int, header_offset: int) -> int:
 
 
 def directory_entry(name: bytes, header_offset: int, nbytes: int, crc: int) -> bytes:
-    """What the directory says of a record."""
+    """The directory's entry for a record."""
     saturated = [
         *([nbytes, nbytes] if nbytes >= _SATURATED_32 else []),
         *([header_offset] if header_offset >= _SATURATED_32 else []),

@@ -1,4 +1,4 @@
-"""One rank of the real DeepSpeed: load a checkpoint, run one forward, write the logits. Started by start.py."""
+"""One rank of the real DeepSpeed: load a checkpoint, run a forward pass, write the logits. Started by start.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(work: Path) -> None:
     job = json.loads((work / "job.json").read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Ranks meet in a file, so that two verifications at a time cannot take one port.
+    # The rendezvous is a file, so that concurrent verifications cannot use the same port.
     os.environ["MASTER_PORT"] = "0"
     import numpy as np
     import torch

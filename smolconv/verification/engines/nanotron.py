@@ -1,7 +1,7 @@
-"""The real nanotron on one GPU: load a step folder at TP 1, run one forward, write the logits. Started by start.py.
+"""The real nanotron on one GPU: load a step folder at TP 1, run a forward pass, write the logits. Started by start.py.
 
-Written from nanotron's examples/llama/convert_weights.py and its conversion tests. It needs nanotron and CUDA kernels:
-nothing here has run on a machine without them.
+Written from nanotron's examples/llama/convert_weights.py and its conversion tests. It needs nanotron and CUDA kernels,
+and has not run yet.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(work: Path) -> None:
             config=config, parallel_context=context, parallel_config=parallel, random_states=None
         ),
         parallel_context=context,
-        dtype=torch.bfloat16,  # flash attention computes in no wider one
+        dtype=torch.bfloat16,  # the widest dtype of flash attention
         device=torch.device("cuda"),
     )
     mark_tied_parameters(model=model, parallel_context=context)
@@ -53,7 +53,7 @@ def main(work: Path) -> None:
     with torch.no_grad():
         if qwen2:
             logits = model.model(tokens, positions.int()).view(*tokens.shape, -1)
-        else:  # Llama's forward takes a mask of ones, and gives [T, B, V]
+        else:  # Llama's forward takes a mask of ones and returns [T, B, V]
             logits = model.model(tokens, torch.ones_like(tokens)).permute(1, 0, 2)
     np.save(work / "logits.npy", logits[0].float().cpu().numpy())
 

@@ -1,10 +1,9 @@
-"""Logits of the real engines, run in processes of their own: what DeepSpeed or nanotron itself makes of a folder.
+"""Computes logits with the real DeepSpeed or nanotron, in child processes.
 
-``--engine deepspeed`` starts as many gloo processes as the checkpoint has ranks, each of which loads it with
-``load_checkpoint``. Of ours are the parameter groups' names, and the reading of files: DeepSpeed's own runs what a file
-asks for. It reads the parameters of a universal folder by code that cannot be replaced, so that such a folder is first
-written as ZeRO-1 of one rank. ``--engine nanotron`` needs nanotron and a GPU: it was written from nanotron's source and
-has not run where there is none.
+``--engine deepspeed`` starts one gloo process per rank of the checkpoint, and each loads it with ``load_checkpoint``.
+smolconv supplies the names of parameter groups and reads the files, because DeepSpeed's reader executes pickles. Its
+code for a universal folder's parameters cannot be replaced, so such a folder is first written as ZeRO-1 of one rank.
+``--engine nanotron`` needs nanotron and a GPU: it was written from nanotron's source and has not run yet.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def engine_logits(
     """The engine's own logits [T, V] for one row, mapped from a file that is there while the context is open.
 
     Raises ``NotInstalled``, ``UsageError`` for a checkpoint that the engine cannot load here, and ``BadCheckpoint``
-    with the end of the engine's output when it fails.
+    with the end of the engine's output if it fails.
     """
     with tempfile.TemporaryDirectory(prefix="smolconv-engine-") as scratch:
         work = Path(scratch)
@@ -71,10 +70,10 @@ def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, r
     check_deepspeed("--engine deepspeed")
     topology, optimizer = checkpoint.topology, checkpoint.optimizer
     if topology.tp is not None:
-        raise UsageError("--engine deepspeed: AutoTP checkpoints load only where their model was sharded by AutoTP.")
+        raise UsageError("--engine deepspeed: AutoTP checkpoints load only into a model sharded by AutoTP.")
     if optimizer is None:
         raise UsageError(
-            f"--engine deepspeed: {folder} has no optimizer, without whose groups DeepSpeed loads nothing."
+            f"--engine deepspeed: {folder} has no optimizer, and DeepSpeed loads nothing without its groups."
         )
     tag = find_tag_folder(folder, options.step)
     _check_files(tag)
@@ -104,9 +103,9 @@ def _run_deepspeed(checkpoint: Checkpoint, folder: Path, options: ReadOptions, r
 
 
 def _check_files(tag: Path) -> None:
-    """Look into every file that a rank will load, before any is started.
+    """Check every file that a rank will load, before any rank starts.
 
-    Raises ``MixedCheckpoint`` where a rank has two files: DeepSpeed would load another than ``read_deepspeed`` read.
+    Raises ``MixedCheckpoint`` if a rank has two files: DeepSpeed might load another one than ``read_deepspeed`` read.
     """
     files = tag_files(tag)
     ours = {*files.models.values(), *files.optimizers.values()}
@@ -114,7 +113,7 @@ def _check_files(tag: Path) -> None:
     if twice:
         raise MixedCheckpoint(
             f"{tag.name} holds {twice[0].name}, a second file of a rank that has one.\n"
-            f"DeepSpeed would load it ({twice[0]}); one file a rank and kind was expected.\n"
+            f"DeepSpeed would load it ({twice[0]}); expected one file per rank and kind.\n"
             "Keep the one that belongs to this checkpoint, and move the other away."
         )
     for path in sorted(ours):
@@ -122,7 +121,7 @@ def _check_files(tag: Path) -> None:
 
 
 def _as_zero1(checkpoint: Checkpoint, target: Path) -> Path:
-    """The tag folder of the checkpoint as DeepSpeed's ZeRO-1 saves it with one rank: 16 bytes a parameter on disk."""
+    """Write the checkpoint for ZeRO-1 with one rank, 16 bytes per parameter; returns the tag folder."""
     written = plan_deepspeed(
         with_adam(for_another_engine(checkpoint), groups=None, zero_stage=1),
         DeepSpeedOptions(zero_stage=1, world_size=1),
@@ -155,9 +154,9 @@ def _run_nanotron(folder: Path, options: ReadOptions, work: Path) -> None:
 
 
 def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: Path) -> None:
-    """Start every rank and wait for all; none of them is left.
+    """Start every rank and wait until all have ended.
 
-    Raises ``BadCheckpoint`` with the last lines of the rank that failed first, or of one that has not ended in time.
+    Raises ``BadCheckpoint`` with the last lines of the rank that failed first, or of one that did not end in time.
     """
     logs = [work / f"rank-{rank}.log" for rank in range(len(commands))]
     processes: list[subprocess.Popen[Any]] = []
@@ -184,7 +183,7 @@ def _run_all(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], work: 
     if running:
         raise BadCheckpoint(
             f"rank {running[0]} of {len(commands)} of the engine has not ended after {_TIMEOUT_SECONDS:,.0f} s, and "
-            f"was killed.\nLeave --engine out to compare without it. It said last:\n{_last_lines(logs[running[0]])}"
+            f"was killed.\nOmit --engine to compare without it. Its last lines:\n{_last_lines(logs[running[0]])}"
         )
 
 
