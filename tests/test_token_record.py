@@ -238,7 +238,7 @@ def test_after_the_first_epoch_a_longer_source_is_refused(steps, goes_on, folder
     record = recorded(recipe)
     written(one, "e", seed=9)
     if goes_on:
-        assert "read on" in go_on(recipe, position, record).events[0]
+        assert "so it continues" in go_on(recipe, position, record).events[0]
         return
     with pytest.raises(UsageError, match=r"at the end \(e\.ds\), after the first epoch of 40 samples"):
         go_on(recipe, position, record)

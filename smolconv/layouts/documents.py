@@ -165,12 +165,12 @@ def with_tuples(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def corrupt_if_malformed(where: object) -> Iterator[None]:
-    """Within the block, turn Python's errors about missing and mistyped values into ``CorruptFile`` of ``where``."""
+    """Convert Python's errors about missing and mistyped values within the block to ``CorruptFile`` of ``where``."""
     try:
         yield
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
         raise CorruptFile(
-            f"{where} cannot be read: a value is missing or has the wrong type ({type(error).__name__}: {error})."
+            f"{where} cannot be read: a value is missing or has the wrong type.\n{type(error).__name__}: {error}"
         ) from error
 
 
