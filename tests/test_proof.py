@@ -227,7 +227,7 @@ def test_adams_state_is_on_the_card_where_it_was_compared(tmp_path: Path) -> Non
     ("text", "says"),
     [
         ("[]", "a JSON object"), ("{", "not valid JSON"), ('{"schema": 2}', "schema is 2"), ("{}", "schema is None"),
-        ('{"schema": 1, "schema": 1}', "a name is there twice"), ('{"schema": 1}', "made"), ('{"schema": 1, "made": NaN}', "not valid JSON"), ("[" * 3000, "not valid JSON"),
+        ('{"schema": 1, "schema": 1}', "a name occurs twice"), ('{"schema": 1}', "made"), ('{"schema": 1, "made": NaN}', "not valid JSON"), ("[" * 3000, "not valid JSON"),
     ],
     ids=["list", "cut", "version", "empty", "twice", "fields", "nan", "brackets"],
 )  # fmt: skip
