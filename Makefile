@@ -60,8 +60,9 @@ $(V4)/installed: pyproject.toml constraints-transformers4.txt
 demo: $(VENV)/installed
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/demo.py
 
-day: $(VENV)/installed
-	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/day.py
+# lm-eval runs its task.
+day: $(EVAL)/installed
+	@env -u OMP_NUM_THREADS $(EVAL)/bin/python benchmarks/day.py
 
 # mypy needs one core for a minute, and tests wait now and then.
 test: $(VENV)/installed
@@ -76,15 +77,18 @@ test-slow: $(VENV)/installed
 test-matrix: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL) -m matrix
 
-# lighteval needs an older xxhash than ours: it has an environment of its own.
 $(EVAL)/installed: pyproject.toml constraints.txt
 	$(call install,$(EVAL),constraints.txt)
 	$(EVAL)/bin/pip install --quiet --constraint constraints.txt lm-eval==0.4.13
+
+# lighteval needs an older xxhash than ours: it has an environment of its own.
+$(LIGHTEVAL)/installed:
 	$(PYTHON) -m venv $(LIGHTEVAL)
 	$(LIGHTEVAL)/bin/pip install --quiet torch==2.13.0
 	$(LIGHTEVAL)/bin/pip install --quiet transformers==5.23.0 lighteval==0.13.0 "xxhash<4"
+	touch $(LIGHTEVAL)/installed
 
-test-evaluate: $(EVAL)/installed
+test-evaluate: $(EVAL)/installed $(LIGHTEVAL)/installed
 	SMOLCONV_LIGHTEVAL_PYTHON=$(CURDIR)/$(LIGHTEVAL)/bin/python $(EVAL)/bin/python -m pytest -m evaluate
 
 test-slurm: $(VENV)/installed

@@ -2,8 +2,9 @@
 
     python benchmarks/day.py
 
-Needs no network and two cores. The text is Python's own documentation, as the Python installation holds it; the Hub is
-``fake_hub.py`` in this process, and its client is huggingface_hub's own. Each command is printed before its output.
+Needs no network and two cores. The text is Python's own documentation, as the Python installation holds it, and entries
+of the Jargon File. The Hub is ``fake_hub.py`` in this process, and its client is huggingface_hub's own. Each command is
+printed before its output.
 Exit 1 when a command fails, or when the perplexity of held-out text did not fall. Everything is written to day/, which
 is emptied first (5 GB).
 """
@@ -32,6 +33,7 @@ NANOTRON, RECIPE, RUN = DAY / "nanotron", DAY / "recipe.yaml", DAY / "runs" / "p
 RESULTS = DAY / "results.json"
 REPO, FETCHED = "day/smollm2-135m-python", DAY / "fetched"
 CARD = "smolconv_proof.json"
+JARGON = REPOSITORY / "fixtures" / "datatrove" / "documents.jsonl"
 STEPS = 30
 #: Of a document: a longer one is cut, so that a held-out document takes seconds.
 MOST_CHARACTERS, LEAST_CHARACTERS = 2000, 500
@@ -71,14 +73,21 @@ def main() -> int:
 
 
 def write_text() -> None:
-    """Python's documentation as .txt files: pydoc's topics, and the docstrings of each module."""
+    """Python's documentation as .txt files (pydoc's topics, and the docstrings of each module), jargon as .jsonl."""
     TEXT.mkdir(parents=True)
     count = 0
     for name, text in documents():
         if len(text) >= LEAST_CHARACTERS:
             (TEXT / f"{name}.txt").write_text(text[:MOST_CHARACTERS], encoding="utf-8")
             count += 1
-    print(f"{TEXT}: {count} documents of the documentation of Python {sys.version.split()[0]}\n", flush=True)
+    entries = [json.loads(line)["text"] for line in JARGON.read_text(encoding="utf-8").splitlines()]
+    entries = [text[:MOST_CHARACTERS] for text in entries if len(text) >= LEAST_CHARACTERS]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in entries]
+    (TEXT / "jargon-file.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    python = sys.version.split()[0]
+    print(
+        f"{TEXT}: {count} documents of Python {python}'s own, {len(entries)} entries of the Jargon File\n", flush=True
+    )
 
 
 def documents() -> Iterator[tuple[str, str]]:
