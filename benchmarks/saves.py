@@ -96,7 +96,8 @@ def train(work: Path, rounds: int) -> None:
                 self._measured_save(data, behind=True)
                 self.phase = "thread"
             elif self.phase == "thread":
-                self.wait_for_save()
+                if self.under_way is not None:  # the next steps publish it, as in any run
+                    return
                 self.peer = Peer(work, trainer.newest_checkpoint(self.run))
                 self.phase = "process"
                 self.peer.go()
@@ -108,7 +109,7 @@ def train(work: Path, rounds: int) -> None:
                     lines = (self.run / "events.jsonl").read_text().splitlines()
                     kinds = ("synchronous", "asynchronous")
                     saved = [event for event in map(json.loads, lines) if event["kind"] == "saved"]
-                    self.found["saves"] += [{"kind": kinds[i % 2], **event} for i, event in enumerate(saved)]
+                    self.found["saves"] += [{**event, "kind": kinds[i % 2]} for i, event in enumerate(saved)]
                     (work / "found.json").write_text(json.dumps(self.found))
                     os._exit(0)
                 self.phase, self.left = "alone", ALONE_STEPS
