@@ -344,7 +344,7 @@ def test_resume_never_does_not_touch_a_used_folder(trained, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (shutil.rmtree, ("step-2", "not there", "--resume never")),
+        (shutil.rmtree, ("step-2", "missing", "--resume never")),
         (lambda step: (step / "trainer.json").unlink(), ("trainer.json", "model.source")),
         (lambda step: (step / "trainer.json").write_text('{"schema": 1, "st'), ("trainer.json",)),
         (lambda step: next(step.glob("*optim_states.pt")).unlink(), ("optim_states", "missing")),
