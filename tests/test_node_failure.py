@@ -346,6 +346,7 @@ def test_a_node_that_is_cut_off_in_mid_step_is_named_and_the_other_goes_on_alone
     given["launch"] |= {
         "launcher": "torchrun", "nodes": 2, "ranks_per_node": 1, "rendezvous": "10.77.0.1:29517", "least_nodes": 1,
     }  # fmt: skip
+    given["checkpoints"]["asynchronous"] = False  # else step 2 may not be saved yet when step 4 begins
     (run / "logs").mkdir(parents=True)
     (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(given))
     nodes = [start_node(name, run, modules) for name in NODES]
