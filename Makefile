@@ -32,7 +32,7 @@ help:
 	@echo "make fuzz                damaged inputs of every reader for FUZZ_MINUTES=10 from FUZZ_SEED=0; new failures go to fixtures/fuzz"
 	@echo "make gpu-wheels          what make gpu-check needs on a machine without a network, in gpu-wheels"
 	@echo "make gpu-check           8 minutes on one GPU: attention, ZeRO, Liger, tokens/s; writes benchmarks/results/gpu.md"
-	@echo "make figures             runs the tests of kills, damage and strangers, counts them; writes docs/robustness.md"
+	@echo "make figures             runs and counts the tests of kills, damage and hostile input; writes docs/robustness.md"
 	@echo "make site                the documentation as HTML in site/; a link that leads nowhere is an error"
 	@echo "make reference           docs/reference.md from the commands' help and the docstrings"
 	@echo "make dist                sdist and wheel in dist/, checked by twine; docs/releasing.md says what comes before and after"

@@ -1,8 +1,8 @@
-"""Runs the tests about damage, kills and strangers, counts what they tried, and writes docs/robustness.md.
+"""Runs the tests about kills, damage and hostile input, counts their attempts, and writes docs/robustness.md.
 
     .venv/bin/python benchmarks/figures.py
 
-A number is of tests that passed, or of what they counted themselves (the junit property ``tried``: kills, faults). The
+A number counts tests that passed, or what they counted themselves (the junit property ``tried``: kills, faults). The
 first table comes from the last ``make fuzz`` (benchmarks/results/fuzz.json).
 """
 
@@ -32,7 +32,7 @@ FUZZ = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """A row: what is done to smolconv, what must come of it, and the tests that do it."""
+    """A row: what is done to smolconv, the required result, and the tests that do it."""
 
     what: str
     then: str
@@ -41,18 +41,18 @@ class Topic:
 
 TOPICS = (
     Topic(
-        what="SIGKILL of a conversion, at a moment or at a call of the system",
+        what="SIGKILL of a conversion, at a random moment or at a system call",
         then="nothing unfinished has the final name; `--resume` completes it to the same bytes",
         tests={"test_interruption.py": "_kill_"},
     ),
     Topic(
-        what="no space, or another error, at a call of the system",
-        then="exit 4; `--resume` completes it; what `--overwrite` was to replace is back",
+        what="no space, or another error, at a system call",
+        then="exit 4; `--resume` completes it; the target of `--overwrite` is restored",
         tests={"test_interruption.py": "_error_at_any_call|last_step_fails"},
     ),
     Topic(
         what="kills, signals and full disks while a run trains and saves",
-        then="the newest whole checkpoint is found, and the run continues bit for bit",
+        then="the newest complete checkpoint is found, and the run continues bit for bit",
         tests={
             "test_training_resume.py": "killed|full_disk|signal",
             "test_run_checkpoints.py": "kill|dies|full|interrupted",
@@ -60,13 +60,13 @@ TOPICS = (
         },
     ),
     Topic(
-        what="a source that is written to, cut, replaced or removed while it is converted",
+        what="a source that is written to, truncated, replaced or removed while it is converted",
         then="exit 3, and no output",
         tests={"test_integrity.py": "changes|had_read"},
     ),
     Topic(
-        what="bytes of a checkpoint that were changed",
-        then="refused by CRC-32 or digest, by its file and tensor",
+        what="changed bytes of a checkpoint",
+        then="refused by CRC-32 or digest, naming the file and tensor",
         tests={
             "test_integrity.py": "changed_record|certified|compare|covered|check_names|believed|not_list",
             "test_resume_damage.py": "",
@@ -92,13 +92,13 @@ TOPICS = (
         },
     ),
     Topic(
-        what="pipes, devices, links to themselves, terabytes, brackets, giant numbers in the place of each file",
-        then="one short error with its path; no wait, no memory",
+        what="pipes, devices, links to themselves, terabytes, brackets, giant numbers in place of each file",
+        then="one short error with the path; no waiting, little memory",
         tests={"test_bounds.py": ""},
     ),
     Topic(
-        what="a Hub that lies, fails, is busy, drops the line, or lists what is not so",
-        then="other bytes are refused; an outage is exit 4; a dropped download continues",
+        what="a Hub that lies, fails, is busy, drops connections, or gives a wrong listing",
+        then="other bytes are refused; an outage is exit 4; an interrupted download continues",
         tests={"test_hub.py": "refus|outage|dropped|busy|hour|cache|list|none_is|circles|no_server|cannot|ranges"},
     ),
 )
@@ -118,7 +118,7 @@ def run_tests(folder: Path) -> Iterator[tuple[str, str, str, int]]:
 
 
 def table(results: list[tuple[str, str, str, int]]) -> list[str]:
-    lines = ["| what is done | what comes of it | tests | tried | failed |", "|---|---|---|---|---|"]
+    lines = ["| test | required result | tests | tried | failed |", "|---|---|---|---|---|"]
     for topic in TOPICS:
         mine = [
             (outcome, tried) for file, name, outcome, tried in results
@@ -147,20 +147,20 @@ def main() -> None:
     text = [
         "# What was tried against smolconv",
         "",
-        "`make figures` writes this page: every number is of a run, none is typed. SECURITY.md has the promises, and",
+        "`make figures` writes this page: every number comes from a run. SECURITY.md has the promises, and",
         "names a test for each.",
         "",
         f"smolconv {__version__}, {date.today().isoformat()}, Python {platform.python_version()}.",
         "",
         "## Mutated inputs",
         "`make fuzz` changes real checkpoints, documents, recipes and token files (bits, ends, structure, pickle",
-        "instructions, headers of zip and safetensors files, what lies in a file's place), and gives them to the",
-        "command line, in processes with bounds of memory and time. What may come of it is an error in a few lines, or",
+        "instructions, headers of zip and safetensors files, other things in place of a file), and gives them to the",
+        "command line, in processes with limits on memory and time. The result must be a short error or",
         "the right output; anything else counts as a failure.",
         "",
     ]
-    text += fuzz_text(json.loads(FUZZ.read_text())) if FUZZ.is_file() else ["It has not run here.", ""]
-    text += ["## Kills, damage and strangers", *table(results), ""]
+    text += fuzz_text(json.loads(FUZZ.read_text())) if FUZZ.is_file() else ["It has not run on this machine.", ""]
+    text += ["## Kills, damage and hostile input", *table(results), ""]
     OUTPUT.write_text("\n".join(text))
     print(f"{OUTPUT.relative_to(REPOSITORY)} is written.")
     sys.exit(any(outcome in ("failure", "error") for _, _, outcome, _ in results))
