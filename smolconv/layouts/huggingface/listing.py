@@ -42,7 +42,8 @@ def has_weights(folder: AnyPath) -> bool:
 
 def holds_training(folder: AnyPath) -> bool:
     """``Listing.holds_training``: Adam's tensors can only be in the sidecar, which may hold only documents."""
-    return any(path.name.endswith(".safetensors") for path in files_below(folder / SIDECAR))
+    sidecar = folder / SIDECAR
+    return sidecar.is_dir() and any(path.name.endswith(".safetensors") for path in sidecar.iterdir())
 
 
 def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
