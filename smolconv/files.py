@@ -171,7 +171,7 @@ def unreadable(path: object, error: OSError, advice: str = "") -> SmolconvError:
         nowhere = "is a dangling link" if dangling else _NOWHERE[error.errno]
         if dangling and "blobs" in os.readlink(shown):
             advice = "Expected a file: the Hub's cache links to its folder blobs, which is missing.\n"
-            advice += "Download the checkpoint again, or copy it with its files from where they are: cp -rL"
+            advice += "Download the checkpoint again, or copy the folder with the linked files: cp -rL"
         advice = advice or "Expected a file.\nCheck the path, or copy the file from where it was written."
         return MissingFile(f"{shown} {nowhere}.\n{advice}")
     return MachineError(

@@ -430,8 +430,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_said(size, to, folders, tmp_pa
     (source / "tokenizer.json").write_bytes(tokenizer_json(size))
     said = [warning for warning in convert(source, tmp_path / "out", to).warnings if "tokenizer" in warning]
     assert said == ([] if size == 64 else [
-        "the tokenizer gives ids up to 64, but the embedding has 64 rows: the model fails on those above. "
-        "Check that it is this model's."
+        "the tokenizer gives ids up to 64, but the embedding has 64 rows: the model fails on larger ids. "
+        "Check whose tokenizer it is."
     ])  # fmt: skip
 
 

@@ -346,7 +346,7 @@ ROWS: Mapping[str, Callable[[Path], object]] = {
     "any checkpoint": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
     "a nanotron checkpoint": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
     "a nanotron run": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
-    "a folder that somebody sent": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
+    "a folder from somebody else": lambda here: shutil.copytree(NANOTRON, here / "SRC"),
     "a transformers model": lambda here: shutil.copytree(HF, here / "SRC"),
     "a DeepSpeed run": lambda here: shutil.copytree(FIXTURES / "run" / "run" / "checkpoints", here / "SRC"),
     "two checkpoints": lambda here: (
@@ -367,7 +367,7 @@ ROWS: Mapping[str, Callable[[Path], object]] = {
 #: Rows whose commands other tests run.
 ELSEWHERE = {
     "a verified model": "test_publish.py",
-    "a GGUF file of SmolLM2": "test_gguf.py", "a recipe, or a run that was stopped": "the first training run below",
+    "a GGUF file of SmolLM2": "test_gguf.py", "a recipe, or a stopped run": "the first training run below",
     "a run that trains": "test_runs.py", "a command that fails": "test_doctor.py",
 }  # fmt: skip
 

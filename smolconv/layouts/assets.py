@@ -1,4 +1,4 @@
-"""Files that travel with weights: the tokenizer, as far as it can be told without loading it, and names of code."""
+"""Files that are copied with weights: facts about the tokenizer without loading it, and names of code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXPECTED = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
 _CONFIG = "tokenizer_config.json"
 #: Files that are no tokenizer without others.
 _PARTS = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", _CONFIG)
-#: Those of a folder that are not about the tokenizer.
+#: Copied files that do not belong to the tokenizer.
 _OTHERS = ("README.md", "LICENSE", "generation_config.json")
 
 
@@ -30,8 +30,8 @@ _OTHERS = ("README.md", "LICENSE", "generation_config.json")
 class TokenizerFiles:
     """Facts about a checkpoint's tokenizer, without loading it."""
 
-    problems: tuple[str, ...]  #: files that are no use, one saying each
-    complete: bool  #: whether all files of one are there
+    problems: tuple[str, ...]  #: files that cannot be used, one sentence each
+    complete: bool  #: whether all files of a tokenizer are there
     largest_id: int | None  #: the largest id that it can produce, if its files show it
 
     @property
@@ -45,9 +45,9 @@ def is_tokenizer(names: set[str]) -> bool:
 
 
 def tokenizer_of(assets: Mapping[str, Path], made: Mapping[str, bytes], looked_for: Iterable[Path]) -> TokenizerFiles:
-    """Look at the tokenizer among files that travel; ``made`` are those of our own making.
+    """Inspect the tokenizer among copied files; ``made`` are files that smolconv generated.
 
-    What was ``looked_for`` and is a dangling link is a problem, unless another file has its name.
+    A dangling link among ``looked_for`` is a problem, unless another file has its name.
     """
     nowhere = [path for path in looked_for if path.is_symlink() and not path.exists()]
     problems = [f"{path} is a dangling link" for path in nowhere if path.name not in {**assets, **made}]
@@ -80,15 +80,15 @@ def tokenizer_warnings(checkpoint: Checkpoint, *, needed: bool) -> tuple[bool, l
     if tokenizer.largest_id is not None and tokenizer.largest_id >= checkpoint.spec.vocab_size:
         warnings.append(
             f"the tokenizer gives ids up to {tokenizer.largest_id}, but the embedding has "
-            f"{checkpoint.spec.vocab_size} rows: the model fails on those above. Check that it is this model's."
+            f"{checkpoint.spec.vocab_size} rows: the model fails on larger ids. Check whose tokenizer it is."
         )
     return tokenizer.usable, warnings
 
 
 def given_tokenizer(path: Path) -> dict[str, Path]:
-    """The files of the tokenizer that ``--tokenizer`` names: a folder, a run's folder, or its one file.
+    """The files of the tokenizer that ``--tokenizer`` names: a folder, a run's folder, or its single file.
 
-    Raises ``MissingFile`` and ``CorruptFile`` where it could not be loaded.
+    Raises ``MissingFile`` and ``CorruptFile`` if it cannot be loaded.
     """
     path = newest_step(path)
     if os.path.isdir(path):  # False for a name that is too long
@@ -100,13 +100,13 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
     if tokenizer.problems:
         raise CorruptFile(
             f"--tokenizer {path}: {'; '.join(tokenizer.problems)}.\n"
-            f"Expected {_EXPECTED}, whole.\nCopy it again from where it came from, or name another folder."
+            f"Expected {_EXPECTED}, complete.\nCopy it again from the source, or name another folder."
         )
     if not tokenizer.complete:
         raise MissingFile(
             f"--tokenizer {path}: no {_EXPECTED} is there.\n"
             f"Expected a local folder with a tokenizer, or its single file; {_CONFIG} alone is not enough.\n"
-            "Check the path. One on the Hub is downloaded by: hf download OWNER/NAME --local-dir FOLDER"
+            "Check the path. To download a tokenizer from the Hub: hf download OWNER/NAME --local-dir FOLDER"
         )
     return found
 
@@ -161,7 +161,7 @@ def _of_tokenizer(folder: Path) -> list[Path]:
 
 
 def _ids(name: str, path: Path) -> Iterator[int]:
-    """Ids that a file of a tokenizer gives. Raises ``CorruptFile`` for one that cannot be loaded."""
+    """Ids in a tokenizer's file. Raises ``CorruptFile`` for a file that cannot be loaded."""
     data = read_bytes(path, MOST_TOKENIZER_BYTES)
     if not data.strip():
         raise CorruptFile(f"{path} is empty")
@@ -172,10 +172,10 @@ def _ids(name: str, path: Path) -> Iterator[int]:
     if name == "tokenizer.json":
         model, added = document.get("model"), document.get("added_tokens")
         if not isinstance(model, dict):
-            raise CorruptFile(f"{path} holds no model of a tokenizer")
+            raise CorruptFile(f"{path} holds no tokenizer model")
         vocabulary = model.get("vocab")
         yield from _whole(token.get("id") for token in added or () if isinstance(token, dict))
-    if isinstance(vocabulary, list):  # Unigram's, whose ids are places
+    if isinstance(vocabulary, list):  # Unigram's, whose ids are positions in the list
         yield len(vocabulary) - 1
     elif isinstance(vocabulary, dict):
         yield from _whole(vocabulary.values())

@@ -21,7 +21,7 @@ _MOST_LAYERS = 10_000
 #: Names of PEFT's LoRA and DoRA: ...q_proj.lora_A.default.weight and ...q_proj.base_layer.weight.
 _ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
-#: More ranks than any run has. A file that promises more would have each of them looked for.
+#: More ranks than any run has. If a file states more, smolconv would look for each of them.
 MOST_RANKS = 1 << 17
 
 
@@ -130,11 +130,11 @@ def _check_counts(counts: Mapping[str, Any], where: object) -> None:
 
 
 def refuse_adapter(names: Iterable[str], where: object) -> None:
-    """Raise ``UnsupportedModel`` for the weights of a training that PEFT put an adapter around."""
+    """Raise ``UnsupportedModel`` for weights that were trained with a PEFT adapter."""
     name = next((name for name in names if _ADAPTER.search(name)), None)
     if name is not None:
         raise UnsupportedModel(
-            f"{where} is of a training with LoRA (PEFT): it holds {name}.\n"
+            f"{where} comes from training with LoRA (PEFT): it holds {name}.\n"
             "Expected the weights of a complete model; these are an adapter's, with or without its base weights.\n"
             "Merge it first, from the folder with adapter_config.json that PEFT saved:\n"
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)\n"
@@ -143,7 +143,7 @@ def refuse_adapter(names: Iterable[str], where: object) -> None:
 
 
 def check_plain(values: object, where: object) -> None:
-    """Raise ``CorruptFile`` for what JSON cannot hold: tensors, objects, NaN."""
+    """Raise ``CorruptFile`` for values that JSON cannot hold: tensors, objects, NaN."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             if not isinstance(key, str):
@@ -159,7 +159,7 @@ def check_plain(values: object, where: object) -> None:
 
 
 def with_tuples(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's hyperparameters with betas as torch has them: JSON and old archives make lists of tuples."""
+    """An optimizer's hyperparameters with betas as a tuple, like torch's: JSON and old archives hold a list."""
     return {key: tuple(value) if key == "betas" else value for key, value in hyperparameters.items()}
 
 

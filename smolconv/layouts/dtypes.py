@@ -12,9 +12,9 @@ from smolconv.checkpoint import MOMENTS, Checkpoint, Slot
 from smolconv.errors import MixedCheckpoint, UnsupportedModel
 from smolconv.tensors.lazy import LazyTensor
 
-#: nanotron, DeepSpeed and Transformers train and save in these three. float64 and float8 are left out: none of them
-#: trains these models so, and no target can be asked for them. Masters are float32, or of the module's own dtype
-#: (DeepSpeed's ``bf16_master_weights_and_grads``). Moments are of the masters' dtype, or 16 bits wide where nanotron
+#: nanotron, DeepSpeed and Transformers train and save in these three. float64 and float8 are not allowed: none of them
+#: trains these models in such a dtype, and no target offers it. Masters are float32, or have the module's dtype
+#: (DeepSpeed's ``bf16_master_weights_and_grads``). Moments have the masters' dtype, or 16 bits if nanotron
 #: accumulates no gradients in float32, or DeepSpeed keeps ``bf16_optimizer_states`` or no ``fp32_optimizer_states``.
 ALLOWED = ("float32", "bfloat16", "float16")
 _WHAT = {Slot.PARAMETER: "a parameter", Slot.MASTER: "a master", **dict.fromkeys(MOMENTS, "a moment")}
@@ -26,21 +26,21 @@ def check_dtype(slot: Slot, dtype: str, where: object) -> None:
         raise UnsupportedModel(
             f"{where} is {dtype}, as {_WHAT[slot]} ({slot.value}) never is.\n"
             f"Expected {', '.join(ALLOWED[:-1])} or {ALLOWED[-1]}.\n"
-            "If the model is quantised, take the one that it was made from, or dequantise it with the tool that made "
+            "If the model is quantised, use the original model, or dequantise it with the tool that made "
             "it; otherwise the file is damaged: copy it again."
         )
 
 
 def check_named_dtypes(slot: Slot, tensors: Mapping[str, LazyTensor]) -> None:
-    """The same for tensors by name."""
+    """``check_dtype`` for tensors by name."""
     for name, tensor in tensors.items():
         check_dtype(slot, tensor.dtype, f"{_file(tensor)}: {name}")
 
 
 def check_dtypes(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself, once the dtype of each of its tensors is one that a trainer writes there.
+    """Return the checkpoint unchanged, if a trainer writes the dtype of each of its tensors.
 
-    Raises ``UnsupportedModel`` for a dtype that no slot has, ``MixedCheckpoint`` for dtypes that are never together.
+    Raises ``UnsupportedModel`` for a dtype that no slot has, ``MixedCheckpoint`` for dtypes that never occur together.
     """
     for slot, tensors in checkpoint.tensors.items():
         check_named_dtypes(slot, tensors)
@@ -50,7 +50,7 @@ def check_dtypes(checkpoint: Checkpoint) -> Checkpoint:
         (a, left), (b, right) = halves["bfloat16"], halves["float16"]
         raise MixedCheckpoint(
             f"{_file(right)}: {b} is float16, but {a} is bfloat16 ({_file(left)}).\n"
-            "Expected one 16-bit dtype in a model: read as the other, its values are different ones.\n"
+            "Expected one 16-bit dtype in a model: the same bits are different values in each.\n"
             "The file is damaged, or files of two checkpoints are mixed: copy all of one."
         )
     for name, master in checkpoint.tensors.get(Slot.MASTER, {}).items():
@@ -65,7 +65,7 @@ def check_dtypes(checkpoint: Checkpoint) -> Checkpoint:
         if first[name].dtype != second[name].dtype:
             raise MixedCheckpoint(
                 f"{_file(second[name])}: exp_avg_sq of {name} is {second[name].dtype}, exp_avg {first[name].dtype}.\n"
-                "Expected one dtype for both: Adam makes them alike.\n"
+                "Expected one dtype for both: Adam creates them with the same dtype.\n"
                 "The file is damaged, or files of two checkpoints are mixed: copy all of one."
             )
     return checkpoint

@@ -1,7 +1,7 @@
 """The interface of a layout: a reader from a folder to a ``Checkpoint``, and a writer from one to planned files.
 
 A layout is a package with a ``layout.py`` that holds its ``Layout``, and a line in ``registry.py``. Whoever converts,
-verifies or downloads asks the record, and names no layout.
+verifies or downloads uses the record, and names no layout.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ class ReadOptions:
     config: Path | None = None  #: a config to use instead of the folder's own
     layout: str | None = None  #: the layout to read (``--from``), if a folder holds several; None: detect it
     step: int | None = None  #: which step of a run folder; the latest by default
-    architecture: str | None = None  #: which family, where a nanotron config could be of several
-    #: Believe nanotron's rope_scaling, which nanotron itself ignores; None where the checkpoint says that it was
+    architecture: str | None = None  #: the family, if a nanotron config could belong to several
+    #: Use nanotron's rope_scaling, which nanotron itself ignores; None: only if the checkpoint says that it was
     #: imported with it and not trained since.
     rope_as_configured: bool | None = None
-    optimizer: bool = True  #: read Adam's state when it is there
+    optimizer: bool = True  #: read Adam's state if it is there
     check_sidecar: bool = True  #: compare the weights with those that an HF sidecar was written with
     base: Path | None = None  #: a checkpoint that supplies weights which were left out (DeepSpeed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOutput:
-    """A whole output folder, planned: nothing has been read or written yet but headers."""
+    """The plan of a complete output folder: only headers have been read, and nothing written."""
 
     files: tuple[PlannedFile, ...]
-    #: Small files whose content needs the digests: path -> made from what was written.
+    #: Small files whose content needs the digests: path -> a function of what was written.
     late: Mapping[str, Callable[[Written], bytes]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -63,8 +63,8 @@ class OwnFiles:
     """The files of a checkpoint in the layout, and those that programs write with it."""
 
     names: frozenset[str] = frozenset()  #: paths within the folder
-    pattern: str = ""  #: of such paths, for what no reader opens
-    step: Path | None = None  #: the folder of the step that a reader takes; another step's files are not of it
+    pattern: str = ""  #: a pattern of such paths, for files that no reader opens
+    step: Path | None = None  #: the step folder that a reader uses; files of other steps do not belong to it
     beside: str = ""  #: paths in folders next to the steps' folders, which belong to all steps
 
 
@@ -73,16 +73,16 @@ class Layout:
     """One layout: how it is recognised, read and written."""
 
     name: str  #: in JSON, manifests and messages
-    words: tuple[str, ...]  #: what ``--to`` calls it, the shortest first
+    words: tuple[str, ...]  #: its names for ``--to``, the shortest first
     title: str  #: for messages
-    signs: str  #: what its folders are recognised by, for the message that nothing was
-    listing: Listing  #: the package's module of that name
+    signs: str  #: files that identify its folders, for the message that no layout was recognised
+    listing: Listing  #: the package's module ``listing``
     #: Raises ``BadCheckpoint`` and its kind. The third is what ``ReadOptions.base`` names, read.
     read: Callable[[Path, ReadOptions, Checkpoint | None], Checkpoint]
     own_files: Callable[[Path], OwnFiles]
     options: type[Any]  #: a dataclass with its writer's options; raises ``UsageError`` for invalid ones
     plan: Callable[[Checkpoint, Any], PlannedOutput]
-    #: The checkpoint as its writer takes it, after dtype and vocabulary are chosen.
+    #: Completes the checkpoint for its writer, after dtype and vocabulary are chosen.
     prepare: Callable[[Checkpoint, Any], Checkpoint] = lambda checkpoint, options: checkpoint
     #: Why it cannot hold a checkpoint's Adam state, or None.
     without_adam: Callable[[Checkpoint], str | None] = lambda checkpoint: None
@@ -92,14 +92,14 @@ class Layout:
     detect_with_config: Callable[[AnyPath], bool] = lambda folder: False
     #: Why a folder that looks like this layout cannot be read.
     lacking: Callable[[AnyPath], MissingFile | None] = lambda folder: None
-    #: Whether it stores fp32 masters, with Adam's state or zeros, of which the weights are the rounded values.
+    #: Whether it stores fp32 masters, with Adam's state or zeros; the weights are then their rounded values.
     of_an_engine: bool = False
-    takes_base: bool = False  #: a checkpoint may leave weights out, which another supplies
+    takes_base: bool = False  #: a checkpoint may lack weights, which another one supplies
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveContent:
-    """One tensor among those that fill a storage of a torch archive, one after the other."""
+    """One of the consecutive tensors that fill a storage of a torch archive."""
 
     name: str
     slot: str
@@ -119,7 +119,7 @@ def archive_file(
     """
     plan = plan_torch_archive(PurePosixPath(path).stem, obj)
     tensors: list[PlannedTensor] = []
-    records: list[tuple[Storage, int]] = []  # with the number of tensors in it
+    records: list[tuple[Storage, int]] = []  # each storage and its number of tensors
     for storage, (offset, nbytes) in sorted(plan.records.items(), key=lambda item: item[1]):
         parts = contents[storage]
         assert sum(part.source.nbytes for part in parts) == nbytes, path
@@ -171,14 +171,14 @@ def without_aliases(
         if found[alias] != found[name] and not equal(found[alias], found[name]):
             raise NameMismatch(
                 f"{where}: config.json ties {alias} to {name}, but they are different tensors.\n"
-                "Set tie_word_embeddings to false if the head was trained apart."
+                "Set tie_word_embeddings to false if the head was trained separately."
             )
         del kept[alias]
     return kept
 
 
 def copied_file(path: str, source: Path) -> PlannedFile:
-    """A file that is carried over byte for byte."""
+    """A file that is copied byte for byte."""
     size = file_size(source, MOST_TOKENIZER_BYTES)
     content = Stored(path=source, offset=0, shape=(size,), dtype="uint8")
     tensors = (PlannedTensor(name=source.name, slot=None, offset=0, source=content),) if size else ()
@@ -233,7 +233,7 @@ def repository_of(folder: Path) -> str | None:
 
 
 def model_card(checkpoint: Checkpoint, what: str, tokenizer: bool) -> bytes:
-    """A model card that states where the weights come from, by a name and not by a path of this machine."""
+    """A model card that states where the weights come from, with a name instead of a local path."""
     spec = checkpoint.spec
     repository = repository_of(checkpoint.root)
     name = plain_text(repository or checkpoint.root.name or spec.architecture)

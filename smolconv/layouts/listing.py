@@ -73,7 +73,7 @@ def content(path: AnyPath, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
 def pointer_text(pointer: AnyPath) -> str:
     """The text of a file that names a folder. Raises ``CorruptFile`` if it is long.
 
-    It is not noted among a checkpoint's files: a run that continues rewrites it.
+    It is not recorded among a checkpoint's files: a run that continues rewrites it.
     """
     return content(pointer, MOST_NAME_BYTES).decode(errors="replace").strip()
 
@@ -118,22 +118,22 @@ class Listing(Protocol):
     def detect(self, folder: AnyPath) -> bool: ...
 
     def holds_training(self, folder: AnyPath) -> bool:
-        """Whether it has training state besides weights: of two layouts, the one with it is read."""
+        """Whether it has training state in addition to weights: of two layouts, the one with it is read."""
         ...
 
     def needed_files(self, folder: P, *, step: int | None, optimizer: bool) -> list[P]:
         """The files that reading the checkpoint in ``folder`` opens; all are there.
 
         ``step`` chooses one of a run's; without ``optimizer``, Adam's tensors are left out if they are in separate
-        files. Raises ``BadCheckpoint`` and its kinds for what is missing.
+        files. Raises ``BadCheckpoint`` and its kinds for missing files.
         """
 
 
 def assets_in(folder: P) -> dict[str, P]:
-    """The files of a folder that travel with its weights, by their paths within it."""
+    """The files of a folder that are copied with its weights, by their paths within it."""
     found = {name: path for name in ASSET_NAMES if (path := folder / name).is_file()}
     beside: dict[str, P] = {}
-    with suppress(OSError):  # a folder may be passed through and not listed
+    with suppress(OSError):  # permissions may allow entering a folder but not listing it
         beside = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
     found |= {name: beside[name] for name in sorted(beside) if re.fullmatch(_TERMS, name) and beside[name].is_file()}
     templates = beside.get(TEMPLATES)

@@ -35,7 +35,7 @@ def documents_of(record: SourceRecord) -> dict[str, bytes]:
 def read_documents(folder: Path) -> tuple[SourceRecord, tuple[Path, ...]]:
     """Read the documents of ``documents_of`` from ``folder``, with their files. Raises ``CorruptFile``."""
     entries = sorted(folder.iterdir()) if is_folder_there(folder) else []
-    # Folders that an editor left are nothing of ours; one in the place of a document is.
+    # A folder that an editor left is ignored; a folder in place of a document is an error.
     paths = tuple(path for path in entries if path.name in _NAMES or not path.is_dir())
     record = SourceRecord()
     for path in paths:
@@ -99,5 +99,5 @@ def group_to_json(group: ParameterGroup) -> dict[str, Any]:
 
 
 def group_from_json(value: Mapping[str, Any]) -> ParameterGroup:
-    """The same, read back: betas become a tuple again."""
+    """A parameter group from plain JSON: betas become a tuple again."""
     return ParameterGroup(names=tuple(value["names"]), hyperparameters=with_tuples(value["hyperparameters"]))

@@ -1,4 +1,4 @@
-"""The layouts: detects a folder's layout, and reads its checkpoint."""
+"""Lists the layouts, detects a folder's layout, and reads its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from smolconv.models.registry import family_named
 from smolconv.storage.atomic import INCOMPLETE
 from smolconv.tensors.reading import close_thread_files
 
-#: A folder that could be read as several is the first of them.
+#: If several layouts match a folder, the first one counts.
 LAYOUTS: tuple[Layout, ...] = (HUGGINGFACE, NANOTRON, DEEPSPEED)
 #: By their names in ``--to``.
 BY_WORD = {word: layout for layout in LAYOUTS for word in layout.words}
-#: If a folder is no checkpoint, this many entries are searched for one.
+#: If a folder is not a checkpoint, this many of its entries are searched for one.
 MOST_CHILDREN = 200
 
 
 def layout_named(word: str, option: str) -> Layout:
-    """The layout of a word that people gave for an option. Raises ``UsageError``."""
+    """The layout that an option's value names. Raises ``UsageError``."""
     if word not in BY_WORD:
         raise UsageError(f"{option} {word}: expected one of {', '.join(known.words[0] for known in LAYOUTS)}.")
     return BY_WORD[word]
@@ -45,7 +45,7 @@ def source_folder(folder: P) -> P:
 
 
 def detect_layout(folder: Path, options: ReadOptions = ReadOptions()) -> Layout:  # noqa: B008
-    """Raise ``UnknownLayout`` with what is there, ``MissingFile`` when nothing is."""
+    """Raise ``UnknownLayout`` with the folder's content, ``MissingFile`` if it does not exist."""
     try:
         found = folder.stat()
     except OSError as error:
@@ -81,10 +81,10 @@ def why_unknown(folder: AnyPath) -> BadCheckpoint | None:
 
 
 def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = False) -> Layout | None:
-    """The layout of a folder on disk or on the Hub, by its names; None for no checkpoint.
+    """The layout of a folder on disk or on the Hub, by its names; None if it is not a checkpoint.
 
     If there are several, the one with training state, if only one has it. ``word``: the layout of ``--from``,
-    or ``UsageError``. ``with_config``: a config is supplied, so that the folder need not have it.
+    or ``UsageError``. ``with_config``: a config is supplied, so the folder does not need one.
     """
 
     def fits(layout: Layout) -> bool:
@@ -105,7 +105,7 @@ def layout_of(folder: AnyPath, word: str | None = None, *, with_config: bool = F
 
 
 def signs(between: str) -> str:
-    """The files by which each layout is recognised, as text."""
+    """The files that identify each layout, as text."""
     return between.join(f"{layout.signs} ({layout.title})" for layout in LAYOUTS)
 
 
@@ -128,7 +128,7 @@ def _read(folder: Path, options: ReadOptions) -> Checkpoint:
     if asked not in (None, checkpoint.spec.architecture):
         raise UnsupportedModel(
             f"{folder}: the config's model_type is {checkpoint.spec.architecture}; --architecture is {asked}.\n"
-            "Leave it out: only a nanotron config can be of several architectures."
+            "Leave it out: only a nanotron config can stand for several architectures."
         )
     return checkpoint
 
@@ -149,7 +149,7 @@ def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
             error.args = (f"{error}\n--from {other.words[0]} reads the {other.title} files in the same folder.",)
         raise
     finally:
-        close_thread_files()  # reading a layout may keep files open; a file that is replaced later must be opened again
+        close_thread_files()  # reading a layout may keep files open; a file that is replaced later must be reopened
     return replace(checkpoint, warnings=(*_not_read(folder, layout, other), *checkpoint.warnings))
 
 
@@ -158,8 +158,8 @@ def _not_read(folder: Path, layout: Layout, other: Layout | None) -> list[str]:
     said = []
     if other is not None:
         said.append(
-            f"the folder holds {other.title} files, too: those of {layout.title} are read, which come with training "
-            f"state. --from {other.words[0]} reads the others."
+            f"the folder holds {other.title} files, too: those of {layout.title} are read, which have training "
+            f"state. --from {other.words[0]} reads the {other.title} files."
         )
     if (folder / ADAPTER).is_file():
         said.append("the folder also has a PEFT adapter, which is not read: to use it, merge it (merge_and_unload).")

@@ -12,7 +12,7 @@ from smolconv.layouts.huggingface.listing import ADAPTER, CONFIG, has_weights
 from smolconv.layouts.listing import RUN_CHECKPOINTS, RUN_RECIPE, AnyPath, content
 from smolconv.parsing import parse_json
 
-#: Names that other programs give -> what the folder is then, and what to do; ``{name}`` is that name.
+#: Names that other programs give -> what such a folder is, and what to do; ``{name}`` is that name.
 _OTHERS: Mapping[str, tuple[str, str]] = {
     r"\.metadata|.*\.distcp|pytorch_model_fsdp_\d+": (
         "a sharded checkpoint of torch.distributed (FSDP or DCP)",
@@ -24,11 +24,11 @@ _OTHERS: Mapping[str, tuple[str, str]] = {
     ),
     r"weights(\.\d+)?\.(safetensors|npz)": (
         "weights of MLX",
-        "Use the Hugging Face model that they were made from; the model card names it.",
+        "Use the original Hugging Face model; the model card names it.",
     ),
-    r".*\.gguf": ("a GGUF file", "Read it by its own command, as a file on disk: smolconv import-gguf {name} OUT"),
+    r".*\.gguf": ("a GGUF file", "Import the file from disk: smolconv import-gguf {name} OUT"),
 }
-#: As Transformers names files that were saved with ``variant``: model.fp16.safetensors, or an index for shards.
+#: Transformers' names for files saved with ``variant``: model.fp16.safetensors, or an index for shards.
 _VARIANT = re.compile(
     r"(?P<indexed>model\.safetensors|pytorch_model\.bin)\.index\.(?P<of_index>\w+)\.json"
     r"|(?P<stem>model(?=\.\w+\.safetensors)|pytorch_model(?=\.\w+\.bin))\.(?P<variant>\w+)(?P<suffix>\.\w+)"
@@ -40,7 +40,7 @@ _TRAINER_STEP = re.compile(r"checkpoint-(\d{1,18})")
 def what_is_there(folder: AnyPath) -> UnknownLayout | None:
     """An error that explains what a folder of no layout holds, and what to do; None if its names do not show it.
 
-    Each message has what was found, what was expected, and how to get a folder that can be read.
+    Each message says what was found, what was expected, and how to get a readable folder.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     lines = next(filter(None, _answers(folder, names)), None)
@@ -69,7 +69,7 @@ def _adapter(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
     if not found:
         return None
     return (
-        f"{folder} holds a PEFT adapter ({', '.join(found)}), not a whole model.",
+        f"{folder} holds a PEFT adapter ({', '.join(found)}), not a complete model.",
         f"Expected all weights of the model; the adapter changes those of {_base_of(folder)}.",
         "Merge it first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT).",
     )
@@ -137,7 +137,7 @@ def _dangling(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
     return (
         f"{folder}: {len(gone)} of its files are dangling links, such as {gone[0].name} -> {gone[0].readlink()}.",
         "Expected the files themselves. A snapshot in the Hub's cache holds links into its folder blobs.",
-        "Download it again, or copy it with its files from where they are: cp -rL",
+        "Download it again, or copy the folder with the linked files: cp -rL",
     )
 
 
@@ -145,7 +145,7 @@ def _no_config(folder: AnyPath) -> tuple[str, str, str] | None:
     if not has_weights(folder):
         return None
     return (
-        f"{folder} holds weights of Hugging Face's names, but no {CONFIG}.",
+        f"{folder} holds weights with Hugging Face's names, but no {CONFIG}.",
         f"Expected {CONFIG} in the same folder, which describes the model.",
         "Copy it there from where the weights came from, or name it with --config PATH.",
     )

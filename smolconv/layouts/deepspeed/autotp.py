@@ -1,4 +1,4 @@
-"""AutoTP: parameters are cut over tensor-parallel ranks; those that are not must be alike on all."""
+"""AutoTP: parameters are split over tensor-parallel ranks; all other parameters must be equal on all ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from smolconv.tensors.lazy import LazyTensor, equal, join, join_columns
 def join_tensor_parallel(
     found: Sequence[StoredState], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> StoredState:
-    """AutoTP: each parameter is cut on the one dimension in which the ranks' shapes fall short of the model's."""
+    """AutoTP: each parameter is split along the one dimension in which a rank's shape is below the model's."""
     if len(found) == 1:
         return found[0]
     first = found[0]
     for rank, other in enumerate(found):
         if other.dtypes != first.dtypes:
             raise MixedCheckpoint(
-                f"{where}: the model file of tensor-parallel rank {rank} has other names or dtypes than rank 0's.\n"
+                f"{where}: the model file of tensor-parallel rank {rank} has different names or dtypes than rank 0's.\n"
                 "Expected the same on all ranks.\n"
                 "Files of two checkpoints lie in one folder: copy all of one from the training nodes."
             )
@@ -39,7 +39,7 @@ def join_tensor_parallel(
             if len(shards) != len(by_rank):
                 raise MixedCheckpoint(f"{where}: {name} is not on every tensor-parallel rank.")
             shape = shapes.get(name) or aliases.get(name)
-            # A name that the config does not know is refused later, under that name.
+            # A name that is not in the config is refused later, with that name.
             result[name] = shards[0] if shape is None else _join_shards(shards, shape, f"{where}: {name}")
         return result
 
@@ -68,7 +68,7 @@ def _join_shards(shards: Sequence[LazyTensor], shape: tuple[int, ...], where: st
         raise ShapeMismatch(
             f"{where} is {list(shape)} by the config and on each of {len(shards)} tensor-parallel ranks, but rank "
             f"{other} holds other values than rank 0.\n"
-            "Expected the same on all ranks, or shards that make the config's shape together.\n"
+            "Expected the same on all ranks, or shards that together have the config's shape.\n"
             "Check the config (num_key_value_heads, num_attention_heads, intermediate_size, vocab_size), or copy all "
             "files of one checkpoint."
         )

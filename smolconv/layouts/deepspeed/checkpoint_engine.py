@@ -1,8 +1,8 @@
 """Loads and saves DeepSpeed's files in smolconv's processes, by an allow-list for pickles and with digests.
 
-DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs whatever a file asks for. An
-engine of ours has its ``checkpoint_engine`` replaced before it loads. Files are then read by ``read_torch_archive``,
-the reader that has looked at them before, so that both see the same bytes; torch's own unpickler takes no part.
+DeepSpeed's own checkpoint engine calls ``torch.load(weights_only=False)``, which runs any code in a file. smolconv
+replaces the ``checkpoint_engine`` of an engine before it loads. ``read_torch_archive`` then reads the files; it also
+checked them before, so both see the same bytes. torch's own unpickler is not used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FileDigest:
 
 
 class CheckpointEngine:
-    """Takes the place of a DeepSpeed engine's ``checkpoint_engine``; the one before it does what this one does not."""
+    """Replaces a DeepSpeed engine's ``checkpoint_engine``, and passes everything else on to the original."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -49,7 +49,7 @@ class CheckpointEngine:
         return getattr(self.inner, name)
 
     def load(self, path: str, map_location: object = None) -> Any:
-        """The file's content, on the CPU: DeepSpeed asks for no other place. Raises as ``read_torch_archive`` does."""
+        """The file's content, on the CPU: DeepSpeed asks for no other device. Raises as ``read_torch_archive`` does."""
         return load_torch_archive(Path(path), deepspeed_classes())
 
     def save(self, state_dict: Any, path: str) -> FileDigest:
@@ -80,7 +80,7 @@ def _maker(cls: type) -> Callable[..., object]:
 def load_torch_archive(path: Path, allow: Mapping[tuple[str, str], Callable[..., object]] | None = None) -> Any:
     """The object that ``torch.save`` wrote, its tensors on the CPU. Tensors that shared a storage share it again.
 
-    Nothing is imported or called that ``allow`` does not name. Raises as ``read_torch_archive`` does.
+    It imports and calls only what ``allow`` names. Raises as ``read_torch_archive`` does.
     """
     document = read_torch_archive(path, allow=allow or {})
     return _with_tensors(document, _read_tensors(path, list(_tensors(document, set()))), {})
@@ -138,7 +138,7 @@ def _read_tensors(path: Path, found: list[ArchiveTensor]) -> dict[int, torch.Ten
 
 
 def _with_tensors(value: Any, tensors: Mapping[int, torch.Tensor], done: dict[int, Any]) -> Any:
-    """``value`` with torch's own objects; containers are filled in place, so that what was shared still is."""
+    """``value`` with torch's own objects; containers are filled in place, so shared objects stay shared."""
     import torch
 
     if isinstance(value, ArchiveTensor):
@@ -171,7 +171,7 @@ class _HashedFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Torch's writer, in C++, does not outlive an exception: an error is kept, and the rest goes nowhere."""
+        """Torch's writer, in C++, crashes on an exception: the error is kept, and the rest of the data is discarded."""
         view = memoryview(data).cast("B")
         self.hasher.update(view)
         self.nbytes += len(view)
@@ -194,7 +194,7 @@ class _HashedFile:
 
 
 def save_torch_archive(content: Any, path: Path) -> FileDigest:
-    """``torch.save`` onto the disk, with the digest of the file's bytes as they were meant to be written."""
+    """``torch.save`` onto the disk, with the digest of the bytes that were passed to the file."""
     import torch
 
     file = _HashedFile(path)
@@ -206,9 +206,9 @@ def save_torch_archive(content: Any, path: Path) -> FileDigest:
 
 
 class HostMemory:
-    """Where a save's tensors are copied to, so that training may change them while the copies are written.
+    """Memory for copies of a save's tensors, so that training may change them while the copies are written.
 
-    Kept from one save to the next: to get gigabytes from the kernel takes as long as to copy them.
+    It is kept between saves: getting gigabytes from the kernel takes as long as copying them.
     """
 
     def __init__(self) -> None:
@@ -217,13 +217,13 @@ class HostMemory:
         self._pinned: list[torch.Tensor] = []
 
     def reuse(self) -> None:
-        """Give up all copies: what was copied last is on the disk."""
+        """Release all copies, once the last ones are on the disk."""
         self._free, self._used = self._free + self._used, []
 
     def snapshot(self, content: Any) -> Any:
-        """A copy that ``torch.save`` writes as it would have written ``content``; other threads may change that then.
+        """A copy that ``torch.save`` writes like ``content``; other threads may then change ``content``.
 
-        Every storage is copied once and whole, as it is saved, so that tensors which share one still do.
+        Every storage is copied once and whole, the way it is saved, so tensors that share one still share it.
         """
         import torch
 

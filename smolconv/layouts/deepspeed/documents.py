@@ -1,7 +1,7 @@
 """Parses and checks DeepSpeed's files, without layout arithmetic; reads no tensors except scalars.
 
-Model files and ``zero/<name>/*.pt`` are plain. Optimizer files name three of DeepSpeed's classes, which stand-ins take
-the place of; nothing else that a pickle names is accepted.
+Model files and ``zero/<name>/*.pt`` are plain. Optimizer files name three of DeepSpeed's classes, which stand-ins
+replace; no other name in a pickle is accepted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from smolconv.storage.torch_archive.records import shown
 from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
 
-#: DeepSpeed's own keys of a model file; what else is there came from the user's ``client_state``.
+#: DeepSpeed's own keys of a model file; all other keys come from the user's ``client_state``.
 MODEL_KEYS = frozenset(
     ("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
      "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -42,19 +42,19 @@ MODEL_KEYS = frozenset(
 CLIENT_KEY = "smolconv"
 #: Keys without user objects; a user's objects, such as argparse's, may be below any other key of a model file.
 _PLAIN_KEYS = MODEL_KEYS | {CLIENT_KEY}
-#: How an error ends where the weights can be read without what is damaged.
+#: How an error ends if the weights can be read without the damaged part.
 WITHOUT = "pass --no-optimizer to convert the weights only"
-#: The version whose form we write, and against which it was tried.
+#: The version whose format we write; it was tested with this version.
 DEEPSPEED_VERSION = "0.19.8"
 _SLOTS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
 
 
 class AnotherOptimizer(UnsupportedModel):
-    """The state is another optimizer's than Adam's, whole as it may be: the weights can be read without it."""
+    """The state is not Adam's but undamaged: the weights can be read without it."""
 
 
 class _StandIn:
-    """Takes the place of an object of DeepSpeed's; keeps what it was made of."""
+    """Stands in for one of DeepSpeed's objects; keeps the arguments and state that it was made from."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -79,7 +79,7 @@ SCALER_DEFAULTS: Mapping[str, Any] = {
 
 
 def loss_scaler(known: Mapping[str, Any] | None = None) -> PickledObject:
-    """The object of what ``scaler_state`` gave; by default a static scale of 1, which bf16 and fp32 engines have."""
+    """The object for a ``scaler_state``; by default a static scale of 1, which bf16 and fp32 engines have."""
     module, state = "deepspeed.runtime.fp16.loss_scaler", {"cur_scale": 1.0, "dynamic": False, **(known or {})}
     if not state["dynamic"]:
         return PickledObject(module=module, name="LossScaler", args=(state["cur_scale"],), state=state)
@@ -89,7 +89,7 @@ def loss_scaler(known: Mapping[str, Any] | None = None) -> PickledObject:
 
 
 def scaler_state(found: object, where: object) -> dict[str, Any] | None:
-    """The plain attributes of a stored loss scaler, or of what ZeRO-0 stores for one; None where it scales nothing."""
+    """The plain attributes of a stored loss scaler, or of what ZeRO-0 stores for one; None if it scales nothing."""
     values = vars(found) if isinstance(found, _StandIn) else found
     if not isinstance(values, Mapping):
         return None
@@ -241,9 +241,9 @@ class OptimizerDocument:
     zero_stage: int
     bf16_optimizer: bool  #: ``BF16_Optimizer``, a ZeRO-1 that does not store its stage
     ranks: int
-    masters: tuple[Stored, ...]  #: one flat tensor a group (ZeRO 1 and 2) or a sub-group (ZeRO-3)
+    masters: tuple[Stored, ...]  #: one flat tensor per group (ZeRO 1 and 2) or per sub-group (ZeRO-3)
     states: Mapping[int, AdamState] | None  #: by the same indices; None if not requested
-    steps: Mapping[int, float]  #: the optimizer's, by the same indices, where it counts them
+    steps: Mapping[int, float]  #: the optimizer's, by the same indices, if it counts them
     groups: tuple[Mapping[str, Any], ...]  #: hyperparameters
     members: tuple[tuple[int, ...], ...]  #: indices of each group's flat tensors
     alignment_paddings: tuple[tuple[int, ...], ...] | None  #: after each parameter of each group
@@ -259,7 +259,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
         counts = state["partition_count"]
         counts = counts if isinstance(counts, list) and counts else [counts]
         ranks = counts[0]
-        # One a group; only experts are spread over other ranks than the rest.
+        # One per group; only experts are spread over different ranks than the rest.
         if not is_world(ranks) or any(type(count) is not int or count != ranks for count in counts):
             raise CorruptFile(f"{path}: partition_count is {counts!r:.60}; expected the number of ranks.")
         bf16_optimizer = "zero_stage" not in state
@@ -316,7 +316,7 @@ def numbered(groups: Sequence[Mapping[str, Any]], path: Path) -> tuple[tuple[int
 
 
 def _paddings(state: Mapping[str, Any], key: str, groups: int, path: Path) -> tuple[tuple[int, ...], ...] | None:
-    """Lists of paddings by group; None where the version that wrote the file had none."""
+    """Lists of paddings by group; None if the version that wrote the file had none."""
     found = state.get(key)
     if found is None or found == [None]:
         return None
@@ -413,7 +413,7 @@ def read_universal_tensor(path: Path) -> Stored:
     value = read_torch_archive(path, allow=STAND_INS)
     if isinstance(value, dict):
         if value.get("is_expert_param") or value.get("sub_param_shape") is not None:
-            raise UnsupportedModel(f"{path} is an expert's or a fused parameter, which these models have not.")
+            raise UnsupportedModel(f"{path} is an expert's or a fused parameter, which these models do not have.")
         value = value.get("param")
     return stored(value, path)
 
@@ -430,7 +430,7 @@ def _mapping(path: Path, keys: Sequence[str], plain_keys: Collection[str] | None
 
 
 def plain(value: object) -> Any:
-    """The parts of a client_state that JSON can hold; raises ``ValueError`` with the name of what it cannot."""
+    """The parts of a client_state that JSON can hold; raises ``ValueError`` with the name of any other part."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a key is not text")

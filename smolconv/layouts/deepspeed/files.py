@@ -58,7 +58,7 @@ class TagFiles:
 
 
 def tag_files(folder: Path) -> TagFiles:
-    """Sort the files of a tag folder. Raises when they are of two checkpoints, or of a form that is not read."""
+    """Sort the files of a tag folder. Raises if they are of two checkpoints, or of a format that is not supported."""
     models: dict[tuple[int | None, int], Path] = {}
     optimizers: dict[tuple[int, int], Path] = {}
     prefixes: dict[str, Path] = {}
@@ -82,8 +82,8 @@ def tag_files(folder: Path) -> TagFiles:
             f"{folder}: the run kept its fp32 weights and Adam's state on NVMe, so they are in {_OFFLOADED}/.\n"
             "Expected them in the optimizer files: only the running engine knows the content of a *.tensor.swp, and "
             "zero_to_fp32 cannot tell either.\n"
-            "Load it into DeepSpeed as it was saved, with stage3_gather_16bit_weights_on_model_save, and save the "
-            "weights by engine.save_16bit_model(OUT)."
+            "Load it into DeepSpeed with its own settings and stage3_gather_16bit_weights_on_model_save, and save the "
+            "weights with engine.save_16bit_model(OUT)."
         )
     universal = is_folder_there(folder / "zero")
     if len({dp is None for dp, _ in models}) > 1 and not universal:

@@ -1,7 +1,7 @@
 """The optimizer that a DeepSpeed checkpoint must hold: parameter groups in the target run's order, masters, moments.
 
-DeepSpeed never compares names: the flat tensors of a checkpoint are laid over the running engine's groups in order. So
-the groups written must be those of the run that continues.
+DeepSpeed never compares names: it assigns a checkpoint's flat tensors to the running engine's groups in order. So
+the written groups must be those of the run that continues.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class _Rule:
 def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | None) -> Checkpoint:
     """The checkpoint as DeepSpeed holds it: fp32 masters, moments (zero without a source), groups, steps.
 
-    ``zero_stage`` is None for universal. ZeRO-3 and universal store no weights but masters, so there the weights are
-    the rounded masters.
+    ``zero_stage`` is None for universal. ZeRO-3 and universal store only masters, so there the weights are the
+    rounded masters.
 
     Raises ``UsageError`` for a ``groups`` file that does not fit the model, ``UnsupportedModel`` for a state that the
     groups cannot hold.
@@ -88,7 +88,7 @@ def with_adam(checkpoint: Checkpoint, *, groups: Path | None, zero_stage: int | 
     steps = {name: 0.0 if known is None else known.steps[name] for name in trained}
     schedule = own.lr_scheduler
     lists = isinstance(schedule, Mapping) and any(isinstance(value, list) for value in schedule.values())
-    if known is None or (lists and len(found) != len(known.groups)):  # the lists are of the source's groups
+    if known is None or (lists and len(found) != len(known.groups)):  # the lists follow the source's groups
         schedule = None
     weights_only = known is None and not checkpoint.tensors.get(Slot.MASTER)
     scaler = None if known is None else own.loss_scaler
@@ -119,7 +119,7 @@ def _in_full(groups: Sequence[ParameterGroup], family: Family, warnings: list[st
 def _tensors(
     checkpoint: Checkpoint, trained: Sequence[str], *, moments_known: bool, zero_stage: int | None
 ) -> dict[Slot, dict[str, LazyTensor]]:
-    """fp32 masters and moments of all that is trained, and the weights, rounded where nothing else stores them."""
+    """fp32 masters and moments of all trained parameters, and the weights, rounded if nothing else stores them."""
     tensors = {slot: dict(by_name) for slot, by_name in checkpoint.tensors.items() if by_name}
     masters = tensors.get(Slot.MASTER, {})
     rounded = {name for name in trained if checkpoint.parameters[name].dtype != "float32"}
@@ -157,28 +157,28 @@ def _default_groups(checkpoint: Checkpoint, trained: Sequence[str]) -> list[Para
 
 
 def master(checkpoint: Checkpoint, name: str) -> LazyTensor:
-    """The fp32 weights that Adam updates: the master, or the parameter itself where that is fp32."""
+    """The fp32 weights that Adam updates: the master, or the parameter itself if it is fp32."""
     found = checkpoint.tensors.get(Slot.MASTER, {}).get(name, checkpoint.parameters[name])
     return cast(found, "float32")
 
 
 def one_step(optimizer: OptimizerState, names: Sequence[str]) -> float:
-    """Adam's step of a group, whose flat tensor has one. Raises ``UnsupportedModel`` when its parameters disagree."""
+    """Adam's step of a group, whose flat tensor has one. Raises ``UnsupportedModel`` if its parameters disagree."""
     steps = {optimizer.steps[name] for name in names}
     if len(steps) > 1:
         a, b = sorted(steps)[:2]
         raise UnsupportedModel(
             f"Adam has made {a:g} steps with some parameters of a group and {b:g} with others, but ZeRO keeps one step "
-            "a group. Separate them by --groups FILE.json, or pass --no-optimizer."
+            "per group. Separate them with --groups FILE.json, or pass --no-optimizer."
         )
     return steps.pop() if steps else 0.0
 
 
 def common_values(groups: Sequence[ParameterGroup]) -> dict[str, Any]:
-    """The hyperparameters in which all groups agree.
+    """The hyperparameters that all groups share.
 
-    A universal load into ZeRO-3 gives every group the first's hyperparameters (measured). Given only these, it leaves
-    the running engine's own weight decay alone.
+    A universal load into ZeRO-3 gives every group the first's hyperparameters (measured). With only these, it keeps
+    the running engine's own weight decay.
     """
     return _agreed([group.hyperparameters for group in groups])
 

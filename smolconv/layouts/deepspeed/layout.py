@@ -23,7 +23,7 @@ def _own_files(folder: Path) -> OwnFiles:
         names=frozenset(
             f"{listing.SOURCE_DOCUMENTS}/{path.name}"
             for path in folder.glob(f"{listing.SOURCE_DOCUMENTS}/*")
-            if re.fullmatch(r"[\w.]+", path.name)  # as our writer's documents are named
+            if re.fullmatch(r"[\w.]+", path.name)  # the names of our writer's documents
         ),
         pattern=(
             rf"latest|latest_universal|([^/]+/)?({ASSET_PATTERN}|zero_to_(fp32|torch)\.py|{PROGRAM_PATTERN}|"

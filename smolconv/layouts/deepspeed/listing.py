@@ -50,32 +50,32 @@ def _tags(folder: P, depth: int) -> Iterator[str]:
         folders = {tag: path for tag, path in below.items() if path.is_dir()}
         found = [tag for tag, path in folders.items() if _is_tag_folder(path)]
         yield from found
-        # Links to folders above would be followed for ever.
+        # Links to parent folders would be followed forever.
         linked = {tag for tag, path in folders.items() if isinstance(path, Path) and path.is_symlink()}
         level = {tag: path for tag, path in folders.items() if tag not in {*found, *linked}}
 
 
 def run_folder(folder: P, tag: P) -> P:
-    """The folder that holds ``latest``: of a tag that was named itself, the one above it."""
+    """The folder that holds ``latest``: for a tag folder, its parent."""
     return tag.parent if folder == tag else folder
 
 
 def find_tag_folder(folder: P, step: int | None = None) -> P:
-    """The tag folder that ``folder`` is or holds: that of ``step``, else the one that ``latest`` names.
+    """The tag folder that ``folder`` is or holds: that of ``step``, or else the one that ``latest`` names.
 
-    Raises ``MissingFile`` when it is not there, naming the tags that are.
+    Raises ``MissingFile`` if it does not exist, with the existing tags.
     """
     if _is_tag_folder(folder):
         if step is not None and _step_of(folder.name) != step:
             raise MissingFile(f"{folder} is one tag's folder, but --step asks for {step}. Name the run folder instead.")
         return folder
     named = _named_tag(folder, needed=step is None)
-    if step is None and named is not None and _is_tag_folder(folder / named[1]):  # without a look at every other tag
+    if step is None and named is not None and _is_tag_folder(folder / named[1]):  # without listing the other tags
         return folder / named[1]
     tags = sorted(_tags(folder, 1 if named is None else 1 + named[1].count("/")))
     known = ", ".join(tags) or "none"
     if step is not None:
-        # A step saved both ways: training continues from the ranks' files.
+        # A step saved in both ways: training continues from the ranks' files.
         found = sorted((tag.endswith("_universal"), tag) for tag in tags if _step_of(tag) == step)
         if not found:
             raise MissingFile(f"{folder}: no tag of step {step}; tags found: {known}. Choose one with --step.")
@@ -91,7 +91,7 @@ def find_tag_folder(folder: P, step: int | None = None) -> P:
 
 
 def _named_tag(folder: P, *, needed: bool) -> tuple[P, str] | None:
-    """The pointer that is there, and the tag that it names. A damaged one counts only where it is ``needed``."""
+    """The existing pointer, and the tag that it names. A damaged one is an error only if it is ``needed``."""
     try:
         pointer = next((path for name in (LATEST, LATEST_UNIVERSAL) if there(path := folder / name)), None)
         return None if pointer is None else (pointer, read_name(pointer))

@@ -10,15 +10,15 @@ from itertools import accumulate
 
 from smolconv.tensors.lazy import LazyTensor, Stored, cast, equal, flat_slice
 
-#: Comparisons after which the search for an order is given up: what is left are many equal shapes, told by nothing.
+#: Comparisons after which the search for an order stops: the rest are many equal shapes that nothing distinguishes.
 _MOST_COMPARISONS = 300_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unnamed:
-    """A parameter of which only the shape is known, and in bf16 the master."""
+    """A parameter of which only the shape, and in bf16 the master, is known."""
 
-    shape: tuple[int, ...] | None  #: None for one that is frozen but was given to the optimizer
+    shape: tuple[int, ...] | None  #: None for a frozen one that was given to the optimizer
     master: Stored | None
 
 
@@ -28,11 +28,11 @@ def name_by_order(
     groups: Sequence[Sequence[int]],
     entries: Mapping[int, Unnamed],
 ) -> dict[int, str] | None:
-    """Names of numbered parameters, or None when they fit in no way or in more than one.
+    """Names of numbered parameters, or None if no assignment fits, or several do.
 
-    DeepSpeed writes no ``param_shapes`` for ZeRO-0. What is known: each group follows the module's order, shapes agree,
-    and where there are masters, the module's weights are their rounded values. Names that no entry takes are frozen.
-    Where the groups one after the other are the module's own order, that is taken, though others may fit too.
+    DeepSpeed writes no ``param_shapes`` for ZeRO-0. Known facts: each group follows the module's order, shapes agree,
+    and if there are masters, the module's weights are their rounded values. Names without an entry are frozen.
+    If the groups in sequence are in the module's own order, that order is used, even if others fit too.
     """
 
     @cache
@@ -62,7 +62,7 @@ def place_by_order(
 
 
 def _own_names(module: Mapping[str, Stored]) -> list[str]:
-    """Without a tied head, which is the embedding's second name, and what is empty."""
+    """Without empty tensors and a tied head, which is the embedding's second name."""
     first = {tensor.offset: name for name, tensor in reversed([*module.items()]) if tensor.numel}
     return [name for name, tensor in module.items() if first.get(tensor.offset) == name]
 
@@ -70,10 +70,10 @@ def _own_names(module: Mapping[str, Stored]) -> list[str]:
 def _places_by_order(
     sizes: Mapping[str, int], ends: Sequence[int], fits: Callable[[str, int, int], bool]
 ) -> dict[str, tuple[int, int]] | None:
-    """(group, place) of each name, where groups are filled up to their ends by names in order, each of its size."""
+    """(group, position) of each name, if names in order, each with its size, fill the groups completely."""
     total = list(accumulate(sizes.values()))
     spare, comparisons = (total[-1] if total else 0) - sum(ends), 0
-    if not spare:  # perhaps the groups, one after the other, are in order
+    if not spare:  # perhaps the groups in sequence are in order
         stops = list(accumulate(ends))
         places = {}
         for name, stop in zip(sizes, total):
@@ -111,7 +111,7 @@ def _places_by_order(
 
 
 def starts_alike(weight: LazyTensor, master: LazyTensor) -> bool:
-    """Whether the first elements of a weight are the master's, rounded to its dtype."""
+    """Whether the first elements of a weight are the master's, rounded to the weight's dtype."""
     return weight.shape == master.shape and alike(weight, master, 0)
 
 

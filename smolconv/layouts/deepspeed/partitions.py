@@ -1,8 +1,8 @@
-"""How ZeRO cuts parameters over ranks, in both directions; nothing but arithmetic over lazy tensors.
+"""How ZeRO splits parameters over ranks, in both directions; only arithmetic over lazy tensors.
 
-ZeRO 1 and 2: the parameters of a group one after the other are one flat vector, zero-padded to a multiple of twice the
-ranks, and rank r holds the r-th of N equal slices. ZeRO-3: each parameter is cut on its own into N pieces of
-ceil(numel / N), and a rank's pieces lie one after the other, in sub-groups that never split a parameter.
+ZeRO 1 and 2: the parameters of a group, joined end to end, are one flat vector, zero-padded to a multiple of twice the
+ranks, and rank r holds the r-th of N equal slices. ZeRO-3: each parameter is split separately into N pieces of
+ceil(numel / N), and a rank's pieces are joined end to end, in sub-groups that never split a parameter.
 Sources: ``flatten_dense_tensors_aligned`` in zero/stage_1_and_2.py, ``_create_fp16_sub_groups`` in zero/stage3.py.
 """
 
@@ -17,17 +17,17 @@ from smolconv.tensors.lazy import LazyTensor, Zeros, flat_slice, join
 
 #: Elements of a partition are a multiple of this (``nccl_start_alignment_factor``).
 ALIGNMENT = 2
-#: DeepSpeed's ``sub_group_size`` where its config sets none.
+#: DeepSpeed's ``sub_group_size`` if its config sets none.
 SUB_GROUP_SIZE = 10**9
 
 
 def partition_numel(numel: int, ranks: int) -> int:
-    """Elements of each rank's slice of a flat group of ``numel`` elements, padding included."""
+    """Elements of each rank's slice of a flat group of ``numel`` elements, including padding."""
     return -(-numel // (ALIGNMENT * ranks)) * ALIGNMENT
 
 
 def group_padding(numel: int, ranks: int, rank: int) -> int:
-    """How much of that rank's slice is padding; all of it on the last ranks when the group is small."""
+    """Elements of padding in that rank's slice; the whole slice on the last ranks of a small group."""
     return partition_numel(numel, ranks) - _filled(numel, partition_numel(numel, ranks), rank)
 
 
@@ -61,7 +61,7 @@ def join_group(
     """The parameters of a flat group from the ranks' slices, whose padding may have been stripped or not.
 
     ``paddings`` are the elements of padding after each parameter (``param_alignment_paddings``). Raises
-    ``ShapeMismatch`` when the slices do not hold what the shapes promise.
+    ``ShapeMismatch`` if the slices do not hold the elements of the shapes.
     """
     sizes = [prod(shape) for shape in shapes]
     ends = list(accumulate(size + padding for size, padding in zip(sizes, paddings)))
@@ -81,10 +81,10 @@ def join_group(
 
 
 def check_paddings(numels: Sequence[int], paddings: Sequence[int], where: str) -> None:
-    """Raise ``CorruptFile`` for ``paddings`` that ``parameter_alignment`` does not make after parameters of ``numels``.
+    """Raise ``CorruptFile`` unless ``parameter_alignment`` makes ``paddings`` after parameters of ``numels``.
 
     Each parameter but the last is padded until the next begins on 16 bytes (``round_robin_bit16_padding`` in
-    zero/stage_1_and_2.py, 0.19.8), so the sizes alone say what the paddings are.
+    zero/stage_1_and_2.py, 0.19.8), so the sizes determine the paddings.
     """
     for alignment in (1, *(16 // width for width in (8, 4, 2, 1))):
         at, expected = 0, []
@@ -110,7 +110,7 @@ def before_round_robin(names: Sequence[str], ranks: int) -> tuple[str, ...]:
 
 
 def piece_numel(numel: int, ranks: int) -> int:
-    """Elements of each rank's piece of one ZeRO-3 parameter, padding included."""
+    """Elements of each rank's piece of one ZeRO-3 parameter, including padding."""
     return -(-numel // ranks)
 
 
@@ -122,14 +122,14 @@ def cut_piece(parameter: LazyTensor, ranks: int, rank: int) -> LazyTensor:
 
 
 def join_pieces(pieces: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
-    """One parameter from the ranks' padded pieces. The padding is uninitialised memory of DeepSpeed."""
+    """One parameter from the ranks' padded pieces. DeepSpeed leaves the padding uninitialised."""
     numel, size = prod(shape), piece_numel(prod(shape), len(pieces))
     counts = [_filled(numel, size, rank) for rank in range(len(pieces))]
     return join([flat_slice(piece, 0, count) for piece, count in zip(pieces, counts) if count], shape)
 
 
 def sub_groups(numels: Sequence[int], ranks: int, sub_group_size: int) -> list[range]:
-    """The parameters of each sub-group in a ZeRO-3 group, divided as DeepSpeed would."""
+    """The parameters of each sub-group in a ZeRO-3 group, divided as DeepSpeed does."""
     pieces = [piece_numel(numel, ranks) for numel in numels]
     if sub_group_size >= sum(pieces):
         return [range(len(numels))]

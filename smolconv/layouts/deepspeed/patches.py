@@ -1,4 +1,4 @@
-"""All that is changed about DeepSpeed (0.19) in our processes, each with the reason. Nothing else assigns to it."""
+"""All changes to DeepSpeed (0.19) in our processes, each with its reason. No other module assigns to it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
 
-#: How many gradients are cast at once, where they are summed in another dtype.
+#: How many gradients are cast at once, if they are summed in another dtype.
 CAST_ELEMENTS = 250_000_000
 
 
 def without_shared_memory_operations() -> None:
-    """To be called before ``init_distributed``, which compiles them for a minute; gloo does without."""
+    """Call it before ``init_distributed``, which compiles them for a minute; gloo does not need them."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -22,17 +22,17 @@ def without_shared_memory_operations() -> None:
 def replace_checkpoint_engine(engine: Any) -> None:
     """Make a DeepSpeed engine load and save with ``CheckpointEngine``, and find files by name only.
 
-    Its own would unpickle freely, and looks for model files by a pattern of which the whole path is part. One that
-    sorts before the right one would be loaded in its place, and with ``run[1]`` in the path those of a folder ``run1``.
+    DeepSpeed's own engine unpickles without limits, and looks for model files with a pattern that includes the whole
+    path. It would load a file that sorts before the right one, and with ``run[1]`` in the path the files of ``run1``.
     """
     engine.checkpoint_engine = CheckpointEngine(engine.checkpoint_engine)
     engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
 
 
 def stay_fused(optimizer: Any) -> None:
-    """Loading takes over how a checkpoint's optimizer was executed, which is ten times slower on a CPU when not fused.
+    """Keep Adam fused: loading takes over the checkpoint's setting, and unfused Adam is ten times slower on a CPU.
 
-    Before it is loaded: Adam's step then goes to the device where the fused kernel wants it.
+    Call it before loading: Adam's step then goes to the device that the fused kernel needs.
     """
 
     def unchanged(_: Any, state: dict[str, Any]) -> None:
@@ -48,9 +48,9 @@ def reduce_nothing(engine: Any) -> None:
 
 
 def gather_whole(modules: Iterable[Any]) -> None:
-    """Have ZeRO-3 gather the weights of each module once when it is called, and not whenever a part of it is.
+    """Make ZeRO-3 gather the weights of each module once per call, and not for every part of it.
 
-    Before ``initialize``.
+    Call it before ``initialize``.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -61,8 +61,8 @@ def gather_whole(modules: Iterable[Any]) -> None:
 def scatter_gradients(engine: Any) -> None:
     """If ZeRO-1 and 2 scatter gradients, make them send nothing else, and sum only in ``reduce_dtype``.
 
-    Before the first step. ZeRO-1 in bf16 (``BF16_Optimizer``) ignores ``reduce_scatter``: it sums all gradients on all
-    ranks. ZeRO-2 divides by the number of ranks in bf16, before it sums in fp32.
+    Call it before the first step. ZeRO-1 in bf16 (``BF16_Optimizer``) ignores ``reduce_scatter``: it sums all gradients
+    on all ranks. ZeRO-2 divides by the number of ranks in bf16, before it sums in fp32.
     """
     from deepspeed import comm
 
@@ -94,7 +94,7 @@ def _sum_shares(engine: Any) -> None:
         parts = [shares] if dtype == gradients.dtype else shares.split(max(1, CAST_ELEMENTS // size), 1)
         for part in parts:
             own, sent = part[rank], part.to(dtype).contiguous()
-            total = own if sent is part else sent.new_empty(own.shape)  # in place where nothing is cast
+            total = own if sent is part else sent.new_empty(own.shape)  # in place if nothing is cast
             comm.reduce_scatter_fn(total, sent.view(-1), group=group)
             own.copy_(total).mul_(1 / size)
 
@@ -129,7 +129,7 @@ def keep_own_clipping(engine: Any) -> None:
 def saving_by(engine: Any, checkpoint_engine: Any) -> Iterator[None]:
     """Save with another checkpoint engine, and write nothing but the checkpoint."""
     before, engine.checkpoint_engine = engine.checkpoint_engine, checkpoint_engine
-    # Rank 0 would copy DeepSpeed's scripts into the folder, and if that failed the others would wait for it.
+    # Rank 0 would copy DeepSpeed's scripts into the folder, and if that failed the other ranks would wait for it.
     engine._copy_recovery_script = lambda _: None
     try:
         yield

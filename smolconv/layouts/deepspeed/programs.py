@@ -32,7 +32,7 @@ class Program:
     title: str
     tag: str | None  #: the only one that it loads; None: any that begins with global_step
     random: re.Pattern[str]  #: names of the ranks' random states
-    others: re.Pattern[str]  #: names of what all ranks share
+    others: re.Pattern[str]  #: names of files that all ranks share
     #: Files without which a run cannot resume: written if the source has no valid one, with a warning.
     made: Mapping[str, Callable[[Checkpoint], tuple[bytes, str]]]
     check: Callable[[Path, Checkpoint], None]  #: raises ``BadCheckpoint`` for a file of another step
@@ -77,7 +77,7 @@ def _check_trainer(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_accelerate(path: Path, checkpoint: Checkpoint) -> None:
-    read_torch_archive(path)  # how many of its steps make one of the run's is the run's own choice
+    read_torch_archive(path)  # only the run knows how many of its steps make one training step
 
 
 PROGRAMS: Mapping[str, Program] = {
@@ -118,7 +118,7 @@ def program_files(folder: Path) -> dict[str, Path]:
 
 
 def check_tag(tag: str | None, program: str | None) -> None:
-    """Raise ``UsageError`` for a tag that names no folder, or that the program would not load."""
+    """Raise ``UsageError`` for a tag that is not a folder's name, or that the program would not load."""
     if program is not None and program not in PROGRAMS:
         raise UsageError(f"--for {program}: expected one of {', '.join(PROGRAMS)}.")
     if tag is None:
@@ -135,16 +135,16 @@ def check_tag(tag: str | None, program: str | None) -> None:
 
 
 def program_tag(program: str | None) -> str | None:
-    """The tag that a program asks for, where it is always the same."""
+    """The tag that a program asks for, if it is always the same."""
     return None if program is None else PROGRAMS[program].tag
 
 
 def program_documents(
     checkpoint: Checkpoint, name: str | None, ranks: int | None, warnings: list[str]
 ) -> list[PlannedFile]:
-    """The program's files: the source's if they are still valid, else new ones.
+    """The program's files: the source's if they are still valid, otherwise new ones.
 
-    ``ranks`` is None where any number of them may load the checkpoint. ``warnings`` gets what is made or left out.
+    ``ranks`` is None if any number of ranks may load the checkpoint. ``warnings`` lists files made or left out.
     """
     known = checkpoint.program_files
     if name is None:
@@ -170,7 +170,7 @@ def program_documents(
             warnings.append(f"{file} was made: {said}.")
     if name == "accelerate" and not files and _engine(checkpoint).lr_scheduler is None:
         warnings.append(
-            "no scheduler.bin is known, which load_state asks for where the scheduler is not DeepSpeed's: save the "
+            "no scheduler.bin is known, which load_state asks for if the scheduler is not DeepSpeed's: save the "
             "state of a scheduler that was advanced to this step."
         )
     return [*files, *_random_states(checkpoint, program, ranks, warnings)]

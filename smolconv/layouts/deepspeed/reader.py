@@ -1,6 +1,6 @@
 """Read a DeepSpeed checkpoint: ZeRO 0 to 3, BF16_Optimizer, any number of ranks, AutoTP, universal; without deepspeed.
 
-Whatever the stage, the result is each parameter by name in four slots. Names and flat order come from ``param_shapes``
+For every stage, the result is each parameter by name in four slots. Names and flat order come from ``param_shapes``
 alone: ``param_slice_mappings`` is wrong under ``round_robin_gradients``.
 """
 
@@ -66,7 +66,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
     )
     tensors: dict[Slot, Mapping[str, LazyTensor]] = {Slot.PARAMETER: parameters}
     for slot, by_name in state.slots.items():
-        # Where the module is fp32 the master repeats it.
+        # If the module is fp32, the master repeats it.
         kept = {n: t for n, t in by_name.items() if slot is not Slot.MASTER or parameters[n].dtype != t.dtype}
         if kept:
             tensors[slot] = reading.table.to_canonical(kept, f"{reading.tag} ({slot.value})", all_needed=False)
@@ -100,7 +100,7 @@ def _read(reading: DeepSpeedReading) -> Checkpoint:
 
 
 def _read_rank(reading: DeepSpeedReading, tp: int) -> StoredState:
-    """One tensor-parallel rank's parameters, from whichever files its stage has."""
+    """One tensor-parallel rank's parameters, from the files of its stage."""
     key = next((key for key in reading.files.models if key[1] == tp), None)
     if key is None:
         raise MissingShard(
@@ -150,7 +150,7 @@ def _without_state(reading: DeepSpeedReading, model: ModelDocument, tp: int) -> 
 
 
 def _canonical_names(reading: DeepSpeedReading, state: StoredState) -> StoredState:
-    """Without what a wrapper (torch.compile, a module around the model) puts before every name."""
+    """Without the prefix that a wrapper (torch.compile, a module around the model) adds to every name."""
     names = stored_names([*state.weights, *state.slots[Slot.MASTER]])
     if names == StoredNames():
         return state
@@ -182,7 +182,7 @@ def _complete(reading: DeepSpeedReading, state: StoredState) -> tuple[str, ...]:
             state.weights[name] = cast(master, dtype)
     grouped = {name for group in state.groups for name in group.names} or set(masters)
     for name in [name for name in state.weights if name in aliases and name not in reading.shapes]:
-        # A frozen tied head may be all that was stored of its embedding.
+        # A frozen tied head may be the only stored copy of its embedding.
         state.weights.setdefault(aliases[name], state.weights[name])
     missing = [name for name in reading.shapes if name not in state.weights]
     if missing and reading.base is not None:
@@ -203,7 +203,7 @@ def _complete(reading: DeepSpeedReading, state: StoredState) -> tuple[str, ...]:
         raise NameMismatch(
             f"{reading.tag} has no weights of {counted(len(missing), 'parameter')}: {some_of(missing, 5, more=True)}.\n"
             "They were frozen and left out when it was saved (exclude_frozen_parameters), or the config is another "
-            "model's. Supply the checkpoint that training began with by --base PATH."
+            "model's. Supply the checkpoint that training began with: --base PATH."
         )
     has_groups = bool(state.groups) or bool(masters)
     return tuple(name for name in reading.shapes if name not in grouped) if has_groups else ()

@@ -28,7 +28,7 @@ from smolconv.tensors.lazy import LazyTensor
 class StoredState:
     """The contents of one tensor-parallel rank's files, by DeepSpeed's names. Filled while reading."""
 
-    weights: dict[str, LazyTensor]  #: as the model file has them; not those that are empty there
+    weights: dict[str, LazyTensor]  #: as in the model file, without empty ones
     dtypes: dict[str, str]  #: the module's, also of empty tensors
     slots: dict[Slot, dict[str, LazyTensor]] = field(
         default_factory=lambda: {slot: {} for slot in (Slot.MASTER, *MOMENTS)}
@@ -39,7 +39,7 @@ class StoredState:
 
 
 class DeepSpeedReading:
-    """Holds what all parts of one read need; lives for one call."""
+    """Data that all parts of one read share; lives for one call."""
 
     def __init__(self, folder: Path, tag: Path, options: ReadOptions, base: Checkpoint | None) -> None:
         self.folder, self.tag, self.options, self.base = folder, tag, options, base
@@ -58,7 +58,7 @@ class DeepSpeedReading:
         if not self.spec.tied and heads:
             raise MixedCheckpoint(
                 f"{self.first.path} ties {heads[0]} to {self.first.shared[heads[0]]}, but {self.where} "
-                "has them as two. Check that the config belongs to this checkpoint."
+                "has them as two tensors. Check that the config belongs to this checkpoint."
             )
         self.shapes = parameter_shapes(self.spec)
         self.table = weight_table(self.spec)

@@ -1,4 +1,4 @@
-"""Universal checkpoints: a folder a parameter, as ds_to_universal makes them of any ZeRO stage."""
+"""Universal checkpoints: a folder per parameter, as ds_to_universal makes them from any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from smolconv.tensors.lazy import LazyTensor, reshape
 
 
 def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
-    """Fill in what the parameters' folders hold, which is whole."""
+    """Fill in the whole tensors from the parameters' folders."""
     model, zero = reading.first, reading.tag / "zero"
     common = UniversalDocument(groups=(), members=(), steps=())
     if is_there(zero / "optimizer_state.pt"):
@@ -62,7 +62,9 @@ def read_universal(reading: DeepSpeedReading, found: StoredState) -> None:
             path = zero / name / "fp32.pt"
             found.weights.setdefault(name, _read_tensor(reading, path, Slot.MASTER, reading.shapes[canonical]))
         elif name not in model.shared and canonical not in reading.table.aliases:
-            raise NameMismatch(f"{zero / name} is the folder of no parameter of the config. Check that it belongs.")
+            raise NameMismatch(
+                f"{zero / name} is the folder of a parameter that the config does not have. Check the config."
+            )
     if reading.options.optimizer:
         _read_groups(reading, model, common, found, wanted)
     wrong = [

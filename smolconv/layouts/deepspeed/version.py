@@ -1,8 +1,8 @@
 """The versions of DeepSpeed that smolconv's engines support.
 
-A patch release changes what a file means. Up to 0.19.6 ZeRO's flat partitions have no padding between parameters
-(``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes; going on from what it saves then,
-with a frozenset for ``sparse_tensor_module_names``, was not tried.
+A patch release can change the meaning of a file. Up to 0.19.6 ZeRO's flat partitions have no padding between parameters
+(``round_robin_bit16_padding``, partitions.py). 0.19.7 loads what smolconv writes; resuming from its own saves,
+which have a frozenset for ``sparse_tensor_module_names``, was not tested.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RANGE = ">=0.19.8,<0.19.9"
 
 
 def check_deepspeed(wanting: str) -> None:
-    """Raise ``NotInstalled`` unless a DeepSpeed of ``RANGE`` is there, which is not imported. ``wanting`` needs it."""
+    """Raise ``NotInstalled`` unless DeepSpeed in ``RANGE`` is installed, without importing it. ``wanting`` needs it."""
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -25,6 +25,6 @@ def check_deepspeed(wanting: str) -> None:
 
     if not SpecifierSet(RANGE).contains(found, prereleases=True):
         raise NotInstalled(
-            f"deepspeed {found} is installed, and {wanting} needs deepspeed{RANGE}: others lay ZeRO's partitions out "
-            f"differently, or were not tried.\nInstall one that was: pip install 'deepspeed{RANGE}'."
+            f"deepspeed {found} is installed, and {wanting} needs deepspeed{RANGE}: other versions lay ZeRO's "
+            f"partitions out differently, or were not tested.\nInstall: pip install 'deepspeed{RANGE}'."
         )

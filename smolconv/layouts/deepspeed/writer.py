@@ -67,7 +67,7 @@ _UNFUSED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor",
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedOptions:
-    """The form to write: universal unless a stage is given."""
+    """The format to write: universal unless a stage is given."""
 
     zero_stage: int | None = None
     world_size: int | None = None
@@ -111,7 +111,7 @@ def plan_deepspeed(checkpoint: Checkpoint, options: DeepSpeedOptions) -> Planned
 
 
 class _DeepSpeedWriter:
-    """Holds what all parts of one plan need; lives for one call."""
+    """Data that all parts of one plan share; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: DeepSpeedOptions) -> None:
         assert checkpoint.optimizer is not None
@@ -127,7 +127,7 @@ class _DeepSpeedWriter:
         self.stored = self.known.names.stored
         self.scaler = self._loss_scaler()
         self.config = hf_config(checkpoint, self.dtype)
-        self._empty_model: bytes | None = None  #: of every ZeRO-3 rank but the first, when nothing is frozen
+        self._empty_model: bytes | None = None  #: for every ZeRO-3 rank but the first, if nothing is frozen
 
     def plan(self) -> PlannedOutput:
         if self.options.writes_universal:
@@ -147,7 +147,7 @@ class _DeepSpeedWriter:
         return PlannedOutput(files=(*files, *documents), warnings=tuple(self.warnings))
 
     def _tag(self) -> str:
-        """The option's, the program's or the source's; smolconv's own where that would state another step."""
+        """The option's, the program's or the source's tag; smolconv's own if the source's states another step."""
         own = f"global_step{self.progress.step}" + ("_universal" if self.options.writes_universal else "")
         if chosen := self.options.tag or program_tag(self.options.program):
             return chosen
@@ -157,7 +157,7 @@ class _DeepSpeedWriter:
         return kept if kept and still and not numbered and self.options.program is None else own
 
     def _loss_scaler(self) -> Mapping[str, Any] | None:
-        """The source's, where the engine is an fp16 one; None: a static scale of 1."""
+        """The source's, if the engine uses fp16; None: a static scale of 1."""
         if self.dtype != "float16":
             return None
         known = self.known.loss_scaler
@@ -232,7 +232,7 @@ class _DeepSpeedWriter:
             },
         }
         if rank and not any(archive.contents.values()):
-            # Made once for all ranks: a file of nothing but names takes longer to make than to write.
+            # Made once for all ranks: a file of names only takes longer to make than to write.
             self._empty_model = plan_torch_archive("archive", document).without_data()
             return plain_file(f"{self.tag}/{model_file(rank)}", self._empty_model)
         return archive.file(f"{self.tag}/{model_file(rank)}", document)
@@ -278,7 +278,7 @@ class _DeepSpeedWriter:
                 "loss_scaler": loss_scaler(self.scaler),
                 "dynamic_loss_scale": self._is_dynamic,
                 "overflow": False,
-                # clip_grad is left out: DeepSpeed would put a stored one in the place of the run's own.
+                # clip_grad is left out: DeepSpeed would replace the run's own with a stored one.
                 "base_optimizer_state": {"state": state, "param_groups": self._param_groups([[g] for g in state])},
                 "single_partition_of_fp32_groups": masters,
                 "zero_stage": zero_stage_enum(stage),
@@ -296,7 +296,7 @@ class _DeepSpeedWriter:
 
     @cached_property
     def _slices(self) -> dict[tuple[Slot, int], list[LazyTensor]]:
-        """Each group's flat tensor, cut over the ranks: Adam keeps the padding at its end, the masters do not."""
+        """Each group's flat tensor, split over the ranks: moments keep the padding at its end, masters do not."""
         return {
             (slot, g): cut_group(
                 [self._tensor(slot, name) for name in group.names], self.ranks, padded=slot is not Slot.MASTER
@@ -416,7 +416,7 @@ class _DeepSpeedWriter:
             folder = self.stored(name)
             if not is_file_name(folder):
                 raise UnsupportedModel(
-                    f"{folder!r:.120} cannot be the name of a folder, as a universal checkpoint has one a parameter.\n"
+                    f"{folder!r:.120} cannot be a folder's name; a universal checkpoint has a folder per parameter.\n"
                     "Expected a name of at most 255 bytes without a slash.\n"
                     "Write it with --zero-stage N --world-size N."
                 )
@@ -494,7 +494,7 @@ class _Archive:
         return archive_file(path, document, self.contents, allow=STAND_INS)
 
     def own(self, tensor: LazyTensor, name: str, slot: str) -> TensorRef:
-        """A reference to the tensor in a separate storage."""
+        """A reference to the tensor, in its own storage."""
         storage = Storage(dtype=tensor.dtype, numel=tensor.numel)
         self.contents[storage] = [ArchiveContent(name=name, slot=slot, source=tensor)]
         return TensorRef(storage=storage, shape=tensor.shape)

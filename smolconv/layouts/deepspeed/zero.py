@@ -72,7 +72,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
     if round_robin and tp == 0:
         reading.warnings.append(
             "the run had round_robin_gradients: its groups are carried in the order in which they were given to "
-            "the optimizer, and what is written from them loads into a run without it."
+            "the optimizer, so the output loads into a run without it."
         )
     found.groups = tuple(
         ParameterGroup(
@@ -116,7 +116,7 @@ def _optimizer_documents(reading: DeepSpeedReading, model: ModelDocument, tp: in
         )
     if extra := [path.name for rank, path in sorted(paths.items()) if rank >= some.ranks]:
         raise MixedCheckpoint(
-            f"{reading.tag}: {extra[0]} is of no rank of a world of {some.ranks}, as {some.path.name} counts it.\n"
+            f"{reading.tag}: {extra[0]} is of no rank: {some.path.name} counts {some.ranks} ranks.\n"
             "Files of two checkpoints lie in one folder: keep those of one."
         )
     if model.dp not in (None, some.ranks):
@@ -127,7 +127,7 @@ def _optimizer_documents(reading: DeepSpeedReading, model: ModelDocument, tp: in
     wanted = [paths[rank] for rank in range(some.ranks)]
     try:
         documents = [read_optimizer_document(path, with_adam=reading.options.optimizer) for path in wanted]
-    except AnotherOptimizer as error:  # Muon, SGD: the masters are there all the same
+    except AnotherOptimizer as error:  # Muon, SGD: the masters are still there
         reading.leave_out(error)
         documents = [read_optimizer_document(path, with_adam=False) for path in wanted]
     reading.read_files += [document.path for document in documents]
@@ -181,10 +181,10 @@ def _zero12_tensors(
 def _compare_with_module(
     reading: DeepSpeedReading, model: ModelDocument, documents: Sequence[OptimizerDocument], found: StoredState
 ) -> None:
-    """A file of another step or rank gives itself away: the module's weights are not the rounded masters.
+    """Detect files of another step or rank: the module's weights are then not the rounded masters.
 
-    A few elements are compared where each parameter and each rank's slice begins, so that shifted and exchanged
-    ones are noticed too.
+    It compares a few elements at the start of each parameter and of each rank's slice, to detect shifted and swapped
+    slices too.
     """
     masters = found.slots[Slot.MASTER]
     for group, flat in zip(model.groups or (), documents[0].masters):
@@ -211,10 +211,10 @@ def _compare_with_module(
 def _check_group_paddings(
     documents: Sequence[OptimizerDocument], index: int, flat: Mapping[Slot, Sequence[LazyTensor]]
 ) -> None:
-    """Raise ``CorruptFile`` where a rank's ``group_paddings`` contradict the lengths of its slices of a group.
+    """Raise ``CorruptFile`` if a rank's ``group_paddings`` contradict the lengths of its slices of a group.
 
     The masters are stored without the padding, the moments with it; ``BF16_Optimizer`` and elastic checkpoints store
-    both alike.
+    both the same way.
     """
     sizes = {part.numel for slot in MOMENTS for part in flat.get(slot, ())}
     if len(sizes) != 1:

@@ -89,7 +89,7 @@ def _names(
     indices: Sequence[Sequence[int]],
     entries: Mapping[int, Unnamed],
 ) -> Mapping[int, str] | None:
-    """The name of each entry; None, with a warning, where it cannot be told."""
+    """The name of each entry; None, with a warning, if it is ambiguous."""
     if model.groups is not None:
         if [len(group) for group in model.groups] != [len(group) for group in indices]:
             raise CorruptFile(f"{model.path}: param_shapes names other groups than the optimizer's {len(indices)}.")
@@ -138,7 +138,7 @@ def _read_fused(reading: DeepSpeedReading, model: ModelDocument, found: StoredSt
     if not len(adam) == len(groups) == len(flats):
         raise CorruptFile(f"{path}: {len(groups)} groups have {len(adam)} states and {len(flats)} flat masters.")
     if any(t.numel != flat.numel for own, flat in zip(adam, flats) if own for t in own.moments.values()):
-        raise CorruptFile(f"{path}: Adam's flat moments are not of the length of their masters.")
+        raise CorruptFile(f"{path}: Adam's flat moments and their masters differ in length.")
     places = place_by_order(found.weights, model.module, flats)
     if places is None:
         _require_undamaged(path)
@@ -161,5 +161,5 @@ def _read_fused(reading: DeepSpeedReading, model: ModelDocument, found: StoredSt
 
 
 def _require_undamaged(path: Path) -> None:
-    """Before values that fit nothing are left out: they may be damaged. Raises ``DigestMismatch``."""
+    """Check digests before values that fit nothing are left out: they may be damaged. Raises ``DigestMismatch``."""
     refuse_seals(path, archive_seals([path]), 1)

@@ -1,4 +1,4 @@
-"""ZeRO-3: each parameter is cut over the ranks, and the pieces of a sub-group make a flat tensor."""
+"""ZeRO-3: each parameter is split over the ranks, and the pieces of a sub-group form a flat tensor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def zero3_tensors(
 
 
 def require_model_files(reading: DeepSpeedReading, model: ModelDocument, found: StoredState, tp: int) -> None:
-    """ZeRO-3 writes one model file a rank: nothing but pieces of frozen parameters is in the others."""
+    """ZeRO-3 writes one model file per rank: only rank 0's has more than pieces of frozen parameters."""
     others: list[ModelDocument] = []
     seen: set[bytes] = set()
     for rank in range(reading.ranks):

@@ -17,15 +17,15 @@ from smolconv.tensors.lazy import LazyTensor, Stored, cast
 if TYPE_CHECKING:
     from types import ModuleType
 
-#: Elements that are dequantised at a time, a multiple of every block. Smaller, and workers wait for Python's lock;
-#: larger, and numpy's temporaries (half a MiB each) leave the cache.
+#: Elements that are dequantised at a time, a multiple of every block. With fewer, workers wait for Python's lock;
+#: with more, numpy's temporaries (half a MiB each) leave the cache.
 _STEP_ELEMENTS = 1 << 17
 _STORED_AS_IT_IS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantised(LazyTensor):
-    """A float32 tensor made of quantised blocks; a range costs the blocks that it touches."""
+    """A float32 tensor made of quantised blocks; a range reads only the blocks that it touches."""
 
     packed: Stored  #: the blocks' bytes, a vector of uint8
     quantisation: str  #: ggml's name, such as Q4_1

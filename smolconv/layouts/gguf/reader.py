@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture, to be read only: blocks of quantised weights, dequantised while they are read.
+"""GGUF files of the Llama architecture, read-only: blocks of quantised weights, dequantised while they are read.
 
 Config and tokenizer lie in the file as metadata. All is taken from there and nothing is guessed: an architecture, a
 pre-tokenizer or a key that we do not know is refused, since a wrong guess would only show as a slightly worse model.
@@ -69,8 +69,8 @@ def _rule(name: str, spec: ModelSpec) -> Rule:
 def read_gguf(path: Path) -> Checkpoint:
     """Read the header; tensors stay in the file, as float32. The tokenizer and a model card are made from metadata.
 
-    Raises ``UnsupportedModel`` for what is not a plain Llama with SmolLM's tokenizer, ``CorruptFile`` for a file that
-    is cut short or no GGUF, ``MissingFile``, and ``NotInstalled`` without gguf and tokenizers.
+    Raises ``UnsupportedModel`` unless it is a plain Llama with SmolLM's tokenizer, ``CorruptFile`` for a file that is
+    truncated or not GGUF, ``MissingFile``, and ``NotInstalled`` without gguf and tokenizers.
     """
     gguf = _installed("gguf")
     _installed("tokenizers")
@@ -114,7 +114,7 @@ def _refuse(metadata: Mapping[str, Any], path: Path) -> None:
             "Convert the original Hugging Face folder instead."
         )
     if metadata.get("general.type", "model") != "model":
-        raise UnsupportedModel(f"{path} holds no model but general.type {metadata['general.type']!r}.")
+        raise UnsupportedModel(f"{path} is not a model: general.type is {metadata['general.type']!r}.")
     if metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedModel(
             f"{path} is one of {metadata['split.count']} parts.\n"

@@ -41,7 +41,7 @@ def tokenizer_json(metadata: Mapping[str, Any], path: Path) -> bytes:
 
 
 def token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
-    """The id of "bos", "eos", "pad" or "unk"; None where the file names no such token. Raises ``CorruptFile``."""
+    """The id of "bos", "eos", "pad" or "unk"; None if the file names no such token. Raises ``CorruptFile``."""
     long_name = {"pad": "padding", "unk": "unknown"}.get(name, name)
     index = metadata.get(f"tokenizer.ggml.{long_name}_token_id")
     tokens = listed(metadata, "tokenizer.ggml.tokens", str, path)

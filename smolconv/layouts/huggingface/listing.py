@@ -13,7 +13,7 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 #: Where our writer puts Adam's state and the documents of the layout that the checkpoint came from.
 SIDECAR = "smolconv_state"
-#: Lies in a folder with an adapter of PEFT, which changes the weights and is not read.
+#: A file in a folder with a PEFT adapter, which changes the weights and is not read.
 ADAPTER = "adapter_config.json"
 #: Names by which a checkpoint is recognised.
 MARKS: tuple[str, ...] = (CONFIG,)
@@ -57,7 +57,7 @@ def needed_files(folder: P, *, step: int | None, optimizer: bool) -> list[P]:
 def _weights(folder: P) -> list[P]:
     for single in WEIGHTS:
         index = folder / index_of(single)
-        if there(folder / single):  # as transformers chooses, and our reader
+        if there(folder / single):  # transformers and smolconv's reader choose the same way
             return [folder / single]
         if there(index):
             shards = _shards(index)
@@ -83,7 +83,7 @@ def _shards(index: AnyPath) -> set[str]:
         raise CorruptFile(
             f"{index} is not an index of shards.\n"
             'Expected JSON with a "weight_map" from tensor names to file names.\n'
-            "Choose another revision, or ask the repository's owner to mend it."
+            "Choose another revision, or ask the repository's owner to fix it."
         )
     return names
 

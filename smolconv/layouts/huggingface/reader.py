@@ -1,7 +1,7 @@
 """Hugging Face: config.json, safetensors (one file or sharded) or legacy pytorch_model.bin, and a tokenizer.
 
-HF's layout cannot hold Adam's state, so it is in the sidecar folder ``smolconv_state/`` (docs/sidecar.md), from where
-it comes back without losing a bit.
+HF's layout cannot hold Adam's state, so smolconv keeps it in the sidecar folder ``smolconv_state/`` (docs/sidecar.md)
+and restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
 
 
 def _dtype_warnings(parameters: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Iterator[str]:
-    """Where transformers would load other values than are stored: it casts all to the dtype of the config."""
+    """Warn if transformers would load other values than are stored: it casts all to the dtype of the config."""
     counts = Counter(tensor.dtype for tensor in parameters.values())
     said, stored = config_dtype(config), " and ".join(f"{count} in {dtype}" for dtype, count in sorted(counts.items()))
     if len(counts) > 1:
         loaded = f"config.json's {said}" if said else "one dtype"
-        yield f"parameters are {stored} and are kept so; transformers loads all in {loaded}. --dtype makes it one."
+        yield f"parameters are {stored} and are kept; transformers loads all in {loaded}. --dtype makes it one."
     elif said is not None and said not in counts:
         yield (
             f"config.json has {said}, but all parameters are {next(iter(counts))} and keep it; transformers casts "
@@ -100,13 +100,13 @@ def _require_head(found: Mapping[str, LazyTensor], folder: Path, config_path: Pa
     raise NameMismatch(
         f"{folder}: {HEAD} is missing, and {config_path.name} {said} tie_word_embeddings: false.\n"
         "Expected a separate head; transformers would fill it with random numbers.\n"
-        "Set tie_word_embeddings to true if the model was trained so. If not, save it again with its head "
+        "Set tie_word_embeddings to true if the model was trained that way. If not, save it again with its head "
         "(AutoModelForCausalLM), or copy the file that holds it."
     )
 
 
 def _weights(folder: Path, may_lack: Callable[[str], bool]) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
-    """The weight files, and what they hold by name."""
+    """The weight files, and their tensors by name."""
     for stem in WEIGHTS:
         index, single = folder / f"{stem}.index.json", folder / stem
         if is_there(single):  # like transformers, which uses an index only without a single file

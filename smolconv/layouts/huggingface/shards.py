@@ -20,7 +20,7 @@ from smolconv.tensors.lazy import LazyTensor, Stored
 def read_indexed(
     folder: Path, index: Path, may_lack: Callable[[str], bool] = lambda name: False
 ) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
-    """The shards that an index names, and the tensors in them. Raises ``BadCheckpoint`` where they disagree.
+    """The shards that an index names, and the tensors in them. Raises ``BadCheckpoint`` if they disagree.
 
     ``may_lack``: whether the shard of a name in the index may lack it without loss.
     """
@@ -50,7 +50,7 @@ def read_indexed(
     ghosts = [name for name in weight_map if name not in found and not may_lack(name)]
     if ghosts:
         raise NameMismatch(
-            f"{index} promises {ghosts[0]} in {weight_map[ghosts[0]]}, which does not hold it ({len(ghosts)} such)."
+            f"{index} lists {ghosts[0]} in {weight_map[ghosts[0]]}, which does not hold it ({len(ghosts)} such)."
         )
     return tuple(folder / name for name in names), found
 
@@ -99,7 +99,7 @@ def plan_sharded(
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
     """Pack tensors into files in order, none larger than ``max_shard_bytes`` unless one tensor is.
 
-    As few files as that allows, and those as even as they can be: a worker writes each, and they end together.
+    It makes as few files as possible, of sizes as even as possible: each has a worker, and all end at the same time.
     """
     count = len(_packed(tensors, max_shard_bytes))
     low, high = 1, max_shard_bytes

@@ -46,7 +46,7 @@ class Sidecar:
 def read_sidecar(
     folder: Path, table: WeightTable, parameters: Mapping[str, LazyTensor], options: ReadOptions
 ) -> Sidecar:
-    """Headers and documents. Raises ``BadCheckpoint`` and its kind, such as for the state of other weights."""
+    """Headers and documents. Raises ``BadCheckpoint`` and its kind, for example if the state has other weights."""
     home = folder / SIDECAR
     state = read_json(home / "state.json")
     progress = _progress_from_json(state.get("progress"), home / "state.json")
@@ -79,12 +79,12 @@ def read_sidecar(
         grouped = [name for group in optimizer.groups for name in group.names]
         same = len(grouped) == len(optimizer.steps) and set(grouped) == optimizer.steps.keys()
     if not same or not optimizer.steps.keys() <= slots[Slot.EXP_AVG].keys():
-        raise CorruptFile(f"{where}: its steps, its groups and the stored moments are not of the same parameters.")
+        raise CorruptFile(f"{where}: its steps, its groups and the stored moments do not have the same parameters.")
     return Sidecar(slots=slots, optimizer=optimizer, progress=progress, source=source, files=tuple(files))
 
 
 def _check_belongs(folder: Path, state: Mapping[str, Any], parameters: Mapping[str, LazyTensor]) -> None:
-    """The sidecar's state belongs to the very weights it was written with: moments of others would be wrong."""
+    """Check that the weights are those that the sidecar was written with: for others its moments are wrong."""
     digests = state.get("weights")
     digests = digests if isinstance(digests, dict) else {}
     for name, tensor in parameters.items():
@@ -107,7 +107,7 @@ def _progress_from_json(value: Any, where: Path) -> TrainingProgress | None:
 
 
 def sidecar_files(checkpoint: Checkpoint, max_shard_bytes: int) -> list[PlannedFile]:
-    """Its files but state.json, which needs the weights' digests."""
+    """Its files except state.json, which needs the weights' digests."""
     folder = f"{SIDECAR}/"
     files = [plain_file(f"{folder}source/{name}", data) for name, data in documents_of(checkpoint.source).items()]
     if checkpoint.has_optimizer:

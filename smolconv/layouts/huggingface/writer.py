@@ -27,13 +27,13 @@ class HuggingFaceOptions:
 
 
 def plan_huggingface(checkpoint: Checkpoint, options: HuggingFaceOptions) -> PlannedOutput:
-    """Plan every file: shards, index, config in both rope spellings, assets, card, and a sidecar for state."""
+    """Plan every file: shards, index, config with both forms of the rope fields, assets, card, a sidecar for state."""
     spec = checkpoint.spec
     layout = weight_table(spec).to_layout(checkpoint.parameters, "the source", lambda _: True)
     files = list(plan_sharded(layout, "model", "model", options.max_shard_bytes, Slot.PARAMETER))
     dtypes = {tensor.dtype for tensor in checkpoint.parameters.values()}
     known = config_dtype(checkpoint.source.hf_config or {})
-    # With several dtypes, the one in which the source is loaded.
+    # With several dtypes: the dtype in which transformers loads the source.
     dtype = known if known in dtypes else layout["model.embed_tokens.weight"].dtype
     config = hf_config(checkpoint, dtype)
     files.append(plain_file("config.json", json_bytes(config)))

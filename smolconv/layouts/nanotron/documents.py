@@ -1,4 +1,4 @@
-"""nanotron's JSON and YAML: the model's config, the training config, how far the run has come."""
+"""nanotron's JSON and YAML: the model's config, the training config, the progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Import:
 
 
 def read_import(metadata: Mapping[str, Any] | None, path: Path) -> Import:
-    """From checkpoint_metadata.json. Raises ``CorruptFile`` for a note that cannot be ours."""
+    """From checkpoint_metadata.json. Raises ``CorruptFile`` for a note that smolconv cannot have written."""
     metas, custom = ((metadata or {}).get(name) for name in ("metas", "custom_metas"))
     note = custom.get(IMPORT) if isinstance(custom, dict) else None
     if not isinstance(note, dict) or not isinstance(metas, dict) or note.get("step") != metas.get("last_train_step"):

@@ -17,7 +17,7 @@ from smolconv.tensors.lazy import Zeros
 
 
 def _own_files(folder: Path) -> OwnFiles:
-    read_nanotron(folder, ReadOptions(check_sidecar=False))  # whose list of files is whatever lies in a step's folder
+    read_nanotron(folder, ReadOptions(check_sidecar=False))  # it lists every file of a step's folder
     return OwnFiles(
         pattern=(
             rf"latest\.txt|{ASSET_PATTERN}|(\d+/)?(model_config\.json|config\.yaml|checkpoint_metadata\.json|"

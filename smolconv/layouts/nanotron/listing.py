@@ -1,6 +1,6 @@
 """Names of nanotron's folders: how a run or a step is recognised, which step is meant, and which files are needed.
 
-A run folder holds a folder a step, named by its number, and ``latest.txt``, whose text is the newest step's number.
+A run folder holds a folder per step, named by its number, and ``latest.txt`` with the newest step's number.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def is_number(name: str) -> bool:
 
 
 def find_step_folder(folder: P, step: int | None = None) -> P:
-    """The step folder that ``folder`` is or holds: ``step``, else the one that ``latest.txt`` names.
+    """The step folder that ``folder`` is or holds: ``step``, or else the one that ``latest.txt`` names.
 
-    Raises ``MissingFile`` when it is not there, naming the steps that are.
+    Raises ``MissingFile`` if it does not exist, with the existing steps.
     """
     if _is_step_folder(folder):
         if step is not None and folder.name != str(step):
@@ -70,7 +70,7 @@ def find_step_folder(folder: P, step: int | None = None) -> P:
                 "It names the folder of the newest step.\nChoose a step with --step."
             )
         step = int(text)
-    if step is not None and _is_step_of_run(folder / str(step)):  # without a look at every other step
+    if step is not None and _is_step_of_run(folder / str(step)):  # without listing the other steps
         return folder / str(step)
     steps = {int(path.name): path for path in _children(folder) if _is_step_of_run(path)}
     if step is None and len(steps) == 1:

@@ -38,7 +38,7 @@ from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.values import ArchiveTensor
 from smolconv.tensors.lazy import LazyTensor, Stored, equal, flat_slice, join, reshape
 
-#: How much of two large tensors is compared that must be equal.
+#: How much is compared of two large tensors that must be equal.
 _STRETCHES, _STRETCH_ELEMENTS = 64, 4096
 _SLOT_KEYS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
 
@@ -72,7 +72,7 @@ def _optimizer_files(folder: Path, weights_topology: Topology) -> dict[tuple[int
     pp_size, dp_size, tp_size = sizes.pop()
     if (tp_size, pp_size) != (weights_topology.tp, weights_topology.pp):
         raise MixedCheckpoint(
-            f"{folder}: the optimizer is of TP {tp_size} x PP {pp_size}, the weights of TP {weights_topology.tp} x "
+            f"{folder}: the optimizer has TP {tp_size} x PP {pp_size}, the weights TP {weights_topology.tp} x "
             f"PP {weights_topology.pp}. Pass --no-optimizer to convert the weights only."
         )
     for pp in range(pp_size or 1):
@@ -89,7 +89,7 @@ def _optimizer_files(folder: Path, weights_topology: Topology) -> dict[tuple[int
 
 
 def optimizer_topology(folder: Path, topology: Topology) -> Topology:
-    """The weights' topology, with DP and the ZeRO stage by the names of the optimizer's files."""
+    """The weights' topology, with DP and the ZeRO stage from the names of the optimizer's files."""
     ranked = [parse_state_file(path.name) for path in folder.glob("optimizer_*.pt")]
     zero1 = [r.dp_size for r in ranked if r is not None and r.dp_size is not None]
     return Topology(tp=topology.tp, pp=topology.pp, dp=zero1[0] if zero1 else topology.dp, zero_stage=int(bool(zero1)))
@@ -114,7 +114,7 @@ def read_optimizer(
             groups = {index: group for group in document["param_groups"] for index in group["params"]}
             for index, name in document["names"].items():
                 if name not in names:
-                    raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model has not.")
+                    raise NameMismatch(f"{path}: the optimizer holds {name!r}, which the model does not have.")
                 is_copy = weights[name].pp not in (None, pp)
                 if is_copy and not (spec.tied and name == EMBEDDING):
                     raise MixedCheckpoint(f"{path}: {name} belongs to pipeline rank {weights[name].pp}.")
@@ -151,7 +151,7 @@ def read_optimizer(
     for (slot, name), found in copies.items():
         where = f"{folder} ({slot.value} of {name}, the last pipeline rank's)"
         copy = _whole_state(weights[name], found, dp_size, tp_size, where)
-        # A parameter without state here is missing there, too, which is reported later by name.
+        # A parameter without state here is also missing there; that is reported later with its name.
         if name in slots[slot] and not _looks_equal(copy, slots[slot][name]):
             raise _differs(where, "that of the embedding's own pipeline rank")
     return NativeState(slots=slots, steps=steps, hyperparameters=hyperparameters, topology=topology)
@@ -205,7 +205,7 @@ def _whole_state(
             raise _differs(f"{where}: the dtype on tensor-parallel rank {tp}", "that of the other ranks")
         shards.append(join(parts, shape) if len(parts) > 1 else reshape(parts[0], shape))
     if not weight.pairs:
-        # A few KB: norms are all that is not cut.
+        # A few KB: only norms are not split.
         if other := next((rank for rank, shard in enumerate(shards) if not equal(shard, shards[0])), None):
             raise _differs(f"{where}: tensor-parallel rank {other}'s", "rank 0's")
         return shards[0]
@@ -213,7 +213,7 @@ def _whole_state(
 
 
 def _looks_equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether stretches all over two tensors are equal; all of small ones. An embedding's moments are gigabytes."""
+    """Whether two tensors are equal: small ones whole, large ones in ranges. An embedding's moments are gigabytes."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     step = max(_STRETCH_ELEMENTS, a.numel // _STRETCHES)
@@ -227,13 +227,13 @@ def _looks_equal(a: LazyTensor, b: LazyTensor) -> bool:
 def _differs(what: str, other: str) -> MixedCheckpoint:
     return MixedCheckpoint(
         f"{what} is not {other}.\n"
-        "Expected the same: nanotron keeps replicas alike on all ranks.\n"
+        "Expected the same: nanotron keeps replicas equal on all ranks.\n"
         "A file is damaged, or of another checkpoint: copy all of one, or pass --no-optimizer for the weights only."
     )
 
 
 def stands_for(name: str) -> str:
-    """Whose group and step a zero bias of o_proj, which nanotron has not, takes: its layer's query bias."""
+    """The parameter whose group and step a zero o_proj bias (absent in nanotron) gets: its layer's query bias."""
     return name.replace("o_proj", "q_proj")
 
 
@@ -268,7 +268,7 @@ def read_scheduler(
     weights: Mapping[str, NativeParameter],
     warnings: list[str],
 ) -> Mapping[str, Any] | None:
-    """LambdaLR's state with its lists keyed by canonical name; None, with a warning, where it cannot be kept."""
+    """LambdaLR's state with its lists keyed by canonical name; None, with a warning, if it cannot be kept."""
     if not is_folder_there(folder):
         return None
     ranks = _block_ranks(weights)
@@ -307,7 +307,7 @@ def read_scheduler(
 
 
 def _block_ranks(weights: Mapping[str, NativeParameter]) -> dict[str, int]:
-    """Pipeline ranks by the files' names; norms, which state none, follow the block that they belong to."""
+    """Pipeline ranks from the files' names; norms, whose names have none, follow their block."""
     ranks: dict[str, int] = {}
     for parameter in weights.values():
         if parameter.pp is not None:

@@ -57,7 +57,7 @@ def read_nanotron(folder: Path, options: ReadOptions = ReadOptions()) -> Checkpo
                 raise MissingFile(
                     f"{metadata_path} is not there, but Adam's state is.\n"
                     "Expected it in the same folder, as nanotron saves it: only it has the step and the samples.\n"
-                    "Copy it from the run, or pass --no-optimizer to take only the weights."
+                    "Copy it from the run, or pass --no-optimizer to convert the weights only."
                 )
             optimizer = canonical_optimizer(state, table)
         else:
@@ -120,7 +120,7 @@ def _warnings(
         )
     if any(p.format in ("1.2", "1.3") for p in weights.values()):
         found.append(
-            "format 1.2/1.3 is read by the rules of nanotron's source; no checkpoint of it was available for tests."
+            "format 1.2/1.3 is read according to nanotron's source code; no checkpoint of it was available for tests."
         )
     return found
 

@@ -19,9 +19,9 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[float, float]:
-    """(peak, LR after ``step`` completed steps) by a nanotron training config.
+    """(peak, LR after ``step`` completed steps) according to a nanotron training config.
 
-    Raises ``BadCheckpoint`` when the config has no complete schedule.
+    Raises ``BadCheckpoint`` if the config has no complete schedule.
     """
     try:
         schedule = config["optimizer"]["learning_rate_scheduler"]
@@ -35,7 +35,7 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
     start = schedule.get("lr_decay_starting_step")
     start = warmup if start is None else int(start)
     decay = schedule.get("lr_decay_steps")
-    # nanotron's Config sets it so, leaving the decay's start out of account.
+    # nanotron's Config sets it this way and ignores the decay's start.
     decay = total - warmup if decay is None else int(decay)
     low = schedule.get("min_decay_lr")
     low = peak if low is None else float(low)

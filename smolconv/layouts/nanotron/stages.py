@@ -24,7 +24,7 @@ def data_stages(
 ) -> tuple[list[Stage], int]:
     """The stages, and the index of the one that the last step belongs to.
 
-    ``config`` is the training config that is written; ``chosen`` is its path where the user gave it, so that its
+    ``config`` is the training config that is written; ``chosen`` is its path if the user gave it: then its
     stages count instead of the source's. Adds missing information to ``warnings``. Raises ``CorruptFile``.
     """
     own = [
@@ -51,8 +51,8 @@ def data_stages(
     counted = {stage["start_training_step"]: stage for stage in own if stage["consumed_train_samples"]}
     if lost := [start for start in counted if start not in starts]:
         warnings.append(
-            f"{where} has no data stage that starts at step {lost[0]}, as one of the source's does, and nanotron finds "
-            "stages by that: the source's were written. Give the config of the run that continues."
+            f"{where} has no data stage that starts at step {lost[0]}, but the source has one, and nanotron finds "
+            "stages by their start: the source's were written. Give the config of the run that continues."
         )
         return own, progress.last_stage_index or 0
     for stage in planned:
@@ -107,7 +107,7 @@ def _current(stages: list[Stage], step: int) -> int:
 def _share(
     progress: TrainingProgress, stages: list[Stage], current: int, folders: list[list[str]], warnings: list[str]
 ) -> None:
-    """Enter what was consumed before, which the source counts for the whole run, by the steps of each stage."""
+    """Divide the source's counts for the whole run among the stages, by their steps."""
     step, samples, tokens = progress.step, progress.consumed_samples, progress.consumed_tokens
     starts = [stage["start_training_step"] for stage in stages[: current + 1]]
     starts[0] = min(starts[0], 1)
@@ -115,7 +115,7 @@ def _share(
     evenly = step > 0 and samples % step == 0 and (tokens or 0) % step == 0
     if not evenly and current and (samples or tokens):
         warnings.append(
-            f"{samples} samples are no whole number for each of {step} steps: all were counted in the stage "
+            f"{samples} samples do not divide by {step} steps: all were counted in the stage "
             f"{stages[current]['name']!r}."
         )
     unplaced = 0
@@ -134,5 +134,5 @@ def _share(
         )
     elif unplaced:
         warnings.append(
-            f"{unplaced} tokens were consumed of folders that the source does not name: they count as {IMPORTED!r}."
+            f"{unplaced} tokens were consumed from folders that the source does not name: they count as {IMPORTED!r}."
         )

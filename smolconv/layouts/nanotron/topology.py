@@ -1,7 +1,7 @@
 """How nanotron splits a model: tensor-parallel slices, pipeline ranks, ZeRO-1 slices, and the file names of each.
 
-Pure functions of the spec and the sizes; both the reader and the writer use them. Facts were read in nanotron's branch
-``smollm3`` (bc1f5a61) and checked against folders that it wrote.
+Pure functions of the spec and the sizes; both the reader and the writer use them. The facts come from nanotron's branch
+``smollm3`` (bc1f5a61) and were checked against folders that it wrote.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HEAD = "model.lm_head.pp_block.weight"
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How one parameter is cut over tensor-parallel ranks: along ``dim``, within each of ``chunks`` of it."""
+    """How one parameter is split over tensor-parallel ranks: along ``dim``, within each of its ``chunks``."""
 
     dim: int
     chunks: tuple[int, ...] = ()  #: sizes along ``dim``; () for one chunk, which nanotron writes differently
 
 
 def tensor_parallel(name: str, spec: ModelSpec) -> TensorParallel | None:
-    """The cut of a nanotron parameter; None for norms, which every rank holds whole."""
+    """How a nanotron parameter is split; None for norms, which every rank holds whole."""
     if "layernorm" in name or name == FINAL_NORM:
         return None
     if ".qkv_proj." in name:
@@ -54,7 +54,7 @@ class SlicePair:
 
 
 def slice_pairs(cut: TensorParallel, size: int, tp: int, rank: int) -> tuple[SlicePair, ...]:
-    """The pieces of ``rank``'s shard, for a parameter with ``size`` entries along the cut."""
+    """The slices of ``rank``'s shard, for a parameter with ``size`` entries along the split dimension."""
     pairs, local, full = [], 0, 0
     for chunk in cut.chunks or (size,):
         length = chunk // tp
@@ -73,7 +73,7 @@ def cut_shard(tensor: LazyTensor, pairs: Sequence[SlicePair]) -> LazyTensor:
 def join_shards(
     shards: Sequence[tuple[LazyTensor, Sequence[SlicePair]]], shape: tuple[int, ...], where: str
 ) -> LazyTensor:
-    """The whole parameter from all ranks' shards. Raises ``ShapeMismatch`` when their slices leave gaps or overlap."""
+    """The whole parameter from all ranks' shards. Raises ``ShapeMismatch`` if their slices leave gaps or overlap."""
     placed = sorted(((pair, shard) for shard, pairs in shards for pair in pairs), key=lambda item: item[0].full)
     dim, at, pieces = placed[0][0].dim, 0, []
     for pair, shard in placed:
@@ -103,7 +103,7 @@ def format_slices(pairs: Sequence[SlicePair], cut: TensorParallel, dims: int) ->
 
 
 def parse_slices(text: str, shard_shape: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple[SlicePair, ...]:
-    """Read ``local_global_slices_pairs``. Raises ``CorruptFile`` for what is not a cut along one dimension."""
+    """Read ``local_global_slices_pairs``. Raises ``CorruptFile`` if it is not a split along one dimension."""
     pairs = []
     for pair in text.split(";"):
         try:
@@ -117,7 +117,7 @@ def parse_slices(text: str, shard_shape: tuple[int, ...], shape: tuple[int, ...]
         ]
         cuts = [item for item in bounded if item[1] != (0, shape[item[0]]) or item[2] != (0, shape[item[0]])]
         if len(cuts) > 1:
-            raise CorruptFile(f"{where}: cut along several dimensions, which nanotron's models never are: {pair!r}")
+            raise CorruptFile(f"{where}: split along several dimensions, which nanotron's models never are: {pair!r}")
         pairs.append(SlicePair(*(cuts or bounded[:1])[0]))
     return tuple(pairs)
 
@@ -128,7 +128,7 @@ def check_pairs(
 ) -> None:  # fmt: skip
     """Compare a shard's ``local_global_slices_pairs`` with those that nanotron writes for this model and rank.
 
-    Slices that agree with each other can still put keys in the place of values, or take a row twice: the config says
+    Slices that agree with each other can still swap keys and values, or use a row twice: only the config says
     which rows belong where. Raises ``ShapeMismatch``.
     """
     expected = slice_pairs(cut, shape[cut.dim], tp, rank)
@@ -136,18 +136,18 @@ def check_pairs(
     whole = (0, shape[found[0].dim])
     if tp == len(found) == 1 and shard_shape == shape and found[0].local == found[0].full == whole:
         return  # the complete parameter, in any dimension
-    # A writer may leave borders out where the rows on both sides stay neighbours.
+    # A writer may merge neighbouring slices if their rows stay neighbours.
     same = found == expected if len(found) == len(expected) else _merged(found) == _merged(expected)
     if not same or {pair.dim for pair in found} != {cut.dim} or expected[-1].local[1] != shard_shape[cut.dim]:
         raise ShapeMismatch(
             f"{where}: rank {rank} of {tp} has {[pair.full for pair in found]} in {[pair.local for pair in found]}.\n"
             f"Expected {[pair.full for pair in expected]} in {[pair.local for pair in expected]} by the config.\n"
-            "Check that the config (heads, sizes) belongs to this checkpoint; else copy the file again."
+            "Check that the config (heads, sizes) belongs to this checkpoint; if it does, copy the file again."
         )
 
 
 def _merged(pairs: Sequence[SlicePair]) -> list[tuple[int, int, int]]:
-    """(start in the shard, start in the whole, length) of what is contiguous in both."""
+    """(start in the shard, start in the whole, length) of each range that is contiguous in both."""
     found: list[tuple[int, int, int]] = []
     for pair in pairs:
         length = pair.local[1] - pair.local[0]
@@ -178,7 +178,7 @@ def parse_shape(text: str, where: str) -> tuple[int, ...]:
 
 
 def require_tp(spec: ModelSpec, tp: int) -> None:
-    """Raise ``UsageError`` when a parameter's rows cannot be cut into ``tp`` equal shards."""
+    """Raise ``UsageError`` if a parameter's rows cannot be split into ``tp`` equal shards."""
     for what, size in (
         ("rows of queries", spec.query_rows), ("rows of keys", spec.kv_rows),
         ("rows of intermediate_size", spec.intermediate_size),
@@ -203,9 +203,9 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
 def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
     """The pipeline rank of each block: "embedding", "0" .. "L-1" for layers, "norm" and "head".
 
-    Blocks are placed in module order by the compute they cost (``head_dim`` and key/value heads are ignored, as there);
-    a block that crosses the threshold stays, the next continues. Raises ``UsageError`` when a rank is left empty, since
-    nanotron refuses to build such a model.
+    Blocks are placed in module order by their compute cost (as in nanotron, without ``head_dim`` and key/value heads).
+    A block that crosses the threshold stays; the next one goes to the next rank. Raises ``UsageError`` if a rank is
+    left empty, since nanotron refuses to build such a model.
     """
     hidden, head = spec.hidden_size, spec.hidden_size // spec.num_heads
     layer = 4 * spec.num_heads * head * hidden + 3 * spec.intermediate_size * hidden
@@ -221,7 +221,7 @@ def pipeline_ranks(spec: ModelSpec, pp: int) -> dict[str, int]:
         if rank < pp - 1 and reached > thresholds[rank]:
             rank += 1
     ranks = {name: rank for name, rank in ranks.items() if name not in ("cast_to_fp32", "loss")}
-    # A rank with only those two has nothing to train, and is as empty as one with no block at all.
+    # A rank with only those two has no parameters, so it counts as empty.
     empty = sorted(set(range(pp)) - set(ranks.values()))
     if empty:
         raise UsageError(
@@ -245,7 +245,7 @@ def block_of(name: str) -> str:
 def parameters_of_rank(names: Sequence[str], ranks: Mapping[str, int], rank: int, *, tied: bool) -> list[str]:
     """A pipeline rank's parameters in its optimizer's order.
 
-    With a tied head on another rank than the embedding, that rank counts its own copy of the embedding, last.
+    If a tied head is on another rank than the embedding, that rank has its own copy of the embedding, in last place.
     """
     mine = [name for name in names if ranks[block_of(name)] == rank]
     if tied and ranks["head"] == rank and ranks["embedding"] != rank:
@@ -280,7 +280,7 @@ _STATE_FILE = re.compile(
 
 @dataclass(frozen=True)
 class RankedFile:
-    """The ranks that a file name states; None where it states none."""
+    """The ranks in a file name; None for each that it does not have."""
 
     kind: str
     pp: int | None
@@ -293,13 +293,13 @@ class RankedFile:
 
 
 def parse_weight_file(file_name: str) -> RankedFile | None:
-    """None when the name is not one of nanotron's weight files."""
+    """The ranks of a weight file; None for any other name."""
     match = _WEIGHT_FILE.fullmatch(file_name)
     return _within(None if match is None else _ranked(match, match["kind"]))
 
 
 def parse_state_file(file_name: str) -> RankedFile | None:
-    """None when the name is not one of nanotron's optimizer or LR scheduler files."""
+    """The ranks of an optimizer or LR scheduler file; None for any other name."""
     match = _STATE_FILE.fullmatch(file_name)
     return _within(None if match is None else _ranked(match, "state"))
 
@@ -320,13 +320,13 @@ def _ranked(match: re.Match[str], kind: str) -> RankedFile:
 
 
 def weight_path(name: str, ranks: tuple[int, int, int, int] | None) -> str:
-    """Path below the step folder; ``ranks`` are (pp, pp size, tp, tp size), None for a parameter that is not cut."""
+    """Path below the step folder; ``ranks`` are (pp, pp size, tp, tp size), None for a parameter that is not split."""
     *folders, kind = name.split(".")
     ending = "" if ranks is None else "_pp-rank-{}-of-{}_tp-rank-{}-of-{}".format(*ranks)
     return "/".join(["model", *folders, f"model_{kind}{ending}.safetensors"])
 
 
 def state_file(kind: str, pp: tuple[int, int], tp: tuple[int, int], dp: tuple[int, int] | None = None) -> str:
-    """``optimizer`` and ``lr_scheduler`` files; ``dp`` for a ZeRO-1 optimizer only. Each pair is (rank, size)."""
+    """Name of an ``optimizer`` or ``lr_scheduler`` file; ``dp`` only with ZeRO-1. Each pair is (rank, size)."""
     middle = "" if dp is None else f"_dp-{dp[0]}-of-{dp[1]}"
     return f"{kind}/{kind}_pp-{pp[0]}-of-{pp[1]}{middle}_tp-{tp[0]}-of-{tp[1]}_exp-0-of-1.pt"

@@ -1,4 +1,4 @@
-"""nanotron's weights: a safetensors file per parameter and rank, joined by the slices that each states."""
+"""nanotron's weights: a safetensors file per parameter and rank, joined by the slices in each file's metadata."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ FORMATS = ("1.2", "1.3", "1.4", "1.5")
 
 @dataclass(frozen=True, kw_only=True)
 class NativeParameter:
-    """One parameter as nanotron stores it: fused, and cut over tensor-parallel ranks."""
+    """One parameter as nanotron stores it: fused, and split over tensor-parallel ranks."""
 
     name: str
-    shards: tuple[LazyTensor, ...]  #: by tensor-parallel rank; one for a parameter that is not cut
-    pairs: tuple[tuple[SlicePair, ...], ...]  #: each shard's place in the whole; () when not cut
+    shards: tuple[LazyTensor, ...]  #: by tensor-parallel rank; one for a parameter that is not split
+    pairs: tuple[tuple[SlicePair, ...], ...]  #: each shard's place in the whole; () if not split
     pp: int | None
     pp_size: int | None
     format: str | None
@@ -123,7 +123,7 @@ def _native(
             raise MixedCheckpoint(f"{path.parent} has {path.name} and files of single ranks. Keep one kind.")
         _check_format(path, found.get("version"), version)
         if tensor_parallel(name, spec) is not None:
-            raise MixedCheckpoint(f"{path}: no rank in the name of a parameter that nanotron cuts over ranks.")
+            raise MixedCheckpoint(f"{path}: no rank in the name of a parameter that nanotron splits over ranks.")
         return NativeParameter(
             name=name, shards=(tensor,), pairs=(), pp=None, pp_size=None, format=version, whole=tensor
         )
@@ -190,7 +190,7 @@ def _data(path: Path) -> tuple[Stored, Mapping[str, str]]:
 
 
 def weights_topology(weights: Mapping[str, NativeParameter], metadata: Mapping[str, Any] | None) -> Topology:
-    """TP and PP by the files' names, DP by the metadata."""
+    """TP and PP from the files' names, DP from the metadata."""
     cut = next((p for p in weights.values() if p.pairs), None)
     return Topology(
         tp=len(cut.shards) if cut else 1,

@@ -58,7 +58,7 @@ _EXECUTION = ("foreach", "capturable", "differentiable", "fused", "bias_correcti
 
 @dataclass(frozen=True, kw_only=True)
 class NanotronOptions:
-    """The topology to write, and the training config to take when the source has none."""
+    """The topology to write, and the training config to use if the source has none."""
 
     tp: int = 1
     pp: int = 1
@@ -75,12 +75,12 @@ class NanotronOptions:
 
 
 def plan_nanotron(checkpoint: Checkpoint, options: NanotronOptions) -> PlannedOutput:
-    """Plan every file. Raises ``UsageError`` for a topology that the model does not fit."""
+    """Plan every file. Raises ``UsageError`` for a topology that does not fit the model."""
     return _NanotronWriter(checkpoint, options).plan()
 
 
 class _NanotronWriter:
-    """Holds what all parts of one plan need; lives for one call."""
+    """Data that all parts of one plan share; lives for one call."""
 
     def __init__(self, checkpoint: Checkpoint, options: NanotronOptions) -> None:
         self.checkpoint, self.options = checkpoint, options
@@ -133,8 +133,8 @@ class _NanotronWriter:
         if rows != spec.vocab_size:
             self.warnings.append(
                 f"the vocabulary was padded from {spec.vocab_size} to {rows} rows, as nanotron does for "
-                f"TP {self.options.tp}. Converted back, the padding is taken away; once nanotron has trained the "
-                f"model, by --vocab-size {spec.vocab_size}."
+                f"TP {self.options.tp}. Converting back removes the padding; once nanotron has trained the "
+                f"model, pass --vocab-size {spec.vocab_size}."
             )
         return replace(spec, vocab_size=rows)
 
@@ -154,8 +154,8 @@ class _NanotronWriter:
                 )
         if spec.rope_scaling is not None:
             self.warnings.append(
-                "rope_scaling is written to model_config.json, but nanotron's forward ignores it: trained there, the "
-                "model becomes another one. Converted untrained, it comes back with its scaling."
+                "rope_scaling is written to model_config.json, but nanotron's forward ignores it: training there "
+                "changes the model. Converting it back untrained restores the scaling."
             )
         return config
 
@@ -168,7 +168,7 @@ class _NanotronWriter:
         return self.table.to_layout(found, f"the source ({slot.value})", is_zero)
 
     def _shards(self, slot: Slot, name: str) -> list[tuple[int | None, LazyTensor, dict[str, str]]]:
-        """(rank, shard, metadata) for each tensor-parallel rank; rank None for a parameter that is not cut."""
+        """(rank, shard, metadata) for each tensor-parallel rank; rank None for a parameter that is not split."""
         tensor, cut, tp = self.layout[slot][name], tensor_parallel(name, self.spec), self.options.tp
         if cut is None:
             return [(None, tensor, {})]
@@ -204,7 +204,7 @@ class _NanotronWriter:
                 "fp32 masters with ZeRO-1 are written as nanotron of 2024 wrote them (flat slices); later versions "
                 "refuse this combination."
             )
-        # Cut once: the tensors are lazy, and every file picks from them.
+        # Split once: the tensors are lazy, and every file picks from them.
         shards: dict[tuple[Slot, str], list[LazyTensor]] = {
             (slot, name): [shard for _, shard, _ in self._shards(slot, name)]
             for slot in self.layout
@@ -301,7 +301,7 @@ class _NanotronWriter:
         return {**_ADAMW, **known, "fused": fused}
 
     def _require_one_state(self, name: str) -> None:
-        """A fused parameter has one step and one group; parts trained apart cannot be fused again."""
+        """A fused parameter has one step and one group; parts with different ones cannot be fused again."""
         optimizer, parts = self.checkpoint.optimizer, self.canonical[name]
         assert optimizer is not None
         if not optimizer.steps.keys() >= set(parts):
@@ -424,7 +424,7 @@ class _NanotronWriter:
         return None if config is None else json.dumps(config).encode()
 
     def _metadata(self) -> dict[str, Any]:
-        """Counts whose sums hold: nanotron refuses to load a checkpoint where they do not."""
+        """Counts with correct sums: nanotron refuses to load a checkpoint with wrong ones."""
         progress, given = self.progress, self.options.nanotron_config
         chosen = None if given is None else str(given)
         stages, current = data_stages(progress, self.config, chosen=chosen, warnings=self.warnings)
@@ -447,7 +447,7 @@ class _NanotronWriter:
         }  # fmt: skip
 
     def _custom_metas(self) -> dict[str, Any] | None:
-        """The source's own, and what an import adds that a later reader must know."""
+        """The source's own, and an import's additions that a later reader needs."""
         original = self.checkpoint.source.nanotron_metadata
         found = None if original is None else original.value.get("custom_metas")
         if isinstance(found, dict):
