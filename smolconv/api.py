@@ -381,14 +381,15 @@ def _conversion_card(
     """The card's name, written into ``folder``; None where the default reading of it is another model."""
     from smolconv.layouts.registry import read_checkpoint
     from smolconv.storage.manifest import PROOF
+    from smolconv.verification.proof import reading_words, write_proof
 
     written = read_checkpoint(folder)
     if written.spec != plan.source.spec:
         return None
     options = plan.options
-    words = _reading_words((options.source_layout, None), (options.config, None), options.architecture)
+    words = reading_words((options.source_layout, None), (options.config, None), options.architecture)
     card = _card(report, asked, (plan.source, written), (plan.uri, plan.target), bar, words)
-    _write_card(card, folder / PROOF)
+    write_proof(card, folder / PROOF)
     return PROOF
 
 
@@ -442,9 +443,11 @@ def verify(
         a, b, options, layouts=(layout_a, layout_b), configs=(config, config_b), architecture=architecture, bar=bar
     )  # fmt: skip
     if proof is not None:
-        words = _reading_words((layout_a, layout_b), (config, config_b), architecture)
+        from smolconv.verification.proof import reading_words, write_proof
+
+        words = reading_words((layout_a, layout_b), (config, config_b), architecture)
         card = _card(report, options, sides, (a, b), bar, words)
-        _write_card(card, Path(proof))
+        write_proof(card, Path(proof))
     return report
 
 
@@ -483,25 +486,6 @@ def _card(
     sets = [each.tensors.values() if options.optimizer else [each.parameters] for each in sides]
     with bar("digests of the tensors", sum(len(found) for side in sets for found in side)) as advance:
         return make_proof(report, options, sides, names, words=words, advance=advance)
-
-
-def _write_card(card: Proof, path: Path) -> None:
-    from smolconv.storage.atomic import appearing_whole
-    from smolconv.verification.proof import proof_text
-
-    with appearing_whole(path) as part:
-        part.write_text(proof_text(card), encoding="utf-8")
-
-
-def _reading_words(
-    layouts: tuple[str | None, str | None], configs: tuple[Source | None, Source | None], architecture: str | None
-) -> list[str]:
-    """Options that say how to read A and B, as the command line has them; of a path the name."""
-    paths = [None if each is None else Path(each).name for each in configs]
-    from smolconv.verification.proof import READING_OPTIONS
-
-    given = dict(zip(READING_OPTIONS, (*layouts, *paths, architecture)))
-    return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 @dataclass(frozen=True, kw_only=True)

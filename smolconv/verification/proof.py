@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ from smolconv.errors import CorruptFile
 from smolconv.models.spec import spec_to_json
 from smolconv.parsing import finite_json, read_json
 from smolconv.processes import usable_cores
+from smolconv.storage.atomic import appearing_whole
 from smolconv.tensors.lazy import LazyTensor
 from smolconv.tensors.reading import as_bytes
 from smolconv.verification.compare import VerifyOptions, VerifyReport
@@ -293,6 +295,23 @@ def read_proof(path: Path) -> Proof:
 def proof_schema() -> dict[str, Any]:
     """The JSON schema in docs/."""
     return Proof.model_json_schema(by_alias=True)
+
+
+def write_proof(proof: Proof, path: Path) -> None:
+    """Write a card; the file appears only when it is complete."""
+    with appearing_whole(path) as part:
+        part.write_text(proof_text(proof), encoding="utf-8")
+
+
+def reading_words(
+    layouts: tuple[str | None, str | None],
+    configs: tuple[str | PathLike[str] | None, str | PathLike[str] | None],
+    architecture: str | None,
+) -> list[str]:
+    """The command-line options that say how to read A and B, with file names instead of paths."""
+    paths = [None if each is None else Path(each).name for each in configs]
+    given = dict(zip(READING_OPTIONS, (*layouts, *paths, architecture)))
+    return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 def proof_text(proof: Proof) -> str:
