@@ -378,7 +378,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a pointer left by Git LFS"),
     "a pointer to a model": (lambda f: (f / "tokenizer.model").write_bytes(POINTER), "tokenizer.model is a pointer left by Git LFS"),
     "empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "tokenizer.model is empty"),
-    "something else": (lambda f: (f / "tokenizer.json").write_bytes(b"{}"), "holds no model"),
+    "something else": (lambda f: (f / "tokenizer.json").write_bytes(b"{}"), "holds no tokenizer model"),
     "its config alone": (lambda f: None, "tokenizer_config.json alone"),
     "half of it": (lambda f: (f / "vocab.json").write_bytes(b'{"a": 0}'), "vocab.json, tokenizer_config.json alone"),
 }  # fmt: skip

@@ -321,7 +321,7 @@ def test_a_rank_beyond_the_world_size_is_not_skipped(broken, refused):
     source = broken(ZERO1)
     extra = optimizer_file(source.tag, 2).with_name("bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt")
     shutil.copy(optimizer_file(source.tag, 2), extra)
-    refused(source, MixedCheckpoint, extra.name, "world of 3")
+    refused(source, MixedCheckpoint, extra.name, "counts 3 ranks")
 
 
 def test_a_rank_under_another_number_leaves_a_gap_that_is_named(broken, refused):
@@ -344,7 +344,7 @@ def test_optimizer_files_of_another_world_size_are_noticed(broken, refused):
         edit(
             optimizer_file(source.tag, rank), lambda file: file["optimizer_state_dict"].update(partition_count=[2] * 4)
         )
-    refused(source, MixedCheckpoint, "world of 2")
+    refused(source, MixedCheckpoint, "counts 2 ranks")
 
 
 @pytest.mark.parametrize("stage", [ZERO1, ZERO3])
