@@ -171,8 +171,8 @@ def plan_conversion(
     ``UsageError`` for options that do not fit, ``BadCheckpoint`` for a source that cannot be read.
     """
     _checked(options)
-    require_known(str(target))
     _refuse_swapped(source, target)
+    require_known(str(target))
     with_optimizer = options.optimizer is not False
     folder = open_source(
         source, headers_only=headers_only, optimizer=with_optimizer, step=options.step, layout=options.source_layout,

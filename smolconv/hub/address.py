@@ -58,7 +58,7 @@ def require_known(text: str) -> None:
     if found is None:
         return
     scheme, rest = found[1].lower(), found[2].lstrip("/")
-    if scheme == "hf":
+    if SCHEME.startswith(f"{scheme}:"):
         advice = f"Two slashes were expected: {SCHEME}{rest}."
     elif "huggingface.co/" in rest:
         folder = rest.partition("huggingface.co/")[2].split("/tree/")[0]
