@@ -359,7 +359,7 @@ def test_what_stops_between_the_two_names_is_resumed(
     assert (tmp_path / "apart").exists() == (failing == "out")
     monkeypatch.undo()
     if failing == "out":
-        with pytest.raises(UsageError, match=r"apart is there already"):
+        with pytest.raises(UsageError, match=r"apart already exists"):
             tokenized(source, tmp_path / "out", tokenizer, **options)
     result = tokenized(source, tmp_path / "out", tokenizer, run_resume=True, **options)
     expected = held_out_by_hand(MANY, 10)
