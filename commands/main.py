@@ -41,6 +41,7 @@ def main() -> None:
     """Run the app and end the process with its exit code."""
     _listen()
     try:
+        _refuse_other_addresses(sys.argv[1:])
         # Not standalone, so that usage errors are printed here, like all others.
         sys.exit(app(_common_first(sys.argv[1:]), standalone_mode=False))
     except SignalReceived as error:
@@ -63,15 +64,16 @@ def main() -> None:
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
 
 
-def _common_first(words: list[str]) -> list[str]:
-    """Move the common options to the front, where Typer expects them, from anywhere in the command.
-
-    Raises ``UsageError`` for an address that no command can open, before it becomes a local path.
-    """
-    end = words.index("--") if "--" in words else len(words)
-    for word in words[:end]:
+def _refuse_other_addresses(words: list[str]) -> None:
+    """Raise ``UsageError`` for an address that no command can open, before it becomes a local path."""
+    for word in words[: words.index("--")] if "--" in words else words:
         if "://" in word:
             require_known(word)
+
+
+def _common_first(words: list[str]) -> list[str]:
+    """Move the common options to the front, where Typer expects them, from anywhere in the command."""
+    end = words.index("--") if "--" in words else len(words)
     common = [word for word in words[:end] if word in ("-q", "--quiet", "-v", "--verbose", "--debug")]
     return common + [word for word in words[:end] if word not in common] + words[end:]
 

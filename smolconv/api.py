@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, Topology, TrainingProgress
-from smolconv.errors import NotInstalled, UsageError, pip_install
+from smolconv.errors import BadCheckpoint, NotInstalled, UsageError, pip_install
 from smolconv.models.spec import ModelSpec
 from smolconv.progress import Bar, no_bar
 from smolconv.tensors.dtypes import DTYPE_WORDS
@@ -378,17 +378,26 @@ def _verified(plan: ConversionPlan, folder: Path, bar: Bar) -> Mapping[str, Any]
 def _conversion_card(
     plan: ConversionPlan, folder: Path, report: VerifyReport, asked: VerifyOptions, bar: Bar
 ) -> str | None:
-    """The card's name, written into ``folder``; None where the default reading of it is another model."""
+    """The card's name, written into ``folder``; None where ``verify`` would read another model on either side.
+
+    It has no ``--step``, ``--base`` or ``--rope-scaling``.
+    """
+    from smolconv.layouts.layout import ReadOptions
     from smolconv.layouts.registry import read_checkpoint
     from smolconv.storage.manifest import PROOF
     from smolconv.verification.proof import reading_words, write_proof
 
-    written = read_checkpoint(folder)
-    if written.spec != plan.source.spec:
+    options, source = plan.options, plan.source
+    read = ReadOptions(config=options.config, architecture=options.architecture, layout=options.source_layout)
+    try:
+        again = read_checkpoint(source.root, read)
+    except BadCheckpoint:
         return None
-    options = plan.options
+    written = read_checkpoint(folder)
+    if (again.spec, again.parameters) != (source.spec, source.parameters) or written.spec != source.spec:
+        return None
     words = reading_words((options.source_layout, None), (options.config, None), options.architecture)
-    card = _card(report, asked, (plan.source, written), (plan.uri, plan.target), bar, words)
+    card = _card(report, asked, (source, written), (plan.uri, plan.target), bar, words)
     write_proof(card, folder / PROOF)
     return PROOF
 

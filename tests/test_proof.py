@@ -316,3 +316,15 @@ def test_a_source_without_adam_has_a_card_of_its_weights(tmp_path: Path) -> None
     assert done.code == 0, done.stderr
     assert check(tmp_path / "out" / "smolconv_proof.json", HF, tmp_path / "out") == ()
     assert not read_proof(tmp_path / "out" / "smolconv_proof.json").options.optimizer
+
+
+@pytest.mark.parametrize(("step", "has_one"), [(2, False), (3, True)])
+def test_an_earlier_step_has_none_since_verify_reads_the_latest(tmp_path: Path, step: int, has_one: bool) -> None:
+    shutil.copytree(NANOTRON, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "3", tmp_path / "run" / "2")
+    done = run_cli(
+        "convert", tmp_path / "run", tmp_path / "out", "--to", "hf", "--step", step, "--no-optimizer", "--verify"
+    )
+    card = tmp_path / "out" / "smolconv_proof.json"
+    assert done.code == 0 and card.exists() == has_one, done.stderr
+    assert not has_one or check(card, tmp_path / "run", tmp_path / "out") == ()
