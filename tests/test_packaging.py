@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import FIXTURES, environment, files_below
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from smolconv.version import __version__
 
@@ -222,6 +225,27 @@ def test_no_source_names_a_module_of_ours_without_smolconv_before_it() -> None:
 def _metadata(site: Path) -> Path:
     (folder,) = site.glob("*.dist-info")
     return folder
+
+
+def test_every_pinned_version_that_python_3_10_cannot_install_is_pinned_for_later_pythons_only():
+    """pip would end with ResolutionImpossible in `make demo` where python3 is 3.10, as on Ubuntu 22.04."""
+    pins = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    seen = 0
+    for pin in pins:
+        try:
+            installed = importlib.metadata.metadata(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not pin.specifier.contains(installed["Version"]):
+            continue  # another version's metadata says nothing about this one
+        seen += 1
+        for_3_10 = pin.marker is None or pin.marker.evaluate({"python_version": "3.10"})
+        assert not for_3_10 or SpecifierSet(installed["Requires-Python"] or "").contains("3.10.99"), str(pin)
+    assert seen > 50
 
 
 def test_the_citation_names_this_version_and_licence():
