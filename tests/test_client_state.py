@@ -9,6 +9,7 @@ import argparse
 import datetime
 import enum
 import json
+import os
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -66,6 +67,11 @@ OBJECTS: dict[str, tuple[object, str]] = {
     "in_a_key": ({Path("a"): 1}, "a key is not text"),
     "in_a_set": ({Path("a")}, "pathlib.PosixPath"),
     "in_a_tuple_key": ({(1, Path("a")): 2}, "a key is not text"),
+    "in_a_key_that_is_a_tensor": ({torch.ones(1): {"step": 1}}, "a key is not text"),  # a torch optimizer's state
+    "in_a_key_of_tuples": ({(1, (2, 3)): 4}, "a key is not text"),
+    "in_a_set_of_tuples": ({(1, (2, 3))}, "a set of something other than plain values"),
+    "a_long_integer": (-(2**4000), "an integer of 501 bytes"),
+    "a_file_name": (os.fsdecode(b"run-\xff"), "text that is not Unicode"),
     "in_an_ordered_dict": (OrderedDict(a=[{"b": Path("a")}]), "pathlib.PosixPath"),
 }
 PLAIN: dict[str, Any] = {
@@ -162,6 +168,19 @@ def test_nor_does_any_other_place(document, canary, tmp_path):
     torch.save(document(canary), tmp_path / "a.pt")
     with pytest.raises(UnsafePickle, match="which is not on the list"):
         read_torch_archive(tmp_path / "a.pt", plain_keys=MODEL_KEYS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [-(2**4000), os.fsdecode(b"run-\xff"), {(1, (2, 3)): 4}, {(1, (2, 3))}],
+    ids=["integer", "text", "key", "set"],
+)
+def test_nor_a_plain_value_that_only_a_client_state_may_have(value, tmp_path):
+    torch.save({"module": {"a": value}}, tmp_path / "a.pt")
+    with pytest.raises(UnsafePickle, match="which is not on the list"):
+        read_torch_archive(tmp_path / "a.pt", plain_keys=MODEL_KEYS)
+    with pytest.raises(CorruptFile):
+        read_torch_archive(tmp_path / "a.pt")
 
 
 def test_a_shared_object_is_refused_wherever_it_is_first_met(tmp_path):

@@ -171,6 +171,12 @@ class _Unpickler:
         self.has_opaque = True
         return Opaque(asked=asked)
 
+    def beyond(self, found: str) -> Opaque:
+        """A placeholder for a plain value that torch.save writes, but no checkpoint needs."""
+        if self.plain_keys is None:
+            raise self.damaged(f"has {found}")
+        return self.unlisted(found)
+
     def refuse_misplaced(self, result: object) -> None:
         """Raise ``UnsafePickle`` for a placeholder that is not below a key that may hold one."""
         places = [result]
@@ -239,13 +245,20 @@ class _Unpickler:
         self.stack = []
 
     def text(self, length_bytes: int) -> None:
-        self.push(self.take(self.take_int(length_bytes)).decode())
+        taken = self.take(self.take_int(length_bytes))
+        try:
+            self.push(taken.decode())
+        except UnicodeDecodeError:
+            taken.decode("utf-8", "surrogatepass")  # as pickle writes the name of a file that is not Unicode
+            self.push(self.beyond("text that is not Unicode"))
 
     def long(self, length_bytes: int) -> None:
         nbytes = self.take_int(length_bytes)
         if nbytes > _MAX_INTEGER_BYTES:
-            raise self.damaged(f"has an integer of {nbytes} bytes")
-        self.push(self.take_int(nbytes, signed=True))
+            self.take(nbytes)
+            self.push(self.beyond(f"an integer of {nbytes} bytes"))
+        else:
+            self.push(self.take_int(nbytes, signed=True))
 
     def set_protocol(self) -> None:
         self.protocol = self.take_int(1)
@@ -272,9 +285,7 @@ class _Unpickler:
         if not isinstance(target, dict) or len(items) % 2:
             raise self.damaged(f"sets {len(items)} keys and values of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not _is_plain_key(key):
-                raise self.damaged(f"has a {type(key).__name__} as a key")
-            target[key] = value
+            target[key if _is_plain_key(key) else self.beyond(f"a {type(key).__name__} as a key")] = value
 
     def set_last_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -395,14 +406,14 @@ class _Unpickler:
                 return TorchSize(self.counts(sizes))
         raise self.damaged("has a torch.Size of something other than a tuple")
 
-    def a_set(self, args: tuple[object, ...]) -> set[object]:
+    def a_set(self, args: tuple[object, ...], made: type[set[object] | frozenset[object]] = set) -> object:
         match args:
             case (list(items),) if all(map(_is_plain_key, items)):
-                return set(items)
-        raise self.damaged("has a set of something other than plain values")
+                return made(items)
+        return self.beyond("a set of something other than plain values")
 
     def a_frozenset(self, args: tuple[object, ...]) -> object:
-        return frozenset(self.a_set(args))
+        return self.a_set(args, frozenset)
 
     def tensor(self, args: tuple[object, ...]) -> object:
         # _rebuild_tensor: (storage, offset, shape, stride); _v2 has also (requires_grad, hooks[, metadata])
