@@ -84,7 +84,7 @@ def continue_train(
         _show_plan(found, resume, told, as_json=as_json)
         return
     found.refuse()
-    for line in told:
+    for line in [*told, *found.notes]:
         console.say(line)
     write_recipe(given, run)
     raise typer.Exit(launch(given, run, resume=resume))
@@ -101,7 +101,7 @@ def _show_plan(found: Preflight, resume: str, told: list[str], *, as_json: bool)
     if spec is None or engine is None:
         found.refuse()
     assert spec is not None and engine is not None
-    told = [*told, *found.told]
+    told = [*told, *found.notes, *found.told]
     plan = estimate(
         recipe, spec, found.world_size, first_step=found.first_step, tokens_per_source=found.tokens,
         on_gpus=found.on_gpus,

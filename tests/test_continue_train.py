@@ -170,6 +170,31 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, reci
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_that_cannot_be_the_runs_folder_is_refused(tmp_path, recipe_file, monkeypatch):
+    (tmp_path / "file").write_text("")
+    tokens, given = tmp_path / "tokens", load_recipe(recipe_file)
+
+    def said(run: Path) -> str:
+        return "\n".join(map(str, preflight(given, run, "auto").problems))
+
+    assert f"output: {tmp_path / 'file'} is not a folder" in said(tmp_path / "file")
+    assert f"output: {tmp_path / 'file'} is not a folder" in said(tmp_path / "file" / "below")
+    assert f"output: {tokens} is what the run reads" in said(tokens)
+    assert f"output: {SOURCE} is what the run reads" in said(SOURCE)
+    assert said(tmp_path / "new") == said(tokens.parent) == ""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
+    assert f"no permission to write in {tmp_path}" in said(tmp_path / "new")
+
+
+def test_a_regex_that_excludes_nothing_from_decay_is_told(recipe_file):
+    # nanotron's name for the embedding, and Hugging Face's habit of naming a part.
+    for pattern, idle in ((".*token_embedding.*", True), ("norm", True), (".*norm", False), ("lm_head", False)):
+        found = preflight(load_recipe(recipe_file, [f"optimizer.no_decay=['{pattern}']"]), Path("new"), "auto")
+        assert [pattern in note and "matches no parameter" in note for note in found.notes] == [True] * idle, pattern
+    done = continue_train(recipe_file, "--dry-run", "--set", "optimizer.no_decay=[norm]")
+    assert done.code == 0 and "optimizer.no_decay: norm matches no parameter" in done.stderr
+
+
 def finished(run: Path, given: Path, step: int = 3) -> None:
     """A run's folder in which ``step`` steps are done; its checkpoint is the source, as one rank would have it."""
     options = ConvertOptions(to="deepspeed", zero_stage=1, world_size=1, dtype="float32")

@@ -218,6 +218,9 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        # pydantic reads true as 1
+        ("1_000", "true", "small.yaml:13: schedule.train_steps is True; expected a number."),
+        ("weight: 0.75", "weight: true", "small.yaml:11: data.stages.0.sources.1.weight is True; expected a number."),
         ("peak_lr:", "peek_lr:", "small.yaml:14: schedule.peek_lr: no such key. Did you mean peak_lr?"),
         ("peak_lr: 2e-4", "peak_lr: fast", "small.yaml:14: schedule.peak_lr is 'fast'; expected a valid number"),
         ("1_000", "-5", "small.yaml:13: schedule.train_steps is -5; expected greater than 0."),

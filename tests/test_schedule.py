@@ -252,6 +252,7 @@ def test_a_decay_that_never_begins_is_none():
         ({"decay": "linear", "decay_start_step": 100}, "before its linear decay"),
         ({"decay": "linear", "warmup_steps": 50, "decay_steps": 80}, "within the warm-up of 50"),
         ({"decay_steps": 40}, "decay_steps has no effect"),
+        ({"min_lr": 1e-5}, "min_lr has no effect"),
         ({"decay": "cosine", "decay_steps": 40, "cycles": 2}, "cycles has no effect: schedule.decay is cosine"),
         ({"warmup_steps": 100}, "never trains at peak_lr"),
         ({"decay": "linear", "min_lr": 1.0}, "the rate rises"),

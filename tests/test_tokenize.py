@@ -443,9 +443,10 @@ GOOD = b'{"text": "fine"}\n'
     [
         ("a.jsonl", GOOD + b'{"body": "x"}\n', CorruptFile, r"a.jsonl: row 1 has no 'text' \(it has: body\)"),
         ("a.jsonl", GOOD + b'{"text": 7}\n', CorruptFile, "row 1 has a int under 'text'"),
-        # datatrove logs these two, and goes on without the line or the rest of the file.
-        ("a.jsonl", GOOD + b'{"text": "cut\n', CorruptFile, "Error when reading .*a.jsonl"),
-        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', CorruptFile, "may be corrupted"),
+        # datatrove's reader logs these two, and continues without the line or the rest of the file.
+        ("a.jsonl", GOOD + b'{"text": "cut\n', CorruptFile, "a.jsonl: line 2 is not JSON"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', CorruptFile, "a.jsonl is not UTF-8"),
+        ("a.jsonl", GOOD + b"[1]\n", CorruptFile, "a.jsonl: line 2 is a list"),
         ("a.jsonl.gz", gzip.compress(GOOD * 10000)[:-20], CorruptFile, "could not be read: EOFError"),
         ("a.jsonl.gz", b"no gzip at all", CorruptFile, "gzip"),
         ("a.jsonl.zst", b"no zstd at all", CorruptFile, "ZstdError"),
@@ -462,6 +463,42 @@ def test_broken_input_leaves_no_output(
     with pytest.raises(error, match=said):
         tokenized(tmp_path / name, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
+
+
+@needs_datatrove
+def test_a_truncated_zst_is_refused_and_one_of_several_frames_is_read(tokenizer: Path, tmp_path: Path) -> None:
+    packed = pytest.importorskip("zstandard").ZstdCompressor().compress
+    text = "".join(f"{i} " for i in range(100_000))
+    for name, frames in (("one", [text]), ("three", [text[:7], text[7:300_000], text[300_000:]])):
+        whole = b"".join(packed(part.encode()) for part in frames)
+        source = tmp_path / f"{name}.txt.zst"
+        source.write_bytes(whole)
+        tokenized(source, tmp_path / name, tokenizer)
+        assert documents(tmp_path / name) == encoded(tokenizer, [text], 0)
+        source.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CorruptFile, match=rf"{name}.txt.zst ends within its compressed data"):
+            tokenized(source, tmp_path / "cut", tokenizer)
+        assert not (tmp_path / "cut").exists()
+
+
+@needs_datatrove
+def test_lines_that_other_tools_write_are_read(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": text, "media": "none", "metadata": 7, "id": None}) for text in TEXTS]
+    source.write_bytes(("\ufeff" + "\r\n".join([rows[0], "", *rows[1:]]) + "\n\n").encode())
+    tokenized(source, tmp_path / "out", tokenizer, shuffle_seed=None)
+    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
+
+
+@needs_datatrove
+def test_only_the_text_of_a_parquet_file_is_read(tokenizer: Path, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    times = pyarrow.array([1, 2, 3], pyarrow.timestamp("ns"))  # Python's datetime has no nanoseconds
+    parquet.write_table(pyarrow.table({"time": times, "text": TEXTS}), tmp_path / "a.parquet")
+    tokenized(tmp_path / "a.parquet", tmp_path / "out", tokenizer, shuffle_seed=None)
+    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
+    with pytest.raises(CorruptFile, match=r"row 0 has no 'body' \(it has: time, text\)"):
+        tokenized(tmp_path / "a.parquet", tmp_path / "no", tokenizer, text_key="body")
 
 
 @pytest.mark.parametrize(

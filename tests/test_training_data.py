@@ -461,9 +461,23 @@ def test_sources_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     twice = [{"name": "s", "sources": [{"path": str(plain), "name": "a"}, {"path": f"{plain}/", "name": "b"}]}]
     with pytest.raises(UsageError, match="twice"):
         open_data(recipe_data(twice))
+    (tmp_path / "link").symlink_to(plain)
+    twice[0]["sources"][1] = {"path": str(tmp_path / "link")}
+    with pytest.raises(UsageError, match="twice, also as"):
+        open_data(recipe_data(twice))
     later = {**one_stage(copied)[0], "name": "later", "start_step": 2}
     with pytest.raises(UsageError, match="two sources are named plain_2byte"):
         open_data(recipe_data([*one_stage(plain), later]))
+
+
+def test_another_spelling_of_a_folder_continues_where_the_stage_before_ended() -> None:
+    path = str(ORACLE / "plain_2byte")
+    for other in (path, path.replace("/plain", "//./plain") + "/"):
+        later = {**one_stage(other)[0], "name": "later", "start_step": 3}
+        opened = open_data(recipe_data([*one_stage(path), later]))
+        rows = [batch.rows for step in opened.read_steps(1, 4) for batch in step.micro_batches]
+        windows = [row.window for each in rows for row in each]
+        assert windows == list(range(len(windows))), other
 
 
 def test_a_folder_of_each_token_size_can_be_blended() -> None:

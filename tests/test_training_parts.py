@@ -235,6 +235,21 @@ def test_the_sources_loss_is_that_of_transformers(source, mask_documents, tokens
     assert abs(gate.loss - mean_loss(model, windows, masked=not mask_documents)) > 1e-4  # the control
 
 
+@pytest.mark.parametrize("left", [0, 5])
+def test_the_gate_compares_tokens_though_a_mask_excludes_the_whole_micro_batch(left, tokens, tmp_path):
+    masked = tmp_path / "masked"
+    shutil.copytree(tokens, masked)
+    counted = np.ones(len(np.fromfile(tokens / "00000_unshuffled.ds", "<u2")), np.uint8)
+    counted[1 : LENGTH + 1 - left] = 0
+    counted.tofile(masked / "00000_unshuffled.ds.loss")
+    gate = prepare_start(recipe(LLAMA, masked), tmp_path / "run", 1, "auto").gate
+    model = transformers_model(LLAMA, tmp_path / "hf")
+    if left:
+        assert 0 < gate.targets <= left  # the mask is heeded
+    else:
+        assert gate.loss == pytest.approx(mean_loss(model, [window(tokens, 0)]), abs=1e-5) and gate.targets > 20
+
+
 @pytest.mark.parametrize(
     ("source", "packed"),
     [(LLAMA, False), (NANOTRON, False), (NANOTRON, True)],  # nanotron's Llama does not pack

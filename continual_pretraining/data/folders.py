@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolconv.continual_pretraining.tokens.files import TokenFolder
@@ -42,12 +44,16 @@ def check_sources(data: Data) -> None:
     paths: dict[str, str] = {}
     for stage in data.stages:
         folders = [plain_path(source.path) for source in stage.sources]
-        twice = next((path for path in folders if folders.count(path) > 1), None)
-        if twice is not None:
-            raise UsageError(
-                f"data: stage {stage.name} names the folder {twice} twice.\n"
-                "Both would read the same samples.\nName it once, with the sum of the weights."
-            )
+        first: dict[str, str] = {}
+        for path in folders:
+            real = os.path.realpath(path)
+            if real in first:
+                other = "" if first[real] == path else f", also as {first[real]}"
+                raise UsageError(
+                    f"data: stage {stage.name} names the folder {path} twice{other}.\n"
+                    "Both would read the same samples.\nName it once, with the sum of the weights."
+                )
+            first[real] = path
         for name, path in zip(stage.names, folders):
             if paths.setdefault(name, path) != path:
                 raise UsageError(
@@ -65,8 +71,8 @@ def open_folder(path: str, name: str, data: Data, vocab_size: int | None) -> Tok
 
 
 def plain_path(path: str) -> str:
-    """The key that identifies a folder."""
-    return path.rstrip("/")
+    """The key that identifies a folder, without the slashes and dots that make no difference."""
+    return path.rstrip("/") if "://" in path else str(Path(path))
 
 
 def recorded_as(source: Source) -> str:

@@ -49,13 +49,22 @@ def group_parameters(names: Iterable[str], optimizer: Optimizer, *, tied: bool, 
     patterns = [re.compile(pattern) for pattern in no_decay]
     members: dict[bool, list[str]] = {True: [], False: []}
     for name in names:
-        spellings = (name, *(_ALIASES.get(name, ()) if tied else ()))
-        members[not any(p.match(spelling) for p in patterns for spelling in spellings)].append(name)
+        members[not any(p.match(spelling) for p in patterns for spelling in _spellings(name, tied))].append(name)
     return tuple(
         Group(names=tuple(found), weight_decay=weight_decay if decayed else 0.0)
         for decayed, found in members.items()
         if found
     )
+
+
+def idle_patterns(names: Iterable[str], optimizer: Optimizer, *, tied: bool) -> list[str]:
+    """The regexes of ``optimizer.no_decay`` that match no parameter."""
+    spelt = [spelling for name in names for spelling in _spellings(name, tied)]
+    return [pattern for pattern in optimizer.no_decay or () if not any(re.match(pattern, name) for name in spelt)]
+
+
+def _spellings(name: str, tied: bool) -> tuple[str, ...]:
+    return (name, *(_ALIASES.get(name, ()) if tied else ()))
 
 
 def torch_groups(groups: Sequence[Group], parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from smolconv.checkpoint import Checkpoint
 from smolconv.continual_pretraining.data.folders import check_sources, folders_ahead, open_folder, open_held_out
 from smolconv.continual_pretraining.data.position import Position
 from smolconv.continual_pretraining.engine.config import engine_config
+from smolconv.continual_pretraining.engine.optimizer import idle_patterns
 from smolconv.continual_pretraining.estimate.disk import disk_use
 from smolconv.continual_pretraining.evaluation.lm_eval_engine import require_lm_eval
 from smolconv.continual_pretraining.evaluation.tasks import check_include
@@ -26,7 +27,7 @@ from smolconv.continual_pretraining.launchers.launch import placement
 from smolconv.continual_pretraining.launchers.launcher import count_gpus
 from smolconv.continual_pretraining.launchers.registry import find_launcher
 from smolconv.continual_pretraining.recipe.schema import Recipe
-from smolconv.continual_pretraining.run.checkpoints import RunState, earlier_steps, find_resume
+from smolconv.continual_pretraining.run.checkpoints import FOLDER, RunState, earlier_steps, find_resume
 from smolconv.continual_pretraining.run.place import own_place, source_place
 from smolconv.continual_pretraining.run.start import (
     changed_text,
@@ -54,6 +55,7 @@ from smolconv.hub.address import is_hub_uri, require_known
 from smolconv.hub.download import open_source
 from smolconv.hub.published import with_published_progress
 from smolconv.layouts.deepspeed.version import check_deepspeed
+from smolconv.models.huggingface import parameter_shapes
 from smolconv.models.spec import ModelSpec
 
 T = TypeVar("T")
@@ -76,6 +78,7 @@ class Preflight:
     first_step: int = 1
     tokens: dict[str, int] = field(default_factory=dict)  #: of the existing folders, by source
     told: list[str] = field(default_factory=list)  #: warnings that the ranks will print, too
+    notes: list[str] = field(default_factory=list)  #: others
     problems: list[SmolconvError] = field(default_factory=list)
 
     def attempt(self, look: Callable[[], T]) -> T | None:
@@ -119,6 +122,7 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
         raise
     found.on_gpus = _takes_gpus(recipe)
     found.problems += [*_require_packages(recipe, on_gpus=found.on_gpus), *_require_launcher(recipe)]
+    found.attempt(lambda: _require_output(recipe, run))
     backend = "nccl" if found.on_gpus else "gloo"
     found.engine = found.attempt(lambda: engine_config(recipe, found.world_size, backend))
     own = found.attempt(lambda: _own(recipe, run, resume))
@@ -131,6 +135,11 @@ def preflight(recipe: Recipe, run: Path, resume: str) -> Preflight:
         found.told.append(changed)
     found.attempt(lambda: check_model(recipe, trained.spec, recipe.model.source))
     found.spec = trained.spec
+    if idle := idle_patterns(parameter_shapes(trained.spec), recipe.optimizer, tied=trained.spec.tied):
+        found.notes.append(
+            f"optimizer.no_decay: {', '.join(idle)} matches no parameter, so it changes nothing. A regex is matched "
+            "from the start of a name such as model.layers.0.input_layernorm.weight."
+        )
     if own is not None:
         folder, state = own
         found.first_step = state.step + 1
@@ -312,6 +321,22 @@ def _compare_data(found: Preflight, events: Callable[[], Sequence[str]]) -> None
     """Files that changed since they were read. Checked only if none is missing, which is reported before."""
     if not found.problems:
         found.told.extend(events())
+
+
+def _require_output(recipe: Recipe, run: Path) -> None:
+    """The run's folder, or where it will be made, is a folder that may be written to, and not one of the inputs."""
+    nearest = next(path for path in (run, *run.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UsageError(f"output: {nearest} is not a folder.\nThe run needs a folder. Choose another with --output.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise MachineError(f"output: no permission to write in {nearest}.\nChange it, or choose another --output.")
+    read = [recipe.model.source, *(source.path for stage in recipe.data.stages for source in stage.sources)]
+    for path in [] if os.path.lexists(run / FOLDER) else read:
+        if os.path.exists(path) and os.path.exists(run) and os.path.samefile(run, path):
+            raise UsageError(
+                f"output: {run} is what the run reads.\nIts checkpoints would lie among the files of {path}.\n"
+                "Choose another folder with --output."
+            )
 
 
 def _require_space(found: Preflight, plan: ConversionPlan | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from smolconv.continual_pretraining.recipe.section import (
+    NO_SWITCH,
     NotNegative,
     NotNegativeFloat,
     Positive,
@@ -73,6 +74,9 @@ else:
     DecayName = Literal[_NAMES]
 
 
+Cycles = Annotated[int, Field(gt=0, le=10_000), NO_SWITCH]
+
+
 class Schedule(Section):
     """The learning rate: linear warm-up, constant, then decay to min_lr (WSD), as nanotron computes it."""
 
@@ -83,7 +87,7 @@ class Schedule(Section):
     decay: DecayName = "none"
     decay_start_step: NotNegative | None = None  #: completed steps before the decay; None: train_steps - decay_steps
     decay_steps: Positive | None = None  #: None: all that remain after decay_start_step, or after the warm-up
-    cycles: Annotated[int, Field(gt=0, le=10_000)] | None = None  #: how often a decay with restarts falls from the peak
+    cycles: Cycles | None = None  #: how often a decay with restarts falls from the peak
 
     @model_validator(mode="after")
     def _has_what_its_decay_needs(self) -> Schedule:
@@ -160,9 +164,9 @@ def notes(schedule: Schedule) -> list[str]:
             f"{schedule.train_steps}: the run never trains at peak_lr."
         )
     used = DECAYS[schedule.decay].needs if schedule.decay in DECAYS else ()
-    of_decays = ["decay_start_step", "decay_steps"] if schedule.decay == "none" else []
+    of_decays = ["min_lr", "decay_start_step", "decay_steps"] if schedule.decay == "none" else []
     for field in dict.fromkeys([*of_decays, *(field for decay in DECAYS.values() for field in decay.needs)]):
-        if field not in used and getattr(schedule, field) is not None:
+        if field not in used and getattr(schedule, field) != Schedule.model_fields[field].default:
             found.append(f"schedule.{field} has no effect: schedule.decay is {schedule.decay}.")
     if schedule.decay == "none":
         return found

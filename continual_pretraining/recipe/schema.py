@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from smolconv.continual_pretraining.launchers.registry import LauncherName
 from smolconv.continual_pretraining.recipe.schedules import Schedule
 from smolconv.continual_pretraining.recipe.section import (
+    NO_SWITCH,
     NotNegative,
     NotNegativeFloat,
     Positive,
@@ -37,7 +38,8 @@ def _local(path: str) -> str:
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 LocalPath = Annotated[str, AfterValidator(_local)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1), NO_SWITCH]
+Silence = Annotated[int, Field(ge=10), NO_SWITCH]
 
 
 class Model(Section):
@@ -198,7 +200,7 @@ class Spikes(Section):
 
     action: Literal["log", "skip"] = "log"
     sigmas: PositiveFloat = 6.0
-    window_steps: Annotated[int, Field(ge=8)] = 128
+    window_steps: Annotated[int, Field(ge=8), NO_SWITCH] = 128
 
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][^\s,]*$")]
@@ -267,7 +269,7 @@ class Launch(Section):
     hostfile: str | None = None
     rendezvous: str | None = None  #: host:port, for torchrun over several nodes
     least_nodes: Positive | None = None  #: continue with at least this many if others are lost; None: only with all
-    silence_seconds: Annotated[int, Field(ge=10)] = 60  #: a rank without a sign of life for this long ends the run
+    silence_seconds: Silence = 60  #: a rank without a sign of life for this long ends the run
     environment: dict[Variable, str] = Field(default_factory=dict)
     slurm: Slurm = Slurm()
 

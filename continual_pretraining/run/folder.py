@@ -210,7 +210,7 @@ def trained_elsewhere(run: Path, how: str = "") -> OutputLocked:
 
 def is_restart() -> bool:
     """Whether this start follows one whose node may have died holding the run's lock."""
-    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", RESTARTS))
+    return any(os.environ.get(name, "").strip("0").isdigit() for name in ("SLURM_RESTART_COUNT", RESTARTS))
 
 
 def refuse_trained(run: Path) -> None:

@@ -20,7 +20,7 @@ from smolconv.checkpoint import Checkpoint, EngineRecord, Slot, SourceRecord, Tr
 from smolconv.continual_pretraining.data.token_record import DataPlace
 from smolconv.continual_pretraining.engine.config import divisors
 from smolconv.continual_pretraining.engine.optimizer import Group, group_parameters
-from smolconv.continual_pretraining.recipe.schema import Recipe
+from smolconv.continual_pretraining.recipe.schema import Data, Recipe
 from smolconv.continual_pretraining.run.checkpoint_files import read_own
 from smolconv.continual_pretraining.run.checkpoints import RunState, choose, chosen, forget, latest, remove_partial
 from smolconv.continual_pretraining.run.export import check_exports
@@ -439,15 +439,22 @@ def _side(
 
 
 def first_micro_batch(recipe: Recipe, spec: ModelSpec, step: int, position: Mapping[str, Any] | None) -> Any:
-    """The batch that the start gate uses: micro-batch 0 of the first step, for any number of ranks."""
+    """The batch that the start gate uses: micro-batch 0 of the first step, for any number of ranks.
+
+    If a loss mask excludes all of it, the batch is read without masks: the gate would otherwise compare nothing.
+    """
     from smolconv.continual_pretraining.data.stream import TrainingData
 
-    data = TrainingData(
-        recipe.data, global_batch_sequences=recipe.global_batch_sequences,
-        micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=spec.vocab_size, rank=0,
-        world_size=recipe.micro_batches_per_step, position=None if position is None else dict(position),
-    )  # fmt: skip
-    try:
-        return next(iter(data.steps(step + 1, step + 1))).micro_batches[0]
-    finally:
-        data.close()
+    def read(data: Data) -> Any:
+        opened = TrainingData(
+            data, global_batch_sequences=recipe.global_batch_sequences,
+            micro_batch_sequences=recipe.parallelism.micro_batch_sequences, vocab_size=spec.vocab_size, rank=0,
+            world_size=recipe.micro_batches_per_step, position=None if position is None else dict(position),
+        )  # fmt: skip
+        try:
+            return next(iter(opened.steps(step + 1, step + 1))).micro_batches[0]
+        finally:
+            opened.close()
+
+    batch = read(recipe.data)
+    return batch if (batch.labels >= 0).any() else read(recipe.data.model_copy(update={"loss_masks": False}))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -22,6 +23,11 @@ _SUFFIX = re.compile(r"\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
 #: The suffix shown in messages: the last one, with the one before it if the last is a compression's.
 _SHOWN_SUFFIX = re.compile(r"(?:\.\w{1,12})?\.(?:gz|zst|bz2|xz|zip)$|\.\w{1,12}$")
 _EXPECTED = "Expected .jsonl, .parquet, .txt (.jsonl and .txt also as .gz and .zst), or a folder of them."
+#: In datatrove's log, of a task that skipped documents.
+NO_TEXT = "document without text"
+_PARQUET_ROWS = 1000
+#: Read at once; zstd makes at most 32,000 times as many bytes of them.
+_COMPRESSED_BYTES = 1 << 14
 _FORMATS = "--format txt reads every input as text, --format jsonl as lines of JSON: name the files that are"
 
 
@@ -108,47 +114,136 @@ def _listed(counts: Mapping[str, int]) -> str:
     return some_of([f"{count:,} {suffix}" for suffix, count in counts.items()], 8, more=True)
 
 
-def as_document(reader: Any, data: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    """A row as the fields of a datatrove document, without metadata, which token files cannot hold."""
-    if not isinstance(data, dict) or reader.text_key not in data:
-        keys = ", ".join(map(str, list(data)[:8])) if isinstance(data, dict) else type(data).__name__
-        raise CorruptFile(
-            f"/{path.lstrip('/')}: row {number} has no {reader.text_key!r} (it has: {keys}).\n"
-            "Pass --text-key with the name of the text, or mend the row."
-        )
-    text = data[reader.text_key]
-    if text is not None and not isinstance(text, str):
-        raise CorruptFile(
-            f"/{path.lstrip('/')}: row {number} has a {type(text).__name__} under {reader.text_key!r}, not text.\n"
-            "Pass --text-key with the name of the text, or mend the row."
-        )
-    return {"text": text, "id": f"{path}/{number}"}
-
-
 @dataclass(frozen=True, kw_only=True)
-class TextFiles:
-    """Reads plain text, for which datatrove has no reader. A file is one document, or several split by ``separator``.
+class Texts:
+    """Reads the documents of one kind of file for datatrove, whose own readers log some mistakes and continue.
 
-    ``paths_file`` lists the files. Blank documents are skipped.
+    ``paths_file`` lists the files. Documents without text are skipped, as datatrove does. Raises ``CorruptFile`` with
+    the row that is not a document.
     """
 
     paths_file: str
-    separator: str | None
+    kind: str  #: of ``KINDS``
+    text_key: str
+    separator: str | None = None  #: divides a .txt file into documents; None: a file is a document
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         from datatrove.data import Document
-        from datatrove.io import get_shard_from_paths_file, open_file
+        from datatrove.io import get_shard_from_paths_file
+        from datatrove.utils.logging import logger
 
         yield from data or ()
+        empty = 0
         for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
-            with open_file(path, "rt", encoding="utf-8", compression="infer", newline="") as file:
-                try:
-                    text = file.read()
-                except UnicodeDecodeError as error:
-                    raise CorruptFile(f"{path} is not UTF-8: {error}. Convert it, or leave it out.") from None
+            try:
+                for number, text in self._read(path):
+                    if text:
+                        yield Document(text=text, id=f"{path}/{number}")
+                    else:
+                        empty += 1
+            except UnicodeDecodeError as error:
+                raise CorruptFile(f"{path} is not UTF-8: {error}. Convert it, or leave it out.") from None
+        if empty and self.kind != "txt":
+            logger.warning(NO_TEXT)
+
+    def _read(self, path: str) -> Iterator[tuple[int, str | None]]:
+        if self.kind == "parquet":
+            yield from self._rows(path)
+        elif self.kind == "jsonl":
+            with _opened(path, newline=None) as file:
+                yield from self._lines(path, file)
+        else:
+            with _opened(path, newline="") as file:
+                text = file.read()
             for number, part in enumerate([text] if self.separator is None else text.split(self.separator)):
-                if part.strip():
-                    yield Document(text=part, id=f"{path}/{number}")
+                yield number, part if part.strip() else None
+
+    def _lines(self, path: str, file: TextIO) -> Iterator[tuple[int, str | None]]:
+        import orjson
+
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise CorruptFile(
+                    f"{path}: line {number + 1} is not JSON: {error}.\n"
+                    "A .jsonl file has one JSON object on each line. Mend the line, or leave out the file."
+                ) from None
+            if not isinstance(row, dict):
+                raise CorruptFile(
+                    f"{path}: line {number + 1} is a {type(row).__name__}, not an object.\n"
+                    f'Expected a line such as {{"{self.text_key}": "..."}}.'
+                )
+            yield number, self._text(path, number, row, row)
+
+    def _rows(self, path: str) -> Iterator[tuple[int, str | None]]:
+        from pyarrow import parquet
+
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            # Other columns may hold what Python cannot, such as nanoseconds.
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
+                for row in batch.to_pylist():
+                    yield number, self._text(path, number, row, file.schema_arrow.names)
+                    number += 1
+
+    def _text(self, path: str, number: int, row: dict[str, Any], keys: Iterable[str]) -> str | None:
+        """The text of a row, None if it is null. ``keys``: of the row, for the message."""
+        if self.text_key not in row:
+            raise CorruptFile(
+                f"{path}: row {number} has no {self.text_key!r} (it has: {', '.join(list(keys)[:8])}).\n"
+                "Pass --text-key with the name of the text, or mend the row."
+            )
+        text = row[self.text_key]
+        if text is not None and not isinstance(text, str):
+            raise CorruptFile(
+                f"{path}: row {number} has a {type(text).__name__} under {self.text_key!r}, not text.\n"
+                "Pass --text-key with the name of the text, or mend the row."
+            )
+        return text
+
+
+def _opened(path: str, newline: str | None) -> TextIO:
+    """A file as text, decompressed by its suffix, without a byte order mark."""
+    from datatrove.io import open_file
+
+    raw = io.BufferedReader(_Zstandard(path)) if path.endswith(".zst") else open_file(path, "rb", compression="infer")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses a file. zstandard's own reader takes a truncated file for one that ends there."""
+
+    def __init__(self, path: str) -> None:
+        from zstandard import ZstdDecompressor
+
+        self._path, self._file, self._ready = path, open(path, "rb"), memoryview(b"")  # noqa: SIM115 - closed below
+        self._new = ZstdDecompressor().decompressobj
+        self._frame: Any = None  #: the one that is being read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = data or self._file.read(_COMPRESSED_BYTES)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError(f"{self._path} ends within its compressed data")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # --- held out --------------------------------------------------------------------------------------------------------

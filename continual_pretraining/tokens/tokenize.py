@@ -18,7 +18,6 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -30,11 +29,11 @@ from smolconv.continual_pretraining.tokens.eos import choose_eos
 from smolconv.continual_pretraining.tokens.files import TokenFolder
 from smolconv.continual_pretraining.tokens.inputs import (
     KINDS,
+    NO_TEXT,
     HeldOut,
     HoldOut,
     Inputs,
-    TextFiles,
-    as_document,
+    Texts,
     find_inputs,
     kind_of,
     parse_share,
@@ -330,7 +329,6 @@ def _require_datatrove(plan: TokenizePlan) -> None:
 
 def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
     """A reader for each kind of input, then the tokenizer. The lists of files are in the logs folder."""
-    from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -341,11 +339,11 @@ def _pipeline(plan: TokenizePlan, folder: Path) -> list[Any]:
             continue
         listing = plan.logs / f"inputs-{kind}.txt"
         listing.write_text("".join(f"{path}\n" for path in files), encoding="utf-8")
-        if kind == "txt":
-            steps.append(TextFiles(paths_file=str(listing), separator=plan.options.separator))
-        else:
-            reader = JsonlReader if kind == "jsonl" else ParquetReader
-            steps.append(reader("/", paths_file=str(listing), text_key=plan.options.text_key, adapter=as_document))
+        steps.append(
+            Texts(
+                paths_file=str(listing), kind=kind, text_key=plan.options.text_key, separator=plan.options.separator
+            )
+        )  # fmt: skip
     seed = plan.options.shuffle_seed
 
     def tokenizer(target: Path) -> Any:
@@ -465,20 +463,9 @@ def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *,
 
 
 def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
-    """Warnings that datatrove only logs. Raises ``CorruptFile`` if it skipped input that it could not read."""
-    said = Counter(
-        line.rpartition(" - ")[2].strip() if "Error when reading" not in line else line.partition(" - ")[2].strip()
-        for path in sorted((plan.logs / "tokenize" / "logs").glob("task_*.log"))
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if "| WARNING  |" in line
-    )
-    unread = {text: count for text, count in said.items() if "Error when reading" in text or "be corrupted" in text}
-    if unread:
-        raise CorruptFile(
-            f"datatrove skipped input that it could not read, {sum(unread.values())} times. The first:\n"
-            f"{next(iter(unread))}\nRepair or leave out the file, and repeat the command. See {plan.logs}."
-        )
-    empty = sum(count for text, count in said.items() if "document without text" in text)
+    """Warnings of the tasks, which are in their logs."""
+    logs = sorted((plan.logs / "tokenize" / "logs").glob("task_*.log"))
+    empty = sum(NO_TEXT in path.read_text(encoding="utf-8", errors="replace") for path in logs)
     return (f"documents with empty text were skipped (found by {counted(empty, 'task')})",) if empty else ()
 
 
