@@ -274,6 +274,8 @@ def _judged(
 
 def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
     """Calibrated on SmolLM2-135M, logits spread by 6.4: correct fp32 forward passes differ by less than 1e-3."""
+    # Eager attention of a model near the largest float may overflow: that floor measures nothing, and excuses nothing.
+    noise = {name: value if math.isfinite(value) else 0.0 for name, value in noise.items()}
     documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
     if compute == "float32":
         return {"max_abs": documents, "kl": max(1e-9, 8 * noise["kl_mean"]), "top1": 1.0, "documents": documents}

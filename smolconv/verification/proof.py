@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolconv.checkpoint import Checkpoint, Slot
 from smolconv.errors import CorruptFile
+from smolconv.files import require_unchanged
 from smolconv.models.spec import spec_to_json
 from smolconv.parsing import finite_json, read_json
 from smolconv.processes import usable_cores
@@ -210,6 +211,8 @@ def make_proof(
         "passed": report.passed,
         "reason": report.reason,
     }  # fmt: skip
+    for side in sides:
+        require_unchanged(side.opened, "while its digests were computed")
     proof = Proof.model_validate_json(json.dumps(finite_json(document)))
     return proof.model_copy(update={"command": shlex.join([*proof.command_words(), *words])})
 
