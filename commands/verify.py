@@ -105,7 +105,7 @@ def verify(
     if html is not None:
         from smolconv.verification.report import render_html
 
-        html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8")
+        html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8", errors="backslashreplace")
     console.warn(report.warnings)
     if as_json:
         console.print_json(report.to_json())

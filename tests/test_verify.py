@@ -691,6 +691,15 @@ def test_another_tokenizer_is_told(tmp_path):
     assert verify(one, other, logits=False).passed
 
 
+def test_another_step_of_equal_weights_is_told(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "other") / "smolconv_state/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "progress": {**state["progress"], "step": 4}}))
+    report = verify(NATIVE, path.parents[1], logits=False, optimizer=True)
+    assert report.passed
+    assert report.warnings == ("A is of step 3, B of step 4, which verify does not judge.",)
+
+
 def test_which_of_two_checkpoints_in_a_folder_was_compared_is_told(cli, tmp_path):
     both = shutil.copytree(NATIVE, tmp_path / "both")
     shutil.copytree(HF, both, dirs_exist_ok=True)

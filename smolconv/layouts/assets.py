@@ -115,10 +115,12 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
 
 
 def differences_beside_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """Files and token ids with which equal weights are used otherwise, where both have them; for people."""
+    """Files, token ids and progress with which equal weights are used otherwise, where both have them; for people."""
     names = [name for name in a.assets if name in b.assets and (_is_of_tokenizer(name) or name == _GENERATION)]
     files = [name for name in names if not _same_content(a.assets[name], b.assets[name])]
     found = [f"{some_of(files)} of A and B differ, which is no difference of the models."] if files else []
+    if a.progress is not None and b.progress is not None and a.progress.step != b.progress.step:
+        found.append(f"A is of step {a.progress.step}, B of step {b.progress.step}, which verify does not judge.")
     left, right = a.source.model_config, b.source.model_config
     return found + [
         f"{name} is {left[name]} in A's config and {right[name]} in B's, which is no difference of the models."

@@ -177,6 +177,8 @@ def make_proof(
 
     ``words`` are options of the command that say how to read A and B. ``advance`` is called after each tensor.
     """
+    # A folder's name may hold bytes that are not UTF-8.
+    names, words = ([each.encode("utf-8", "backslashreplace").decode() for each in texts] for texts in (names, words))
     found = report.to_json()
     logits = found["logits"]
     a = _side(sides[0], names[0], options.optimizer, advance)
