@@ -811,6 +811,22 @@ def test_a_limit_is_finite_for_logits_of_any_size(scale, tmp_path):
 def test_a_floor_that_is_not_finite_excuses_nothing():
     noise = {"max_abs": float("inf"), "kl_mean": float("nan"), "top1_agreement": 1.0, "nll_a": 2.0, "nll_b": 2.0}
     assert _limits(noise, 6.4, "float32") == {"max_abs": 1e-3, "kl": 1e-9, "top1": 1.0, "documents": 1e-3}
+    assert _limits(noise, float("inf"), "float32")["max_abs"] == 0
+    assert all(np.isfinite(limit) for limit in _limits(noise, float("nan"), "bfloat16").values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engine": "deepsped"}, "engine is 'deepsped'; expected one of ours, transformers, deepspeed, nanotron"),
+        ({"compute": "int8"}, "compute is 'int8'; expected one of float32, bfloat16"),
+        ({"device": "meta"}, "--device meta cannot be used here"),
+    ],
+    ids=str,
+)
+def test_an_option_that_no_comparison_has_is_a_usage_error(options, says):
+    with pytest.raises(UsageError, match=says):
+        smolconv.verify(HF, HF, **options)
 
 
 @pytest.mark.parametrize("limit", [float("inf"), float("nan")])

@@ -56,6 +56,9 @@ class VerifyOptions:
     gates: Mapping[str, float | None] | None = None
 
     def __post_init__(self) -> None:
+        for name, known in (("compute", ("float32", "bfloat16")), ("engine", ("ours", "transformers", *ENGINES))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
         for name, limit in (self.gates or {}).items():
             if limit is not None and not isfinite(limit):
                 raise UsageError(f"the limit of {name} is {limit}; expected a finite number.")
