@@ -54,13 +54,27 @@ def _console(name: str) -> Console:
             discard_output()
 
     if name == "out":
-        return Out(highlight=False, width=None if sys.stdout.isatty() else _WIDEST)
-    return Console(stderr=True, highlight=False)
+        return Out(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDEST)
+    return Console(stderr=True, highlight=False, emoji=False)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take any text: a closed one discards it, and none fails in a locale without UTF-8.
+
+    Without this, ``print`` would write to stdout what is meant for a closed stderr.
+    """
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            # For as long as the process: it takes the closed descriptor, which no file may get.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document on stdout. Non-finite numbers become null, because JSON has none."""
-    line(json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document on stdout, in ASCII. Non-finite numbers become null, because JSON has none."""
+    line(json.dumps(finite_json(value), indent=2, allow_nan=False))
 
 
 def show(renderable: RenderableType) -> None:
@@ -77,8 +91,7 @@ def show(renderable: RenderableType) -> None:
 def line(text: str) -> None:
     """Print a line on stdout unchanged and unwrapped, for scripts."""
     try:
-        # A file's name may hold bytes that are not UTF-8; JSON writes them as surrogate escapes.
-        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         discard_output()
 
@@ -91,7 +104,7 @@ def discard_output() -> None:
 def say(text: str) -> None:
     """Print a line on stderr; silent with --quiet."""
     if not settings.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def warn(warnings: tuple[str, ...] | list[str]) -> None:
@@ -102,10 +115,16 @@ def warn(warnings: tuple[str, ...] | list[str]) -> None:
             say(f"warning: {warning}")
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey or hide: names in files may contain escape sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def escape(text: str) -> str:
+    """The text for ``show``, printable and without rich's markup."""
     from rich.markup import escape as rich_escape
 
-    return rich_escape(text)
+    return rich_escape(printable(text))
 
 
 def what_is_planned(layout: str, plan: ConversionPlan) -> str:

@@ -100,7 +100,7 @@ def _show(report: dict[str, Any]) -> None:
         text = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
         cut = "" if "text" in document or len(document["ids"]) <= 64 else " ..."
         console.show(f"\n[bold]document {number}[/], {document['tokens']:,} tokens")
-        console.line(text + cut)  # rich would turn words between colons into emoji
+        console.line(console.printable(text) + cut)
     console.warn(report["problems"])
 
 

@@ -38,7 +38,7 @@ def diff(
         console.print_json(document)
     else:
         for line in document["spec_differences"]:
-            console.line(f"spec    {line}")
+            console.line(f"spec    {console.printable(line)}")
         for side, key in (("A", "only_a"), ("B", "only_b")):
             for entry in document[key][:20]:
                 console.line(f"only {side}  {entry['name']} ({entry['slot']})")

@@ -39,11 +39,15 @@ from smolconv.hub.address import require_known
 
 def main() -> None:
     """Run the app and end the process with its exit code."""
+    console.prepare_streams()
     _listen()
     try:
         _refuse_other_addresses(sys.argv[1:])
         # Not standalone, so that usage errors are printed here, like all others.
-        sys.exit(app(_common_first(sys.argv[1:]), standalone_mode=False))
+        code = app(_common_first(sys.argv[1:]), standalone_mode=False)
+    except SystemExit:
+        # Only rich raises it, where the reader of a help text has closed stdout. Its exit code 1 has another meaning.
+        code = 0
     except SignalReceived as error:
         _stop(error, Interrupted.exit_code, f"Interrupted: stopped by {error.args[0]}. {_left(sys.argv[1:])}")
     except SmolconvError as error:
@@ -62,6 +66,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a click error; newer versions of Typer bundle click
             _usage(error)
         _stop(error, 70, f"unexpected {type(error).__name__}: {error}\nThis is a bug of smolconv. Repeat with --debug.")
+    sys.exit(code)
 
 
 def _refuse_other_addresses(words: list[str]) -> None:
@@ -116,7 +121,7 @@ def _told(error: OSError) -> str:
 
 def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "The partial output is kept: free some space and repeat the command with --resume."
+        return "Free some space and repeat the command. What convert has written is kept for --resume."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return "Make it accessible, or choose another place."
     if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
@@ -131,14 +136,12 @@ def _usage(error: Any) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _stop(error: BaseException, code: int, text: str) -> None:
+def _stop(error: BaseException, code: int, text: str) -> NoReturn:
     if console.settings.debug:
         import traceback
 
         traceback.print_exception(error)
-    # Names in files may contain anything, such as escape sequences of a terminal.
-    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    text = "\n".join(map(_short, text.split("\n")))
+    text = "\n".join(map(_short, console.printable(text).split("\n")))
     print(text, file=sys.stderr)
     name, _, message = text.partition(": ")
     _tell_scripts(name, code, message)
@@ -156,7 +159,10 @@ def _tell_scripts(name: str, code: int, message: str) -> None:
     if "--json" in sys.argv[1:]:
         first, _, advice = message.partition("\n")
         error = {"class": name, "exit_code": code, "message": first, "advice": advice}
-        console.print_json({"schema": 1, "error": error})
+        try:
+            console.print_json({"schema": 1, "error": error})
+        except OSError:  # a full disk, which may be the failure itself
+            console.discard_output()
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def verify(
     if html is not None:
         from smolconv.verification.report import render_html
 
-        html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8")
+        html.write_text(render_html(report.to_json(), a=a, b=b), encoding="utf-8", errors="backslashreplace")
+    console.warn(report.warnings)
     if as_json:
         console.print_json(report.to_json())
     else:
@@ -115,6 +116,7 @@ def verify(
 
 
 def _check(found: ProofCheck, card: Path, *, per_layer: bool, as_json: bool) -> None:
+    console.warn(found.report.warnings)
     if as_json:
         console.print_json(found.to_json())
     else:

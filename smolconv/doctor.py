@@ -195,8 +195,8 @@ def _python(code: str) -> subprocess.CompletedProcess[str] | None:
     environment = safe_environment({**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     try:
         return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=_IMPORT_SECONDS,
-            check=False, cwd=EMPTY_FOLDER,
+            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace", env=environment,
+            timeout=_IMPORT_SECONDS, check=False, cwd=EMPTY_FOLDER,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
@@ -274,6 +274,7 @@ def has_nvidia() -> bool:
 
 
 def _stale_locks() -> list[Path]:
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    place = Path(given) if given else Path.home() / ".cache/torch_extensions"
+    # As torch finds it. expanduser does not fail for a user without a home, as in a container.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
     return sorted([*place.glob("*/lock"), *place.glob("*/*/lock")])

@@ -249,5 +249,5 @@ def _told(when: str, what: str) -> str:
     return (
         f"{what} {when}.\n"
         "Expected an unchanged source: the bytes read may be of two states.\n"
-        "Wait until nothing writes to it, then convert it again."
+        "Wait until nothing writes to it, then repeat the command."
     )

@@ -21,12 +21,12 @@ from smolconv.storage.torch_archive.records import is_torch_archive
 
 def _proof(folder: Path, problems: list[str]) -> dict[str, Any] | None:
     """The claims of a card in the folder, which inspect does not check."""
-    if not is_there(folder / PROOF):
-        return None
-    from smolconv.verification.proof import read_proof
-    from smolconv.verification.proof_check import doubts
-
     try:
+        if not is_there(folder / PROOF):
+            return None
+        from smolconv.verification.proof import read_proof
+        from smolconv.verification.proof_check import doubts
+
         card = read_proof(folder / PROOF)
     except SmolconvError as error:
         problems.append(str(error).splitlines()[0])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, environment, files_below, run_cli
+from conftest import FIXTURES, command, environment, files_below, run_cli
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 
@@ -102,6 +105,54 @@ def test_inspect_json_holds_what_scripts_rely_on() -> None:
     assert document["has_optimizer"] and document["tied"] and document["progress"]["step"] == 3
     assert {"spec", "parameters", "bytes", "dtypes", "files", "problems"} <= set(document)
     assert "model.layers.0.self_attn.q_proj.weight" in {tensor["name"] for tensor in document["tensors"]}
+
+
+@pytest.mark.parametrize(
+    ("ending", "words", "code"),
+    [
+        (">&-", ["inspect", TINY], 0),
+        (">&-", ["inspect", TINY, "--json"], 0),
+        (">&- 2>&-", ["inspect", TINY / "missing", "--json"], 3),
+        (">/dev/full", ["inspect", TINY, "--json"], 4),
+        (">/dev/full", ["inspect", TINY / "missing", "--json"], 3),
+        ("| true", ["inspect", TINY], 0),
+        ("| true", ["convert", "--help"], 0),
+        ("| true", ["diff", TINY, TINY.parents[1] / "smollm3-tiny/expected_hf"], 1),
+    ],
+    ids=["closed", "closed json", "both closed", "full json", "full error", "pipe", "help in a pipe", "differs"],
+)
+def test_an_output_that_nobody_reads_does_not_change_the_exit_code(ending: str, words: list[object], code: int) -> None:
+    line = f"{shlex.join(command(*words))} {ending}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr
+
+
+def test_an_error_goes_to_no_other_stream_where_stderr_is_closed() -> None:
+    line = f"{shlex.join(command('inspect', TINY / 'missing', '--json'))} 2>&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment())
+    assert json.loads(done.stdout)["error"]["exit_code"] == done.returncode == 3
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_terminal_encoding_can_show_every_name_and_no_name_controls_it(encoding: str, tmp_path: Path) -> None:
+    name = b"\xc3\xbc \x1b[31m \xe2\x80\xae \xff"  # an umlaut, an escape sequence, a mark that reverses text, no UTF-8
+    folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+    shutil.copytree(TINY.parent / "expected_hf", folder)
+    (folder / "model.safetensors").rename(folder / "gone")
+    told = subprocess.run(
+        command("inspect", folder, "--json"), capture_output=True, check=False,
+        env=environment(PYTHONIOENCODING=encoding),
+    )  # fmt: skip
+    assert told.returncode == 3
+    assert not set(told.stdout + told.stderr) & {0x1B, 0xFF}
+    assert "\u202e" not in (told.stdout + told.stderr).decode(encoding)
+    (folder / "gone").rename(folder / "model.safetensors")
+    told = subprocess.run(
+        command("inspect", folder, "--json"), capture_output=True, check=True,
+        env=environment(PYTHONIOENCODING=encoding),
+    )  # fmt: skip
+    assert json.loads(told.stdout)["path"] == str(folder)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

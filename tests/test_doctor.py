@@ -65,6 +65,26 @@ def test_a_lock_that_every_start_would_wait_for_is_named(report):
     assert [each for each in report["problems"] if "cpu_adam/lock" in each]
 
 
+def test_the_lock_is_looked_for_where_torch_compiles(monkeypatch, tmp_path):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    lock.touch()
+    assert doctor._stale_locks() == [lock]
+
+
+def test_a_user_without_a_home_is_no_bug(monkeypatch):
+    def nobody(uid: int) -> Any:
+        raise KeyError(uid)
+
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert doctor._stale_locks() == []
+
+
 def test_the_machine_is_the_one_that_it_runs_on(report):
     machine, torch = report["machine"], report["torch"]
     assert machine["cores"] == len(os.sched_getaffinity(0))

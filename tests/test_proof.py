@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -280,6 +281,17 @@ def test_a_card_is_repeated_from_a_folder_on_the_hub(card: Path, tmp_path: Path)
         done = run_cli("verify", NANOTRON, "hf://lab/smol", "--check-proof", card, env=settings)
         assert done.code == 0 and "PROOF HOLDS" in done.stdout, done.stderr + done.stdout
     assert environment()["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_folder_whose_name_is_no_text_has_a_card_and_a_report(tmp_path: Path) -> None:
+    named = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"hf\xff")))
+    shutil.copytree(HF, named)
+    card = tmp_path / "card.json"
+    words = [HF, named, "--tensors-only", "--proof", card, "--report", tmp_path / "page.html"]
+    done = run_cli("verify", *words)
+    assert done.code == 0, done.stderr
+    assert read_proof(card).b.name == "hf\\udcff"
+    assert check(card, HF, named) == ()
 
 
 def test_the_published_schema_is_the_cards() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from lazy import literal
 from nanotron_folders import run_differences, step_folder
 from test_round_trips import as_interleaved
 
+import smolconv
 from smolconv.conversion import ConversionPlan
-from smolconv.errors import ParityFailed, UnsupportedModel, UsageError
+from smolconv.errors import ParityFailed, SourceChanged, UnsupportedModel, UsageError
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models import nanotron as nanotron_models
@@ -31,6 +34,7 @@ from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
 from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
+from smolconv.verification.logits import _limits
 from smolconv.verification.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -293,6 +297,27 @@ def test_a_config_that_changes_the_function_is_caught_by_the_spec_and_by_logits(
     assert report.first_divergence == module
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"beta_fast": 32, "beta_slow": 1.0}, True),
+        ({"attention_factor": None, "mscale": None}, True),
+        ({"beta_fast": 16}, False),
+        ({"attention_factor": 1.0}, False),  # yarn's own is 1.14
+        ({"truncate": False}, False),
+    ],
+    ids=str,
+)
+def test_a_rotary_embedding_with_its_defaults_spelled_out_is_the_same(fields, same, tmp_path):
+    source = saved(llama(**rope(1e4, YARN)), tmp_path / "hf")
+    spelled = saved(llama(**rope(1e4, {**YARN, **fields})), tmp_path / "spelled")
+    found = verify(source, spelled, logits=False).spec_differences
+    assert [line.partition(":")[0] for line in found] == ([] if same else ["rope_scaling"])
+
+
 def test_theta_of_smollm_1_for_that_of_smollm_2_fails_with_default_settings(tmp_path):
     run = with_config(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "run", rope_theta=100_000.0)  # and 10,000 in HF's
     left, right = read_checkpoint(run), read_checkpoint(SMOLLM2 / "expected_hf")
@@ -504,6 +529,22 @@ def test_the_same_nan_on_both_sides_is_no_difference_of_tensors():
     assert compare_tensors(weights, weights).passed
 
 
+def test_equal_infinities_do_not_hide_by_how_much_others_differ():
+    a, b = ({"model.norm.weight": literal(torch.tensor([torch.inf, x, -torch.inf]))} for x in (1.0, 3.5))
+    report = compare_tensors(a, b)
+    assert (report.max_abs, report.worst, report.overflowed) == (2.5, "model.norm.weight", ())
+
+
+def test_zeros_of_other_signs_are_named_as_what_they_are(tmp_path):
+    def zero(value: float) -> Callable[[Weights], None]:
+        return lambda weights: weights["model.norm.weight"].__setitem__(3, value)
+
+    plus, minus = (edited(HF, tmp_path / str(value), zero(value)) for value in (0.0, -0.0))
+    report = verify(plus, minus, logits=False)
+    assert not report.passed and report.reason.startswith("1 of 74 tensors differ")
+    assert "all differences are signs of zeros" in report.reason
+
+
 POISONED = ["model.embed_tokens.weight", *(LAYER.format(4, part) for part in PARTS), "model.norm.weight"]
 
 
@@ -612,6 +653,73 @@ def test_an_optimizer_on_one_side_only_is_caught(tmp_path):
     assert "74 are missing and 0 unexpected; first model.embed_tokens.weight" in report.reason
 
 
+# --- what is no difference of the models ---
+
+
+def beside(source: Path, target: Path, name: str, **fields: Any) -> Path:
+    """A copy with fields changed or added in one of its documents."""
+    shutil.copytree(source, target)
+    document = json.loads((target / name).read_text())
+    (target / name).write_text(json.dumps({**document, **fields}, indent=7))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "told"),
+    [
+        ("generation_config.json", {"eos_token_id": 77}, ["generation_config.json of A and B differ"]),
+        ("config.json", {"eos_token_id": 77}, ["eos_token_id is 1 in A's config and 77 in B's"]),
+        ("generation_config.json", {"transformers_version": "9"}, []),
+        ("config.json", {"use_cache": False}, []),
+    ],
+    ids=["generation", "eos", "version", "cache"],
+)
+def test_other_documents_beside_equal_weights_pass_and_are_told(name, fields, told, tmp_path):
+    report = verify(HF, beside(HF, tmp_path / "other", name, **fields), logits=False)
+    assert report.passed
+    assert [line.partition(",")[0] for line in report.warnings] == told
+    assert report.to_json()["warnings"] == list(report.warnings)
+
+
+def test_another_tokenizer_is_told(tmp_path):
+    one, other = (with_tokenizer(HF, tmp_path / str(size), size) for size in (256, 257))
+    assert verify(one, one, logits=False).warnings == ()
+    assert verify(one, other, logits=False).warnings == (
+        "tokenizer.json of A and B differ, which is no difference of the models.",
+    )
+    (other / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert verify(one, other, logits=False).passed
+
+
+def test_another_step_of_equal_weights_is_told(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "other") / "smolconv_state/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "progress": {**state["progress"], "step": 4}}))
+    report = verify(NATIVE, path.parents[1], logits=False, optimizer=True)
+    assert report.passed
+    assert report.warnings == ("A is of step 3, B of step 4, which verify does not judge.",)
+
+
+def test_which_of_two_checkpoints_in_a_folder_was_compared_is_told(cli, tmp_path):
+    both = shutil.copytree(NATIVE, tmp_path / "both")
+    shutil.copytree(HF, both, dirs_exist_ok=True)
+    done = cli("verify", HF, both, "--tensors-only", "--json")
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert done.code == 0 and f"warning: {warning}" in done.stderr
+    assert warning.startswith("B: the folder holds Hugging Face files, too: those of nanotron are read")
+
+
+def test_a_checkpoint_that_changes_while_it_is_compared_has_no_verdict(tmp_path):
+    changing = shutil.copytree(HF, tmp_path / "hf")
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: os.utime(changing / "model.safetensors", (1, 1))
+
+    with pytest.raises(SourceChanged, match="was written to while it was compared"):
+        smolconv.verify(HF, changing, logits=False, bar=bar)
+
+
 # --- tokens and gates ------------------------------------------------------------------------------------------------
 
 
@@ -683,6 +791,48 @@ def test_conversions_verify_themselves(source, to, options, tmp_path):
 def test_conversions_of_odd_models_verify_themselves(model, options, tmp_path):
     source = saved(model(), tmp_path / "hf")
     assert convert(source, tmp_path / "out", "nanotron", verifier=verified, **options).verification["passed"]
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e30])
+def test_a_limit_is_finite_for_logits_of_any_size(scale, tmp_path):
+    model = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    source = saved(model, tmp_path / "hf")
+    convert(source, tmp_path / "run", "nanotron", optimizer=False)
+    report = smolconv.verify(source, tmp_path / "run", length=64, proof=tmp_path / "card.json")
+    limit = report.logits.gates["max_abs"].limit
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(np.random.default_rng(20240711).integers(0, 64, (1, 64)))).logits
+    assert limit == pytest.approx(1e-3 * expected.double().std().item() / 6.4, rel=0.01)
+    assert report.passed
+
+
+def test_a_floor_that_is_not_finite_excuses_nothing():
+    noise = {"max_abs": float("inf"), "kl_mean": float("nan"), "top1_agreement": 1.0, "nll_a": 2.0, "nll_b": 2.0}
+    assert _limits(noise, 6.4, "float32") == {"max_abs": 1e-3, "kl": 1e-9, "top1": 1.0, "documents": 1e-3}
+    assert _limits(noise, float("inf"), "float32")["max_abs"] == 0
+    assert all(np.isfinite(limit) for limit in _limits(noise, float("nan"), "bfloat16").values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engine": "deepsped"}, "engine is 'deepsped'; expected one of ours, transformers, deepspeed, nanotron"),
+        ({"compute": "int8"}, "compute is 'int8'; expected one of float32, bfloat16"),
+        ({"device": "meta"}, "--device meta cannot be used here"),
+    ],
+    ids=str,
+)
+def test_an_option_that_no_comparison_has_is_a_usage_error(options, says):
+    with pytest.raises(UsageError, match=says):
+        smolconv.verify(HF, HF, **options)
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan")])
+def test_a_gate_of_ones_own_is_a_finite_number(limit):
+    with pytest.raises(UsageError, match=r"the limit of kl is (inf|nan); expected a finite number"):
+        smolconv.verify(NATIVE, HF, gates={"kl": limit})
 
 
 def test_rope_scaling_that_nanotron_would_ignore_does_not_verify(cli, tmp_path):

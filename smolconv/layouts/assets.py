@@ -23,7 +23,10 @@ _CONFIG = "tokenizer_config.json"
 #: Files that are no tokenizer without others.
 _PARTS = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", _CONFIG)
 #: Copied files that do not belong to the tokenizer.
-_OTHERS = ("README.md", "LICENSE", "generation_config.json")
+_GENERATION = "generation_config.json"
+_OTHERS = ("README.md", "LICENSE", _GENERATION)
+#: A field of generation_config.json that changes whenever transformers saves it.
+_WRITTEN_BY = "transformers_version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,37 @@ def given_tokenizer(path: Path) -> dict[str, Path]:
             "Check the path. To download a tokenizer from the Hub: hf download OWNER/NAME --local-dir FOLDER"
         )
     return found
+
+
+def differences_beside_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """Files, token ids and progress with which equal weights are used otherwise, where both have them; for people."""
+    names = [name for name in a.assets if name in b.assets and (_is_of_tokenizer(name) or name == _GENERATION)]
+    files = [name for name in names if not _same_content(a.assets[name], b.assets[name])]
+    found = [f"{some_of(files)} of A and B differ, which is no difference of the models."] if files else []
+    if a.progress is not None and b.progress is not None and a.progress.step != b.progress.step:
+        found.append(f"A is of step {a.progress.step}, B of step {b.progress.step}, which verify does not judge.")
+    left, right = a.source.model_config, b.source.model_config
+    return found + [
+        f"{name} is {left[name]} in A's config and {right[name]} in B's, which is no difference of the models."
+        for name in ("bos_token_id", "eos_token_id")
+        if name in left and name in right and left[name] != right[name]
+    ]
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    """Whether two documents are equal, however their JSON is written, but for the version that wrote them.
+
+    True also if one cannot be read, which is no difference.
+    """
+    try:
+        one, other = (read_bytes(path, MOST_TOKENIZER_BYTES) for path in (a, b))
+    except SmolconvError:
+        return True
+    if one != other and a.name.endswith(".json"):
+        with suppress(SmolconvError):
+            left, right = (parse_json_object(data, path) for data, path in ((one, a), (other, b)))
+            return {**left, _WRITTEN_BY: None} == {**right, _WRITTEN_BY: None}
+    return one == other
 
 
 def without_own_code(checkpoint: Checkpoint) -> Checkpoint:

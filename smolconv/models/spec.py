@@ -80,6 +80,20 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     return {**asdict(spec), "use_rope": [int(on) for on in spec.use_rope]}
 
 
+#: Optional fields of a scaled rotary embedding whose absence means null or this: transformers' modeling_rope_utils.py.
+_ROPE_DEFAULTS: Mapping[str, Any] = {
+    "factor": None, "attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None,
+}  # fmt: skip
+
+
+def _effective(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The scaling without fields that say what their absence means."""
+    if scaling is None:
+        return None
+    return {name: value for name, value in scaling.items()
+            if name not in _ROPE_DEFAULTS or value not in (None, _ROPE_DEFAULTS[name])}  # fmt: skip
+
+
 def spec_differences(a: ModelSpec, b: ModelSpec) -> list[str]:
     """Fields in which two specs differ, as readable lines; [] when the same weights compute the same function."""
     found = []
@@ -92,6 +106,8 @@ def spec_differences(a: ModelSpec, b: ModelSpec) -> list[str]:
                 found.append(f"use_rope: layer {differing[0]} is {left[differing[0]]} in A, {right[differing[0]]} in B"
                              f" ({len(differing)} layers differ)")  # fmt: skip
                 continue
+        if item.name == "rope_scaling" and _effective(left) == _effective(right):
+            continue
         if left != right:
             found.append(f"{item.name}: {left!r} in A, {right!r} in B")
     return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolconv.checkpoint import Checkpoint, Slot, without_padding
 from smolconv.errors import UnsupportedModel, UsageError, counted, some_of
+from smolconv.files import require_unchanged
+from smolconv.layouts.assets import differences_beside_weights
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.nanotron.reader import read_native_model
 from smolconv.layouts.registry import read_checkpoint
@@ -52,6 +55,14 @@ class VerifyOptions:
     engine: str = "ours"
     gates: Mapping[str, float | None] | None = None
 
+    def __post_init__(self) -> None:
+        for name, known in (("compute", ("float32", "bfloat16")), ("engine", ("ours", "transformers", *ENGINES))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
+        for name, limit in (self.gates or {}).items():
+            if limit is not None and not isfinite(limit):
+                raise UsageError(f"the limit of {name} is {limit}; expected a finite number.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AsStored:
@@ -72,6 +83,7 @@ class VerifyReport:
     logits: LogitsReport | None
     logits_left_out: bool = False  #: not finite on either side, because of NaN or infinity in equal tensors
     casts: TensorReport | None = None  #: for a conversion: values before and after a cast to another dtype
+    warnings: tuple[str, ...] = ()  #: what the verdict does not depend on: files not read, other tokenizers
 
     @property
     def passed(self) -> bool:
@@ -150,6 +162,7 @@ class VerifyReport:
             "first_divergence": self.first_divergence,
             "layers": layers,
             "gates": gates,
+            "warnings": list(self.warnings),
         }  # fmt: skip
         return {name: finite_json(value) for name, value in document.items()}
 
@@ -163,6 +176,8 @@ def _counted(report: TensorReport) -> str:
         return f"{said}; {_overflowed(report)}"
     if report.rounded and report.within_rounding:
         return f"{said}; all differences are within the rounding of another dtype"
+    if report.equal < report.compared and report.max_abs == 0:
+        return f"{said}; all differences are signs of zeros"
     return said
 
 
@@ -179,7 +194,10 @@ def verify_checkpoints(
     stored: tuple[AsStored | None, AsStored | None] = (None, None),
     bar: Bar = no_bar,
 ) -> VerifyReport:
-    """Compare tier by tier. With ``stored`` a side's forward pass runs on the folder, else on its canonical tensors."""
+    """Compare tier by tier. With ``stored`` a side's forward pass runs on the folder, else on its canonical tensors.
+
+    Raises ``SourceChanged`` if a file changes meanwhile: the tiers would have seen different models.
+    """
     differences = spec_differences(a.spec, b.spec)
     sets = a.tensors.items() if options.optimizer else [(Slot.PARAMETER, a.parameters)]
     in_both = sum(len(set(found) & set(b.tensors.get(slot, {}))) for slot, found in sets)
@@ -212,6 +230,7 @@ def verify_checkpoints(
             logits = compare_logits(
                 sides[0], sides[1], rows, compute=options.compute, gates=options.gates, engines=engines, bar=bar
             )
+    require_unchanged({**a.opened, **b.opened}, "while it was compared")
     left_out = logits is not None and not logits.comparable and tensors.passed
     return VerifyReport(
         spec_differences=tuple(differences),
@@ -220,7 +239,13 @@ def verify_checkpoints(
         optimizer_differences=tuple(state_differences),
         logits=None if left_out else logits,
         logits_left_out=left_out,
+        warnings=tuple(_warnings(a, b)),
     )
+
+
+def _warnings(a: Checkpoint, b: Checkpoint) -> list[str]:
+    said = [f"{label}: {warning}" for label, side in (("A", a), ("B", b)) for warning in side.warnings]
+    return said + differences_beside_weights(a, b)
 
 
 def _nanotron_side(stored: AsStored, options: VerifyOptions, dtype: Any) -> Side | None:
@@ -289,4 +314,5 @@ def verify_conversion(
         read_back = without_padding(read_back, rows)
     options = VerifyOptions(logits=logits, optimizer=prepared.has_optimizer, length=CONVERSION_POSITIONS)
     report = verify_checkpoints(prepared, read_back, options, stored=(source, AsStored(folder=folder)), bar=bar)
-    return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors))
+    # The warnings of a conversion are its own.
+    return replace(report, casts=compare_casts(prepared.tensors, read_back.tensors), warnings=())

@@ -92,7 +92,7 @@ def require_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # the device meta has tensors, but no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -274,6 +274,9 @@ def _judged(
 
 def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
     """Calibrated on SmolLM2-135M, logits spread by 6.4: correct fp32 forward passes differ by less than 1e-3."""
+    # Near the largest float, attention or logits may overflow: what is not finite measures nothing, and excuses nothing.
+    noise = {name: value if math.isfinite(value) else 0.0 for name, value in noise.items()}
+    spread = spread if math.isfinite(spread) else 0.0
     documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
     if compute == "float32":
         return {"max_abs": documents, "kl": max(1e-9, 8 * noise["kl_mean"]), "top1": 1.0, "documents": documents}

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolconv.checkpoint import Checkpoint, Slot
 from smolconv.errors import CorruptFile
+from smolconv.files import require_unchanged
 from smolconv.models.spec import spec_to_json
 from smolconv.parsing import finite_json, read_json
 from smolconv.processes import usable_cores
@@ -176,6 +177,8 @@ def make_proof(
 
     ``words`` are options of the command that say how to read A and B. ``advance`` is called after each tensor.
     """
+    # A folder's name may hold bytes that are not UTF-8.
+    names, words = ([each.encode("utf-8", "backslashreplace").decode() for each in texts] for texts in (names, words))
     found = report.to_json()
     logits = found["logits"]
     a = _side(sides[0], names[0], options.optimizer, advance)
@@ -210,6 +213,8 @@ def make_proof(
         "passed": report.passed,
         "reason": report.reason,
     }  # fmt: skip
+    for side in sides:
+        require_unchanged(side.opened, "while its digests were computed")
     proof = Proof.model_validate_json(json.dumps(finite_json(document)))
     return proof.model_copy(update={"command": shlex.join([*proof.command_words(), *words])})
 
