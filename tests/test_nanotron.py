@@ -352,3 +352,20 @@ def test_progress_is_that_of_the_metadata():
         metas["last_train_step"], metas["consumed_train_samples"], metas["consumed_tokens_total"], metas["last_stage_idx"],
     )  # fmt: skip
     assert [stage.name for stage in progress.stages] == [stage["name"] for stage in metas["data_stages"]]
+
+
+def test_linked_folders_are_read_once_and_other_programs_hidden_files_not_at_all(tmp_path):
+    run = Path(shutil.copytree(SMOLLM2 / "tp2-pp1-dp2-zero1", tmp_path / "run"))
+    decoder = step_folder(run) / "model/model/decoder"
+    for folder in (decoder / "1", step_folder(run) / "model", step_folder(run) / "optimizer"):
+        moved = tmp_path / f"moved-{folder.name}"
+        folder.rename(moved)
+        folder.symlink_to(moved)
+    (decoder / "2/back").symlink_to("../..")
+    weight = next((decoder / "0/pp_block/attn/o_proj").iterdir())
+    for name in (".DS_Store", f"._{weight.name}", ".nfs0001"):
+        weight.with_name(name).write_bytes(b"another program's")
+    shutil.copytree(decoder / "0", decoder / ".trash/0")
+    for source, target in ((run, "hf"), (SMOLLM2 / "tp2-pp1-dp2-zero1", "expected")):
+        convert(source, tmp_path / target, "hf")
+    assert list(differences(hf_weights(tmp_path / "hf"), hf_weights(tmp_path / "expected"))) == []
