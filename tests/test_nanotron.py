@@ -291,6 +291,13 @@ def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_store
         assert (set(stored["base_lrs"]), set(stored["_last_lr"])) == ({peak}, {last})
 
 
+@pytest.mark.parametrize("style", [{}, {"lr_decay_style": None}], ids=["missing", "null"])
+def test_a_decay_without_a_style_is_linear_as_nanotrons_config_makes_it(style):
+    rates = {"learning_rate": 1e-3, "min_decay_lr": 2e-4, "lr_warmup_steps": 2, "lr_warmup_style": "linear", **style}
+    config = {"optimizer": {"learning_rate_scheduler": rates}, "tokens": {"train_steps": 10}}
+    assert scheduled_lr(config, 6, "here")[1] == pytest.approx(2e-4 + 8e-4 * (8 - 4) / 8)  # 4 of 8 decay steps
+
+
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
