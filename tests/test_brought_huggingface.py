@@ -97,6 +97,14 @@ NAMES: dict[str, tuple[str, Callable[[str], str | None]]] = {
 V5_ONLY = ("only the head's name", "no prefix but of the head")
 
 
+def test_a_null_head_size_becomes_a_number_that_transformers_can_use(folders, expected, tmp_path):
+    source = Path(shutil.copytree(folders["smollm3"], tmp_path / "brought"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "head_dim": None}))
+    convert(source, tmp_path / "out", "hf")
+    assert torch.equal(logits(tmp_path / "out"), expected["smollm3"])
+
+
 @pytest.mark.parametrize("case", NAMES)
 def test_names_that_transformers_understands_give_its_logits(case, folders, expected, tmp_path):
     kind, rename = NAMES[case]

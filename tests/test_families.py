@@ -150,9 +150,26 @@ def test_published_models_have_the_parameters_that_the_hub_counts(config, parame
 def test_a_window_that_slides_is_refused(architecture):
     config = {"model_type": architecture, "num_hidden_layers": 2}
     assert all(spec_from_hf({**config, "use_sliding_window": False, "sliding_window": 8}).use_rope)
-    for fields in ({"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}):
+    slides = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    for fields in (slides, {"layer_types": ["full_attention", "sliding_attention"]}):
         with pytest.raises(UnsupportedModel, match="sliding"):
             spec_from_hf({**config, **fields})
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"max_window_layers": 3}, {"max_window_layers": 4}, {"layer_types": ["full_attention"] * 4}], ids=str
+)
+def test_a_window_that_no_layer_uses_is_not_refused(architecture, fields):
+    config = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, **fields}
+    if not fields:
+        del config["max_window_layers"]  # the class's own
+    if "sliding_attention" in CONFIGS[architecture](**config).layer_types:
+        with pytest.raises(UnsupportedModel, match="sliding"):
+            spec_from_hf({"model_type": architecture, **config})
+    else:
+        written = spec_to_hf(spec_from_hf({"model_type": architecture, **config}), {}, "float32")
+        assert written["layer_types"] == ["full_attention"] * 4 and not written["use_sliding_window"]
 
 
 def test_another_model_type_is_refused_with_those_that_are_read():

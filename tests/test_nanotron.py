@@ -291,6 +291,13 @@ def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_store
         assert (set(stored["base_lrs"]), set(stored["_last_lr"])) == ({peak}, {last})
 
 
+@pytest.mark.parametrize("style", [{}, {"lr_decay_style": None}], ids=["missing", "null"])
+def test_a_decay_without_a_style_is_linear_as_nanotrons_config_makes_it(style):
+    rates = {"learning_rate": 1e-3, "min_decay_lr": 2e-4, "lr_warmup_steps": 2, "lr_warmup_style": "linear", **style}
+    config = {"optimizer": {"learning_rate_scheduler": rates}, "tokens": {"train_steps": 10}}
+    assert scheduled_lr(config, 6, "here")[1] == pytest.approx(2e-4 + 8e-4 * (8 - 4) / 8)  # 4 of 8 decay steps
+
+
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
@@ -352,3 +359,20 @@ def test_progress_is_that_of_the_metadata():
         metas["last_train_step"], metas["consumed_train_samples"], metas["consumed_tokens_total"], metas["last_stage_idx"],
     )  # fmt: skip
     assert [stage.name for stage in progress.stages] == [stage["name"] for stage in metas["data_stages"]]
+
+
+def test_linked_folders_are_read_once_and_other_programs_hidden_files_not_at_all(tmp_path):
+    run = Path(shutil.copytree(SMOLLM2 / "tp2-pp1-dp2-zero1", tmp_path / "run"))
+    decoder = step_folder(run) / "model/model/decoder"
+    for folder in (decoder / "1", step_folder(run) / "model", step_folder(run) / "optimizer"):
+        moved = tmp_path / f"moved-{folder.name}"
+        folder.rename(moved)
+        folder.symlink_to(moved)
+    (decoder / "2/back").symlink_to("../..")
+    weight = next((decoder / "0/pp_block/attn/o_proj").iterdir())
+    for name in (".DS_Store", f"._{weight.name}", ".nfs0001"):
+        weight.with_name(name).write_bytes(b"another program's")
+    shutil.copytree(decoder / "0", decoder / ".trash/0")
+    for source, target in ((run, "hf"), (SMOLLM2 / "tp2-pp1-dp2-zero1", "expected")):
+        convert(source, tmp_path / target, "hf")
+    assert list(differences(hf_weights(tmp_path / "hf"), hf_weights(tmp_path / "expected"))) == []

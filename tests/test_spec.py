@@ -133,7 +133,7 @@ def base_hf(architecture: str = "llama", **fields: Any) -> dict[str, Any]:
         (base_hf(quantization_config={"quant_method": "gptq"}), "quantised"),
         (base_hf(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (base_hf(no_rope_layers=[1, 1, 1, 0]), "no_rope_layers"),
-        (base_hf("smollm3", use_sliding_window=True, sliding_window=8), "sliding"),
+        (base_hf("smollm3", use_sliding_window=True, sliding_window=8, layer_types=None), "sliding"),
         (base_hf("smollm3", layer_types=["sliding_attention"] * 4), "sliding"),
         (base_hf("smollm3", no_rope_layers=[1, 0]), "2 layers"),
         (base_hf(num_key_value_heads=4), "multiple"),

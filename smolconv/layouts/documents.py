@@ -82,6 +82,7 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("model_type", "hidden_act"), _TEXT),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _ID),
     "num_hidden_layers": (f"a whole number from 1 to {_MOST_LAYERS}", lambda n: _is_size(n) and n <= _MOST_LAYERS),
+    "max_window_layers": ("a whole number, 0 or more", is_count),
     "rms_norm_eps": ("a number that is 0 or more", lambda value: is_number(value) and value >= 0),
     "rope_theta": ("a positive number", lambda value: is_number(value) and value > 0),
     "initializer_range": ("a number", is_number),

@@ -109,15 +109,21 @@ def _refuse_hf(known: Mapping[str, Any], family: Family, where: str) -> None:
             "Expected weights of float32, bfloat16 or float16.\n"
             "Use the model that it was quantised from; its model card names it."
         )
-    layer_types = known.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types) or (
-        known.get("use_sliding_window") and known.get("sliding_window") is not None
-    ):
+    if _slides(known, family):
         raise UnsupportedModel(f"{where}: sliding-window attention is set; only full attention can be represented.")
     if "no_rope_layers" in known and "no_rope_layers" not in family.hf_defaults:
         raise UnsupportedModel(f"{where}: a {family.name} config with no_rope_layers has no meaning in transformers.")
     if known.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise UnsupportedModel(_PARTIAL.format(where=where))
+
+
+def _slides(known: Mapping[str, Any], family: Family) -> bool:
+    """Whether a layer's attention has a window, as transformers decides it: by the list, or from a first layer on."""
+    if layer_types := known.get("layer_types"):
+        return any(kind != "full_attention" for kind in layer_types)
+    first = known["max_window_layers"] if "max_window_layers" in family.hf_defaults else 0
+    allowed = known.get("use_sliding_window") and known.get("sliding_window") is not None
+    return bool(allowed) and known["num_hidden_layers"] > (first or 0)
 
 
 def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, Mapping[str, Any] | None]:
@@ -254,7 +260,8 @@ def spec_to_hf(spec: ModelSpec, carried: Mapping[str, Any], dtype: str) -> dict[
         "attention_dropout": carried.get("attention_dropout", 0.0),
         **family.to_hf(spec),
     }
-    if "head_dim" in base or spec.head_size * spec.num_heads != spec.hidden_size:
+    # A null that is carried would stop SmolLM3's class, which takes it for the size.
+    if "head_dim" in base or "head_dim" in carried or spec.head_size * spec.num_heads != spec.hidden_size:
         config["head_dim"] = spec.head_size
     # null is written: otherwise transformers uses the class's pad id, which may be outside this vocabulary.
     config.update({name: carried.get(name, base.get(name)) for name in CARRIED if name in carried or name in base})

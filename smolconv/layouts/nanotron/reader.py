@@ -149,10 +149,19 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    """All files below, also behind linked folders. Hidden files are other programs': .DS_Store, .nfs..., ._NAME."""
+    entered: set[tuple[int, int]] = set()  # a link may lead back up
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        found = os.stat(parent)
+        if (found.st_dev, found.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((found.st_dev, found.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name))
         for name in sorted(files):
-            yield Path(parent) / name
+            if not name.startswith("."):
+                yield Path(parent) / name
 
 
 def _assets(folder: Path) -> dict[str, Path]:

@@ -39,7 +39,7 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
     decay = total - warmup if decay is None else int(decay)
     low = schedule.get("min_decay_lr")
     low = peak if low is None else float(low)
-    style = schedule.get("lr_decay_style")
+    style = schedule.get("lr_decay_style") or "linear"  # nanotron's LRSchedulerArgs replaces null
 
     def shape(k: int, steps: int) -> float:
         if style not in SHAPES:
@@ -47,7 +47,7 @@ def scheduled_lr(config: Mapping[str, Any], step: int, where: str) -> tuple[floa
         return SHAPES[style](k, steps)
 
     return peak, learning_rate(
-        step, peak=peak, low=low, warmup=warmup, start=start, decay=decay, shape=None if style is None else shape,
+        step, peak=peak, low=low, warmup=warmup, start=start, decay=decay, shape=shape,
         warmup_shape=schedule.get("lr_warmup_style"),
     )  # fmt: skip
 
