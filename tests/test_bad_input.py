@@ -448,6 +448,12 @@ def test_a_field_that_would_have_to_be_guessed_is_asked_for(nanotron, refused, f
     refused(nanotron, "UnsupportedModel", "model_config.json", field, "--config")
 
 
+def test_what_an_older_nanotron_always_did_is_told(nanotron, refused):
+    # nanotron's LlamaConfig has the field since its #214, of 5 September 2024; v0.4 and v0.5 pass interleaved=True.
+    edit_json(nanotron / "3/model_config.json", rope_interleaved=GONE)
+    refused(nanotron, "lacks rope_interleaved", "before that it always interleaved", "--config")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("sliding_window_size", 128), ("moe_config", {"num_experts": 4}), ("rope_seq_len_interpolation_factor", 2.0)],

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FIXTURES, convert, hf_weights
+from safetensors.torch import load_file, save_file
 
 from smolconv.conversion import ConvertOptions, plan_conversion
 from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UnsupportedModel, UsageError
@@ -135,6 +137,31 @@ def snapshot(folder: Path) -> None:
         (folder / name).symlink_to(f"../../blobs/{name}")
 
 
+def hub_cache(folder: Path) -> None:
+    """The repository's folder in the Hub's cache, with two revisions."""
+    for revision in ("1" * 40, "2" * 40):
+        shutil.copytree(HF, folder / "models--a--b-c/snapshots" / revision)
+    touch(folder, "models--a--b-c/refs/main", content=b"2" * 40)
+    touch(folder, "models--a--b-c/blobs/0")
+
+
+def zero_to_fp32(folder: Path) -> None:
+    """After ``zero_to_fp32.py . pytorch_model.bin`` of DeepSpeed 0.15.3 and later."""
+    config_and("pytorch_model.bin/pytorch_model.bin")(folder)
+
+
+def not_gathered(folder: Path) -> None:
+    """As save_pretrained writes it under ZeRO-3: tensors of shape (0,)."""
+    config_and()(folder)
+    empty = {name: torch.empty(0) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    save_file(empty, folder / "model.safetensors", {"format": "pt"})
+
+
+def training_file(folder: Path) -> None:
+    config_and()(folder)
+    torch.save({"epoch": 3, "state_dict": load_file(HF / "model.safetensors")}, folder / "pytorch_model.bin")
+
+
 KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "adapter": (adapter, ("a PEFT adapter", "'HuggingFaceTB/SmolLM2-135M'", "merge_and_unload()")),
     "trainer": (trainer, ("checkpoint-1500, checkpoint-1000, checkpoint-500", "/checkpoint-1500")),
@@ -142,7 +169,18 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         config_and("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"),
         ("FSDP or DCP", "pytorch_model_fsdp_0", "accelerate merge-weights"),
     ),
-    "dcp": (lambda folder: touch(folder, ".metadata", "__0_0.distcp"), ("FSDP or DCP", "accelerate merge-weights")),
+    "dcp": (
+        lambda folder: touch(folder, ".metadata", "__0_0.distcp"),
+        ("FSDP or DCP", "accelerate merge-weights", "torchtitan's convert_to_hf.py"),
+    ),
+    "meta": (
+        lambda folder: touch(folder, "consolidated.00.pth", "params.json", "tokenizer.model"),
+        ("Meta's own code: consolidated.00.pth", "Hugging Face's form"),
+    ),
+    "hub cache": (hub_cache, ("snapshots", f"/models--a--b-c/snapshots/{'2' * 40} or hf://a/b-c")),
+    "zero_to_fp32": (zero_to_fp32, ("pytorch_model.bin is a folder", "zero_to_fp32", "--config", "/config.json")),
+    "no elements": (not_gathered, ("has no elements (2 of 2 tensors)", "ZeRO-3", "global_stepN")),
+    "training file": (training_file, ("one level down, in 'state_dict'", "torch.load(FILE", "['state_dict']")),
     "megatron": (
         lambda folder: touch(folder, "latest_checkpointed_iteration.txt", "iter_0001000/mp_rank_00/model_optim_rng.pt"),
         ("Megatron-LM", "Export it to Hugging Face"),
@@ -182,12 +220,25 @@ def test_a_folder_that_cannot_be_read_is_told_apart_with_its_remedy(kind, tmp_pa
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder)
+    folder = next(folder.glob("models--*"), folder)
     with pytest.raises(BadCheckpoint) as caught:
         read_checkpoint(folder)
     found, expected, remedy = str(caught.value).splitlines()
     assert len(found.replace(str(folder), "")) <= 120 and expected and remedy
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_folder_that_zero_to_fp32_wrote_is_no_weights_of_the_one_around_it(tmp_path):
+    """DeepSpeed 0.15.3 and later: ``zero_to_fp32.py . pytorch_model.bin`` makes a folder of that name."""
+    run = Path(shutil.copytree(DEEPSPEED, tmp_path / "run")) / "checkpoint"
+    shutil.copy(run.parent / "config.json", run)
+    (run / "pytorch_model.bin").mkdir()
+    weights = load_file(DEEPSPEED / "expected" / "fp32.safetensors")
+    torch.save(weights, run / "pytorch_model.bin" / "pytorch_model.bin")
+    assert read_checkpoint(run).layout == "deepspeed"
+    alone = read_checkpoint(run / "pytorch_model.bin", ReadOptions(config=run / "config.json"))
+    assert alone.layout == "huggingface" and alone.parameters.keys() == weights.keys()
 
 
 def test_a_whole_model_is_read_whatever_else_lies_beside_it(hf):

@@ -74,7 +74,14 @@ def spec_from_nanotron(
 
 def nanotron_interleaved(config: Mapping[str, Any], where: str = "model_config.json") -> bool:
     """Whether q and k rows are stored as interleaved rotary pairs."""
-    return bool(_needed(config, "rope_interleaved", where))
+    if config.get("rope_interleaved") is None:
+        raise UnsupportedModel(
+            f"{where} lacks rope_interleaved, and a guess could silently change the model.\n"
+            "nanotron has had this field since 5 September 2024, with false as its default; before that it always "
+            "interleaved.\nCopy the file, add the value that the model was trained with (true for an older nanotron), "
+            "and pass it with --config."
+        )
+    return bool(config["rope_interleaved"])
 
 
 def _needed(config: Mapping[str, Any], name: str, where: str) -> Any:

@@ -41,6 +41,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     table = weight_table(spec)
     files, found = _weights(folder, lambda name: name.endswith(tuple(table.aliases)))
     refuse_adapter(found, folder)
+    _refuse_empty(found, folder)
     # Before the names: a quantised model has additional tensors, and the dtype explains the problem.
     check_named_dtypes(Slot.PARAMETER, found)
     names = stored_names(found)
@@ -77,6 +78,18 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         warnings=warnings,
         frozen=() if optimizer is None else tuple(name for name in parameters if name not in optimizer.steps),
     )
+
+
+def _refuse_empty(found: Mapping[str, LazyTensor], folder: Path) -> None:
+    # Before the names: transformers takes all empty tensors for one that is shared, and saves one name of them.
+    empty = [name for name, tensor in found.items() if tensor.nbytes == 0]
+    if empty:
+        raise NameMismatch(
+            f"{folder}: {empty[0]} has no elements ({len(empty)} of {len(found)} tensors).\n"
+            "Expected the weights. DeepSpeed's ZeRO-3 leaves such files when a model is saved without gathering them.\n"
+            "Convert the DeepSpeed folder with the files of all ranks (global_stepN), or save the model again with "
+            "stage3_gather_16bit_weights_on_model_save."
+        )
 
 
 def _dtype_warnings(parameters: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Iterator[str]:
