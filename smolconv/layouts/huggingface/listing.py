@@ -22,7 +22,7 @@ MARKS: tuple[str, ...] = (CONFIG,)
 
 #: Suffixes of weights for any program.
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
+    ".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
 )  # fmt: skip
 
 
@@ -112,5 +112,6 @@ def _no_weights(folder: AnyPath) -> MissingFile:
     return MissingFile(
         f"{folder} has a {CONFIG} but no weights that can be read (found: {some_of(found, 8, more=True) or 'none'}).\n"
         f"Expected {', '.join(name for single in WEIGHTS for name in (index_of(single), single))}.\n"
-        "Check the subfolder and the revision, or convert those weights to safetensors first."
+        "Check the subfolder and the revision. A file of torch.save that holds tensors by name can be read if it is "
+        "called pytorch_model.bin; convert others to safetensors first."
     )
