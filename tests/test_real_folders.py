@@ -16,8 +16,17 @@ import torch
 from conftest import FIXTURES, convert, hf_weights
 from safetensors.torch import load_file, save_file
 
+from smolconv.continual_pretraining.tokens.files import TokenFolder
 from smolconv.conversion import ConvertOptions, plan_conversion
-from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UnsupportedModel, UsageError
+from smolconv.errors import (
+    BadCheckpoint,
+    CorruptFile,
+    MissingFile,
+    NameMismatch,
+    UnknownLayout,
+    UnsupportedModel,
+    UsageError,
+)
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -239,6 +248,32 @@ def test_the_folder_that_zero_to_fp32_wrote_is_no_weights_of_the_one_around_it(t
     assert read_checkpoint(run).layout == "deepspeed"
     alone = read_checkpoint(run / "pytorch_model.bin", ReadOptions(config=run / "config.json"))
     assert alone.layout == "huggingface" and alone.parameters.keys() == weights.keys()
+
+
+def litter(folder: Path) -> None:
+    """What macOS leaves beside every file that it copies to another file system, and NFS for a deleted open file."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64))
+        path.with_name(".nfs000000000b1c2d3e00000001").write_bytes(b"x")
+
+
+def test_hidden_files_of_the_system_are_no_files_of_a_checkpoint(nanotron, tmp_path):
+    convert(RUN, tmp_path / "clean", "hf")
+    litter(nanotron)
+    convert(nanotron, tmp_path / "littered", "hf")
+    found, expected = (hf_weights(tmp_path / name) for name in ("littered", "clean"))
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    weight = next(path for path in (nanotron / "3/model").rglob("model_weight*"))
+    shutil.copy(weight, weight.with_name("copy_of_weight.safetensors"))
+    with pytest.raises(NameMismatch, match=r"copy_of_weight\.safetensors is not a file that nanotron writes"):
+        read_checkpoint(nanotron)
+
+
+def test_hidden_files_of_the_system_are_no_tokens(tmp_path):
+    clean = FIXTURES / "datatrove" / "plain_2byte"
+    folder = Path(shutil.copytree(clean, tmp_path / "tokens"))
+    litter(folder)
+    assert [file.path.name for file in TokenFolder.open(folder, 127).files] == ["00000_unshuffled.ds"]
 
 
 def test_a_whole_model_is_read_whatever_else_lies_beside_it(hf):

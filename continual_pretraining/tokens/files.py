@@ -418,7 +418,9 @@ def _token_files(folder: Path, given: str) -> list[Path]:
             "Check the path in data.stages, or write the folder with smolconv tokenize."
         )
     with reading(folder):
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(".ds") and not path.is_dir())
+        # macOS leaves a hidden ._NAME for each file that it copies.
+        entries = [path for path in folder.iterdir() if path.name.endswith(".ds") and not path.name.startswith(".")]
+        found = sorted(path for path in entries if not path.is_dir())
     if not found:
         below = next(iter(sorted(folder.glob("*/*.ds"))), None)
         raise MissingFile(

@@ -62,6 +62,8 @@ def read_native(
         if len(parts) <= depth or parts[depth - 1] != "model":
             continue
         ranked = parse_weight_file(parts[-1])
+        if ranked is None and parts[-1].startswith("."):
+            continue  # not a program's, but a system's: macOS leaves ._NAME and .DS_Store, NFS .nfsN
         if ranked is None:
             raise NameMismatch(f"{path} is not a file that nanotron writes. Move it out of the checkpoint.")
         if ranked.expert_size not in (None, 1):
