@@ -276,6 +276,18 @@ def test_hidden_files_of_the_system_are_no_tokens(tmp_path):
     assert [file.path.name for file in TokenFolder.open(folder, 127).files] == ["00000_unshuffled.ds"]
 
 
+def test_an_empty_file_beside_whole_shards_is_the_one_to_remove(hf):
+    """As save_pretrained leaves it after another save under ZeRO-3; transformers prefers the single file."""
+    whole = (hf / "model.safetensors").rename(hf / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(whole), whole.name)}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.norm.weight": torch.empty(0)}, hf / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NameMismatch, match=r"index\.json lists other files of weights: remove model\.safetensors"):
+        read_checkpoint(hf)
+    (hf / "model.safetensors").unlink()
+    assert read_checkpoint(hf).parameters.keys() == index["weight_map"].keys()
+
+
 def test_a_whole_model_is_read_whatever_else_lies_beside_it(hf):
     touch(
         hf, "model.fp16.safetensors", "smollm2.gguf", "checkpoint-500/optimizer.pt", "pytorch_model-00001-of-00002.bin"
