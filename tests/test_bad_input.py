@@ -448,10 +448,13 @@ def test_a_field_that_would_have_to_be_guessed_is_asked_for(nanotron, refused, f
     refused(nanotron, "UnsupportedModel", "model_config.json", field, "--config")
 
 
-def test_what_an_older_nanotron_always_did_is_told(nanotron, refused):
-    # nanotron's LlamaConfig has the field since its #214, of 5 September 2024; v0.4 and v0.5 pass interleaved=True.
-    edit_json(nanotron / "3/model_config.json", rope_interleaved=GONE)
-    refused(nanotron, "lacks rope_interleaved", "before that it always interleaved", "--config")
+@pytest.mark.parametrize(
+    ("field", "done"), [("rope_interleaved", "always interleaved (true)"), ("rope_theta", "always used 10000")]
+)
+def test_what_an_older_nanotron_always_did_is_told(nanotron, refused, field, done):
+    # nanotron has the fields since its #214 and #173; v0.5 calls FlashRotaryEmbedding(dim, interleaved=True).
+    edit_json(nanotron / "3/model_config.json", **{field: GONE})
+    refused(nanotron, f"lacks {field}", done, "--config")
 
 
 @pytest.mark.parametrize(
