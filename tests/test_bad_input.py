@@ -449,6 +449,15 @@ def test_a_field_that_would_have_to_be_guessed_is_asked_for(nanotron, refused, f
 
 
 @pytest.mark.parametrize(
+    ("field", "done"), [("rope_interleaved", "always interleaved (true)"), ("rope_theta", "always used 10000")]
+)
+def test_what_an_older_nanotron_always_did_is_told(nanotron, refused, field, done):
+    # nanotron has the fields since its #214 and #173; v0.5 calls FlashRotaryEmbedding(dim, interleaved=True).
+    edit_json(nanotron / "3/model_config.json", **{field: GONE})
+    refused(nanotron, f"lacks {field}", done, "--config")
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [("sliding_window_size", 128), ("moe_config", {"num_experts": 4}), ("rope_seq_len_interpolation_factor", 2.0)],
 )

@@ -265,6 +265,32 @@ def test_a_rotary_embedding_that_is_not_all_there_is_refused(case, folders, tmp_
         read_checkpoint(source)
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"type": "linear", "factor": 2.0}])
+def test_a_base_within_rope_scaling_is_read_as_transformers_5_reads_it(scaling, folders, expected, tmp_path):
+    """transformers 5 takes rope_scaling for another name of rope_parameters; a wrong base hardly shows in text."""
+    fields = {"rope_parameters": None, "rope_theta": None, "rope_scaling": {**scaling, "rope_theta": 500.0}}
+    source = configured(folders["tied"], tmp_path / "brought", **fields)
+    convert(source, tmp_path / "out", "hf")
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 500.0
+    if hasattr(transformers.LlamaConfig(), "rope_parameters"):
+        assert torch.equal(logits(tmp_path / "out"), logits(source))
+    assert not torch.allclose(logits(tmp_path / "out"), expected["tied"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 10000.0, "rope_scaling": {**PLAIN, "rope_theta": 500.0}}, "10000, but rope_scaling.* is 500"),
+        ({"rope_theta": None, "rope_scaling": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": None, "rope_scaling": {"full_attention": PLAIN}}, "rope_scaling holds an object for full_att"),
+    ],
+)
+def test_rope_scaling_is_refused_for_what_rope_parameters_is(fields, message, folders, tmp_path):
+    source = configured(folders["tied"], tmp_path / "brought", rope_parameters=None, **fields)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_checkpoint(source)
+
+
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},

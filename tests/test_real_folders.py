@@ -12,10 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FIXTURES, convert, hf_weights
+from safetensors.torch import load_file, save_file
 
+from smolconv.continual_pretraining.tokens.files import TokenFolder
 from smolconv.conversion import ConvertOptions, plan_conversion
-from smolconv.errors import BadCheckpoint, CorruptFile, MissingFile, UnknownLayout, UnsupportedModel, UsageError
+from smolconv.errors import (
+    BadCheckpoint,
+    CorruptFile,
+    MissingFile,
+    NameMismatch,
+    UnknownLayout,
+    UnsupportedModel,
+    UsageError,
+)
 from smolconv.files import is_lfs_pointer, read_bytes
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
@@ -135,6 +146,31 @@ def snapshot(folder: Path) -> None:
         (folder / name).symlink_to(f"../../blobs/{name}")
 
 
+def hub_cache(folder: Path) -> None:
+    """The repository's folder in the Hub's cache, with two revisions."""
+    for revision in ("1" * 40, "2" * 40):
+        shutil.copytree(HF, folder / "models--a--b-c/snapshots" / revision)
+    touch(folder, "models--a--b-c/refs/main", content=b"2" * 40)
+    touch(folder, "models--a--b-c/blobs/0")
+
+
+def zero_to_fp32(folder: Path) -> None:
+    """After ``zero_to_fp32.py . pytorch_model.bin`` of DeepSpeed 0.15.3 and later."""
+    config_and("pytorch_model.bin/pytorch_model.bin")(folder)
+
+
+def not_gathered(folder: Path) -> None:
+    """As save_pretrained writes it under ZeRO-3: tensors of shape (0,)."""
+    config_and()(folder)
+    empty = {name: torch.empty(0) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    save_file(empty, folder / "model.safetensors", {"format": "pt"})
+
+
+def training_file(folder: Path) -> None:
+    config_and()(folder)
+    torch.save({"epoch": 3, "state_dict": load_file(HF / "model.safetensors")}, folder / "pytorch_model.bin")
+
+
 KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "adapter": (adapter, ("a PEFT adapter", "'HuggingFaceTB/SmolLM2-135M'", "merge_and_unload()")),
     "trainer": (trainer, ("checkpoint-1500, checkpoint-1000, checkpoint-500", "/checkpoint-1500")),
@@ -142,7 +178,18 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         config_and("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"),
         ("FSDP or DCP", "pytorch_model_fsdp_0", "accelerate merge-weights"),
     ),
-    "dcp": (lambda folder: touch(folder, ".metadata", "__0_0.distcp"), ("FSDP or DCP", "accelerate merge-weights")),
+    "dcp": (
+        lambda folder: touch(folder, ".metadata", "__0_0.distcp"),
+        ("FSDP or DCP", "accelerate merge-weights", "torchtitan's convert_to_hf.py"),
+    ),
+    "meta": (
+        lambda folder: touch(folder, "consolidated.00.pth", "params.json", "tokenizer.model"),
+        ("Meta's own code: consolidated.00.pth", "Hugging Face's form"),
+    ),
+    "hub cache": (hub_cache, ("snapshots", f"/models--a--b-c/snapshots/{'2' * 40} or hf://a/b-c")),
+    "zero_to_fp32": (zero_to_fp32, ("pytorch_model.bin is a folder", "zero_to_fp32", "--config", "/config.json")),
+    "no elements": (not_gathered, ("has no elements (2 of 2 tensors)", "ZeRO-3", "global_stepN")),
+    "training file": (training_file, ("one level down, in 'state_dict'", "torch.load(FILE", "['state_dict']")),
     "megatron": (
         lambda folder: touch(folder, "latest_checkpointed_iteration.txt", "iter_0001000/mp_rank_00/model_optim_rng.pt"),
         ("Megatron-LM", "Export it to Hugging Face"),
@@ -182,12 +229,63 @@ def test_a_folder_that_cannot_be_read_is_told_apart_with_its_remedy(kind, tmp_pa
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder)
+    folder = next(folder.glob("models--*"), folder)
     with pytest.raises(BadCheckpoint) as caught:
         read_checkpoint(folder)
     found, expected, remedy = str(caught.value).splitlines()
     assert len(found.replace(str(folder), "")) <= 120 and expected and remedy
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_folder_that_zero_to_fp32_wrote_is_no_weights_of_the_one_around_it(tmp_path):
+    """DeepSpeed 0.15.3 and later: ``zero_to_fp32.py . pytorch_model.bin`` makes a folder of that name."""
+    run = Path(shutil.copytree(DEEPSPEED, tmp_path / "run")) / "checkpoint"
+    shutil.copy(run.parent / "config.json", run)
+    (run / "pytorch_model.bin").mkdir()
+    weights = load_file(DEEPSPEED / "expected" / "fp32.safetensors")
+    torch.save(weights, run / "pytorch_model.bin" / "pytorch_model.bin")
+    assert read_checkpoint(run).layout == "deepspeed"
+    alone = read_checkpoint(run / "pytorch_model.bin", ReadOptions(config=run / "config.json"))
+    assert alone.layout == "huggingface" and alone.parameters.keys() == weights.keys()
+
+
+def litter(folder: Path) -> None:
+    """What macOS leaves beside every file that it copies to another file system, and NFS for a deleted open file."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64))
+        path.with_name(".nfs000000000b1c2d3e00000001").write_bytes(b"x")
+
+
+def test_hidden_files_of_the_system_are_no_files_of_a_checkpoint(nanotron, tmp_path):
+    convert(RUN, tmp_path / "clean", "hf")
+    litter(nanotron)
+    convert(nanotron, tmp_path / "littered", "hf")
+    found, expected = (hf_weights(tmp_path / name) for name in ("littered", "clean"))
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    weight = next(path for path in (nanotron / "3/model").rglob("model_weight*"))
+    shutil.copy(weight, weight.with_name("copy_of_weight.safetensors"))
+    with pytest.raises(NameMismatch, match=r"copy_of_weight\.safetensors is not a file that nanotron writes"):
+        read_checkpoint(nanotron)
+
+
+def test_hidden_files_of_the_system_are_no_tokens(tmp_path):
+    clean = FIXTURES / "datatrove" / "plain_2byte"
+    folder = Path(shutil.copytree(clean, tmp_path / "tokens"))
+    litter(folder)
+    assert [file.path.name for file in TokenFolder.open(folder, 127).files] == ["00000_unshuffled.ds"]
+
+
+def test_an_empty_file_beside_whole_shards_is_the_one_to_remove(hf):
+    """As save_pretrained leaves it after another save under ZeRO-3; transformers prefers the single file."""
+    whole = (hf / "model.safetensors").rename(hf / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(whole), whole.name)}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.norm.weight": torch.empty(0)}, hf / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NameMismatch, match=r"index\.json lists other files of weights: remove model\.safetensors"):
+        read_checkpoint(hf)
+    (hf / "model.safetensors").unlink()
+    assert read_checkpoint(hf).parameters.keys() == index["weight_map"].keys()
 
 
 def test_a_whole_model_is_read_whatever_else_lies_beside_it(hf):

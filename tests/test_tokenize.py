@@ -10,6 +10,7 @@ import gzip
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -35,7 +36,15 @@ from smolconv.continual_pretraining.tokens.tokenize import (
     run_local,
     submit_to_slurm,
 )
-from smolconv.errors import CorruptFile, MachineError, MissingFile, NotInstalled, SmolconvError, UsageError
+from smolconv.errors import (
+    CorruptFile,
+    MachineError,
+    MissingFile,
+    MixedCheckpoint,
+    NotInstalled,
+    SmolconvError,
+    UsageError,
+)
 from smolconv.parsing import tokenizing
 from smolconv.storage.atomic import OutputFolder
 
@@ -888,6 +897,23 @@ def test_an_eos_within_documents_and_a_wrong_eos_are_told(tmp_path: Path) -> Non
     assert report["problems"] == ["0 occurs 1 times within documents: boundaries by EOS and by index differ"]
     wrong = report_tokens(tmp_path, sequence_length=2, eos_token_id=9)
     assert wrong["problems"] == ["0 of 3 documents end in 9; 3 end in 0: set data.eos_token_id to that"]
+
+
+def test_what_a_stopped_task_left_beside_complete_files_is_told(tmp_path: Path) -> None:
+    """datatrove shuffles 00000_unshuffled.ds into another file, writes that one's metadata, then deletes the first."""
+    for name in ("plain_2byte", "split_2byte"):
+        shutil.copytree(ORACLE / name, tmp_path / "both", dirs_exist_ok=True)
+    problems = report_tokens(tmp_path / "both", sequence_length=127, eos_token_id=0)["problems"]
+    assert [text for text in problems if "hold the same documents" in text] == [problems[0]]
+    assert "00000_unshuffled.ds and 00000_00000_doc_shuffled.ds" in problems[0]
+    assert report_tokens(ORACLE / "split_2byte", sequence_length=127)["problems"] == []
+    (tmp_path / "both/00000_unshuffled.ds").rename(tmp_path / "both/00001_unshuffled.ds")
+    (tmp_path / "both/00000_unshuffled.ds.metadata").rename(tmp_path / "both/00001_unshuffled.ds.metadata")
+    problems = report_tokens(tmp_path / "both", sequence_length=127, eos_token_id=0)["problems"]
+    assert "same documents" not in " ".join(problems)
+    (tmp_path / "both/00000_00000_doc_shuffled.ds.metadata").unlink()
+    with pytest.raises(MixedCheckpoint, match=r"00000_00000_doc_shuffled\.ds has no \.ds\.metadata, unlike 0000"):
+        report_tokens(tmp_path / "both", sequence_length=127)
 
 
 def test_without_an_index_the_eos_tells_documents_apart(tmp_path: Path) -> None:

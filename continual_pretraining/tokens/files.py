@@ -160,6 +160,15 @@ class TokenFolder:
         """
         folder = Path(path)
         files = [_open_file(each, vocab_size) for each in _token_files(folder, str(path))]
+        bare = next((file for file in files if file.tokenizer is None), None)
+        full = next((file for file in files if file.tokenizer is not None), None)
+        if bare is not None and full is not None:
+            raise MixedCheckpoint(
+                f"{folder}: {bare.path.name} has no .ds.metadata, unlike {full.path.name}.\n"
+                "All files of a folder must come from one tokenizer. datatrove writes the metadata last, so the task "
+                "that wrote this file may have stopped before.\n"
+                "Run the task again, copy the metadata from where the file was written, or move the file away."
+            )
         for file in files[1:]:
             for what, mine, other in (
                 ("tokenizer", file.tokenizer, files[0].tokenizer),
@@ -409,7 +418,9 @@ def _token_files(folder: Path, given: str) -> list[Path]:
             "Check the path in data.stages, or write the folder with smolconv tokenize."
         )
     with reading(folder):
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(".ds") and not path.is_dir())
+        # macOS leaves a hidden ._NAME for each file that it copies.
+        entries = [path for path in folder.iterdir() if path.name.endswith(".ds") and not path.name.startswith(".")]
+        found = sorted(path for path in entries if not path.is_dir())
     if not found:
         below = next(iter(sorted(folder.glob("*/*.ds"))), None)
         raise MissingFile(

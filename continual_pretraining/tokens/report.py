@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from smolconv.continual_pretraining.tokens.eos import ends_documents
 from smolconv.continual_pretraining.tokens.files import TokenFile, TokenFolder
-from smolconv.errors import CorruptFile
+from smolconv.errors import CorruptFile, some_of
 
 #: Limit of tokens read, split evenly over the files. Lengths come from the indexes and count every document.
 SCANNED_TOKENS = 1 << 28
@@ -127,8 +128,17 @@ def eos_ends_documents(report: dict[str, Any]) -> bool:
 def _problems(report: dict[str, Any]) -> list[str]:
     found = []
     eos, windows = report["eos"], report["windows"]
+    names = [file["name"] for file in report["files"]]
+    if twice := next((pair for name in names if (pair := _task_twice(name, names))), None):
+        found.append(
+            f"{' and '.join(twice)} hold the same documents: datatrove deletes the first when it has written the "
+            "second, so a task was stopped in between; run it again, or move one of them away"
+        )
     if report["documents"] is None:
-        found.append("there is no .ds.index, so nothing says where documents end; name their EOS with --eos")
+        bare = [file["name"] for file in report["files"] if file["documents"] is None]
+        found.append(
+            f"{some_of(bare)}: there is no .ds.index, so nothing says where documents end; name their EOS with --eos"
+        )
     elif not eos_ends_documents(report):
         most = next(iter(report["endings"]), None)  # None if no document has tokens
         if eos and most and ends_documents(most["documents"], eos["documents_seen"]):
@@ -151,6 +161,15 @@ def _problems(report: dict[str, Any]) -> list[str]:
     if windows == 0:
         found.append(f"not one window of {report['sequence_length']} tokens: windows do not cross files")
     return found
+
+
+def _task_twice(name: str, names: Sequence[str]) -> tuple[str, str] | None:
+    """The names of one task's documents before and after datatrove shuffled them, if both files are there."""
+    task, found, rest = name.partition("_unshuffled.ds")
+    if not found or rest:
+        return None
+    shuffled = re.compile(rf"{re.escape(task)}(_\d{{5}})?(_doc|_chunk)?_shuffled\.ds")
+    return next(((name, other) for other in names if shuffled.fullmatch(other)), None)
 
 
 def _ends(file: TokenFile, part: NDArray[Any], eos_token_id: int | None) -> Iterator[tuple[Int64s, int]]:

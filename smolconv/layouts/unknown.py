@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from smolconv.errors import SmolconvError, UnknownLayout, some_of
+from smolconv.files import MOST_NAME_BYTES
 from smolconv.layouts.huggingface.listing import ADAPTER, CONFIG, has_weights
 from smolconv.layouts.listing import RUN_CHECKPOINTS, RUN_RECIPE, AnyPath, content
 from smolconv.parsing import parse_json
@@ -16,7 +17,12 @@ from smolconv.parsing import parse_json
 _OTHERS: Mapping[str, tuple[str, str]] = {
     r"\.metadata|.*\.distcp|pytorch_model_fsdp_\d+": (
         "a sharded checkpoint of torch.distributed (FSDP or DCP)",
-        "Join it: accelerate merge-weights FOLDER_WITH_DISTCP OUT, and put the model's config.json into OUT.",
+        "Join it: accelerate merge-weights FOLDER_WITH_DISTCP OUT, and put the model's config.json into OUT. If "
+        "torchtitan wrote it, use torchtitan's convert_to_hf.py instead: it has other names and another order of rows.",
+    ),
+    r"consolidated(\.\d+)?\.(pth|safetensors)": (
+        "weights in the form of Meta's own code",
+        "Use the same model in Hugging Face's form, which has other names and another order of rows.",
     ),
     r"latest_checkpointed_iteration\.txt|iter_\d{7}|mp_rank_\d+(_\d+)?|model_optim_rng\.pt": (
         "a checkpoint of Megatron-LM",
@@ -51,6 +57,7 @@ def _answers(folder: AnyPath, names: list[str]) -> Iterator[tuple[str, str, str]
     yield _adapter(folder, names)
     yield _run(folder, names)
     yield _trainer(folder, names)
+    yield _hub_cache(folder, names)
     for pattern, (what, remedy) in _OTHERS.items():
         if name := next((name for name in names if re.fullmatch(pattern, name)), None):
             yield (
@@ -102,6 +109,23 @@ def _trainer(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
         f"{folder} is the output folder of a Trainer; its checkpoints are folders in it: {some_of(newest, 5)}.",
         "Expected the folder of one checkpoint.",
         f"Name it, such as the newest: {folder / newest[0]}",
+    )
+
+
+def _hub_cache(folder: AnyPath, names: list[str]) -> tuple[str, str, str] | None:
+    if not {"snapshots", "refs"} <= set(names):
+        return None
+    snapshots = folder / "snapshots"
+    found = sorted(path.name for path in snapshots.iterdir()) if snapshots.is_dir() else []
+    main = folder / "refs" / "main"
+    current = content(main, MOST_NAME_BYTES).decode(errors="replace").strip() if main.is_file() else ""
+    kind, *parts = folder.name.split("--")
+    address = f"hf://{'/'.join(parts)}" if kind == "models" and len(parts) == 2 else "hf://owner/name"
+    folder_of_one = [current] if current in found else found[:1]
+    return (
+        f"{folder} is a repository in the Hub's cache; its checkpoints are the folders in snapshots ({len(found)}).",
+        "Expected the folder of one checkpoint, or an address.",
+        f"Name {' or '.join([*(str(snapshots / name) for name in folder_of_one), address])}",
     )
 
 

@@ -18,6 +18,7 @@ _BIASES = ("attention_bias", "mlp_bias")
 #: Saved by early transformers and some programs; transformers computes them itself, ignoring the file.
 _BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
 _PARTIAL = "{where}: partial_rotary_factor is set; only full rotary heads can be represented."
+_TWO_READERS = "transformers v4 reads the first and v5 the second: make them agree."
 _ORIGINAL = "original_max_position_embeddings"
 #: transformers' types of scaled rotary embedding (``ROPE_INIT_FUNCTIONS``) with their required numbers, including those
 #: that only v5 would fill in.
@@ -127,37 +128,38 @@ def _slides(known: Mapping[str, Any], family: Family) -> bool:
 
 
 def _rope_from_hf(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, Mapping[str, Any] | None]:
-    parameters = dict(config.get("rope_parameters") or {})
-    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
-        raise UnsupportedModel(
-            f"{where}: rope_parameters holds an object for {nested[0]}, as if layers rotated differently.\n"
-            "Expected one rotary embedding for all layers: rope_type, rope_theta and their fields.\n"
-            "If all layers are the same, move that object's fields into rope_parameters itself."
-        )
-    if parameters.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UnsupportedModel(_PARTIAL.format(where=f"{where}: rope_parameters"))
-    thetas = [float(v) for v in (config.get("rope_theta"), parameters.pop("rope_theta", None)) if v is not None]
-    if parameters and not thetas:
+    # v5 takes rope_scaling for another name of rope_parameters, and reads rope_theta there as well.
+    objects = {name: dict(config.get(name) or {}) for name in ("rope_parameters", "rope_scaling")}
+    thetas = {"rope_theta": config.get("rope_theta")}
+    for name, fields in objects.items():
+        if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
+            raise UnsupportedModel(
+                f"{where}: {name} holds an object for {nested[0]}, as if layers rotated differently.\n"
+                "Expected one rotary embedding for all layers: rope_type, rope_theta and their fields.\n"
+                f"If all layers are the same, move that object's fields into {name} itself."
+            )
+        if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise UnsupportedModel(_PARTIAL.format(where=f"{where}: {name}"))
+        thetas[f"{name}.rope_theta"] = fields.pop("rope_theta", None)
+    known = [(name, float(value)) for name, value in thetas.items() if value is not None]
+    if objects["rope_parameters"] and not known:
         default = family.hf_defaults["rope_theta"]
         raise UnsupportedModel(
             f"{where}: rope_parameters has no rope_theta.\n"
             f"Expected the base that the model was trained with; transformers would use {default:g} for any "
             f"{family.name}.\nAdd it there."
         )
-    if len(set(thetas)) > 1:
+    if other := next(((name, value) for name, value in known if value != known[0][1]), None):
         raise UnsupportedModel(
-            f"{where}: rope_theta is {thetas[0]:g}, but rope_parameters.rope_theta is {thetas[1]:g}.\n"
-            "transformers v4 reads the first and v5 the second: make them agree."
+            f"{where}: {known[0][0]} is {known[0][1]:g}, but {other[0]} is {other[1]:g}.\n{_TWO_READERS}"
         )
-    scalings = [rope_scaling(config.get("rope_scaling")), rope_scaling(parameters)]
+    scalings = [rope_scaling(objects[name]) for name in ("rope_scaling", "rope_parameters")]
     if "rope_parameters" in config and "rope_scaling" in config and scalings[0] != scalings[1]:
         raise UnsupportedModel(
-            f"{where}: rope_scaling is {scalings[0]}, but rope_parameters is {scalings[1]}.\n"
-            "transformers v4 reads the first and v5 the second: make them agree."
+            f"{where}: rope_scaling is {scalings[0]}, but rope_parameters is {scalings[1]}.\n{_TWO_READERS}"
         )
-    return (thetas or [family.hf_defaults["rope_theta"]])[0], _with_trained_length(
-        scalings[0] or scalings[1], config, where
-    )
+    theta = known[0][1] if known else family.hf_defaults["rope_theta"]
+    return theta, _with_trained_length(scalings[0] or scalings[1], config, where)
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:

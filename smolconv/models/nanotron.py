@@ -17,6 +17,11 @@ from smolconv.models.weights import Rule, WeightTable
 
 _CANONICAL = "model.layers.{i}."
 _NANOTRON = "model.decoder.{i}.pp_block."
+#: What nanotron did before it had a field (its #173 and #214), for the error about a config without the field.
+_OLDER = {
+    "rope_theta": "A nanotron of before 20 May 2024 does not write it, and always used 10000.\n",
+    "rope_interleaved": "A nanotron of before 5 September 2024 does not write it, and always interleaved (true).\n",
+}
 
 
 def spec_from_nanotron(
@@ -81,7 +86,8 @@ def _needed(config: Mapping[str, Any], name: str, where: str) -> Any:
     if config.get(name) is None:
         raise UnsupportedModel(
             f"{where} lacks {name}, and a guess could silently change the model.\n"
-            f"Copy the file, add the value that the model was trained with, and pass it with --config."
+            f"{_OLDER.get(name, '')}"
+            "Copy the file, add the value that the model was trained with, and pass it with --config."
         )
     return config[name]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from smolconv.errors import CorruptFile, MissingFile, MissingShard, some_of
 from smolconv.layouts.listing import AnyPath, P, companions, content, files_below, there
@@ -20,7 +22,7 @@ MARKS: tuple[str, ...] = (CONFIG,)
 
 #: Suffixes of weights for any program.
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
+    ".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".gguf", ".msgpack", ".h5", ".ckpt", ".tflite",
 )  # fmt: skip
 
 
@@ -35,9 +37,15 @@ def detect(folder: AnyPath) -> bool:
 
 def has_weights(folder: AnyPath) -> bool:
     """Whether it holds weights with Transformers' names, with any config."""
-    return any(there(folder / name) for single in WEIGHTS for name in (single, index_of(single))) or any(
+    names = (name for single in WEIGHTS for name in (single, index_of(single)))
+    return any(_is_file(folder / name) for name in names) or any(
         fnmatchcase(path.name, "model-*-of-*.safetensors") for path in folder.iterdir()
     )
+
+
+def _is_file(path: AnyPath) -> bool:
+    # DeepSpeed's zero_to_fp32 writes a folder, often called pytorch_model.bin, next to the checkpoint that it reads.
+    return not (isinstance(path, Path) and os.path.isdir(path)) and there(path)
 
 
 def holds_training(folder: AnyPath) -> bool:
@@ -94,9 +102,16 @@ def lacking(folder: AnyPath) -> MissingFile | None:
 
 
 def _no_weights(folder: AnyPath) -> MissingFile:
+    if made := next((path for name in WEIGHTS if (path := folder / name).is_dir()), None):
+        return MissingFile(
+            f"{made} is a folder.\n"
+            "Expected a file of weights. DeepSpeed's zero_to_fp32 writes its files into a folder of the given name.\n"
+            f"Name that folder as the source, with --config {folder / CONFIG}"
+        )
     found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name.endswith(_WEIGHT_SUFFIXES))
     return MissingFile(
         f"{folder} has a {CONFIG} but no weights that can be read (found: {some_of(found, 8, more=True) or 'none'}).\n"
         f"Expected {', '.join(name for single in WEIGHTS for name in (index_of(single), single))}.\n"
-        "Check the subfolder and the revision, or convert those weights to safetensors first."
+        "Check the subfolder and the revision. A file of torch.save that holds tensors by name can be read if it is "
+        "called pytorch_model.bin; convert others to safetensors first."
     )

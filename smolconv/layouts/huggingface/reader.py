@@ -41,6 +41,7 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
     table = weight_table(spec)
     files, found = _weights(folder, lambda name: name.endswith(tuple(table.aliases)))
     refuse_adapter(found, folder)
+    _refuse_empty(found, folder, files)
     # Before the names: a quantised model has additional tensors, and the dtype explains the problem.
     check_named_dtypes(Slot.PARAMETER, found)
     names = stored_names(found)
@@ -76,6 +77,26 @@ def read_huggingface(folder: Path, options: ReadOptions = ReadOptions()) -> Chec
         files=(*([own] if (own := folder / "config.json").is_file() else []), *files, *assets.values()),
         warnings=warnings,
         frozen=() if optimizer is None else tuple(name for name in parameters if name not in optimizer.steps),
+    )
+
+
+def _refuse_empty(found: Mapping[str, LazyTensor], folder: Path, files: tuple[Path, ...]) -> None:
+    # Before the names: transformers takes all empty tensors for one that is shared, and saves one name of them.
+    empty = [name for name, tensor in found.items() if tensor.nbytes == 0]
+    if not empty:
+        return
+    indexes = (f"{name}.index.json" for name in WEIGHTS)
+    index = next((name for name in indexes if folder / name not in files and (folder / name).is_file()), None)
+    advice = (
+        "Convert the DeepSpeed folder with the files of all ranks (global_stepN), or save the model again with "
+        "stage3_gather_16bit_weights_on_model_save."
+        if index is None
+        else f"{index} lists other files of weights: remove {files[0].name} from a copy of the folder to read those."
+    )
+    raise NameMismatch(
+        f"{folder}: {empty[0]} has no elements ({len(empty)} of {len(found)} tensors).\n"
+        "Expected the weights. DeepSpeed's ZeRO-3 leaves such files when a model is saved without gathering them.\n"
+        f"{advice}"
     )
 
 

@@ -65,11 +65,29 @@ def tensors_of(path: Path) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in document.items():
         if not isinstance(tensor, ArchiveTensor):
-            raise CorruptFile(f"{path}: {name} is not a tensor.")
+            raise _not_a_tensor(path, str(name), document)
         if not tensor.is_contiguous:
             raise UnsupportedModel(f"{path}: {name} is stored transposed; save it again with .contiguous().")
         found[str(name)] = Stored(path=path, offset=tensor.offset, shape=tensor.shape, dtype=tensor.dtype)
     return found
+
+
+def _not_a_tensor(path: Path, name: str, document: Mapping[str, object]) -> CorruptFile | UnsupportedModel:
+    nested = next(
+        (
+            str(key) for key, value in document.items()
+            if isinstance(value, Mapping) and value and all(isinstance(each, ArchiveTensor) for each in value.values())
+        ),
+        None,
+    )  # fmt: skip
+    if nested is None:
+        return CorruptFile(f"{path}: {name} is not a tensor.\nExpected tensors by name.\nCopy the file again.")
+    return UnsupportedModel(
+        f"{path} is the file of a training program: its weights are one level down, in {nested!r:.60}.\n"
+        "Expected tensors by name, as transformers saves them.\n"
+        "Save that part alone in a copy of the folder: "
+        f"torch.save(torch.load(FILE, map_location='cpu')[{nested!r:.60}], NEW_FILE)"
+    )
 
 
 def plan_sharded(
