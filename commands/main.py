@@ -45,9 +45,10 @@ def main() -> None:
         _refuse_other_addresses(sys.argv[1:])
         # Not standalone, so that usage errors are printed here, like all others.
         code = app(_common_first(sys.argv[1:]), standalone_mode=False)
-    except SystemExit:
-        # Only rich raises it, where the reader of a help text has closed stdout. Its exit code 1 has another meaning.
-        code = 0
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # a library gave up: its code means something else
+            _stop(error, 70, f"unexpected exit of a library, {error.code}\nRepeat with --debug to see which.")
+        code = 0  # the reader of a help text has closed stdout, where rich exits
     except SignalReceived as error:
         _stop(error, Interrupted.exit_code, f"Interrupted: stopped by {error.args[0]}. {_left(sys.argv[1:])}")
     except SmolconvError as error:

@@ -182,11 +182,18 @@ def test_diff_ends_with_1_when_specs_differ(tmp_path: Path) -> None:
 
 
 def test_a_bug_of_ours_ends_with_70_and_a_traceback_only_on_request() -> None:
-    broken = "import smolconv.layouts.registry as r\nr.detect_layout = lambda folder: 1 / 0"
+    broken = "import smolconv.layouts.registry as r\nr.detect_layout = lambda *given: 1 / 0"
     done = run_cli("inspect", TINY, before=broken)
     assert done.code == 70
     assert "Traceback" not in done.stderr and "bug of smolconv" in done.stderr
     assert "Traceback" in run_cli("inspect", TINY, "--debug", before=broken).stderr
+
+
+def test_a_library_that_ends_the_process_does_not_choose_its_exit_code() -> None:
+    broken = "import sys, smolconv.layouts.registry as r\nr.detect_layout = lambda *given: sys.exit(1)"
+    done = run_cli("inspect", TINY, before=broken)
+    assert done.code == 70
+    assert "unexpected exit of a library, 1" in done.stderr
 
 
 def test_what_is_not_installed_is_named_with_its_exit_code(tmp_path: Path) -> None:

@@ -458,13 +458,13 @@ def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:
 
 def test_sources_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     plain, copied = ORACLE / "plain_2byte", copy_of("plain_2byte", tmp_path)
-    twice = [{"name": "s", "sources": [{"path": str(plain), "name": "a"}, {"path": f"{plain}/", "name": "b"}]}]
+    sources: list[dict[str, object]] = [{"path": str(plain), "name": "a"}, {"path": f"{plain}/", "name": "b"}]
     with pytest.raises(UsageError, match="twice"):
-        open_data(recipe_data(twice))
+        open_data(recipe_data([{"name": "s", "sources": sources}]))
     (tmp_path / "link").symlink_to(plain)
-    twice[0]["sources"][1] = {"path": str(tmp_path / "link")}
+    sources[1] = {"path": str(tmp_path / "link")}
     with pytest.raises(UsageError, match="twice, also as"):
-        open_data(recipe_data(twice))
+        open_data(recipe_data([{"name": "s", "sources": sources}]))
     later = {**one_stage(copied)[0], "name": "later", "start_step": 2}
     with pytest.raises(UsageError, match="two sources are named plain_2byte"):
         open_data(recipe_data([*one_stage(plain), later]))
