@@ -66,7 +66,8 @@ class Walk:
         self.max_abs = torch.maximum(self.max_abs, size.amax(1).double())
         self.sum_abs += size.sum(1, dtype=torch.float64)
         self.total += float(a.sum(dtype=torch.float64))
-        self.squares += float(a.double().square().sum())  # in float32 logits from 2e19 on would overflow
+        # In float32, squares of logits from 2e19 on would overflow.
+        self.squares += float(torch.linalg.vector_norm(a, dtype=torch.float64)) ** 2
         self.total_b += float(b.sum(dtype=torch.float64))
         two, (top_b, index_b) = a.topk(min(2, a.shape[1]), dim=1).values, b.max(1)
         index = a.argmax(1)  # the first of equal logits, as for b; topk may return any
