@@ -29,7 +29,7 @@ from nanotron_folders import (
 from safetensors.torch import load_file
 
 from smolconv.checkpoint import MOMENTS
-from smolconv.errors import NameMismatch, UsageError
+from smolconv.errors import NameMismatch, UnsupportedModel, UsageError
 from smolconv.layouts.nanotron.reader import read_nanotron
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 from smolconv.layouts.nanotron.topology import pipeline_ranks, zero1_slices
@@ -289,6 +289,17 @@ def test_the_schedule_in_config_yaml_gives_the_learning_rate_that_nanotron_store
     for stored in states(step_folder(run), "lr_scheduler").values():
         peak, last = scheduled_lr(config, stored["last_epoch"], "here")
         assert (set(stored["base_lrs"]), set(stored["_last_lr"])) == ({peak}, {last})
+
+
+@pytest.mark.parametrize("number", ["1e-6", "1.0e6"])
+def test_a_number_that_yaml_reads_as_text_is_refused_with_how_to_write_it(number, tmp_path):
+    run = Path(shutil.copytree(SMOLLM2 / "tp1-pp1-dp1-zero0", tmp_path / "run"))
+    (step_folder(run) / "model_config.json").unlink()
+    path = step_folder(run) / "config.yaml"
+    path.write_text(re.sub(r"rms_norm_eps: \S+", f"rms_norm_eps: {number}", path.read_text()))
+    assert yaml.safe_load(path.read_text())["model"]["model_config"]["rms_norm_eps"] == number  # not a float
+    with pytest.raises(UnsupportedModel, match=rf"rms_norm_eps is '{number}'.*\n.* write 1\.0e-5, 1\.0e\+6"):
+        read_nanotron(run)
 
 
 @pytest.mark.parametrize("style", [{}, {"lr_decay_style": None}], ids=["missing", "null"])

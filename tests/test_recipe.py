@@ -610,6 +610,14 @@ def test_a_config_that_no_recipe_trains_the_same_is_refused(tmp_path, section, c
     assert said in str(error.value)
 
 
+def test_more_layers_than_any_model_has_are_refused_before_they_are_counted(tmp_path):
+    config = config_of("smollm2-continued")
+    config["optimizer"]["weight_decay_exclude_named_params"] = [".*token_embedding.*"]
+    config["model"]["model_config"]["num_hidden_layers"] = 20_000
+    with pytest.raises(UsageError, match="num_hidden_layers is 20000; expected a whole number from 1 to 10000"):
+        translated(tmp_path, config)
+
+
 @pytest.mark.parametrize("text", ["", "just words", "- a", "data_stages: 3", "{", BOMB, LADDER, "a: [" * 3000])
 def test_what_is_no_config_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)

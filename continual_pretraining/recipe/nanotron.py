@@ -21,6 +21,7 @@ from smolconv.errors import BadCheckpoint, SmolconvError, UsageError, first_line
 from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
+from smolconv.layouts.documents import check_config
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
@@ -371,10 +372,11 @@ class _Translator:
         """Regexes over canonical names that match the same parameters as ``patterns`` over nanotron's names."""
         if not patterns:
             return []
-        config = self.config.get("model", {}).get("model_config", {})
+        config, where = self.config.get("model", {}).get("model_config", {}), f"{self.path}: model.model_config"
         try:
-            spec = spec_from_nanotron(config, f"{self.path}: model.model_config")
-            interleaved = nanotron_interleaved(config, f"{self.path}: model.model_config")
+            check_config(config, where)
+            spec = spec_from_nanotron(config, where)
+            interleaved = nanotron_interleaved(config, where)
             table = nanotron_table(spec, interleaved=interleaved)
             compiled = [re.compile(pattern) for pattern in patterns]
         except BadCheckpoint as error:

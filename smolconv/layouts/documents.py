@@ -100,7 +100,9 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     """Raise ``UnsupportedModel`` when a field of a Hugging Face or nanotron config has a value of another kind."""
     for name, (expected, holds) in _FIELDS.items():
         if name in config and (config[name] is not None or name in _NEEDED) and not holds(config[name]):
-            raise UnsupportedModel(f"{where}: {name} is {_shown(config[name])}; expected {expected}.")
+            text = isinstance(config[name], str) and re.fullmatch(r"(?i)[+-]?[0-9.]+e[+-]?[0-9]+", config[name])
+            hint = "\nYAML reads 1e-5 and 1.0e6 as text: write 1.0e-5, 1.0e+6." if text else ""
+            raise UnsupportedModel(f"{where}: {name} is {_shown(config[name])}; expected {expected}.{hint}")
 
 
 def check_progress(progress: TrainingProgress, where: object) -> TrainingProgress:
