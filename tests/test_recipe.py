@@ -559,6 +559,31 @@ def test_folders_of_the_same_name_are_told_apart(tmp_path):
     assert any("data/c/standard has weight 0" in note for note in made.notes)
 
 
+def test_folders_with_their_weights_in_one_mapping_are_a_blend(tmp_path):
+    """The third form of nanotron's docs/nanoset.md, which its config reads until #228 of 5 September 2024."""
+    config = config_of("smollm2-continued")
+    folders: dict[str, Any] = {"data/v1.5/x": 0.8, "data/y": 0.2}
+    config["data_stages"][0]["data"]["dataset"] = {"dataset_folder": folders}
+    made = translated(tmp_path, config)
+    assert [(source.path, source.weight) for source in made.recipe.data.stages[0].sources] == [
+        ("data/v1.5/x", 0.8), ("data/y", 0.2),
+    ]  # fmt: skip
+    assert not made.unknown and not any("no weights" in note or "no token files" in note for note in made.notes)
+    folders["data/y"] = "0.2"
+    with pytest.raises(UsageError, match=r"dataset_folder\.data/y is '0\.2'; expected the folder's weight"):
+        translated(tmp_path, config)
+
+
+def test_folders_without_weights_get_equal_shares_and_it_is_said(tmp_path):
+    config = config_of("smollm2-continued")
+    config["data_stages"][0]["data"]["dataset"] = {"dataset_folder": ["data/x", "data/y"]}
+    made = translated(tmp_path, config)
+    assert [source.weight for source in made.recipe.data.stages[0].sources] == [1.0, 1.0]
+    assert any("2 folders get equal shares" in note and "Nanoset" in note for note in made.notes)
+    config["data_stages"][0]["data"]["dataset"] = {"dataset_folder": "data/x"}
+    assert not any("equal shares" in note for note in translated(tmp_path, config).notes)
+
+
 def test_a_stage_without_token_files_gets_a_place_for_them_and_says_so(tmp_path):
     config = config_of("smollm2-continued")
     config["data_stages"][0]["data"]["dataset"] = {

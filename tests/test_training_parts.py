@@ -778,7 +778,7 @@ def test_a_field_of_a_state_that_cannot_be_is_named_with_what_was_expected(place
 
 
 def test_a_state_of_brackets_or_a_pipe_is_corrupt(tmp_path):
-    (tmp_path / "trainer.json").write_text("[" * 3000)
+    (tmp_path / "trainer.json").write_text("[" * 3000 + "]" * 3000)
     with pytest.raises(CorruptFile, match="nested more than 64 deep"):
         RunState.read(tmp_path)
     (tmp_path / "trainer.json").unlink()

@@ -21,7 +21,7 @@ from smolconv.errors import BadCheckpoint, SmolconvError, UsageError, first_line
 from smolconv.files import read_bytes
 from smolconv.hub.address import is_hub_uri
 from smolconv.hub.download import open_source
-from smolconv.layouts.documents import check_config
+from smolconv.layouts.documents import check_config, is_number
 from smolconv.layouts.layout import ReadOptions
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.nanotron import nanotron_interleaved, nanotron_table, spec_from_nanotron
@@ -258,14 +258,24 @@ class _Translator:
         shuffled = self.take(f"{at}.data.dataset.shuffle_files", "data.file_seed", False)
         return made, self.take(f"{at}.data.seed", "data.file_seed", 42) if shuffled else None
 
+    def _weights_by_folder(self, at: str, to: str) -> dict[str, Any]:
+        """Folders with weights as nanotron's Nanoset had them until September 2024: ``dataset_folder`` is a mapping."""
+        begin = f"{at}.dataset_folder."
+        fields = [field for field in self.left if field.startswith(begin)]
+        found = {field.removeprefix(begin): self.take(field, f"{to}.*.weight", needed=True) for field in fields}
+        if odd := next((folder for folder, weight in found.items() if not is_number(weight)), None):
+            raise UsageError(f"{self.path}: {begin}{odd} is {found[odd]!r:.60}; expected the folder's weight.")
+        return found
+
     def _sources(self, at: str, to: str, stage: str) -> list[dict[str, Any]]:
+        by_folder = self._weights_by_folder(at, to)
         # nanotron reads the local copy if one is named.
         folders = _listed(self.take(f"{at}.dataset_read_path", f"{to}.*.path"))
         if folders:
             # The name by which its checkpoints count tokens.
             recorded = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.recorded_as"))
         else:
-            folders = _listed(self.take(f"{at}.dataset_folder", f"{to}.*.path"))
+            folders = list(by_folder) or _listed(self.take(f"{at}.dataset_folder", f"{to}.*.path"))
             recorded = folders
         if not folders:
             placeholder = f"data/{re.sub(r'[^A-Za-z0-9._-]+', '-', stage)}"
@@ -277,7 +287,13 @@ class _Translator:
                 f"{placeholder}."
             )
             return [{"path": placeholder, "weight": 1.0}]
-        weights = self.take(f"{at}.dataset_weights", f"{to}.*.weight") or [1.0] * len(folders)
+        weights = list(by_folder.values()) or self.take(f"{at}.dataset_weights", f"{to}.*.weight")
+        if not weights and len(folders) > 1:
+            self.notes.append(
+                f"stage {stage!r} gives no weights: its {len(folders)} folders get equal shares, as in nanotron since "
+                "April 2025. Its reader Nanoset, before that, gives shares by their numbers of tokens."
+            )
+        weights = weights or [1.0] * len(folders)
         if len(weights) != len(folders):
             raise UsageError(f"{self.path}: {at} has {len(folders)} folders and {len(weights)} weights.")
         if len(recorded) != len(folders):
