@@ -462,7 +462,7 @@ def test_sources_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="twice"):
         open_data(recipe_data(twice))
     (tmp_path / "link").symlink_to(plain)
-    twice[0]["sources"][1] = {"path": str(tmp_path / "link")}
+    twice = [{"name": "s", "sources": [{"path": str(plain)}, {"path": str(tmp_path / "link")}]}]
     with pytest.raises(UsageError, match="twice, also as"):
         open_data(recipe_data(twice))
     later = {**one_stage(copied)[0], "name": "later", "start_step": 2}
