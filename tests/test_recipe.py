@@ -218,6 +218,7 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("weight: 0.75}", "weight: 1e308}\n    - {path: c, weight: 1e308}", "small.yaml:9: sources: the weights are so large or so different"),
         # pydantic reads true as 1
         ("1_000", "true", "small.yaml:13: schedule.train_steps is True; expected a number."),
         ("weight: 0.75", "weight: true", "small.yaml:11: data.stages.0.sources.1.weight is True; expected a number."),
