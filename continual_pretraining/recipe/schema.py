@@ -267,8 +267,8 @@ class Slurm(Section):
         seconds = _walltime(self.time)
         if seconds is not None and seconds <= self.signal_seconds:
             raise ValueError(
-                f"time {self.time} of a Slurm job is not longer than signal_seconds {self.signal_seconds}: the job would "
-                "be told to save and stop when it starts"
+                f"time {self.time} of a Slurm job is not longer than signal_seconds {self.signal_seconds}: the job "
+                "would be told to save and stop when it starts"
             )
         return self
 
