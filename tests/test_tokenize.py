@@ -491,6 +491,16 @@ def test_a_truncated_zst_is_refused_and_one_of_several_frames_is_read(tokenizer:
 
 
 @needs_datatrove
+def test_a_separator_that_no_file_has_is_told(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_bytes(b"one\n\ntwo")
+    for separator, told in ((r"\n\n", True), ("\n\n", False)):  # the first as a shell passes '\n\n'
+        result = tokenized(source, tmp_path / f"out{told}", tokenizer, separator=separator)
+        assert result.documents == 2 - told
+        assert any("--separator" in warning for warning in result.warnings) == told
+
+
+@needs_datatrove
 def test_lines_that_other_tools_write_are_read(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     rows = [json.dumps({"text": text, "media": "none", "metadata": 7, "id": None}) for text in TEXTS]

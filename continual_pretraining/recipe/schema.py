@@ -39,6 +39,7 @@ HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 LocalPath = Annotated[str, AfterValidator(_local)]
 Beta = Annotated[float, Field(ge=0, lt=1), NO_SWITCH]
+Threads = Annotated[int, Field(gt=0, le=1024), NO_SWITCH]
 Silence = Annotated[int, Field(ge=10), NO_SWITCH]
 
 
@@ -110,6 +111,8 @@ class Stage(Section):
     @model_validator(mode="after")
     def _told_apart(self) -> Stage:
         _check_names(self.names)
+        if not all(weight > 0 for weight in self.weights):
+            raise ValueError("sources: the weights are so large or so different that one share is 0")
         return self
 
 
@@ -165,7 +168,7 @@ class Parallelism(Section):
     global_batch_sequences: Positive | None = None  #: give this or global_batch_tokens
     global_batch_tokens: Positive | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  #: of gradients between ranks; bfloat16 rounds their sums
-    threads: Positive | None = None  #: of a rank on CPU; None: the machine's cores divided by its ranks
+    threads: Threads | None = None  #: of a rank on CPU; None: the machine's cores divided by its ranks
 
 
 class Loss(Section):
@@ -258,6 +261,26 @@ class Slurm(Section):
     requeue: bool = True
     setup: tuple[str, ...] = ()  #: shell lines before the run, such as loading modules or activating an environment
     options: tuple[str, ...] = ()  #: further #SBATCH options, such as "--exclusive"
+
+    @model_validator(mode="after")
+    def _signalled_after_its_start(self) -> Slurm:
+        seconds = _walltime(self.time)
+        if seconds is not None and seconds <= self.signal_seconds:
+            raise ValueError(
+                f"time {self.time} of a Slurm job is not longer than signal_seconds {self.signal_seconds}: the job "
+                "would be told to save and stop when it starts"
+            )
+        return self
+
+
+def _walltime(text: str) -> int | None:
+    """Seconds of Slurm's [days-]hours:minutes:seconds, minutes[:seconds] or days-hours[:minutes]; None for others."""
+    days, dash, rest = text.rpartition("-")
+    fields = rest.split(":")
+    if len(fields) > 3 or not all(field.isdecimal() for field in (*fields, days or "0")):
+        return None
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(int(field) * unit for field, unit in zip(fields, units))
 
 
 class Launch(Section):

@@ -23,8 +23,8 @@ _SUFFIX = re.compile(r"\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
 #: The suffix shown in messages: the last one, with the one before it if the last is a compression's.
 _SHOWN_SUFFIX = re.compile(r"(?:\.\w{1,12})?\.(?:gz|zst|bz2|xz|zip)$|\.\w{1,12}$")
 _EXPECTED = "Expected .jsonl, .parquet, .txt (.jsonl and .txt also as .gz and .zst), or a folder of them."
-#: In datatrove's log, of a task that skipped documents.
-NO_TEXT = "document without text"
+#: In datatrove's log: a task skipped documents, or found no separator in its files.
+NO_TEXT, NO_SEPARATOR = "document without text", "separator not found"
 _PARQUET_ROWS = 1000
 #: Read at once; zstd makes at most 32,000 times as many bytes of them.
 _COMPRESSED_BYTES = 1 << 14
@@ -133,9 +133,10 @@ class Texts:
         from datatrove.utils.logging import logger
 
         yield from data or ()
-        empty = 0
+        empty, found = 0, list[bool]()
         for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
             try:
+                number = 0
                 for number, text in self._read(path):
                     if text:
                         yield Document(text=text, id=f"{path}/{number}")
@@ -143,8 +144,11 @@ class Texts:
                         empty += 1
             except UnicodeDecodeError as error:
                 raise CorruptFile(f"{path} is not UTF-8: {error}. Convert it, or leave it out.") from None
+            found.append(number > 0)
         if empty and self.kind != "txt":
             logger.warning(NO_TEXT)
+        if self.kind == "txt" and self.separator is not None and found and not any(found):
+            logger.warning(NO_SEPARATOR)
 
     def _read(self, path: str) -> Iterator[tuple[int, str | None]]:
         if self.kind == "parquet":

@@ -29,6 +29,7 @@ from smolconv.continual_pretraining.tokens.eos import choose_eos
 from smolconv.continual_pretraining.tokens.files import TokenFolder
 from smolconv.continual_pretraining.tokens.inputs import (
     KINDS,
+    NO_SEPARATOR,
     NO_TEXT,
     HeldOut,
     HoldOut,
@@ -464,9 +465,17 @@ def _publish_held_out(plan: TokenizePlan, target: Path, folder: OutputFolder, *,
 
 def _warnings(plan: TokenizePlan) -> tuple[str, ...]:
     """Warnings of the tasks, which are in their logs."""
-    logs = sorted((plan.logs / "tokenize" / "logs").glob("task_*.log"))
-    empty = sum(NO_TEXT in path.read_text(encoding="utf-8", errors="replace") for path in logs)
-    return (f"documents with empty text were skipped (found by {counted(empty, 'task')})",) if empty else ()
+    paths = sorted((plan.logs / "tokenize" / "logs").glob("task_*.log"))
+    logs = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    found = list[str]()
+    if empty := sum(NO_TEXT in log for log in logs):
+        found.append(f"documents with empty text were skipped (found by {counted(empty, 'task')})")
+    if whole := sum(NO_SEPARATOR in log for log in logs):
+        found.append(
+            f"--separator {plan.options.separator!r:.60} occurs in no .txt file of {counted(whole, 'task')}: each file "
+            "is one document. A shell passes line breaks as $'\\n\\n', and files may end their lines in '\\r\\n'."
+        )
+    return tuple(found)
 
 
 @contextmanager
