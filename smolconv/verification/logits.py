@@ -274,7 +274,7 @@ def _judged(
 
 def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
     """Calibrated on SmolLM2-135M, logits spread by 6.4: correct fp32 forward passes differ by less than 1e-3."""
-    # Near the largest float, attention or logits may overflow: what is not finite measures nothing, and excuses nothing.
+    # Near the largest float, attention or logits may overflow. What is not finite measures and excuses nothing.
     noise = {name: value if math.isfinite(value) else 0.0 for name, value in noise.items()}
     spread = spread if math.isfinite(spread) else 0.0
     documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
