@@ -700,6 +700,18 @@ def test_another_step_of_equal_weights_is_told(trained, tmp_path):
     assert report.warnings == ("A is of step 3, B of step 4, which verify does not judge.",)
 
 
+def test_padding_that_smolconv_added_is_told_where_vocabularies_differ(tmp_path):
+    source = saved(llama(vocab_size=63), tmp_path / "hf")
+    convert(source, tmp_path / "run", "nanotron", tp=2)
+    report = verify(tmp_path / "run", source, logits=False)
+    assert not report.passed and report.reason == "specs differ: vocab_size: 64 in A, 63 in B"
+    (warning,) = report.warnings
+    assert warning.startswith("A: the rows of its vocabulary from 63 on are padding that smolconv added")
+    convert(tmp_path / "run", tmp_path / "back", "hf")
+    again = verify(tmp_path / "back", source, logits=False)
+    assert again.passed and again.warnings == ()
+
+
 def test_which_of_two_checkpoints_in_a_folder_was_compared_is_told(cli, tmp_path):
     both = shutil.copytree(NATIVE, tmp_path / "both")
     shutil.copytree(HF, both, dirs_exist_ok=True)
