@@ -34,7 +34,7 @@ from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
 from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
-from smolconv.verification.logits import _limits
+from smolconv.verification.logits import _largest, _limits
 from smolconv.verification.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -522,6 +522,14 @@ def test_nan_is_a_difference(tmp_path):
     assert tiers(report) == {"spec": True, "tensors": False, "logits": False}
     assert report.first_divergence == "model.layers.4.mlp"
     assert "NaN" not in json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("row", [3, 700])
+def test_nan_at_any_position_is_the_largest_difference(row):
+    a, b = torch.zeros(1, 1024, 4), torch.ones(1, 1024, 4)
+    b[0, row] = torch.nan
+    assert np.isnan(_largest(a, b))
+    assert _largest(a, torch.ones_like(a)) == 1
 
 
 def test_the_same_nan_on_both_sides_is_no_difference_of_tensors():

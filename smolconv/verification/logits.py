@@ -308,7 +308,10 @@ def _share(same: torch.Tensor, among: torch.Tensor | None) -> float:
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    import torch
+
     if a.shape != b.shape:
         return float("inf")
     # Row by row of the batch, so that the difference of two MLP activations is never held completely.
-    return max(float((x - y).abs().max()) for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512)))
+    parts = [(x - y).abs().max() for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512))]
+    return float(torch.stack(parts).max())  # NaN wherever it is, which Python's max would lose
