@@ -96,15 +96,23 @@ def line(text: str) -> None:
         discard_output()
 
 
-def discard_output() -> None:
-    """Drop further output after the reader of stdout has closed it; the exit code stays meaningful."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_output(descriptor: int = 1) -> None:
+    """Drop further output after the reader of stdout (or 2: stderr) has closed it; the exit code stays meaningful."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def say(text: str) -> None:
     """Print a line on stderr; silent with --quiet."""
     if not settings.quiet:
-        print(printable(text), file=sys.stderr, flush=True)
+        tell(printable(text))
+
+
+def tell(text: str) -> None:
+    """Print on stderr, also with --quiet. A log that cannot be written is no failure of the command."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard_output(2)
 
 
 def warn(warnings: tuple[str, ...] | list[str]) -> None:

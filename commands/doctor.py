@@ -51,7 +51,11 @@ def doctor(
     else:
         _show(found)
     if command is not None and not found.commands[command].ready:
-        raise NotInstalled(f"{command} cannot run here: {_lacking(found.commands[command])}.")
+        error = NotInstalled(f"{command} cannot run here: {_lacking(found.commands[command])}.")
+        if not as_json:
+            raise error
+        console.say(f"{type(error).__name__}: {error}")
+        raise typer.Exit(error.exit_code)  # the JSON document is already printed
 
 
 def _lacking(state: CommandState) -> str:

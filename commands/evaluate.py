@@ -78,12 +78,12 @@ def evaluate(
     """Measure checkpoints on tasks and on held-out tokens, and compare each with the first."""
     from smolconv import api
     from smolconv.continual_pretraining.evaluation.tasks import names_of
-    from smolconv.errors import UsageError
+    from smolconv.files import require_place
     from smolconv.layouts.layout import ReadOptions
     from smolconv.storage.atomic import appearing_whole
 
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: the folder {output.absolute().parent} does not exist.\nCreate it first.")
+    if output is not None:
+        require_place("--output", output)
     found = api.evaluate(
         checkpoints, tasks=names_of(tasks or []), include=include, held_out=held_out or [], engine=engine,
         engine_python=engine_python, limit=limit, seed=seed, length=length, eos=eos, dtype=dtype, device=device,
@@ -93,7 +93,7 @@ def evaluate(
     document = found.to_json()
     if output is not None:
         with appearing_whole(output) as part:
-            part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if as_json:
         console.print_json(document)
     else:

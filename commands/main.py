@@ -132,7 +132,10 @@ def _advice(error: OSError) -> str:
 
 def _usage(error: Any) -> NoReturn:
     """Print a usage error in Typer's box."""
-    rich_utils.rich_format_error(error)
+    try:
+        rich_utils.rich_format_error(error)
+    except (OSError, SystemExit):  # nobody reads stderr
+        console.discard_output(2)
     _tell_scripts("UsageError", error.exit_code, error.format_message())
     sys.exit(error.exit_code)
 
@@ -141,9 +144,9 @@ def _stop(error: BaseException, code: int, text: str) -> NoReturn:
     if console.settings.debug:
         import traceback
 
-        traceback.print_exception(error)
+        console.tell("".join(traceback.format_exception(error)).rstrip("\n"))
     text = "\n".join(map(_short, console.printable(text).split("\n")))
-    print(text, file=sys.stderr)
+    console.tell(text)
     name, _, message = text.partition(": ")
     _tell_scripts(name, code, message)
     sys.exit(code)

@@ -82,9 +82,10 @@ def verify(
     """Verify that two checkpoints are the same model: spec, tensors bit for bit, fp32 logits. Exit 1 if not."""
     from smolconv import api
     from smolconv.errors import UsageError
+    from smolconv.files import require_place
 
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"--report {html}: the folder {html.absolute().parent} does not exist.")
+    if html is not None:
+        require_place("--report", html)
     if card is not None:
         if proof is not None or html is not None:
             raise UsageError("--check-proof writes nothing: leave out --proof and --report.")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from smolconv.checkpoint import Checkpoint, OptimizerState, Topology, TrainingProgress
 from smolconv.errors import BadCheckpoint, NotInstalled, UsageError, pip_install
+from smolconv.files import require_place
 from smolconv.models.spec import ModelSpec
 from smolconv.progress import Bar, no_bar
 from smolconv.tensors.dtypes import DTYPE_WORDS
@@ -440,8 +441,8 @@ def verify(
         )
     if unknown := gates.keys() - _GATES:
         raise UsageError(f"there is no gate {min(unknown)!r} to set; there are {', '.join(_GATES)}.")
-    if proof is not None and not Path(proof).absolute().parent.is_dir():
-        raise UsageError(f"--proof {proof}: the folder {Path(proof).absolute().parent} does not exist.")
+    if proof is not None:
+        require_place("--proof", Path(proof))
     options = VerifyOptions(
         logits=logits, optimizer=optimizer, text=None if text is None else Path(text),
         tokens=None if tokens is None else Path(tokens), length=length, documents=documents,

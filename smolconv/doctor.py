@@ -206,8 +206,10 @@ def _ask_torch() -> Mapping[str, Any] | None:
     ended = _python(_TORCH)
     if ended is None or ended.returncode:
         return None
-    answer: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
-    return answer
+    with contextlib.suppress(ValueError, IndexError):  # something else was printed last, when Python ended
+        answer: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        return answer
+    return None
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolconv.errors import CorruptFile, LfsPointer, MachineError, MissingFile, SmolconvError, SourceChanged
+from smolconv.errors import (
+    CorruptFile,
+    LfsPointer,
+    MachineError,
+    MissingFile,
+    SmolconvError,
+    SourceChanged,
+    UsageError,
+)
 
 #: Size limit of documents about tensors: configs, sidecars, recipes. Indexes may be larger.
 MOST_DOCUMENT_BYTES = 1 << 24
@@ -209,6 +217,18 @@ def file_size(path: Path, most_bytes: int | None = None) -> int:
     if most_bytes is not None and found.st_size > most_bytes:
         raise _too_large(path, found.st_size, most_bytes)
     return found.st_size
+
+
+def require_place(option: str, path: Path) -> None:
+    """Raise ``UsageError`` unless a file can appear there, in a folder that exists, in place of at most another file.
+
+    A rename would replace a device by a file.
+    """
+    folder = os.path.realpath(path.absolute().parent)
+    if not os.path.isdir(folder):
+        raise UsageError(f"{option} {path}: the folder {folder} does not exist.\nCreate it first.")
+    if folder == "/dev" or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UsageError(f"{option} {path} is no regular file.\nExpected the name of a new file, or of one to replace.")
 
 
 def is_file_name(text: str) -> bool:

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from conftest import FIXTURES, convert, run_cli
 
-from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, SmolconvError
-from smolconv.files import MOST_NAME_BYTES, is_file_name, is_there, open_file, read_bytes
+from smolconv.errors import BadCheckpoint, CorruptFile, MachineError, MissingFile, SmolconvError, UsageError
+from smolconv.files import MOST_NAME_BYTES, is_file_name, is_there, open_file, read_bytes, require_place
 from smolconv.layouts.registry import read_checkpoint
 from smolconv.parsing import parse_json, parse_yaml_mapping, require_small_yaml
 
@@ -355,6 +355,22 @@ def test_a_file_that_may_not_be_read_is_the_machines_fault(tmp_path: Path) -> No
 )  # fmt: skip
 def test_names_of_files_lead_nowhere_else(name: str, fine: bool) -> None:
     assert is_file_name(name) is fine
+
+
+@pytest.mark.parametrize(
+    "place", ["pipe", "folder", "link to a device", "/dev/null", "/dev/stdout", "/dev/../dev/null", "no/x"]
+)
+def test_an_output_replaces_at_most_a_file(place: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link to a device").symlink_to("/dev/null")
+    with pytest.raises(UsageError, match=r"--proof .* (is no regular file|does not exist)"):
+        require_place("--proof", tmp_path / place)
+    for fine in ("new", "old", "link"):
+        (tmp_path / "old").touch()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("old")
+        require_place("--proof", tmp_path / fine)
 
 
 def test_a_pointer_of_100000_letters_is_told_in_few(tmp_path: Path) -> None:

@@ -115,13 +115,20 @@ def test_inspect_json_holds_what_scripts_rely_on() -> None:
         (">&- 2>&-", ["inspect", TINY / "missing", "--json"], 3),
         (">/dev/full", ["inspect", TINY, "--json"], 4),
         (">/dev/full", ["inspect", TINY / "missing", "--json"], 3),
+        ("2>/dev/full", ["convert", TINY, "--to", "hf"], 0),
+        ("2>&1 | true", ["inspect", TINY / "missing"], 3),
+        ("2>&1 | true", ["inspect", TINY, "--unknown"], 2),
         ("| true", ["inspect", TINY], 0),
         ("| true", ["convert", "--help"], 0),
         ("| true", ["diff", TINY, TINY.parents[1] / "smollm3-tiny/expected_hf"], 1),
     ],
-    ids=["closed", "closed json", "both closed", "full json", "full error", "pipe", "help in a pipe", "differs"],
-)
-def test_an_output_that_nobody_reads_does_not_change_the_exit_code(ending: str, words: list[object], code: int) -> None:
+    ids=["closed", "closed json", "both closed", "full json", "full error", "full log", "error in a pipe",
+         "usage in a pipe", "pipe", "help in a pipe", "differs"],
+)  # fmt: skip
+def test_an_output_that_nobody_reads_does_not_change_the_exit_code(
+    ending: str, words: list[object], code: int, tmp_path: Path
+) -> None:
+    words = [*words[:2], tmp_path / "out", *words[2:]] if words[0] == "convert" and "--to" in words else words
     line = f"{shlex.join(command(*words))} {ending}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == code, done.stderr

@@ -195,13 +195,14 @@ def test_for_a_command_that_cannot_run_the_exit_code_is_5(tmp_path):
     for heavy in ("torch", "transformers", "accelerate", "deepspeed", "datasets", "datatrove"):
         shadowed(tmp_path, heavy, "")  # seconds of imports that the exit code does not ask for
     done = run_cli(
-        "doctor", "--for", "tokenize", env=shadowed(tmp_path, "orjson", "raise ImportError('no such symbol')")
+        "doctor", "--for", "tokenize", "--json", env=shadowed(tmp_path, "orjson", "raise ImportError('no such symbol')")
     )
     assert done.code == 5
     assert (
         done.stderr.splitlines()[-1] == "NotInstalled: tokenize cannot run here: orjson: ImportError: no such symbol."
     )
-    assert "orjson" in done.stdout
+    commands = json.loads(done.stdout)["commands"]  # one document
+    assert not commands["tokenize"]["ready"] and commands["convert"]["ready"]
 
 
 def test_a_command_that_is_not_there_is_a_usage_error():

@@ -34,7 +34,7 @@ from smolconv.models.spec import ModelSpec
 from smolconv.models.weights import Rule
 from smolconv.tensors.lazy import LazyTensor, join, row_slice
 from smolconv.verification.compare import AsStored, VerifyOptions, VerifyReport, verify_checkpoints, verify_conversion
-from smolconv.verification.logits import _limits
+from smolconv.verification.logits import _largest, _limits
 from smolconv.verification.tensors import compare_tensors, forward_order, module_of
 
 NANOTRON = FIXTURES / "nanotron"
@@ -524,6 +524,14 @@ def test_nan_is_a_difference(tmp_path):
     assert "NaN" not in json.dumps(report.to_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("row", [3, 700])
+def test_nan_at_any_position_is_the_largest_difference(row):
+    a, b = torch.zeros(1, 1024, 4), torch.ones(1, 1024, 4)
+    b[0, row] = torch.nan
+    assert np.isnan(_largest(a, b))
+    assert _largest(a, torch.ones_like(a)) == 1
+
+
 def test_the_same_nan_on_both_sides_is_no_difference_of_tensors():
     weights = {"model.norm.weight": literal(torch.tensor([1.0, torch.nan]))}
     assert compare_tensors(weights, weights).passed
@@ -698,6 +706,18 @@ def test_another_step_of_equal_weights_is_told(trained, tmp_path):
     report = verify(NATIVE, path.parents[1], logits=False, optimizer=True)
     assert report.passed
     assert report.warnings == ("A is of step 3, B of step 4, which verify does not judge.",)
+
+
+def test_padding_that_smolconv_added_is_told_where_vocabularies_differ(tmp_path):
+    source = saved(llama(vocab_size=63), tmp_path / "hf")
+    convert(source, tmp_path / "run", "nanotron", tp=2)
+    report = verify(tmp_path / "run", source, logits=False)
+    assert not report.passed and report.reason == "specs differ: vocab_size: 64 in A, 63 in B"
+    (warning,) = report.warnings
+    assert warning.startswith("A: the rows of its vocabulary from 63 on are padding that smolconv added")
+    convert(tmp_path / "run", tmp_path / "back", "hf")
+    again = verify(tmp_path / "back", source, logits=False)
+    assert again.passed and again.warnings == ()
 
 
 def test_which_of_two_checkpoints_in_a_folder_was_compared_is_told(cli, tmp_path):

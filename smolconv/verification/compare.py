@@ -245,6 +245,13 @@ def verify_checkpoints(
 
 def _warnings(a: Checkpoint, b: Checkpoint) -> list[str]:
     said = [f"{label}: {warning}" for label, side in (("A", a), ("B", b)) for warning in side.warnings]
+    for label, side, other in (("A", a, b), ("B", b, a)):
+        rows = side.unpadded_vocab_size
+        if rows is not None and rows == other.spec.vocab_size < side.spec.vocab_size:
+            said.append(
+                f"{label}: the rows of its vocabulary from {rows} on are padding that smolconv added. Only `convert` "
+                "removes them: compare with its output."
+            )
     return said + differences_beside_weights(a, b)
 
 

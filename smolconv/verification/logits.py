@@ -274,7 +274,7 @@ def _judged(
 
 def _limits(noise: Mapping[str, float], spread: float, compute: str) -> dict[str, float]:
     """Calibrated on SmolLM2-135M, logits spread by 6.4: correct fp32 forward passes differ by less than 1e-3."""
-    # Near the largest float, attention or logits may overflow: what is not finite measures and excuses nothing.
+    # Near the largest float, attention or logits may overflow. What is not finite measures and excuses nothing.
     noise = {name: value if math.isfinite(value) else 0.0 for name, value in noise.items()}
     spread = spread if math.isfinite(spread) else 0.0
     documents = max(1e-3 * spread / 6.4, 8 * noise["max_abs"])
@@ -308,7 +308,10 @@ def _share(same: torch.Tensor, among: torch.Tensor | None) -> float:
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    import torch
+
     if a.shape != b.shape:
         return float("inf")
     # Row by row of the batch, so that the difference of two MLP activations is never held completely.
-    return max(float((x - y).abs().max()) for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512)))
+    parts = [(x - y).abs().max() for x, y in zip(a.flatten(0, -2).split(512), b.flatten(0, -2).split(512))]
+    return float(torch.stack(parts).max())  # NaN wherever it is, which Python's max would lose
