@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -226,6 +227,11 @@ def test_what_is_no_checkpoint_raises_what_the_command_ends_with(tmp_path: Path)
 # --- what commands do -------------------------------------------------------------------------------------------------
 
 
+def open_files() -> list[str]:
+    links = [entry.path for entry in os.scandir("/proc/self/fd")]  # one is of this listing
+    return [os.readlink(link) for link in links if os.path.islink(link)]
+
+
 def test_convert_verify_inspect_and_diff(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     bar = smolconv.on_progress(lambda title, done, total: told.append((title, done, total)))
@@ -242,6 +248,7 @@ def test_convert_verify_inspect_and_diff(tmp_path: Path) -> None:
     assert smolconv.verify(NANOTRON, tmp_path / "out", logits=False).passed
     report = smolconv.verify(NANOTRON, tmp_path / "out", length=32)
     assert report.passed and report.logits is not None
+    assert not [path for path in open_files() if path.startswith((str(NANOTRON), str(tmp_path / "out")))]
 
     file = tmp_path / "out" / "model.safetensors"
     damaged = bytearray(file.read_bytes())

@@ -11,7 +11,7 @@ import enum
 import json
 import os
 import random
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from deepspeed_folders import Case, case, edit, load, model_file, optimizer_file
 from smolconv.conversion import ConvertOptions, plan_conversion
 from smolconv.errors import CorruptFile, UnsafePickle
 from smolconv.layouts.deepspeed.checkpoint_engine import CheckpointEngine
-from smolconv.layouts.deepspeed.documents import MODEL_KEYS, STAND_INS
+from smolconv.layouts.deepspeed.documents import MODEL_KEYS, PLAIN_KEYS, STAND_INS
+from smolconv.layouts.deepspeed.reader import read_deepspeed
+from smolconv.layouts.layout import ReadOptions
 from smolconv.storage.torch_archive import unpickle
 from smolconv.storage.torch_archive.archive import read_torch_archive
 from smolconv.storage.torch_archive.values import Opaque
@@ -50,17 +52,20 @@ class Listed(list[int]):
 #: What people keep there -> how the class is named.
 OBJECTS: dict[str, tuple[object, str]] = {
     "args": (argparse.Namespace(lr=0.1, device=torch.device("cpu"), out=Path("out")), "argparse.Namespace"),
-    "best_loss": (np.float64(0.25), "multiarray.scalar"),
+    "text_of_numpy": (np.str_("a"), "multiarray.scalar"),
+    "complex_of_numpy": (np.complex64(1), "multiarray.scalar"),
     "scores": (np.arange(6.0).reshape(2, 3), "multiarray._reconstruct"),
     "numpy_random": (np.random.RandomState(0).get_state(), "multiarray._reconstruct"),
     "device": (torch.device("cpu"), "torch.device"),
     "path": (Path("a"), "pathlib.PosixPath"),
     "mode": (Mode.TRAIN, "test_client_state.Mode"),
     "when": (datetime.datetime(2026, 1, 2), "datetime.datetime"),
+    "counted": (Counter([2, 2]), "a key is not text"),
     "counts": (defaultdict(int, a=1), "collections.defaultdict"),
     "filled": (Filled(a=1), "test_client_state.Filled"),
     "listed": (Listed([1, 2]), "test_client_state.Listed"),
-    "bytes": (b"raw", "_codecs.encode"),
+    "bytes": (b"raw", "a bytes"),
+    "more_bytes": (b"raw bytes", "_codecs.encode"),
     "frozen": (frozenset({1}), "frozenset"),
     "complex": (torch.ones(2, dtype=torch.complex64), "ComplexFloatStorage"),
     "sparse": (torch.ones(2).to_sparse(), "_rebuild_sparse_tensor"),
@@ -132,10 +137,49 @@ def test_inspect_names_them_and_ends_with_0(cli: Callable[..., Finished], canary
     assert "args (argparse.Namespace), evil (builtins.exec)" in problem
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numpys_numbers_are_numbers(protocol, tmp_path):
+    numbers = [np.float64(0.25), np.float32(0.1), np.float16(1.5), np.int64(-3), np.uint8(200), np.bool_(True)]
+    numbers += [np.dtype(">f8").type(2.5), np.array([7], dtype=">i4")[0]]
+    torch.save({"module": {}, "mine": numbers}, tmp_path / "a.pt", pickle_protocol=protocol)
+    found = read_torch_archive(tmp_path / "a.pt", allow=STAND_INS)
+    expected = [0.25, 0.10000000149011612, 1.5, -3, 200, True, 2.5, 7]  # fp32's 0.1, exactly
+    assert found == {"module": {}, "mine": expected}
+    assert [type(value) for value in found["mine"]] == [type(value) for value in expected]
+
+
+def test_a_rate_that_numpy_computed_is_a_rate(tmp_path):
+    """numpy's cosine in a LambdaLR leaves a numpy.float64 in the groups of every rank's file."""
+    plain = case("zero1-bf16-ws3-uneven")
+    source = with_client_state(tmp_path, {"best_loss": np.float32(0.5)})
+
+    def computed(document: dict[str, Any]) -> None:
+        for group in document["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group.update(lr=np.float64(group["lr"]), eps=np.float64(group["eps"]))
+
+    for path in source.tag.glob("*_optim_states.pt"):
+        edit(path, computed)
+    found, expected = (read_deepspeed(each.checkpoint, ReadOptions(config=each.config)) for each in (source, plain))
+    assert found.optimizer and expected.optimizer and found.optimizer.groups == expected.optimizer.groups
+    assert found.source.engine and found.source.engine.client_state == {"best_loss": 0.5}
+
+
+def test_the_counter_of_a_schedule_and_the_random_state_of_deepspeeds_data_sampler_are_left_out(tmp_path):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]).state_dict()
+    assert isinstance(schedule["milestones"], Counter)
+    sampler = {"consumed_samples": 8, "np_rng_state": np.random.RandomState(0).get_state()}  # as its state_dict() is
+    source = with_client_state(tmp_path, {"lr_scheduler": schedule, "data_sampler": sampler})
+    done = convert(source.checkpoint, tmp_path / "out", "hf", config=source.config)
+    left_out = done.to_json()["left_out"]
+    assert "the learning-rate scheduler's state (a key is not text)" in left_out
+    assert "data_sampler (the state of DeepSpeed's data sampling)" in left_out
+
+
 # --- and everywhere else they are refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", sorted(MODEL_KEYS | {"smolconv"}))
+@pytest.mark.parametrize("key", sorted(PLAIN_KEYS))
 @pytest.mark.parametrize(
     "wrap", [lambda v: v, lambda v: {"a": [v]}, lambda v: OrderedDict(a=v)], ids=["it", "in", "as"]
 )
@@ -143,7 +187,7 @@ def test_a_key_of_deepspeeds_own_holds_no_object(key, wrap, canary, tmp_path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {}, "global_steps": 3, "args": Touch(canary), key: wrap(Touch(canary))}, path)
     with pytest.raises(UnsafePickle, match=r"exec, which is not on the list.*Nothing was executed"):
-        read_torch_archive(path, plain_keys=MODEL_KEYS | {"smolconv"})
+        read_torch_archive(path, plain_keys=PLAIN_KEYS)
 
 
 def hooked(canary: Path) -> torch.Tensor:

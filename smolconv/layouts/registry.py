@@ -142,6 +142,7 @@ def _read_layout(folder: Path, options: ReadOptions) -> Checkpoint:
     base = None if options.base is None else read_checkpoint(options.base, of_base)
     before = LAYOUTS[: LAYOUTS.index(layout)] if options.layout is None else ()
     other = next((known for known in before if known.listing.detect(folder)), None)
+    close_thread_files()  # a caller's that has been replaced since
     try:
         checkpoint = layout.read(folder, options, base)
     except BadCheckpoint as error:

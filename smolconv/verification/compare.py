@@ -19,6 +19,7 @@ from smolconv.layouts.registry import read_checkpoint
 from smolconv.models.spec import spec_differences
 from smolconv.parsing import finite_json
 from smolconv.progress import Bar, no_bar
+from smolconv.tensors.reading import close_thread_files
 from smolconv.verification.engines.start import ENGINES, engine_logits
 from smolconv.verification.inputs import choose_rows
 from smolconv.verification.logits import LogitsReport, compare_logits, require_torch
@@ -220,6 +221,7 @@ def verify_checkpoints(
         )
         sides = [side_of(checkpoint, where, options) for checkpoint, where in zip((a, b), stored)]
         with ExitStack() as stack:
+            stack.callback(close_thread_files)  # forward passes read tensors in this thread
             engines = {
                 label: stack.enter_context(engine_logits(options.engine, checkpoint, at.folder, at.options, rows))
                 for label, checkpoint, at in zip("ab", (a, b), stored)

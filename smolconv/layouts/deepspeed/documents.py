@@ -1,7 +1,7 @@
 """Parses and checks DeepSpeed's files, without layout arithmetic; reads no tensors except scalars.
 
 Model files and ``zero/<name>/*.pt`` are plain. Optimizer files name three of DeepSpeed's classes, which stand-ins
-replace; no other name in a pickle is accepted.
+replace, and schedules leave numpy's numbers there; no other name in a pickle is accepted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from smolconv.layouts.documents import (
 )
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.harmless import HARMLESS
 from smolconv.storage.torch_archive.records import shown
 from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
@@ -40,8 +41,9 @@ MODEL_KEYS = frozenset(
 )  # fmt: skip
 #: The key of ``client_state`` under which smolconv's writer stores data that DeepSpeed cannot hold.
 CLIENT_KEY = "smolconv"
-#: Keys without user objects; a user's objects, such as argparse's, may be below any other key of a model file.
-_PLAIN_KEYS = MODEL_KEYS | {CLIENT_KEY}
+#: Keys of a model file without objects. Below any other key they may be a user's (argparse's); DeepSpeed's own data
+#: sampler, which we do not read, stores numpy's random state.
+PLAIN_KEYS = MODEL_KEYS - {"data_sampler"} | {CLIENT_KEY}
 #: How an error ends if the weights can be read without the damaged part.
 WITHOUT = "pass --no-optimizer to convert the weights only"
 #: The version whose format we write; it was tested with this version.
@@ -60,15 +62,13 @@ class _StandIn:
         self.args = args
 
 
-STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = dict.fromkeys(
-    (
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-        ("deepspeed.utils.tensor_fragment", "fragment_address"),
-    ),
-    _StandIn,
-)
+STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
+    **HARMLESS,
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"): _StandIn,
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"): _StandIn,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _StandIn,
+    ("deepspeed.utils.tensor_fragment", "fragment_address"): _StandIn,
+}
 
 
 #: The state of a DynamicLossScaler by default: the defaults of DeepSpeed's ``fp16``.
@@ -160,6 +160,7 @@ class ModelDocument:
     tp: int  #: tensor-parallel ranks, each with its own files
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
+    data_state: tuple[str, ...]  #: DeepSpeed's own states of the data, by key
     round_robin: bool  #: its flat order assigns parameters to ranks in turn; the groups' own order differs
     client_state: Mapping[str, Any]  #: as given by the user; anything but plain data is an ``Opaque``
     ds_version: str | None
@@ -167,7 +168,7 @@ class ModelDocument:
 
 def read_model_document(path: Path) -> ModelDocument:
     """Parse a model file. Raises ``CorruptFile`` if it is not one."""
-    document = _mapping(path, ("module", "global_steps"), plain_keys=_PLAIN_KEYS)
+    document = _mapping(path, ("module", "global_steps"), plain_keys=PLAIN_KEYS)
     with corrupt_if_malformed(path):
         module = {str(name): stored(tensor, f"{path}: {name}") for name, tensor in (document["module"] or {}).items()
                   if isinstance(tensor, ArchiveTensor)}  # fmt: skip
@@ -197,6 +198,7 @@ def read_model_document(path: Path) -> ModelDocument:
             tp=document.get("mp_world_size") or 1,
             lr_scheduler=document.get("lr_scheduler"),
             zero_stage=stage if is_count(stage) else None,
+            data_state=tuple(key for key in ("data_sampler", "random_ltd") if document.get(key) is not None),
             round_robin=isinstance(zero, dict) and zero.get("round_robin_gradients") is True,
             client_state={key: value for key, value in document.items() if key not in MODEL_KEYS},
             ds_version=document.get("ds_version"),

@@ -230,7 +230,7 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         kept = replace(kept, nanotron_config=reading.config)
     else:
         kept = replace(kept, hf_config=reading.config)
-    client, dropped = dict[str, Any](), list[str]()
+    client, dropped, left_out = dict[str, Any](), list[str](), list[str]()
     for key, value in reading.first.client_state.items():
         if key == CLIENT_KEY:
             continue
@@ -238,14 +238,18 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
             client[key] = plain(value)
         except ValueError as error:
             dropped.append(f"{key!s:.60} ({error})")
-    left_out = (f"client_state: {some_of(dropped, 5, more=True)}",) if dropped else ()
-    reading.warnings += [f"{what} cannot be carried: only plain values can." for what in left_out]
-    mine = reading.first.client_state.get(CLIENT_KEY)
+    if dropped:
+        left_out.append(f"client_state: {some_of(dropped, 5, more=True)}")
     try:
         scheduler = plain(reading.first.lr_scheduler)
-    except ValueError:
+    except ValueError as error:
         scheduler = None
-        reading.warnings.append("the learning-rate scheduler's state holds objects and was left out.")
+        left_out.append(f"the learning-rate scheduler's state ({error!s:.60})")
+    reading.warnings += [f"{what} cannot be carried: only plain values can." for what in left_out]
+    sampling = [f"{key} (the state of DeepSpeed's data sampling)" for key in reading.first.data_state]
+    reading.warnings += [f"{what} is not carried." for what in sampling]
+    left_out += sampling
+    mine = reading.first.client_state.get(CLIENT_KEY)
     engine = EngineRecord(
         weights_only=isinstance(mine, Mapping) and mine.get("weights_only") is True and reading.first.step == 0,
         client_state=client,
@@ -258,7 +262,7 @@ def _source(reading: DeepSpeedReading, groups: tuple[ParameterGroup, ...]) -> So
         if reading.folder != reading.tag or (reading.run / LATEST).is_file()
         else None,
         loss_scaler=reading.loss_scaler,
-        left_out=left_out,
+        left_out=tuple(left_out),
     )
     return replace(kept, engine=engine)
 

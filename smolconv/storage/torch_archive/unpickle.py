@@ -339,6 +339,8 @@ class _Unpickler:
         if substitute is None:
             return self.unlisted(f"a call of {function.module}.{function.name}")
         made = self.substituted(lambda: substitute(*args), f"{function.module}.{function.name}")
+        if isinstance(made, Opaque):
+            return self.unlisted(made.asked)
         self.foreign[id(made)] = made
         return made
 
