@@ -30,6 +30,7 @@ from smolconv.layouts.deepspeed.reader import read_deepspeed
 from smolconv.layouts.layout import ReadOptions
 from smolconv.storage.torch_archive import unpickle
 from smolconv.storage.torch_archive.archive import read_torch_archive
+from smolconv.storage.torch_archive.harmless import native
 from smolconv.storage.torch_archive.values import Opaque
 
 
@@ -52,6 +53,7 @@ class Listed(list[int]):
 #: What people keep there -> how the class is named.
 OBJECTS: dict[str, tuple[object, str]] = {
     "args": (argparse.Namespace(lr=0.1, device=torch.device("cpu"), out=Path("out")), "argparse.Namespace"),
+    "best_loss": (np.float64(0.25), "a numpy scalar"),
     "text_of_numpy": (np.str_("a"), "multiarray.scalar"),
     "complex_of_numpy": (np.complex64(1), "multiarray.scalar"),
     "scores": (np.arange(6.0).reshape(2, 3), "multiarray._reconstruct"),
@@ -144,14 +146,15 @@ def test_numpys_numbers_are_numbers(protocol, tmp_path):
     torch.save({"module": {}, "mine": numbers}, tmp_path / "a.pt", pickle_protocol=protocol)
     found = read_torch_archive(tmp_path / "a.pt", allow=STAND_INS)
     expected = [0.25, 0.10000000149011612, 1.5, -3, 200, True, 2.5, 7]  # fp32's 0.1, exactly
-    assert found == {"module": {}, "mine": expected}
-    assert [type(value) for value in found["mine"]] == [type(value) for value in expected]
+    assert native(found) == {"module": {}, "mine": expected}
+    assert [type(value) for value in native(found["mine"])] == [type(value) for value in expected]
 
 
 def test_a_rate_that_numpy_computed_is_a_rate(tmp_path):
     """numpy's cosine in a LambdaLR leaves a numpy.float64 in the groups of every rank's file."""
     plain = case("zero1-bf16-ws3-uneven")
-    source = with_client_state(tmp_path, {"best_loss": np.float32(0.5)})
+    schedule = {"last_epoch": 3, "_last_lr": [np.float64(0.25)], "base_lrs": (np.float32(0.5),)}
+    source = with_client_state(tmp_path, {"lr_scheduler": schedule})
 
     def computed(document: dict[str, Any]) -> None:
         for group in document["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
@@ -161,7 +164,9 @@ def test_a_rate_that_numpy_computed_is_a_rate(tmp_path):
         edit(path, computed)
     found, expected = (read_deepspeed(each.checkpoint, ReadOptions(config=each.config)) for each in (source, plain))
     assert found.optimizer and expected.optimizer and found.optimizer.groups == expected.optimizer.groups
-    assert found.source.engine and found.source.engine.client_state == {"best_loss": 0.5}
+    engine = found.source.engine
+    assert engine and engine.left_out == ()
+    assert engine.lr_scheduler == {"last_epoch": 3, "_last_lr": [0.25], "base_lrs": [0.5]}
 
 
 def test_the_counter_of_a_schedule_and_the_random_state_of_deepspeeds_data_sampler_are_left_out(tmp_path):

@@ -26,7 +26,7 @@ from smolconv.layouts.documents import (
 )
 from smolconv.layouts.dtypes import check_dtype
 from smolconv.storage.torch_archive.archive import read_torch_archive
-from smolconv.storage.torch_archive.harmless import HARMLESS
+from smolconv.storage.torch_archive.harmless import HARMLESS, NumpyNumber, native
 from smolconv.storage.torch_archive.records import shown
 from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
@@ -134,6 +134,7 @@ def number(value: object, where: object) -> float:
         if tensor.numel != 1 or form is None:
             raise CorruptFile(f"{where} is {list(tensor.shape)} of {tensor.dtype}, expected one number.")
         (value,) = struct.unpack(form, tensor.raw_bytes())
+    value = native(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CorruptFile(f"{where} is {value!r:.60}, expected a number.")
     return float(value)
@@ -196,7 +197,7 @@ def read_model_document(path: Path) -> ModelDocument:
             samples=document.get("global_samples") or 0,
             dp=document.get("dp_world_size"),
             tp=document.get("mp_world_size") or 1,
-            lr_scheduler=document.get("lr_scheduler"),
+            lr_scheduler=native(document.get("lr_scheduler")),
             zero_stage=stage if is_count(stage) else None,
             data_state=tuple(key for key in ("data_sampler", "random_ltd") if document.get(key) is not None),
             round_robin=isinstance(zero, dict) and zero.get("round_robin_gradients") is True,
@@ -364,7 +365,7 @@ def adam_states(
 def hyperparameters(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A group without its parameters, as plain values."""
     plain: dict[str, Any] = {
-        str(key): number(value, f"{where}: {key}") if isinstance(value, ArchiveTensor) else value
+        str(key): number(value, f"{where}: {key}") if isinstance(value, ArchiveTensor) else native(value)
         for key, value in group.items()
         if key not in ("params", "step", "param_names")
     }
@@ -447,6 +448,8 @@ def plain(value: object) -> Any:
         return value
     if isinstance(value, Opaque):
         raise ValueError(shown(value.asked))
+    if isinstance(value, NumpyNumber):
+        raise ValueError("a numpy scalar")
     raise ValueError("a tensor" if isinstance(value, ArchiveTensor) else f"a {type(value).__name__}")
 
 
