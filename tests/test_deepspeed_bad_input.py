@@ -292,14 +292,55 @@ def test_model_files_beside_a_universal_folder_of_another_run_are_noticed(broken
     refused(source, MixedCheckpoint, "model.layers.1.input_layernorm.weight", "mp_rank_00_model_states.pt")
 
 
+def without_name(path: Path) -> None:
+    """Save a file again so that torch's archive does not tell the name that it was saved by."""
+    content, stream = load(path), io.BytesIO()
+    save(content, path, lambda content, _: torch.save(content, stream))
+    path.write_bytes(stream.getvalue())
+
+
+def swap(first: Path, second: Path) -> None:
+    aside = first.rename(first.parent.parent / "aside")
+    second.rename(first)
+    aside.rename(second)
+
+
 @pytest.mark.parametrize("name", ["zero1-twotags-ws2", "zero1-untied-ws2", "smollm2-tiny-bf16-zero1-ws2"])
 def test_two_ranks_that_were_swapped_are_noticed(broken, refused, name):
     source = broken(name)
-    first, second = (optimizer_file(source.tag, rank) for rank in range(2))
-    aside = first.rename(source.folder / "aside")
-    second.rename(first)
-    aside.rename(second)
+    files = [optimizer_file(source.tag, rank) for rank in range(2)]
+    for path in files:
+        without_name(path)
+    swap(*files)
     refused(source, MixedCheckpoint, "master")
+
+
+@pytest.mark.parametrize("how", [swap, shutil.copy])
+@pytest.mark.parametrize(
+    ("name", "a", "b"),
+    [
+        (ZERO3, "bf16_zero_pp_rank_0_mp_rank_00_optim_states", "bf16_zero_pp_rank_2_mp_rank_00_optim_states"),
+        ("zero3-bf16-frozen-uneven-ws3", "zero_pp_rank_1_mp_rank_00_model_states", "zero_pp_rank_2_mp_rank_00_model_states"),
+        (AUTOTP, "mp_rank_00_model_states", "mp_rank_01_model_states"),
+        (AUTOTP, "bf16_zero_pp_rank_0_mp_rank_00_optim_states", "bf16_zero_pp_rank_0_mp_rank_01_optim_states"),
+    ],
+)  # fmt: skip
+def test_a_file_under_the_name_of_another_ranks_is_noticed(broken, refused, name, a, b, how):
+    """No value in these files says which rank's they are: weights would be put together in the wrong order."""
+    source = broken(name)
+    how(source.tag / f"{a}.pt", source.tag / f"{b}.pt")
+    refused(source, MixedCheckpoint, "was saved as", f"{a}.pt")
+
+
+def test_files_that_do_not_tell_the_name_they_were_saved_by_are_read(broken):
+    def values() -> dict[str, bytes]:
+        return {name: bytes(t.numpy()) for name, t in read_checkpoint(source.checkpoint).tensors[Slot.MASTER].items()}
+
+    source = broken(ZERO3)
+    expected = values()
+    for path in source.tag.glob("*.pt"):
+        without_name(path)
+    assert values() == expected
 
 
 def test_files_of_two_precisions_are_noticed(broken, refused):

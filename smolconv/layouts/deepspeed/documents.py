@@ -14,6 +14,7 @@ from typing import Any
 
 from smolconv.checkpoint import MOMENTS, Slot
 from smolconv.errors import CorruptFile, MixedCheckpoint, UnsupportedModel
+from smolconv.layouts.deepspeed.files import MODEL, OPTIMIZER
 from smolconv.layouts.documents import (
     adam_step,
     check_plain,
@@ -30,6 +31,7 @@ from smolconv.storage.torch_archive.harmless import HARMLESS, NumpyNumber, nativ
 from smolconv.storage.torch_archive.records import shown
 from smolconv.storage.torch_archive.values import ArchiveTensor, DtypeRef, Opaque, PickledObject, TorchSize
 from smolconv.tensors.lazy import LazyTensor, Stored, Zeros
+from smolconv.tensors.reading import pread
 
 #: DeepSpeed's own keys of a model file; all other keys come from the user's ``client_state``.
 MODEL_KEYS = frozenset(
@@ -48,6 +50,7 @@ PLAIN_KEYS = MODEL_KEYS - {"data_sampler"} | {CLIENT_KEY}
 WITHOUT = "pass --no-optimizer to convert the weights only"
 #: The version whose format we write; it was tested with this version.
 DEEPSPEED_VERSION = "0.19.8"
+_ZIP_HEADER_BYTES = 30  #: of a local file header, before the name
 _SLOTS = {"exp_avg": Slot.EXP_AVG, "exp_avg_sq": Slot.EXP_AVG_SQ}
 
 
@@ -429,7 +432,28 @@ def _mapping(path: Path, keys: Sequence[str], plain_keys: Collection[str] | None
     document = read_torch_archive(path, allow=STAND_INS, plain_keys=plain_keys)
     if not isinstance(document, dict) or not set(keys) <= set(document):
         raise CorruptFile(f"{path} is not a file of DeepSpeed: it has no {' and '.join(keys) or 'entries'}.")
+    _require_own_rank(path)
     return document
+
+
+def _require_own_rank(path: Path) -> None:
+    """Raise ``MixedCheckpoint`` for a file of another rank: the folder in torch's archive has the name it was saved by.
+
+    Nothing else in the files of ZeRO-3 and AutoTP says whose they are. An archive written to a buffer has no such name.
+    """
+    head = bytearray(_ZIP_HEADER_BYTES)
+    pread(path, 0, memoryview(head))
+    name = bytearray(int.from_bytes(head[26:28], "little") if head.startswith(b"PK\3\4") else 0)
+    pread(path, len(head), memoryview(name))
+    saved = name.partition(b"/")[0].decode(errors="replace") + ".pt"
+    for pattern in (MODEL, OPTIMIZER):
+        own, other = pattern.fullmatch(path.name), pattern.fullmatch(saved)
+        if own and other and any(own[of] and other[of] and int(own[of]) != int(other[of]) for of in ("dp", "tp")):
+            raise MixedCheckpoint(
+                f"{path} was saved as {saved}.\n"
+                "Expected the file of its own rank: ranks' files were swapped, or one was copied to another's name.\n"
+                "Copy all files of one checkpoint from the training nodes."
+            )
 
 
 def plain(value: object) -> Any:
