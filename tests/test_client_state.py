@@ -144,7 +144,7 @@ def test_numpys_numbers_are_numbers(protocol, tmp_path):
     numbers = [np.float64(0.25), np.float32(0.1), np.float16(1.5), np.int64(-3), np.uint8(200), np.bool_(True)]
     numbers += [np.dtype(">f8").type(2.5), np.array([7], dtype=">i4")[0]]
     torch.save({"module": {}, "mine": numbers}, tmp_path / "a.pt", pickle_protocol=protocol)
-    found = read_torch_archive(tmp_path / "a.pt", allow=STAND_INS)
+    found: Any = read_torch_archive(tmp_path / "a.pt", allow=STAND_INS)
     expected = [0.25, 0.10000000149011612, 1.5, -3, 200, True, 2.5, 7]  # fp32's 0.1, exactly
     assert native(found) == {"module": {}, "mine": expected}
     assert [type(value) for value in native(found["mine"])] == [type(value) for value in expected]
