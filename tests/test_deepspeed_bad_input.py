@@ -157,7 +157,7 @@ def test_a_parameter_missing_from_a_universal_folder_is_named(broken, refused, n
 def test_a_tensor_missing_from_a_universal_folder_is_named(broken, refused, name, file):
     source = broken(name)
     (source.tag / "zero" / NORM / file).unlink()
-    refused(source, MissingShard, f"{NORM}/{file}", "Copy it")
+    refused(source, MissingShard, f"{NORM}/{file}", "Copy it", *(["--no-optimizer"] if file != "fp32.pt" else []))
 
 
 def test_moments_missing_from_a_universal_folder_matter_only_with_the_optimizer(broken, tmp_path):

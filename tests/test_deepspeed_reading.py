@@ -209,6 +209,17 @@ def test_round_robin_order_is_that_of_param_shapes(name, tmp_path):
     assert any("round_robin_gradients" in warning for warning in read(permuted).warnings)
 
 
+@pytest.mark.parametrize("name", ["zero2-roundrobin-ws2", "zero2-roundrobin-alignment-ws3", "zero2-fp32-ws3"])
+def test_round_robin_is_known_without_the_config_which_older_versions_stored_as_a_path(name, tmp_path):
+    known = case(name)
+    copy = known.copied(tmp_path)
+    for path in copy.tag.glob("*.pt"):
+        edit(path, lambda document: document.update(ds_config="ds_config.json"))
+    found, expected = (read(each) for each in (copy, known))
+    assert found.optimizer.groups == expected.optimizer.groups
+    assert found.warnings == expected.warnings
+
+
 def test_round_robin_groups_are_as_they_were_given_though_that_is_not_the_models_order(tmp_path):
     permuted = case("zero2-roundrobin-ws2").copied(tmp_path)
     shapes = load(model_file(permuted.tag))["param_shapes"][1]

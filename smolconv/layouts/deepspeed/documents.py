@@ -165,7 +165,9 @@ class ModelDocument:
     lr_scheduler: object
     zero_stage: int | None  #: by the run's own ds_config
     data_state: tuple[str, ...]  #: DeepSpeed's own states of the data, by key
-    round_robin: bool  #: its flat order assigns parameters to ranks in turn; the groups' own order differs
+    #: Its flat order assigns parameters to ranks in turn; the groups' own order differs. None: its ds_config, which
+    #: older versions stored as a path, does not say.
+    round_robin: bool | None
     client_state: Mapping[str, Any]  #: as given by the user; anything but plain data is an ``Opaque``
     ds_version: str | None
 
@@ -203,7 +205,7 @@ def read_model_document(path: Path) -> ModelDocument:
             lr_scheduler=native(document.get("lr_scheduler")),
             zero_stage=stage if is_count(stage) else None,
             data_state=tuple(key for key in ("data_sampler", "random_ltd") if document.get(key) is not None),
-            round_robin=isinstance(zero, dict) and zero.get("round_robin_gradients") is True,
+            round_robin=zero.get("round_robin_gradients") is True if isinstance(zero, dict) else None,
             client_state={key: value for key, value in document.items() if key not in MODEL_KEYS},
             ds_version=document.get("ds_version"),
         )
@@ -255,6 +257,7 @@ class OptimizerDocument:
     alignment_paddings: tuple[tuple[int, ...], ...] | None  #: after each parameter of each group
     group_paddings: tuple[int, ...] | None  #: at the end of this rank's slice of each group
     loss_scaler: Mapping[str, Any] | None  #: as ``scaler_state`` gives it
+    mapped: tuple[tuple[str, ...], ...]  #: names of each group in ``param_slice_mappings``, in the group's own order
 
 
 def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument:
@@ -305,6 +308,7 @@ def read_optimizer_document(path: Path, *, with_adam: bool) -> OptimizerDocument
             alignment_paddings=alignment,
             group_paddings=None if group_paddings is None else group_paddings[0],
             loss_scaler=scaler_state(state.get("loss_scaler"), path),
+            mapped=tuple(tuple(map(str, names)) for names in state.get("param_slice_mappings") or ()),
         )
 
 

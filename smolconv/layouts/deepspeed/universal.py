@@ -95,7 +95,9 @@ def _read_parameter(
 
 def _read_tensor(reading: DeepSpeedReading, path: Path, slot: Slot, shape: tuple[int, ...] | None) -> LazyTensor:
     if not is_there(path):
-        raise MissingShard(f"{path} is missing. Copy it from the source.")
+        # Made before the first step, a universal folder has no moments.
+        without = "" if slot is Slot.MASTER else f", or {WITHOUT}"
+        raise MissingShard(f"{path} is missing. Copy it from the source{without}.")
     reading.read_files.append(path)
     tensor = read_universal_tensor(path)
     check_dtype(slot, tensor.dtype, path)

@@ -68,7 +68,7 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         if step is not None:
             found.steps[name] = step
     found.flat_steps = first.steps
-    round_robin = model.round_robin and first.zero_stage != 3 and not first.bf16_optimizer
+    round_robin = first.zero_stage != 3 and not first.bf16_optimizer and _is_round_robin(model, documents)
     if round_robin and tp == 0:
         reading.warnings.append(
             "the run had round_robin_gradients: its groups are carried in the order in which they were given to "
@@ -82,6 +82,17 @@ def read_zero(reading: DeepSpeedReading, model: ModelDocument, found: StoredStat
         for names, values in zip(model.groups, groups)
     )
     _compare_with_module(reading, model, documents, found)
+
+
+def _is_round_robin(model: ModelDocument, documents: Sequence[OptimizerDocument]) -> bool:
+    """By the run's config or, without one, since the ranks' mappings list a group's names in another order."""
+    if model.round_robin is not None:
+        return model.round_robin
+    for index, group in enumerate(model.groups or ()):
+        own = dict.fromkeys(name for each in documents for names in each.mapped[index : index + 1] for name in names)
+        if set(own) == set(group) and list(own) != list(group):
+            return True
+    return False
 
 
 def _another_step(model: ModelDocument, first: OptimizerDocument) -> list[str]:
