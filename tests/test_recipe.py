@@ -832,6 +832,18 @@ def test_init_writes_a_recipe_that_a_dry_run_lets_start(tmp_path):
     assert again.code == 2 and "--overwrite" in again.stderr  # nothing is written over
 
 
+def test_init_for_a_short_text_makes_steps_that_train(tmp_path):
+    one, other = (token_folder(tmp_path / name / "tokens", documents=400, seed=seed) for seed, name in enumerate("ab"))
+    out = tmp_path / "mine.yaml"
+    done = run_cli("recipe", "init", out, "--source", TINY_SOURCE, "--data", one, "--data", other, "--gpus", 4)
+    assert done.code == 0, done.stderr
+    made = load_recipe(out)
+    tokens = sum((folder / "00000_unshuffled.ds").stat().st_size // 2 for folder in (one, other))
+    assert made.schedule.train_steps >= 20 and made.schedule.train_steps * made.tokens_per_step <= tokens
+    assert max(learning_rate(made.schedule, step) for step in range(made.schedule.train_steps)) == made.schedule.peak_lr
+    assert made.data.stages[0].names == ("a/tokens", "b/tokens")  # their own names are equal
+
+
 def test_init_for_gpus_takes_what_the_plan_takes_first(tmp_path):
     tokens, out = token_folder(tmp_path / "tokens"), tmp_path / "mine.yaml"
     words = ("--source", TINY_SOURCE, "--data", tokens, "--gpus", 16, "--gpu", "a100-40gb", "--steps", 500)

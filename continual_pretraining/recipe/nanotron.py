@@ -302,7 +302,7 @@ class _Translator:
         if len(recorded) != len(folders):
             recorded = folders
         sources = []
-        for folder, of_record, weight, name in zip(folders, recorded, weights, _names(folders)):
+        for folder, of_record, weight, name in zip(folders, recorded, weights, unique_names(folders)):
             if not weight:
                 self.notes.append(f"stage {stage!r}: {folder} has weight 0 and was left out.")
                 continue
@@ -475,7 +475,7 @@ def _all(config: dict[str, Any]) -> set[str]:
     return {field for field, _ in _leaves(config)}
 
 
-def _names(folders: list[Any]) -> list[str]:
+def unique_names(folders: list[Any]) -> list[str]:
     """The shortest ends of the paths that are unique: source names in the metrics."""
     parts = [str(folder).rstrip("/").split("/") for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
