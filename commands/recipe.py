@@ -178,7 +178,8 @@ def _composed(
         shown = ", ".join(str(end) for end in sorted(known, key=str)) or "unknown tokens"
         raise UsageError(
             f"the documents of {', '.join(str(folder.path) for folder in folders)} end in {shown}.\n"
-            "Expected one token that ends every document. Give it with --eos ID."
+            "Expected one token that ends every document. Give it with --eos ID. For text that was tokenised without "
+            "one, give any ID, and add boundaries: index to the recipe's data."
         )
     answers = Answers(
         name=recipe_name(out), source=source, held_out=None if held_out is None else str(held_out),

@@ -439,6 +439,8 @@ def test_the_translated_schedule_is_the_configs_at_every_step(path):
         {"lr_warmup_steps": 0},
         {"min_decay_lr": None},
         {"min_decay_lr": None, "lr_warmup_steps": 0, "lr_warmup_style": "linear"},
+        {"min_decay_lr": None, "lr_warmup_steps": 0, "lr_decay_steps": 0},
+        {"min_decay_lr": 1e-5, "lr_warmup_steps": 0, "lr_decay_steps": 0},
         {"min_decay_lr": 5e-5, "lr_warmup_style": "constant"},
         {"min_decay_lr": 1e-5, "lr_decay_style": "1-sqrt"},
         {"lr_decay_style": "cosine", "lr_decay_starting_step": 3000},
@@ -630,7 +632,17 @@ def test_files_are_permuted_by_the_stages_seed(tmp_path):
         ("optimizer.learning_rate_scheduler", {"learning_rate": None}, "learning_rate is missing"),
         ("optimizer.learning_rate_scheduler", {"lr_decay_style": "square"}, "schedule.decay is 'square'"),
         ("model", {"dtype": "float16"}, "expected bfloat16 or float32"),
-        ("tokens", {"train_steps": "many"}, "a field has an unexpected type"),
+        # nanotron refuses these types, too
+        ("tokens", {"train_steps": "many"}, "tokens.train_steps is 'many'; expected a whole number"),
+        ("tokens", {"train_steps": 1.5}, "tokens.train_steps is 1.5; expected a whole number"),
+        ("parallelism", {"dp": True}, "parallelism.dp is True; expected a whole number"),
+        ("checkpoints", {"load_optimizer": "false"}, "load_optimizer is 'false'; expected true or false"),
+        (
+            "optimizer.learning_rate_scheduler",
+            {"lr_warmup_style": "cosine"},
+            "is 'cosine'; expected linear or constant",
+        ),
+        ("optimizer", {"clip_grad": 0}, "makes every gradient zero"),
         ("tokens", {"sequence_length": None}, "tokens.sequence_length is missing"),
         ("data_stages.0", {"sequence_length": 4096}, "a recipe has one"),
         ("data_stages.0.data.dataset", {"dataset_weights": [1.0]}, "has 3 folders and 1 weights"),
@@ -851,6 +863,18 @@ def test_init_writes_a_recipe_that_a_dry_run_lets_start(tmp_path):
     assert checked.code == 0, checked.stderr
     again = run_cli("recipe", "init", out, *words, cwd=tmp_path)
     assert again.code == 2 and "--overwrite" in again.stderr  # nothing is written over
+
+
+def test_init_for_a_short_text_makes_steps_that_train(tmp_path):
+    one, other = (token_folder(tmp_path / name / "tokens", documents=400, seed=seed) for seed, name in enumerate("ab"))
+    out = tmp_path / "mine.yaml"
+    done = run_cli("recipe", "init", out, "--source", TINY_SOURCE, "--data", one, "--data", other, "--gpus", 4)
+    assert done.code == 0, done.stderr
+    made = load_recipe(out)
+    tokens = sum((folder / "00000_unshuffled.ds").stat().st_size // 2 for folder in (one, other))
+    assert made.schedule.train_steps >= 20 and made.schedule.train_steps * made.tokens_per_step <= tokens
+    assert max(learning_rate(made.schedule, step) for step in range(made.schedule.train_steps)) == made.schedule.peak_lr
+    assert made.data.stages[0].names == ("a/tokens", "b/tokens")  # their own names are equal
 
 
 def test_init_for_gpus_takes_what_the_plan_takes_first(tmp_path):

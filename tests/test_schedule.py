@@ -253,6 +253,7 @@ def test_a_decay_that_never_begins_is_none():
         ({"decay": "linear", "warmup_steps": 50, "decay_steps": 80}, "within the warm-up of 50"),
         ({"decay_steps": 40}, "decay_steps has no effect"),
         ({"min_lr": 1e-5}, "min_lr has no effect"),
+        ({"train_steps": 1, "warmup_steps": 0, "decay": "linear", "decay_steps": 1}, "the run changes no weights"),
         ({"decay": "cosine", "decay_steps": 40, "cycles": 2}, "cycles has no effect: schedule.decay is cosine"),
         ({"warmup_steps": 100}, "never trains at peak_lr"),
         ({"decay": "linear", "min_lr": 1.0}, "the rate rises"),

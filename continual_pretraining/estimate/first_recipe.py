@@ -17,6 +17,7 @@ from smolconv.continual_pretraining.estimate.memory import memory_parts
 from smolconv.continual_pretraining.estimate.plan import divisions_that_fit
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.json_schema import with_modeline
+from smolconv.continual_pretraining.recipe.nanotron import unique_names
 from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError, counted
 from smolconv.models.spec import ModelSpec
@@ -26,6 +27,8 @@ _STEP_TOKENS, _CPU_ROWS, _CPU_LENGTH = 1 << 18, 8, 256
 #: (parameters up to, rate): a tenth of the peak in the pretraining of SmolLM2 135M and 360M, of 1.7B, and of SmolLM3.
 _PEAK_RATES = ((1e9, 3e-4), (2.5e9, 5e-5), (float("inf"), 2e-5))
 _CPU_STEPS, _STEPS = 20, 1000
+#: Fewer steps of one epoch only if a step has one row for each rank. The first of them trains at rate 0.
+_LEAST_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Answers:
     gpu: Gpu
     processes: int  #: on CPUs
     memory_bytes: int | None  #: of the machine, on CPUs
-    steps: int | None  #: None: one epoch, at most 1,000 steps
+    steps: int | None  #: None: one epoch, 2 to 1,000 steps
 
 
 def first_recipe(answers: Answers, spec: ModelSpec) -> str:
@@ -58,8 +61,10 @@ def first_recipe(answers: Answers, spec: ModelSpec) -> str:
     length = min(spec.max_positions, (4096 if parameter_count(spec) > 1e9 else 2048) if on_gpus else _CPU_LENGTH)
     ranks = answers.gpus if on_gpus else answers.processes
     rows = ranks * max(1, round(_STEP_TOKENS / length / ranks)) if on_gpus else -(-_CPU_ROWS // ranks) * ranks
-    division, fits = _division(answers, spec, length, rows, ranks)
     tokens = None if any(one.tokens is None for one in answers.data) else sum(one.tokens or 0 for one in answers.data)
+    if tokens is not None and answers.steps is None:  # a short text in smaller steps
+        rows = min(rows, ranks * max(1, tokens // (_LEAST_STEPS * length * ranks)))
+    division, fits = _division(answers, spec, length, rows, ranks)
     steps = answers.steps or _steps(tokens, rows * length, _STEPS if on_gpus else _CPU_STEPS)
     text = _text(answers, spec, length=length, rows=rows, steps=steps, division=division, fits=fits, tokens=tokens)
     parse_recipe(text, answers.name)  # checks it
@@ -67,7 +72,7 @@ def first_recipe(answers: Answers, spec: ModelSpec) -> str:
 
 
 def _steps(tokens: int | None, step_tokens: int, most: int) -> int:
-    return most if tokens is None else max(1, min(most, tokens // step_tokens))
+    return most if tokens is None else max(2, min(most, tokens // step_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +158,8 @@ def _text(
         f"    # Shares by size{size}.",
         "    sources:",
         *(
-            f"    - {{path: {_quoted(one.path)}, weight: {_weight(one, answers.data)}}}"
-            for one in answers.data
+            f"    - {{path: {_quoted(one.path)}, weight: {_weight(one, answers.data)}{name}}}"
+            for one, name in zip(answers.data, _source_names(answers.data))
         ),
         "",
         "schedule:",
@@ -201,6 +206,15 @@ def _evaluation(answers: Answers, every: int) -> list[str]:
         "evaluation:  # before the first step, and then regularly", f"  every_steps: {every}", "  sources:",
         f"  - {{path: {_quoted(answers.held_out)}}}",
     ]  # fmt: skip
+
+
+def _source_names(data: Sequence[Data]) -> list[str]:
+    """``, name: NAME`` for folders whose own name is not unique."""
+    paths = [one.path for one in data]
+    return [
+        "" if name == path.rpartition("/")[2] else f", name: {_quoted(name)}"
+        for path, name in zip(paths, unique_names(paths))
+    ]
 
 
 def _weight(one: Data, all_: Sequence[Data]) -> str:

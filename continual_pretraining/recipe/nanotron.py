@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smolconv.continual_pretraining.recipe.files import parse_recipe
 from smolconv.continual_pretraining.recipe.schema import Recipe
@@ -68,6 +70,10 @@ _DROPPED = {
 }  # fmt: skip
 
 
+T = TypeVar("T", int, float, bool)
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Translation:
     """A recipe translated from a YAML, with the fate of each of its fields."""
@@ -118,6 +124,20 @@ class _Translator:
             raise UsageError(f"{self.path}: {field} is missing. Expected a training config of nanotron.")
         return default
 
+    def take_a(self, kind: type[T], field: str, to: str, default: T | None = None, *, needed: bool = False) -> T:
+        """The same, for a number or a switch. nanotron, too, refuses a config with any other type."""
+        value = self.take(field, to, default, needed=needed)
+        if isinstance(value, str) and kind is not bool:
+            with suppress(ValueError):  # YAML 1.1 reads 2e-4 as text
+                value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UsageError(f"{self.path}: {field} is {value!r:.60}; expected {_KINDS[kind]}.")
+        return value
+
     def drop(self, field: str, reason: str) -> Any:
         if field not in self.left:
             return None
@@ -126,7 +146,7 @@ class _Translator:
 
     def translate(self, eos: int | None, source: str | None) -> Translation:
         run = str(self.take("general.run", "name", "from-nanotron"))
-        self.sequence_length = int(self.take("tokens.sequence_length", "data.sequence_length", needed=True))
+        self.sequence_length = self.take_a(int, "tokens.sequence_length", "data.sequence_length", needed=True)
         values = {
             "name": run,
             "description": f"from nanotron's {self.path.name}",
@@ -186,8 +206,8 @@ class _Translator:
             "dtype": dtype,
             "rope_theta": self._not_lower("rope_theta", theta, None if spec is None else spec.rope_theta),
             "max_positions": self._not_lower("max_positions", positions, None if spec is None else spec.max_positions),
-            "activation_checkpointing": bool(
-                self.take("parallelism.recompute_layer", "model.activation_checkpointing", False)
+            "activation_checkpointing": self.take_a(
+                bool, "parallelism.recompute_layer", "model.activation_checkpointing", False
             ),
         }
 
@@ -210,11 +230,11 @@ class _Translator:
 
     def _start(self) -> dict[str, bool]:
         # nanotron takes step and data stages only together with the scheduler (nanotron#253).
-        progress = self.take("checkpoints.load_lr_scheduler", "start.learning_rate, start.data", True)
+        progress = self.take_a(bool, "checkpoints.load_lr_scheduler", "start.learning_rate, start.data", True)
         return {
-            "optimizer": bool(self.take("checkpoints.load_optimizer", "start.optimizer", True)),
-            "learning_rate": bool(progress),
-            "data": bool(progress),
+            "optimizer": self.take_a(bool, "checkpoints.load_optimizer", "start.optimizer", True),
+            "learning_rate": progress,
+            "data": progress,
         }
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ class _Translator:
             "sequence_length": self.sequence_length,
             "eos_token_id": self._eos(eos),
             # nanotron's Llama never masks documents.
-            "mask_documents": bool(self.take(masking, "data.mask_documents", False)),
+            "mask_documents": self.take_a(bool, masking, "data.mask_documents", False),
             "file_seed": shuffled.pop(),
             # nanotron also sorts its stages.
             "stages": sorted((stage for stage, _ in found), key=lambda stage: int(stage["start_step"])),
@@ -255,8 +275,8 @@ class _Translator:
             "start_step": self.take(f"{at}.start_training_step", f"{to}.start_step", needed=True),
             "sources": self._sources(f"{at}.data.dataset", f"{to}.sources", name),
         }
-        shuffled = self.take(f"{at}.data.dataset.shuffle_files", "data.file_seed", False)
-        return made, self.take(f"{at}.data.seed", "data.file_seed", 42) if shuffled else None
+        shuffled = self.take_a(bool, f"{at}.data.dataset.shuffle_files", "data.file_seed", False)
+        return made, self.take_a(int, f"{at}.data.seed", "data.file_seed", 42) if shuffled else None
 
     def _weights_by_folder(self, at: str, to: str) -> dict[str, Any]:
         """Folders with weights as nanotron's Nanoset had them until September 2024: ``dataset_folder`` is a mapping."""
@@ -299,7 +319,7 @@ class _Translator:
         if len(recorded) != len(folders):
             recorded = folders
         sources = []
-        for folder, of_record, weight, name in zip(folders, recorded, weights, _names(folders)):
+        for folder, of_record, weight, name in zip(folders, recorded, weights, unique_names(folders)):
             if not weight:
                 self.notes.append(f"stage {stage!r}: {folder} has weight 0 and was left out.")
                 continue
@@ -343,15 +363,20 @@ class _Translator:
 
     def _schedule(self) -> dict[str, Any]:
         at = "optimizer.learning_rate_scheduler."
-        steps = int(self.take("tokens.train_steps", "schedule.train_steps", needed=True))
-        peak = float(self.take(f"{at}learning_rate", "schedule.peak_lr", needed=True))
-        warmup = int(self.take(f"{at}lr_warmup_steps", "schedule.warmup_steps", 0))
-        start = int(self.take(f"{at}lr_decay_starting_step", "schedule.decay_start_step", warmup))
+        steps = self.take_a(int, "tokens.train_steps", "schedule.train_steps", needed=True)
+        peak = self.take_a(float, f"{at}learning_rate", "schedule.peak_lr", needed=True)
+        warmup = self.take_a(int, f"{at}lr_warmup_steps", "schedule.warmup_steps", 0)
+        start = self.take_a(int, f"{at}lr_decay_starting_step", "schedule.decay_start_step", warmup)
         # nanotron's Config fills it in like this, ignoring the decay's start.
-        decay_steps = int(self.take(f"{at}lr_decay_steps", "schedule.decay_steps", steps - warmup))
+        decay_steps = self.take_a(int, f"{at}lr_decay_steps", "schedule.decay_steps", steps - warmup)
         shape = self.take(f"{at}lr_decay_style", "schedule.decay", "linear")
-        low = float(self.take(f"{at}min_decay_lr", "schedule.min_lr", peak))
-        if self.take(f"{at}lr_warmup_style", "schedule.warmup_steps", "linear") == "constant":
+        low = self.take_a(float, f"{at}min_decay_lr", "schedule.min_lr", peak)
+        style = self.take(f"{at}lr_warmup_style", "schedule.warmup_steps", "linear")
+        if style not in ("linear", "constant"):
+            raise UsageError(f"{self.path}: {at}lr_warmup_style is {style!r:.60}; expected linear or constant.")
+        if warmup == 0 == decay_steps:
+            low = peak  # nanotron's special case: the peak from the first step on
+        elif style == "constant":
             if low != peak:
                 raise UsageError(
                     f"{self.path}: {at}lr_warmup_style is constant before a decay, which a recipe cannot express. "
@@ -381,8 +406,17 @@ class _Translator:
                 self.take(f"{at}adam_beta2", "optimizer.betas", needed=True),
             ],
             "eps": self.take(f"{at}adam_eps", "optimizer.eps", needed=True),
-            "max_grad_norm": self.take("optimizer.clip_grad", "optimizer.max_grad_norm", 0),
+            "max_grad_norm": self._clipping(),
         }
+
+    def _clipping(self) -> float:
+        limit = self.take_a(float, "optimizer.clip_grad", "optimizer.max_grad_norm", math.inf)
+        if limit <= 0:
+            raise UsageError(
+                f"{self.path}: optimizer.clip_grad is {limit:g}, with which nanotron makes every gradient zero.\n"
+                "Expected a number above 0, or null for no clipping."
+            )
+        return 0.0 if math.isinf(limit) else limit
 
     def _canonical(self, patterns: list[str]) -> list[str]:
         """Regexes over canonical names that match the same parameters as ``patterns`` over nanotron's names."""
@@ -413,13 +447,13 @@ class _Translator:
 
     def _parallelism(self) -> dict[str, Any]:
         to = "parallelism.global_batch_sequences"
-        dp = int(self.take("parallelism.dp", to, needed=True))
-        micro = int(self.take("tokens.micro_batch_size", f"{to}, parallelism.micro_batch_sequences", needed=True))
-        accumulation = int(self.take("tokens.batch_accumulation_per_replica", to, needed=True))
-        context = int(self.take("parallelism.context_parallel_size", "parallelism.sequence_ranks", 1))
+        dp = self.take_a(int, "parallelism.dp", to, needed=True)
+        micro = self.take_a(int, "tokens.micro_batch_size", f"{to}, parallelism.micro_batch_sequences", needed=True)
+        accumulation = self.take_a(int, "tokens.batch_accumulation_per_replica", to, needed=True)
+        context = self.take_a(int, "parallelism.context_parallel_size", "parallelism.sequence_ranks", 1)
         others = {kind: int(self.left.get(f"parallelism.{kind}") or 1) for kind in ("tp", "pp")}
         split = ", ".join(f"{kind} {size}" for kind, size in others.items() if size > 1)
-        zero_stage = self.take("optimizer.zero_stage", "parallelism.zero_stage", 0)
+        zero_stage = self.take_a(int, "optimizer.zero_stage", "parallelism.zero_stage", 0)
         if not zero_stage:
             zero_stage = 1
             self.notes.append(
@@ -459,7 +493,7 @@ def _all(config: dict[str, Any]) -> set[str]:
     return {field for field, _ in _leaves(config)}
 
 
-def _names(folders: list[Any]) -> list[str]:
+def unique_names(folders: list[Any]) -> list[str]:
     """The shortest ends of the paths that are unique: source names in the metrics."""
     parts = [str(folder).rstrip("/").split("/") for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):

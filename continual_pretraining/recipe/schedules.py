@@ -215,7 +215,9 @@ def _decay_text(phases: Phases) -> str:
 
 def _decay_notes(schedule: Schedule, phases: Phases) -> list[str]:
     found = []
-    if phases.warmup_steps == 0:
+    if schedule.train_steps == 1:
+        found.append("schedule: the only step trains at rate 0, so the run changes no weights.")
+    elif phases.warmup_steps == 0:
         found.append("schedule: step 1 trains at rate 0, as nanotron's formula has it; warmup_steps: 1 says the same.")
     if phases.decay_start_step < phases.warmup_steps:
         found.append(
