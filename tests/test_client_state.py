@@ -50,6 +50,7 @@ class Listed(list[int]):
     pass
 
 
+PATH = f"{type(Path()).__module__}.PosixPath"  # Python 3.13 keeps it in a module within pathlib
 #: What people keep there -> how the class is named.
 OBJECTS: dict[str, tuple[object, str]] = {
     "args": (argparse.Namespace(lr=0.1, device=torch.device("cpu"), out=Path("out")), "argparse.Namespace"),
@@ -59,7 +60,7 @@ OBJECTS: dict[str, tuple[object, str]] = {
     "scores": (np.arange(6.0).reshape(2, 3), "multiarray._reconstruct"),
     "numpy_random": (np.random.RandomState(0).get_state(), "multiarray._reconstruct"),
     "device": (torch.device("cpu"), "torch.device"),
-    "path": (Path("a"), "pathlib.PosixPath"),
+    "path": (Path("a"), PATH),
     "mode": (Mode.TRAIN, "test_client_state.Mode"),
     "when": (datetime.datetime(2026, 1, 2), "datetime.datetime"),
     "counted": (Counter([2, 2]), "a key is not text"),
@@ -72,14 +73,14 @@ OBJECTS: dict[str, tuple[object, str]] = {
     "complex": (torch.ones(2, dtype=torch.complex64), "ComplexFloatStorage"),
     "sparse": (torch.ones(2).to_sparse(), "_rebuild_sparse_tensor"),
     "in_a_key": ({Path("a"): 1}, "a key is not text"),
-    "in_a_set": ({Path("a")}, "pathlib.PosixPath"),
+    "in_a_set": ({Path("a")}, PATH),
     "in_a_tuple_key": ({(1, Path("a")): 2}, "a key is not text"),
     "in_a_key_that_is_a_tensor": ({torch.ones(1): {"step": 1}}, "a key is not text"),  # a torch optimizer's state
     "in_a_key_of_tuples": ({(1, (2, 3)): 4}, "a key is not text"),
     "in_a_set_of_tuples": ({(1, (2, 3))}, "a set of something other than plain values"),
     "a_long_integer": (-(2**4000), "an integer of 501 bytes"),
     "a_file_name": (os.fsdecode(b"run-\xff"), "text that is not Unicode"),
-    "in_an_ordered_dict": (OrderedDict(a=[{"b": Path("a")}]), "pathlib.PosixPath"),
+    "in_an_ordered_dict": (OrderedDict(a=[{"b": Path("a")}]), PATH),
 }
 PLAIN: dict[str, Any] = {
     "epoch": 3,
