@@ -501,6 +501,17 @@ def test_lines_that_other_tools_write_are_read(tokenizer: Path, tmp_path: Path) 
 
 
 @needs_datatrove
+def test_a_file_may_have_any_name(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "zip::texts"
+    folder.mkdir()
+    jsonl(folder / "a::b [1]*?#%20.jsonl", TEXTS[:1])
+    (folder / "c::d.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[1]}).encode()))
+    (folder / "e ~$HOME.txt").write_bytes(TEXTS[2].encode())
+    tokenized(folder, tmp_path / "out", tokenizer, shuffle_seed=None)
+    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
+
+
+@needs_datatrove
 def test_only_the_text_of_a_parquet_file_is_read(tokenizer: Path, tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     times = pyarrow.array([1, 2, 3], pyarrow.timestamp("ns"))  # Python's datetime has no nanoseconds

@@ -211,9 +211,12 @@ class Texts:
 
 def _opened(path: str, newline: str | None) -> TextIO:
     """A file as text, decompressed by its suffix, without a byte order mark."""
-    from datatrove.io import open_file
+    from fsspec.implementations.local import LocalFileSystem
 
-    raw = io.BufferedReader(_Zstandard(path)) if path.endswith(".zst") else open_file(path, "rb", compression="infer")
+    if path.endswith(".zst"):
+        raw: Any = io.BufferedReader(_Zstandard(path))
+    else:  # not fsspec.open, for which "::" in a name means something
+        raw = LocalFileSystem().open(path, "rb", compression="infer")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
 
 
