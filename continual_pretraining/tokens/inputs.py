@@ -227,7 +227,7 @@ class _Zstandard(io.RawIOBase):
         from zstandard import ZstdDecompressor
 
         self._path, self._file, self._ready = path, open(path, "rb"), memoryview(b"")  # noqa: SIM115 - closed below
-        self._new = ZstdDecompressor().decompressobj
+        self._new = ZstdDecompressor(max_window_size=1 << 31).decompressobj  # as for zstd --long=31
         self._frame: Any = None  #: the one that is being read
 
     def readable(self) -> bool:
