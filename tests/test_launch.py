@@ -684,6 +684,20 @@ def test_nodes_that_a_launcher_cannot_reach_are_refused(launch, says):
         placement(recipe(launch=launch))
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),  # as man sbatch has them
+    [("90", 5400), ("90:30", 5430), ("1:02:03", 3723), ("2-3", 183_600), ("2-3:04", 183_840), ("2-3:04:05", 183_845)],
+)
+def test_a_slurm_job_that_would_be_signalled_at_its_start_is_refused(time, seconds):
+    def placed(time: str, early: int, launcher: str = "slurm") -> int:
+        section = {"time": time, "signal_seconds": early, "gpus_per_node": 0}
+        return placement(recipe(launch={"launcher": launcher, "slurm": section})).world_size
+
+    assert placed(time, seconds - 1) == placed("UNLIMITED", 10**9) == placed(time, seconds, "local") == 2
+    with pytest.raises(UsageError, match=r"launch.slurm.time .* is not longer than launch.slurm.signal_seconds"):
+        placed(time, seconds)
+
+
 def test_a_hostfile_says_how_many_nodes_and_ranks_there_are(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# ours\nalpha slots=2\n\nbeta slots=2  # the new one\n")

@@ -19,7 +19,7 @@ import yaml
 from conftest import FIXTURES, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from training import EOS, token_folder
 
@@ -28,7 +28,7 @@ from smolconv.continual_pretraining.recipe.files import dump_recipe, load_recipe
 from smolconv.continual_pretraining.recipe.json_schema import SCHEMA_FILE
 from smolconv.continual_pretraining.recipe.nanotron import recipe_from_nanotron
 from smolconv.continual_pretraining.recipe.schedules import DECAYS, Schedule, learning_rate
-from smolconv.continual_pretraining.recipe.schema import Recipe, Slurm
+from smolconv.continual_pretraining.recipe.schema import Recipe
 from smolconv.errors import UsageError
 from smolconv.layouts.nanotron.schedule import scheduled_lr
 
@@ -212,18 +212,6 @@ def test_text_that_looks_like_something_else_survives_the_dump(text):
     assert parse_recipe(dump_recipe(recipe), "dumped").description == text
 
 
-@pytest.mark.parametrize(
-    ("time", "seconds"),  # as man sbatch has them
-    [("90", 5400), ("90:30", 5430), ("1:02:03", 3723), ("2-3", 183_600), ("2-3:04", 183_840), ("2-3:04:05", 183_845)],
-)
-def test_a_walltime_must_be_longer_than_the_signal_comes_before_it(time, seconds):
-    section = {"time": time, "signal_seconds": seconds - 1}
-    assert Slurm.model_validate(section).time == time
-    with pytest.raises(ValidationError, match="is not longer than"):
-        Slurm.model_validate({**section, "signal_seconds": seconds})
-    assert Slurm.model_validate({"time": "UNLIMITED", "signal_seconds": 10**9}).requeue
-
-
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +219,6 @@ def test_a_walltime_must_be_longer_than_the_signal_comes_before_it(time, seconds
     ("old", "new", "said"),
     [
         ("weight: 0.75}", "weight: 1e308}\n    - {path: c, weight: 1e308}", "small.yaml:9: sources: the weights are so large or so different"),
-        ("time: 24:00:00", "time: 5", "small.yaml:19: time 5 of a Slurm job is not longer than signal_seconds 300"),
         # pydantic reads true as 1
         ("1_000", "true", "small.yaml:13: schedule.train_steps is True; expected a number."),
         ("weight: 0.75", "weight: true", "small.yaml:11: data.stages.0.sources.1.weight is True; expected a number."),

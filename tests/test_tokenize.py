@@ -491,6 +491,19 @@ def test_a_truncated_zst_is_refused_and_one_of_several_frames_is_read(tokenizer:
 
 
 @needs_datatrove
+def test_a_zst_of_a_long_window_is_read(tokenizer: Path, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    long = zstandard.ZstdCompressionParameters(window_log=28)  # as zstd --long=28; decoders refuse it by default
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    packed = packer.compress(TEXTS[0].encode()) + packer.flush()
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+    (tmp_path / "a.txt.zst").write_bytes(packed)
+    tokenized(tmp_path / "a.txt.zst", tmp_path / "out", tokenizer)
+    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS[:1], 0)
+
+
+@needs_datatrove
 def test_a_separator_that_no_file_has_is_told(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_bytes(b"one\n\ntwo")
@@ -506,6 +519,17 @@ def test_lines_that_other_tools_write_are_read(tokenizer: Path, tmp_path: Path) 
     rows = [json.dumps({"text": text, "media": "none", "metadata": 7, "id": None}) for text in TEXTS]
     source.write_bytes(("\ufeff" + "\r\n".join([rows[0], "", *rows[1:]]) + "\n\n").encode())
     tokenized(source, tmp_path / "out", tokenizer, shuffle_seed=None)
+    assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
+
+
+@needs_datatrove
+def test_a_file_may_have_any_name(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "zip::texts"
+    folder.mkdir()
+    jsonl(folder / "a::b [1]*?#%20.jsonl", TEXTS[:1])
+    (folder / "c::d.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[1]}).encode()))
+    (folder / "e ~$HOME.txt").write_bytes(TEXTS[2].encode())
+    tokenized(folder, tmp_path / "out", tokenizer, shuffle_seed=None)
     assert documents(tmp_path / "out") == encoded(tokenizer, TEXTS, 0)
 
 

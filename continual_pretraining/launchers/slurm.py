@@ -33,6 +33,12 @@ class Slurm(Launcher):
                 f"{ranks} ranks per node need a GPU each, but launch.slurm.gpus_per_node is {asked}: leave it out, or "
                 "give --nproc-per-node at most that."
             )
+        seconds, early = walltime(given.slurm.time), given.slurm.signal_seconds
+        if seconds is not None and seconds <= early:
+            raise UsageError(
+                f"launch.slurm.time {given.slurm.time} is not longer than launch.slurm.signal_seconds {early}: the job "
+                "would be told to save and stop when it starts.\nGive it more time, or lower signal_seconds."
+            )
         return given.nodes, ranks
 
     def asks_for_gpus(self, given: Launch) -> bool | None:
@@ -79,6 +85,16 @@ class Slurm(Launcher):
     def launch(self, start: Start) -> int:
         print(f"Slurm job {submit(self.batch_script(start), start.run)}", flush=True)
         return 0
+
+
+def walltime(text: str) -> int | None:
+    """Seconds of Slurm's [days-]hours:minutes:seconds, minutes[:seconds] or days-hours[:minutes]; None for others."""
+    days, dash, rest = text.rpartition("-")
+    fields = rest.split(":")
+    if len(fields) > 3 or not all(field.isdecimal() for field in (*fields, days or "0")):
+        return None
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(int(field) * unit for field, unit in zip(fields, units))
 
 
 def _options(start: Start) -> list[str]:

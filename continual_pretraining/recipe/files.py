@@ -244,7 +244,8 @@ class _Document:
         found = error["input"]
         shown = "a section" if isinstance(found, dict) else "a list" if isinstance(found, list) else _shown(found)
         expected = message.replace("Input should be", "expected", 1)
-        expected = re.sub("valid dictionary( or instance of .*)?", "section", expected).replace("tuple", "list")
+        expected = re.sub("valid dictionary( or instance of .*)?", "section", expected)
+        expected = re.sub("[Tt]uple", "list", expected.replace(" after validation", ""))
         quotes = " Put it in quotes." if error["type"] == "string_type" and isinstance(found, int | float) else ""
         return line, f"{origin}: {field} is {shown}; {expected[:1].lower()}{expected[1:]}.{quotes}"
 

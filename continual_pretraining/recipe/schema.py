@@ -262,26 +262,6 @@ class Slurm(Section):
     setup: tuple[str, ...] = ()  #: shell lines before the run, such as loading modules or activating an environment
     options: tuple[str, ...] = ()  #: further #SBATCH options, such as "--exclusive"
 
-    @model_validator(mode="after")
-    def _signalled_after_its_start(self) -> Slurm:
-        seconds = _walltime(self.time)
-        if seconds is not None and seconds <= self.signal_seconds:
-            raise ValueError(
-                f"time {self.time} of a Slurm job is not longer than signal_seconds {self.signal_seconds}: the job "
-                "would be told to save and stop when it starts"
-            )
-        return self
-
-
-def _walltime(text: str) -> int | None:
-    """Seconds of Slurm's [days-]hours:minutes:seconds, minutes[:seconds] or days-hours[:minutes]; None for others."""
-    days, dash, rest = text.rpartition("-")
-    fields = rest.split(":")
-    if len(fields) > 3 or not all(field.isdecimal() for field in (*fields, days or "0")):
-        return None
-    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
-    return int(days or 0) * 86_400 + sum(int(field) * unit for field, unit in zip(fields, units))
-
 
 class Launch(Section):
     """Where the ranks run. Command-line options override these."""

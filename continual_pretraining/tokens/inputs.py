@@ -211,9 +211,12 @@ class Texts:
 
 def _opened(path: str, newline: str | None) -> TextIO:
     """A file as text, decompressed by its suffix, without a byte order mark."""
-    from datatrove.io import open_file
+    from fsspec.implementations.local import LocalFileSystem
 
-    raw = io.BufferedReader(_Zstandard(path)) if path.endswith(".zst") else open_file(path, "rb", compression="infer")
+    if path.endswith(".zst"):
+        raw: Any = io.BufferedReader(_Zstandard(path))
+    else:  # not fsspec.open, for which "::" in a name means something
+        raw = LocalFileSystem().open(path, "rb", compression="infer")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
 
 
@@ -224,7 +227,7 @@ class _Zstandard(io.RawIOBase):
         from zstandard import ZstdDecompressor
 
         self._path, self._file, self._ready = path, open(path, "rb"), memoryview(b"")  # noqa: SIM115 - closed below
-        self._new = ZstdDecompressor().decompressobj
+        self._new = ZstdDecompressor(max_window_size=1 << 31).decompressobj  # as for zstd --long=31
         self._frame: Any = None  #: the one that is being read
 
     def readable(self) -> bool:
