@@ -103,11 +103,15 @@ def _planted(tmp_path: Path) -> dict[str, tuple[list[str], int, list[str]]]:
     empty = tmp_path / "empty"
     empty.mkdir()
     weights = _weights_alone(tmp_path / "weights", SOURCE)
+    bare = _weights_alone(tmp_path / "bare", SOURCE)
+    (bare / "config.json").unlink()
     irregular = _weights_alone(tmp_path / "irregular", SMOLLM3, no_rope_layers=[1, 0, 0, 1, 1, 1, 1, 1])
     missing = "[{name: a, sources: [{path: no/one}, {path: no/two}]}]"
     return {
         "no source": (["model.source=no/model"], 3, ["no/model is not there", "hf download"]),
         "a source that is none": ([f"model.source={empty}"], 3, [str(empty)]),
+        "no such step": (["model.step=77"], 3, ["77", "Choose one with model.step."]),
+        "no config": ([f"model.source={bare}"], 3, ["with model.config"]),
         "no data": (
             [f"data.stages={missing}"], 3,
             ["no/one is not there", "no/two is not there", "smolconv tokenize TEXT no/two --tokenizer"],
@@ -134,7 +138,7 @@ def _planted(tmp_path: Path) -> dict[str, tuple[list[str], int, list[str]]]:
 
 
 def test_a_run_and_its_dry_run_refuse_the_same_mistakes_and_write_nothing(tmp_path, recipe_file, monkeypatch):
-    """Twelve mistakes and two more: exit code and words agree, and nothing appears."""
+    """Mistakes of every kind: exit code and words agree, and nothing appears."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no sbatch
     planted = _planted(tmp_path)
     before = files_below(tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,12 +211,21 @@ def _require_launcher(recipe: Recipe) -> Iterator[SmolconvError]:
 # --- what the run starts from ----------------------------------------------------------------------------------------
 
 
+#: Options of convert that the advice of a reader names, and the fields that a recipe has for them.
+_FIELDS = {
+    "--config": "model.config", "--step": "model.step", "--architecture": "model.architecture",
+    "--no-optimizer": "start.optimizer: false",
+}  # fmt: skip
+
+
 def _source(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     uri = recipe.model.source
     try:
         return read_source(recipe, open_source(uri, headers_only=True))
-    except MissingFile as error:
-        if is_hub_uri(uri) or os.path.exists(uri):
+    except SmolconvError as error:
+        if not isinstance(error, MissingFile) or is_hub_uri(uri) or os.path.exists(uri):
+            told = re.sub(r"(?<![\w/-])--[a-z-]+", lambda found: _FIELDS.get(found[0], found[0]), str(error))
+            error.args = (told,)
             raise
         raise MissingFile(
             f"model.source: {uri} is not there.\n"
