@@ -46,14 +46,14 @@ def check_sources(data: Data) -> None:
         folders = [plain_path(source.path) for source in stage.sources]
         first: dict[str, str] = {}
         for path in folders:
-            real = os.path.realpath(path)
-            if real in first:
-                other = "" if first[real] == path else f", also as {first[real]}"
+            place = os.path.abspath(path)  # a link with another name is taken as meant: a trial with one small folder
+            if place in first:
+                other = "" if first[place] == path else f", also as {first[place]}"
                 raise UsageError(
                     f"data: stage {stage.name} names the folder {path} twice{other}.\n"
                     "Both would read the same samples.\nName it once, with the sum of the weights."
                 )
-            first[real] = path
+            first[place] = path
         for name, path in zip(stage.names, folders):
             if paths.setdefault(name, path) != path:
                 raise UsageError(
