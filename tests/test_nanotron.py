@@ -380,6 +380,7 @@ def test_linked_folders_are_read_once_and_other_programs_hidden_files_not_at_all
         folder.rename(moved)
         folder.symlink_to(moved)
     (decoder / "2/back").symlink_to("../..")
+    (decoder / "2/root").symlink_to("/")
     weight = next((decoder / "0/pp_block/attn/o_proj").iterdir())
     for name in (".DS_Store", f"._{weight.name}", ".nfs0001"):
         weight.with_name(name).write_bytes(b"another program's")

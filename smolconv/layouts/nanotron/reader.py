@@ -150,18 +150,28 @@ def read_native_model(folder: Path, options: ReadOptions = ReadOptions()) -> Nat
 
 def _walk(folder: Path) -> Iterator[Path]:
     """All files below, also behind linked folders. Hidden files are other programs': .DS_Store, .nfs..., ._NAME."""
-    entered: set[tuple[int, int]] = set()  # a link may lead back up
+    # A link may lead back up, within the checkpoint or to the root of the disk.
+    entered = {_identity(parent) for parent in folder.resolve().parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        found = os.stat(parent)
-        if (found.st_dev, found.st_ino) in entered:
+        found = _identity(Path(parent))
+        if found is None or found in entered:
             folders.clear()
             continue
-        entered.add((found.st_dev, found.st_ino))
+        entered.add(found)
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name))
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent) / name
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """The same for all paths to a folder; None if it is gone or may not be read."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _assets(folder: Path) -> dict[str, Path]:
